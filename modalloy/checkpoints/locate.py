@@ -1,0 +1,53 @@
+"""From what a recipe writes (folder, hub id, id@revision, builtin:name) to a local folder."""
+
+from pathlib import Path
+
+from modalloy import builtin
+from modalloy.checkpoints.tensors import Checkpoint
+from modalloy.errors import CheckpointError
+
+BASE_STEMS = ("model", "pytorch_model")
+
+
+def locate(location: str, relative_to: Path = Path()) -> Path:
+    """Local folder of `location`; a hub id is downloaded (or found in the hub's cache). Relative paths start at `relative_to`."""
+    if location.startswith(builtin.PREFIX):
+        return builtin.resolve(location)
+    path = Path(location).expanduser()
+    path = path if path.is_absolute() else relative_to / path
+    if path.exists():
+        return path
+    if is_hub_id(location):
+        return _download(location)
+    raise CheckpointError(f"{path}: no such folder; correct the path in the recipe")
+
+
+def is_hub_id(location: str) -> bool:
+    """Whether `location` has the form owner/name or owner/name@revision."""
+    parts = location.split("@")[0].split("/")
+    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~"))
+
+
+def is_portable(location: str) -> bool:
+    """Whether the name means the same on another machine: built in, or a hub id; not a local path."""
+    return location.startswith(builtin.PREFIX) or (is_hub_id(location) and not Path(location).exists())
+
+
+def open_base(folder: Path) -> Checkpoint:
+    """The base model's tensors."""
+    return Checkpoint(folder, BASE_STEMS)
+
+
+def _download(location: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = location.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"'{location}' is neither a folder here nor to be had from the hub ({reason}); "
+            "correct the path, or download the model and give its folder"
+        ) from error

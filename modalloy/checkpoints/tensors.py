@@ -1,0 +1,228 @@
+"""Opening a folder of weights: every tensor's name, type, shape and place, from headers only; data is read on demand.
+
+safetensors files are read with `pread`, so no mapped page counts as memory. `.bin` files are unpickled with torch's
+weights-only loader, which runs no code from the file.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modalloy.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One stored tensor: what it is and where its bytes are. `begin` is −1 in a `.bin`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the data."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class WeightFile:
+    """One `.safetensors` or `.bin` file; opening it reads the header only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; download it again or correct the path")
+        self.refs = self._bin_refs() if path.suffix in (".bin", ".pt", ".pth") else self._safetensors_refs()
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """The tensor's data, a copy of its own."""
+        if ref.begin < 0:
+            return self._pickled[ref.name].clone()
+        buffer = bytearray(ref.n_bytes)
+        view, done = memoryview(buffer), 0
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            while done < len(buffer):
+                count = os.preadv(fd, [view[done:]], ref.begin + done)
+                if not count:
+                    raise CheckpointError(f"{self.path}: ends inside {ref.name}; the file was cut while being read")
+                done += count
+        finally:
+            os.close(fd)
+        if not buffer:
+            return torch.empty(ref.shape, dtype=ref.dtype)
+        return torch.frombuffer(buffer, dtype=ref.dtype).reshape(ref.shape)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the whole file."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+    def _safetensors_refs(self) -> dict[str, TensorRef]:
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{self.path}: not a complete safetensors file ({size} bytes); download or copy it again"
+                )
+            try:
+                header = json.loads(file.read(length))
+                entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+                refs = {name: self._safetensors_ref(name, entry, 8 + length) for name, entry in entries.items()}
+                ends = [8 + length + int(entry["data_offsets"][1]) for entry in entries.values()]
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                raise CheckpointError(
+                    f"{self.path}: the safetensors header is damaged ({error}); download it again"
+                ) from error
+        expected = max(ends, default=8 + length)
+        if expected != size:
+            state = "truncated" if expected > size else "too long"
+            raise CheckpointError(
+                f"{self.path}: {state}: the header describes {expected} bytes, the file has {size}; download or copy it again"
+            )
+        return refs
+
+    def _safetensors_ref(self, name: str, entry: dict[str, Any], data_start: int) -> TensorRef:
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {entry['dtype']}, which cannot be merged; convert it to bfloat16 or float32"
+            )
+        begin, end = entry["data_offsets"]
+        ref = TensorRef(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), self.path, data_start + begin)
+        if end - begin != ref.n_bytes or begin < 0:
+            raise ValueError(f"{name} is {ref.n_bytes} bytes by its shape, {end - begin} by its offsets")
+        return ref
+
+    @cached_property
+    def _pickled(self) -> dict[str, Tensor]:
+        try:
+            try:
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, ValueError) as error:
+                if "mmap" not in str(error):
+                    raise
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        except pickle.UnpicklingError as error:
+            if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
+                raise CheckpointError(
+                    f"{self.path}: refused: it holds more than tensors and could run code when loaded; "
+                    "ask its author for safetensors"
+                ) from error
+            raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
+        except (RuntimeError, EOFError, ValueError, OSError) as error:
+            raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise CheckpointError(f"{self.path}: is not a dictionary of tensors; give the file that holds the weights")
+        return loaded
+
+    def _bin_refs(self) -> dict[str, TensorRef]:
+        return {
+            name: TensorRef(name, tensor.dtype, tuple(tensor.shape), self.path, -1)
+            for name, tensor in self._pickled.items()
+        }
+
+
+class Checkpoint:
+    """The tensors of a folder: one file, or the shards that its index names."""
+
+    def __init__(self, folder: Path, stems: tuple[str, ...]) -> None:
+        """Open `folder`, looking for `STEM.safetensors`, `STEM.safetensors.index.json`, `STEM.bin`, … in that order."""
+        self.folder = folder
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; correct the path in the recipe")
+        self.files = [WeightFile(path) for path in self._paths(stems)]
+        self.refs: dict[str, TensorRef] = {}
+        for file in self.files:
+            for name, ref in file.refs.items():
+                if name in self.refs:
+                    raise CheckpointError(
+                        f"{file.path}: {name} is also in {self.refs[name].file.name}; keep one of them"
+                    )
+                self.refs[name] = ref
+        self._by_path = {file.path: file for file in self.files}
+        missing = sorted(self._indexed - self.refs.keys())
+        if missing:
+            raise CheckpointError(
+                f"{folder}: the index lists {missing[0]}, which no shard holds; download the folder again"
+            )
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """The data of one of this checkpoint's tensors."""
+        return self._by_path[ref.file].read(ref)
+
+    def header_sha256(self) -> str:
+        """Hash of every tensor's name, type and shape: what is known of files whose data was not read."""
+        rows = [f"{ref.name} {CODES.get(ref.dtype, ref.dtype)} {ref.shape}" for ref in self.refs.values()]
+        return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+    def _paths(self, stems: tuple[str, ...]) -> list[Path]:
+        self._indexed: set[str] = set()
+        for suffix in ("safetensors", "bin"):
+            for stem in stems:
+                single, index = self.folder / f"{stem}.{suffix}", self.folder / f"{stem}.{suffix}.index.json"
+                if single.is_file():
+                    return [single]
+                if index.is_file():
+                    weight_map = read_json(index).get("weight_map", {})
+                    self._indexed = set(weight_map)
+                    return [self._shard(name, index) for name in sorted(set(weight_map.values()))]
+        tried = ", ".join(f"{stem}.safetensors / .bin" for stem in stems)
+        raise CheckpointError(f"{self.folder}: holds no weights (looked for {tried}); correct the path in the recipe")
+
+    def _shard(self, name: str, index: Path) -> Path:
+        path = self.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: listed in {index.name} but missing; download the folder again")
+        return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; download the folder again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; download the file again")
+    return content
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

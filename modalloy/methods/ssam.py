@@ -1,0 +1,33 @@
+"""SSAM: Singular Subspace Alignment and Merging (arXiv 2603.21584, Algorithm 1)."""
+
+import torch
+from torch import Tensor
+
+from modalloy.delta import LowRank
+from modalloy.linalg import energy_rank, gram, top_eigenvectors
+
+
+def ssam(deltas: list[Tensor], *, rank: int | float, scale: float, shape: tuple[int, int]) -> LowRank:
+    """λ Σ U Uᵀ D_i V Vᵀ as a rank-k update: every update projected onto the subspaces they share, then summed.
+
+    A = Σ D_i D_iᵀ and B = Σ D_iᵀ D_i leave out the cross terms D_i D_jᵀ that a decomposition of Σ D_i would mix in.
+    U and V (their top-k eigenvectors, which are their singular vectors) minimise Σ ‖D_i − U Uᵀ D_i‖² and
+    Σ ‖D_i − D_i V Vᵀ‖².
+
+    Args:
+        deltas: one matrix (out, in) per specialist, scaling folded in.
+        rank: k, the dimension kept on both sides (clipped to the matrices' size); below 1 it is the fraction of the
+            spectral energy of A and of B that k must keep.
+        scale: λ of the merged update; 1/n when the updates' norms are alike.
+        shape: of the original weight; unused.
+
+    Cost: O(T (m²n + mn²) + m³ + n³) for m × n matrices; the engine calls it on cores of at most (n·r × n·r).
+    """
+    doubles = [D.to(torch.float64) for D in deltas]
+    A = sum((gram(D.T) for D in doubles[1:]), gram(doubles[0].T))  # Σ D_i D_iᵀ
+    B = sum((gram(D) for D in doubles[1:]), gram(doubles[0]))  # Σ D_iᵀ D_i
+    k = rank if rank >= 1 else max(energy_rank(A, rank), energy_rank(B, rank))
+    k = min(int(k), *A.shape, *B.shape)
+    U, V = top_eigenvectors(A, k), top_eigenvectors(B, k)
+    total = sum(doubles[1:], doubles[0])
+    return LowRank(U, scale * (U.T @ total @ V) @ V.T)

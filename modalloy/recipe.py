@@ -1,0 +1,142 @@
+"""Recipes: what to merge, how, and what to write. YAML with the names the ecosystem knows; unknown keys are refused."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from modalloy.errors import RecipeError
+from modalloy.methods import check_method
+from modalloy.names import MODALITIES, modality_name
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: Any) -> int:
+    """A size as recipes write it ("5GB", "300MB", "2GiB" or a number of bytes) in bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    text = str(value).strip().upper()
+    for unit in sorted(UNITS, key=len, reverse=True):
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return int(float(number) * UNITS[unit])
+    raise ValueError(f"{value!r} is not a size; write for example 5GB or 500MB")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpecialistParameters(_Strict):
+    """Per-specialist parameters."""
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)  # factor of its text update, applied first of all
+
+
+class SpecialistEntry(_Strict):
+    """One specialist: where it is, what it senses, and where its encoder is (for `form: omni`)."""
+
+    model: str
+    modality: str | None = None
+    encoder: str | None = None
+    parameters: SpecialistParameters = SpecialistParameters()
+
+    @field_validator("modality")
+    @classmethod
+    def _known_modality(cls, value: str | None) -> str | None:
+        if value is not None and modality_name(value) not in MODALITIES:
+            raise ValueError(f"unknown modality '{value}'; known: {', '.join(MODALITIES)}")
+        return None if value is None else modality_name(value)
+
+
+class Output(_Strict):
+    """What to write: a PEFT adapter, a full model, or an omni folder that chats."""
+
+    form: Literal["adapter", "full", "omni"] = "adapter"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
+
+
+class Recipe(_Strict):
+    """A whole merge. `folder` is where its relative paths start, `text` the file as it was written."""
+
+    base_model: str
+    merge_method: str = "ssam"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    models: tuple[SpecialistEntry, ...] = Field(min_length=1)
+    ignore: tuple[str, ...] = ()
+    output: Output = Output()
+    folder: Path = Field(default=Path(), exclude=True)
+    text: str = Field(default="", exclude=True)
+
+    @model_validator(mode="after")
+    def _known_method(self) -> "Recipe":
+        check_method(self.merge_method, self.parameters)
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML: the file as it was written, or these values."""
+        if self.text:
+            return self.text
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or a key, method or value in it is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); give a YAML file") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{path}: not valid YAML ({reason}); correct the file") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: not a recipe; it needs at least base_model: and models:")
+    for key in ("folder", "text"):
+        if key in content:
+            raise RecipeError(f"{path}: {_unknown_key((), key)}")
+    try:
+        return Recipe(**content, folder=path.parent, text=text)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error)}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except TypeError as error:  # a key that is not text
+        raise RecipeError(f"{path}: {error}; keys must be words") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation, as one line."""
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(problem["loc"][:-1], str(problem["loc"][-1]))
+    if problem["type"] == "missing":
+        return f"the key '{place}' is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f" (found {problem['input']!r})"
+    return f"{place}: {message}{given}"
+
+
+def _unknown_key(parents: tuple[Any, ...], key: str) -> str:
+    model: type[BaseModel] = Recipe
+    for part in parents:
+        if isinstance(part, str):
+            model = {"models": SpecialistEntry, "output": Output, "parameters": SpecialistParameters}.get(part, model)
+    known = sorted(name for name, info in model.model_fields.items() if not info.exclude)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    place = ".".join(str(part) for part in (*parents, key))
+    return f"unknown key '{place}'; {hint}known here: {', '.join(known)}"

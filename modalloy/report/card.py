@@ -1,0 +1,65 @@
+"""The model card of a result: Hugging Face front matter, what was merged and how, and the exact recipe."""
+
+import yaml
+
+from modalloy.methods import METHODS
+from modalloy.plan import Plan
+
+USE = {
+    "adapter": """```python
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```""",
+    "full": """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```""",
+    "omni": """```
+modalloy chat path/to/this/folder {options} -p "What is this?"
+```""",
+}
+
+
+def model_card(planned: Plan) -> str:
+    """README.md of the result."""
+    recipe = planned.recipe
+    form, method = recipe.output.form, recipe.merge_method
+    modalities = [s.modality for s in planned.specialists if s.modality]
+    front: dict[str, object] = {
+        "library_name": {"adapter": "peft", "full": "transformers", "omni": "modalloy"}[form],
+        "base_model": planned.base_name,
+        "base_model_relation": "adapter" if form == "adapter" else "merge",
+        "tags": ["modalloy", "merge", method, *modalities],
+    }
+    if form == "omni":
+        front["pipeline_tag"] = "any-to-any"
+    rows = [f"| {s.label} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
+    table = "\n".join(["| specialist | layout | modality | LoRA rank |", "|---|---|---|---|", *rows])
+    use = USE[form].format(base=planned.base_name, options=" ".join(f"--{m} FILE" for m in modalities))
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {" + ".join(s.label for s in planned.specialists)}, merged by {method}
+
+{len(planned.specialists)} specialists on `{planned.base_name}`, merged by modalloy without training and without data
+({METHODS[method].paper}): {planned.summary()}.
+
+{table}
+
+## Use
+
+{use}
+
+## Recipe
+
+```yaml
+{recipe.to_yaml().strip()}
+```
+
+`manifest.json` holds the sha256 of every input and output and the fate of every tensor; `modalloy verify` checks them.
+"""

@@ -1,0 +1,132 @@
+"""Checking a result: hashes, shapes, finite values, and sampled layers merged again from the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modalloy.checkpoints import Checkpoint, read_json
+from modalloy.delta import LowRank
+from modalloy.errors import CheckpointError
+from modalloy.manifest import SOURCES, file_sha256, hashed_files
+from modalloy.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from modalloy.plan import Job, Plan
+
+SAMPLED_LAYERS = 12
+LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices, larger ones on cores
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked. `worst_error` is the largest relative Frobenius error of a recomputed layer."""
+
+    files: int
+    tensors: int
+    layers: int
+    worst_error: float | None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self) | {"ok": True}
+
+    def summary(self) -> str:
+        """One line for people."""
+        line = f"ok: {self.files} hashes, {self.tensors} shapes, finite"
+        if self.worst_error is None:
+            return f"{line}; {self.note}"
+        return f"{line}; {self.layers} layers recomputed from the recipe, worst relative error {self.worst_error:.1e}"
+
+
+def verify(out: str | Path) -> Verification:
+    """Check the result in the folder `out` against its manifest and recipe.
+
+    Raises:
+        CheckpointError: a file is missing, changed or damaged, or a layer is not what its recipe gives.
+    """
+    from modalloy.plan import plan
+
+    folder = Path(out)
+    if not (folder / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{folder}: has no manifest.json, so it is no result of modalloy merge; give the merged folder"
+        )
+    manifest = read_json(folder / "manifest.json")
+    sources = read_json(folder / SOURCES) if (folder / SOURCES).is_file() else {}
+    gone = [path for path in [sources.get("base", ""), *sources.get("specialists", [])] if not Path(path).is_dir()]
+    if not sources or gone:
+        note = f"layers not recomputed: {gone[0]} is gone" if gone else f"layers not recomputed: no {SOURCES}"
+        return verify_folder(folder, None, manifest, note=note)
+    recipe = load_recipe(folder / "recipe.yaml")
+    models = [m.model_copy(update={"model": p}) for m, p in zip(recipe.models, sources["specialists"], strict=True)]
+    found = Recipe(**recipe.model_dump() | {"base_model": sources["base"], "models": [m.model_dump() for m in models]})
+    return verify_folder(folder, plan(found, allow_base_mismatch=True), manifest)
+
+
+def verify_folder(
+    folder: Path, planned: Plan | None, manifest: dict[str, Any], *, rehash: bool = True, note: str = ""
+) -> Verification:
+    """Check `folder`; without a plan no layer is recomputed. `rehash=False` trusts hashes that were just taken."""
+    listed, present = manifest["outputs"], hashed_files(folder)
+    for name in sorted(listed.keys() | set(present)):
+        if name not in present:
+            raise CheckpointError(f"{folder / name}: listed in manifest.json but missing; merge again")
+        if name not in listed:
+            raise CheckpointError(f"{folder / name}: not listed in manifest.json; remove it or merge again")
+        if rehash and file_sha256(folder / name) != listed[name]:
+            raise CheckpointError(
+                f"{folder / name}: its sha256 is not the one in manifest.json; the file was changed: merge again"
+            )
+    weights = Checkpoint(folder, ("adapter_model", "model"))
+    for ref in weights.refs.values():
+        if rehash and ref.dtype.is_floating_point and not bool(torch.isfinite(weights.read(ref)).all()):
+            raise CheckpointError(f"{folder}: {ref.name} holds NaN or infinite values; merge again")
+    if planned is None:
+        return Verification(len(listed), len(weights.refs), 0, None, note)
+    for job in planned.jobs:
+        for spec in job.outputs:
+            found = weights.refs.get(spec.name)
+            if found is None or found.shape != spec.shape or found.dtype != spec.dtype:
+                raise CheckpointError(
+                    f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
+                )
+    merges = [job for job in planned.jobs if job.kind == "merge"]
+    sample = merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+    worst = 0.0
+    for job in sample:
+        error, limit = _layer_error(weights, planned, job), TOLERANCE[job.outputs[0].dtype]
+        worst = max(worst, error)
+        if not error <= limit:
+            raise CheckpointError(
+                f"{folder}: {job.slot} differs from what the recipe gives by {error:.1e} (allowed {limit:.0e}); merge again"
+            )
+    return Verification(len(listed), len(weights.refs), len(sample), worst)
+
+
+def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
+    """Relative Frobenius distance between a written layer and its recomputation."""
+    from modalloy.merge import merged_delta
+
+    dense = max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
+    expected = merged_delta(planned, job, dtype=torch.float64 if dense else None)
+    wanted = (expected.dense() if isinstance(expected, LowRank) else expected).to(torch.float64)
+    written = [weights.read(weights.refs[spec.name]).to(torch.float64) for spec in job.outputs]
+    if len(written) == 2:
+        found = written[1] @ written[0]
+    else:
+        base = planned.base.read(planned.base.refs[job.slot]).to(torch.float64)
+        found, wanted = written[0], base + wanted
+    return _relative(found, wanted)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    size = float(wanted.norm())
+    distance = float((found - wanted).norm())
+    return distance / size if size else distance
