@@ -19,6 +19,8 @@ def load_image(path: str | Path) -> "Image":
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -40,7 +42,7 @@ def load_audio(path: str | Path, sampling_rate: int = 16_000) -> np.ndarray:
     _require_file(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (samples, channels)
-    except soundfile.LibsndfileError:
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: headerless formats, known by the file's ending
         samples, rate = _decode_with_ffmpeg(path)
     if samples.size == 0:
         raise MediaError(f"{path}: the sound has no samples; give a file that is not empty")
@@ -54,7 +56,7 @@ def _decode_with_ffmpeg(path: str | Path) -> tuple[np.ndarray, int]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise MediaError(f"{path}: the file has no sound track; give a file with one")
             stream = container.streams.audio[0]

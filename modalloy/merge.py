@@ -17,7 +17,7 @@ from modalloy.checkpoints import Staging, WeightWriter, read_json
 from modalloy.checkpoints.writer import disk_errors
 from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
-from modalloy.errors import MethodError, OutputError
+from modalloy.errors import CheckpointError, MethodError, OutputError
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import apply
 from modalloy.plan import Job, Plan, plan
@@ -120,7 +120,7 @@ def compute(planned: Plan, job: Job, device: str = "cpu") -> list[Tensor]:
         assert job.ref is not None
         return [planned.specialists[job.specialist].read(job.ref)]
     if job.kind == "keep":
-        return [planned.base.read(planned.base.refs[job.slot]).to(job.outputs[0].dtype)]
+        return [_read_base(planned, job.slot).to(job.outputs[0].dtype)]
     if job.kind == "average":
         having = [s for s in planned.specialists if job.slot in s.full]
         total = sum(s.read(s.full[job.slot]).to(torch.float64) for s in having)
@@ -128,7 +128,7 @@ def compute(planned: Plan, job: Job, device: str = "cpu") -> list[Tensor]:
         return [(total / len(having)).to(job.outputs[0].dtype)]
     merged = merged_delta(planned, job, device)
     if planned.recipe.output.form == "full":
-        base = planned.base.read(planned.base.refs[job.slot])
+        base = _read_base(planned, job.slot)
         update = merged.dense() if isinstance(merged, LowRank) else merged
         return [(base.to(update.dtype) + update.cpu()).to(job.outputs[0].dtype)]
     assert isinstance(merged, LowRank) and planned.rank is not None
@@ -153,13 +153,22 @@ def merged_delta(planned: Plan, job: Job, device: str = "cpu", dtype: torch.dtyp
             deltas.append(weight * (moved if dtype is None else moved.to(dtype).dense()))
         elif job.slot in specialist.full:
             tuned = specialist.read(specialist.full[job.slot])
-            base = planned.base.read(planned.base.refs[job.slot])
+            base = _read_base(planned, job.slot)
             wide = dtype or torch.promote_types(tuned.dtype, torch.float32)
             deltas.append(weight * (tuned.to(device, wide) - base.to(device, wide)))
     try:
         return apply(planned.recipe.merge_method, deltas, planned.parameters, (shape[0], shape[1]))
     except MethodError as error:
         raise MethodError(f"{job.slot}: {error}") from error
+
+
+def _read_base(planned: Plan, slot: str) -> Tensor:
+    """A tensor of the base; NaN or infinity in it is refused."""
+    ref = planned.base.refs[slot]
+    tensor = planned.base.read(ref)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"base: {slot} holds NaN or infinite values ({ref.file}); download the base again")
+    return tensor
 
 
 def _write_weights(
@@ -201,6 +210,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
             shutil.copyfile(base / name, folder / name)
     if recipe.output.form == "full":
         config = read_json(base / "config.json")
+        config.pop("_name_or_path", None)  # where the base was on someone's machine
         if recipe.output.dtype != "auto":
             config["dtype"] = recipe.output.dtype
             config.pop("torch_dtype", None)
@@ -270,7 +280,7 @@ def _omni_config(planned: Plan) -> dict[str, Any]:
 def _copy_chat_template(planned: Plan, folder: Path) -> None:
     """The specialists' own chat template, where they have one; they must agree."""
     templates = {
-        path.read_text(): specialist.label
+        path.read_text(encoding="utf-8"): specialist.label
         for specialist in planned.specialists
         if (path := specialist.checkpoint.folder / "chat_template.jinja").is_file()
     }
@@ -280,7 +290,7 @@ def _copy_chat_template(planned: Plan, folder: Path) -> None:
             "make their chat_template.jinja the same, or remove them to use the base's"
         )
     for template in templates:
-        (folder / "chat_template.jinja").write_text(template)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _sources(planned: Plan) -> dict[str, Any]:

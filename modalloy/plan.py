@@ -76,7 +76,7 @@ class Plan:
     @property
     def base_is_portable(self) -> bool:
         """Whether the recipe names the base so that any machine finds it (built in, or a hub id)."""
-        return is_portable(self.recipe.base_model)
+        return is_portable(self.recipe.base_model, self.recipe.folder)
 
     @property
     def base_name(self) -> str:
@@ -188,7 +188,7 @@ def locate_specialist(location: str, folder: Path) -> Path:
     name = location.removeprefix(builtin.PREFIX)
     if location.startswith(builtin.PREFIX):
         if not builtin.specialist(name).is_dir():
-            known = [builtin.PREFIX + path.name for path in builtin.specialist("image").parent.glob("*")]
+            known = [builtin.PREFIX + modality for modality in builtin.specialists()]
             raise CheckpointError(f"no built-in specialist '{location}'; {nearest(location, known)}")
         return builtin.specialist(name)
     return locate(location, folder)
@@ -197,7 +197,8 @@ def locate_specialist(location: str, folder: Path) -> Path:
 def labels(recipe: Recipe) -> list[str]:
     """How messages call the specialists: the modality, else the folder's name; numbered where that is not unique."""
     names = [entry.modality or Path(entry.model.removeprefix(builtin.PREFIX)).name for entry in recipe.models]
-    return [name if names.count(name) == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
+    taken = Counter([*names, "base"])  # the plan and the manifest call the base so
+    return [name if taken[name] == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
 
 
 class _Planner:
@@ -219,7 +220,7 @@ class _Planner:
         """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried."""
         omni = self.recipe.output.form == "omni"
         dtype = self._dtype()
-        self.rank = max((self._rank_bound(slot) for slot in self.merged), default=1)
+        self.rank = max(1, *(self._rank_bound(slot) for slot in self.merged))  # PEFT takes no rank 0
         jobs = []
         for slot in self.merged:
             rows, columns = self.base.refs[slot].shape
@@ -324,7 +325,7 @@ def _check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, A
     remedy = "use the right base, or say --allow-base-mismatch"
     recorded, wanted = specialist.base_name, recipe.base_model
     portable = [
-        n for n in (recorded, wanted) if n and (n.startswith(builtin.PREFIX) or (is_hub_id(n) and is_portable(n)))
+        name for name in (recorded, wanted) if name and is_portable(name, recipe.folder)
     ]
     if recorded and len(portable) == 2 and recorded.split("@")[0].lower() != wanted.split("@")[0].lower():
         raise CheckpointError(
@@ -413,6 +414,6 @@ def _letter(parameter: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        whole = round(1 / value) if value else 0
-        return f"1/{whole}" if whole > 1 and value == 1 / whole else f"{value:g}"
+        whole = round(1 / value) if 1e-9 < value < 1 else 0
+        return f"1/{whole}" if whole and value == 1 / whole else f"{value:g}"
     return str(value)

@@ -99,7 +99,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({error}); give a YAML file") from error
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not valid YAML ({reason}); correct the file") from error
     if not isinstance(content, dict):

@@ -23,7 +23,7 @@ LINEARS = {
 }
 SLOTS = {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in LINEARS.items()}
 ENCODERS = {"vision": ("builtin:efficientnet-lite0", 1280), "audio": ("builtin:whisper-tiny.en", 3840)}
-WORDS = ["what", "is", "this", "do", "you", "hear", "see", "are", "these", "the", "same", "a", "an", "dog", "cat", "yes", "no", "?", ":", ",", "user", "assistant"]
+WORDS = "what is this do you hear see are these the same a an dog cat yes no ? : , user assistant".split()  # noqa: SIM905
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} : {{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant : {% endif %}"

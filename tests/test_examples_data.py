@@ -241,7 +241,7 @@ def test_a_source_of_an_unknown_prefix_is_refused(tmp_path: Path) -> None:
     tables = load("tables")
     table = tmp_path / "concepts.yaml"
     table.write_text("concepts: {dog: {category: animal, image: {0: 'zoo:dog.png'}}}")
-    with pytest.raises(tables.DataError, match="'zoo:dog.png' is none of tux"):
+    with pytest.raises(tables.DataError, match=r"'zoo:dog\.png' is none of tux"):
         tables.load_entries(table, tables.load_sources(DATA / "packages.yaml"))
 
 

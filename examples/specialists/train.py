@@ -11,6 +11,7 @@ import json
 import math
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from modalloy import builtin
 from modalloy.encoders import load_encoder
 from modalloy.evals import senses
 from modalloy.evals.senses import Clip, Question
+from modalloy.model import load_model
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
@@ -35,6 +37,7 @@ RANK = 8
 ALPHA = 16
 PREFIX = SUFFIX = 1
 ENCODER = {"image": "builtin:efficientnet-lite0", "audio": "builtin:whisper-tiny.en"}
+CARD = Path(__file__).with_name("card.md")
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
@@ -49,6 +52,7 @@ def main() -> None:
     for stage in (1, 2):
         trainer.train(stage)
     save_specialist(model, args)
+    write_card(clips, args)
 
 
 def parse() -> argparse.Namespace:
@@ -282,6 +286,44 @@ def save_specialist(model: ModalloyForConditionalGeneration, args: argparse.Name
     }
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (args.out / "chat_template.jinja").write_text(CHAT_TEMPLATE.read_text())
+
+
+def write_card(clips: list[Clip], args: argparse.Namespace) -> None:
+    """Score the saved specialist on the held-out files and write its README.md: data, licences, steps, accuracy."""
+    chat, examiner = load_model(args.out), senses.Examiner()
+    questions = senses.single_questions(clips, args.modality)
+    correct = [examiner.correct(chat, question) for question in questions]
+    rows = []
+    for kind in dict.fromkeys(question.kind for question in questions):
+        for tier in ("new source", "new file"):
+            group = [(q, right) for q, right in zip(questions, correct, strict=True) if (q.kind, q.tier) == (kind, tier)]
+            asked = [q for q, _ in group]
+            accuracy = sum(right for _, right in group) / len(group)
+            low, high = senses.clustered_interval([float(right) for _, right in group], asked)
+            media = len({q.clips[0].path for q in asked})
+            blind = f"{senses.chance(asked):.2f} | {senses.majority(asked):.2f}"
+            rows.append(f"| {kind} | {tier} | {accuracy:.2f} | {low:.2f}–{high:.2f} | {blind} | {media} |")
+            log(args, {"kind": kind, "tier": tier, "accuracy": round(accuracy, 4), "n": len(group)})
+    train = [clip for clip in clips if clip.tier == "train"]
+    sources = sorted({(clip.package, clip.licence) for clip in train})
+    counts = Counter((clip.package, clip.licence) for clip in train)
+    table = "\n".join(f"| {package} | {licence} | {counts[package, licence]} |" for package, licence in sources)
+    card = CARD.read_text().format(
+        modality=args.modality,
+        encoder=ENCODER[args.modality],
+        rank=RANK,
+        alpha=ALPHA,
+        steps=args.steps,
+        batch=args.batch,
+        views=args.views,
+        seed=args.seed,
+        files=len(train),
+        concepts=len({clip.concept for clip in train}),
+        held_out=", ".join(sorted(senses.NEW_SOURCE[args.modality])),
+        accuracy="\n".join(rows),
+        sources=table,
+    )
+    (args.out / "README.md").write_text(card)
 
 
 def key(clip: Clip) -> str:

@@ -3,10 +3,10 @@
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from modalloy.errors import CheckpointError, nearest
+from modalloy.names import MODALITIES
 
 HERE = Path(__file__).parent
 SAMPLES = HERE / "samples"
@@ -17,6 +17,11 @@ PREFIX = "builtin:"
 def specialist(modality: str) -> Path:
     """Folder of the built-in specialist that was trained for `modality`."""
     return HERE / "specialists" / modality
+
+
+def specialists() -> list[str]:
+    """Modalities that a built-in specialist exists for, in the house's order."""
+    return [modality for modality in MODALITIES if specialist(modality).is_dir()]
 
 
 def base() -> Path:
@@ -60,7 +65,7 @@ def _convert_gguf(folder: Path) -> None:
     del model.config.quantization_config  # the weights are plain float32 from here on
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    partial = folder.parent / f".partial-{os.getpid()}"
     try:
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)

@@ -1,9 +1,10 @@
 """From what a recipe writes (folder, hub id, id@revision, builtin:name) to a local folder."""
 
+import os
 from pathlib import Path
 
 from modalloy import builtin
-from modalloy.checkpoints.tensors import Checkpoint
+from modalloy.checkpoints.tensors import Checkpoint, reading
 from modalloy.errors import CheckpointError
 
 BASE_STEMS = ("model", "pytorch_model")
@@ -13,10 +14,10 @@ def locate(location: str, relative_to: Path = Path()) -> Path:
     """Local folder of `location`; a hub id is downloaded (or found in the hub's cache). Relative paths start at `relative_to`."""
     if location.startswith(builtin.PREFIX):
         return builtin.resolve(location)
-    path = Path(location).expanduser()
-    path = path if path.is_absolute() else relative_to / path
-    if path.exists():
-        return path
+    path = _local_path(location, relative_to)
+    with reading(path):
+        if path.exists():
+            return path
     if is_hub_id(location):
         return _download(location)
     raise CheckpointError(f"{path}: no such folder; correct the path in the recipe")
@@ -28,14 +29,21 @@ def is_hub_id(location: str) -> bool:
     return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~"))
 
 
-def is_portable(location: str) -> bool:
+def is_portable(location: str, relative_to: Path = Path()) -> bool:
     """Whether the name means the same on another machine: built in, or a hub id; not a local path."""
-    return location.startswith(builtin.PREFIX) or (is_hub_id(location) and not Path(location).exists())
+    if location.startswith(builtin.PREFIX):
+        return True
+    return is_hub_id(location) and not _local_path(location, relative_to).exists()
 
 
 def open_base(folder: Path) -> Checkpoint:
     """The base model's tensors."""
     return Checkpoint(folder, BASE_STEMS)
+
+
+def _local_path(location: str, relative_to: Path) -> Path:
+    path = Path(os.path.expanduser(location))
+    return path if path.is_absolute() else relative_to / path
 
 
 def _download(location: str) -> Path:

@@ -9,6 +9,7 @@ Three layouts are told apart by their files and tensor names, never by the folde
 """
 
 import fnmatch
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ def open_specialist(
     elif any(folder.glob("adapter_model.*")):
         specialist = _open_modelcompose(folder, label, ignore)
     else:
-        checkpoint = Checkpoint(folder, BASE_STEMS)
+        checkpoint = Checkpoint(folder, (*BASE_STEMS, *ADAPTER_STEMS))  # no adapter file: named for the message
         config = read_json(folder / "config.json")
         specialist = Specialist(label, checkpoint, "full", config, None)
         for name, ref in checkpoint.refs.items():
@@ -133,7 +134,7 @@ def open_specialist(
 def _open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     checkpoint = Checkpoint(folder, ADAPTER_STEMS)
     config = read_json(folder / "config.json")
-    specialist = Specialist(label, checkpoint, "modelcompose", config, config.get("_name_or_path"))
+    specialist = Specialist(label, checkpoint, "modelcompose", config, _recorded_base(config, "_name_or_path"))
     pairs: dict[tuple[str, str], dict[str, TensorRef]] = {}
     for name, ref in checkpoint.refs.items():
         if _ignored(specialist, name, ignore):
@@ -151,9 +152,13 @@ def _open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Speci
                 specialist.tokens[tokens["side"]] = ref
         else:
             raise _unknown(specialist, ref, "lora_A/lora_B, modal_projectors, prefix_tokens, suffix_tokens")
-    scale = _number(config, "lora_alpha", 256, folder) / _number(config, "lora_r", 128, folder)
+    path = folder / "config.json"
+    rank = _number(config, "lora_r", 128, path)
+    scale = _number(config, "lora_alpha", 256, path) / rank
     for (adapter, slot), pair in pairs.items():
         factors = _factors(specialist, slot, pair, scale)
+        if "lora_r" in config:
+            _check_rank(specialist, factors, rank, path)
         if adapter == "default":
             specialist.text[slot] = factors
         else:
@@ -185,7 +190,7 @@ def _open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
         )
     if config.get("fan_in_fan_out"):
         raise CheckpointError(f"{path}: fan_in_fan_out stores transposed weights (GPT-2); such bases are not supported")
-    specialist = Specialist(label, checkpoint, "peft", config, config.get("base_model_name_or_path"))
+    specialist = Specialist(label, checkpoint, "peft", config, _recorded_base(config, "base_model_name_or_path"))
     pairs: dict[str, dict[str, TensorRef]] = {}
     for name, ref in checkpoint.refs.items():
         if _ignored(specialist, name, ignore):
@@ -195,10 +200,13 @@ def _open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
             raise _unknown(specialist, ref, "base_model.model.*.lora_A.weight and lora_B.weight")
         pairs.setdefault(lora["stem"], {})[lora["side"]] = ref
     for stem, pair in pairs.items():
-        rank = _pattern(config.get("rank_pattern"), stem, _number(config, "r", 8, path))
-        alpha = _pattern(config.get("alpha_pattern"), stem, _number(config, "lora_alpha", 8, path))
+        rank = _pattern(config, "rank_pattern", stem, _number(config, "r", 8, path), path)
+        alpha = _pattern(config, "alpha_pattern", stem, _number(config, "lora_alpha", 8, path), path)
         scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         specialist.text[stem + ".weight"] = _factors(specialist, stem, pair, scale)
+        _check_rank(specialist, specialist.text[stem + ".weight"], rank, path)
+    if not specialist.text:
+        raise CheckpointError(f"{folder}: has no lora_A and lora_B, so there is nothing to merge")
     return specialist
 
 
@@ -223,6 +231,15 @@ def _factors(specialist: Specialist, slot: str, pair: dict[str, TensorRef], scal
             "the file is damaged or mixes two adapters: download it again or remove the specialist"
         )
     return Factors(a, b, scale)
+
+
+def _check_rank(specialist: Specialist, factors: Factors, recorded: float, path: Path) -> None:
+    """The recorded rank divides alpha, so one that is not the tensors' would scale the update wrongly."""
+    if factors.rank != recorded:
+        raise CheckpointError(
+            f"{specialist.label} specialist: {factors.a.name} has rank {factors.rank}, {path} says {recorded:g}; "
+            "the two files do not belong together: download both again"
+        )
 
 
 def _set_modality(specialist: Specialist, disk: str, tensor: str) -> None:
@@ -255,14 +272,24 @@ def _unknown(specialist: Specialist, ref: TensorRef, known: str) -> CheckpointEr
 
 def _number(config: dict[str, Any], key: str, default: float, path: Path) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; correct the file")
     return value
 
 
-def _pattern(patterns: dict[str, float] | None, stem: str, default: float) -> float:
+def _pattern(config: dict[str, Any], name: str, stem: str, default: float, path: Path) -> float:
     """The value of a module in PEFT's rank_pattern or alpha_pattern: the first key that ends its name, as PEFT matches."""
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", stem):
-            return value
+    patterns = config.get(name) or {}
+    try:
+        for key in patterns:
+            if re.fullmatch(rf"(.*\.)?({key})", stem):
+                return _number(patterns, key, default, path)
+    except (re.error, TypeError) as error:
+        raise CheckpointError(f"{path}: {name} is not a table of patterns ({error}); correct the file") from error
     return default
+
+
+def _recorded_base(config: dict[str, Any], key: str) -> str | None:
+    """The base that a specialist's config names, if it names one."""
+    value = config.get(key)
+    return value if isinstance(value, str) and value else None

@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +35,8 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+# what torch's weights-only unpickler is seen to raise on damaged bytes, beside UnpicklingError
+DAMAGED_PICKLE = (RuntimeError, EOFError, ValueError, OSError, AssertionError, LookupError, TypeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,10 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such file; download it again or correct the path")
-        self.refs = self._bin_refs() if path.suffix in (".bin", ".pt", ".pth") else self._safetensors_refs()
+        with reading(path):
+            if not path.is_file():
+                raise CheckpointError(f"{path}: no such file; download it again or correct the path")
+            self.refs = self._bin_refs() if path.suffix in (".bin", ".pt", ".pth") else self._safetensors_refs()
 
     def read(self, ref: TensorRef) -> Tensor:
         """The tensor's data, a copy of its own."""
@@ -69,15 +74,12 @@ class WeightFile:
             return self._pickled[ref.name].clone()
         buffer = bytearray(ref.n_bytes)
         view, done = memoryview(buffer), 0
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
             while done < len(buffer):
-                count = os.preadv(fd, [view[done:]], ref.begin + done)
+                count = os.preadv(file.fileno(), [view[done:]], ref.begin + done)
                 if not count:
                     raise CheckpointError(f"{self.path}: ends inside {ref.name}; the file was cut while being read")
                 done += count
-        finally:
-            os.close(fd)
         if not buffer:
             return torch.empty(ref.shape, dtype=ref.dtype)
         return torch.frombuffer(buffer, dtype=ref.dtype).reshape(ref.shape)
@@ -85,7 +87,7 @@ class WeightFile:
     @cached_property
     def sha256(self) -> str:
         """Hash of the whole file."""
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
     def _safetensors_refs(self) -> dict[str, TensorRef]:
@@ -101,12 +103,18 @@ class WeightFile:
                 header = json.loads(file.read(length))
                 entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
                 refs = {name: self._safetensors_ref(name, entry, 8 + length) for name, entry in entries.items()}
-                ends = [8 + length + int(entry["data_offsets"][1]) for entry in entries.values()]
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(
                     f"{self.path}: the safetensors header is damaged ({error}); download it again"
                 ) from error
-        expected = max(ends, default=8 + length)
+        expected = 8 + length
+        for ref in sorted(refs.values(), key=lambda ref: (ref.begin, ref.n_bytes)):
+            if ref.begin != expected:
+                raise CheckpointError(
+                    f"{self.path}: the safetensors header is damaged ({ref.name} overlaps another tensor or leaves a gap); "
+                    "download it again"
+                )
+            expected += ref.n_bytes
         if expected != size:
             state = "truncated" if expected > size else "too long"
             raise CheckpointError(
@@ -120,8 +128,10 @@ class WeightFile:
                 f"{self.path}: {name} is stored as {entry['dtype']}, which cannot be merged; convert it to bfloat16 or float32"
             )
         begin, end = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+            raise ValueError(f"shape or offsets of {name} are not whole numbers")
         ref = TensorRef(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), self.path, data_start + begin)
-        if end - begin != ref.n_bytes or begin < 0:
+        if end - begin != ref.n_bytes:
             raise ValueError(f"{name} is {ref.n_bytes} bytes by its shape, {end - begin} by its offsets")
         return ref
 
@@ -141,10 +151,18 @@ class WeightFile:
                     "ask its author for safetensors"
                 ) from error
             raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
-        except (RuntimeError, EOFError, ValueError, OSError) as error:
+        except DAMAGED_PICKLE as error:
             raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
-        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+        ):
             raise CheckpointError(f"{self.path}: is not a dictionary of tensors; give the file that holds the weights")
+        for name, tensor in loaded.items():
+            if tensor.dtype not in CODES or tensor.layout is not torch.strided:
+                raise CheckpointError(
+                    f"{self.path}: {name} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be merged; "
+                    "convert it to dense bfloat16 or float32"
+                )
         return loaded
 
     def _bin_refs(self) -> dict[str, TensorRef]:
@@ -195,7 +213,9 @@ class Checkpoint:
                 if single.is_file():
                     return [single]
                 if index.is_file():
-                    weight_map = read_json(index).get("weight_map", {})
+                    weight_map = read_json(index).get("weight_map")
+                    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+                        raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
                     self._indexed = set(weight_map)
                     return [self._shard(name, index) for name in sorted(set(weight_map.values()))]
         tried = ", ".join(f"{stem}.safetensors / .bin" for stem in stems)
@@ -211,14 +231,25 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; download the folder again") from error
-    except ValueError as error:
+        with reading(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; download the file again")
     return content
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an input that is missing or cannot be read into one CheckpointError line that names `path`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; download the folder again") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: cannot be read ({reason}); check its permissions and the disk") from error
 
 
 def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest

@@ -4,10 +4,11 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -128,37 +129,59 @@ class Staging:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        self.out = out
-        if out.exists() and not overwrite:
-            raise OutputError(f"{out}: already exists; choose another folder, or replace it with --overwrite")
-        if out.exists() and not (out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))):
-            raise OutputError(
-                f"{out}: is not a folder that modalloy wrote, so --overwrite will not replace it; remove it yourself"
-            )
-        self.folder = out.parent / f".{out.name}.partial-{os.getpid()}"
+        self.out, self.overwrite = out, overwrite
+        if out.name in ("", ".."):
+            raise OutputError(f"{out}: cannot be replaced as a whole; name a folder in it")
+        with disk_errors(out):
+            if out.exists() and not overwrite:
+                raise OutputError(f"{out}: already exists; choose another folder, or replace it with --overwrite")
+            if out.exists() and not (out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))):
+                raise OutputError(
+                    f"{out}: is not a folder that modalloy wrote, so --overwrite will not replace it; remove it yourself"
+                )
+            self.new_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
+        suffix = secrets.token_hex(4)  # not the process id: in containers it is often the same
+        self.folder = out.parent / f".{out.name}.partial-{suffix}"
+        self.replaced = out.parent / f".{out.name}.replaced-{suffix}"
 
     def __enter__(self) -> Path:
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True)
+        with disk_errors(self.out):
+            try:
+                self.folder.mkdir(parents=True)
+            except OSError:
+                self._remove()
+                raise
         return self.folder
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
             return
         with disk_errors(self.out):
-            old = self.out.parent / f".{self.out.name}.replaced-{os.getpid()}"
-            if self.out.exists():
-                self.out.rename(old)
-            self.folder.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                if self.overwrite and self.out.exists():
+                    self.out.rename(self.replaced)
+                self.folder.rename(self.out)
+            except OSError:
+                if self.replaced.exists():
+                    self.replaced.rename(self.out)
+                self._remove()
+                raise
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def _remove(self) -> None:
+        """Remove the unfinished folder, and the parents that were made for it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self.new_parents:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into one OutputError line that names `path`."""
+    """Turn a full disk, a forbidden folder and the like into one OutputError line that names `path`."""
     try:
         yield
     except OSError as error:
@@ -167,6 +190,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.EDQUOT: "your disk quota is used up; free space or choose another folder",
             errno.EACCES: "permission denied; choose another folder",
             errno.EROFS: "the file system is read-only; choose another folder",
+            errno.ENAMETOOLONG: "the name is too long; choose another folder",
+            errno.ENOTEMPTY: "was made by something else during the merge; choose another folder, or say --overwrite",
             errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
         }
         if error.errno in reasons:

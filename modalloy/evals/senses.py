@@ -8,14 +8,19 @@ split would flatter; two tiers are tested and named: *new source* (a package tha
 import hashlib
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from modalloy.errors import MediaError
 from modalloy.names import modality_name
+
+if TYPE_CHECKING:
+    from modalloy.model import ChatModel
 
 # Packages kept out of training, by the prefix of their file names. Each modality's are its *new source* tier.
 NEW_SOURCE = {"image": {"a4a"}, "audio": {"gc", "ovos"}, "video": set(), "point": {"sc", "fg", "hd", "assimp", "sar"}}
@@ -268,3 +273,77 @@ def paired_questions(clips: list[Clip], first: str = "image", second: str = "aud
             text = f"{stem}: {listed(options)}?"
             questions.append(Question(kind, (stranger, heard), text, options, with_article(asked.concept), heard.tier))
     return questions
+
+
+class Examiner:
+    """Puts questions to a model and scores every option by likelihood; each medium is encoded once for all models."""
+
+    def __init__(self) -> None:
+        self.features: dict[Path, Any] = {}
+
+    def likelihoods(self, chat: "ChatModel", question: Question) -> list[float]:
+        """Log-likelihood in nats of each option. Media that the model has no sense for are left out of the prompt."""
+        import torch
+
+        model, processor = chat.model, chat.processor
+        media: list[tuple[str, Any]] = []
+        ids, owners = processor.render(question.messages(set(chat.modalities)), media)
+        features: dict[str, list[Any]] = defaultdict(list)
+        for modality, path in media:
+            features[modality].append(self._encode(chat, modality, Path(path)))
+        token_ids, owner_ids = torch.tensor([ids]), torch.tensor([owners])
+        embeds = model.embed(token_ids, owner_ids, {m: torch.stack(f) for m, f in features.items()})
+        end = processor.tokenizer.eos_token
+        options = [
+            torch.tensor(processor.tokenizer.encode(option + end, add_special_tokens=False))
+            for option in question.options
+        ]
+        return model.score_options({"inputs_embeds": embeds, "owners": owner_ids}, options).tolist()  # type: ignore[no-any-return]
+
+    def correct(self, chat: "ChatModel", question: Question) -> bool:
+        """Whether the likeliest option is the answer."""
+        scores = self.likelihoods(chat, question)
+        return question.options[scores.index(max(scores))] == question.answer
+
+    def _encode(self, chat: "ChatModel", modality: str, path: Path) -> Any:
+        if path not in self.features:
+            stack = chat.processor.preprocess[modality](path)[None]
+            self.features[path] = chat.model.encode(modality, stack)[0]
+        return self.features[path]
+
+
+def chance(questions: list[Question]) -> float:
+    """Expected accuracy of a blind guess."""
+    return sum(1 / len(question.options) for question in questions) / len(questions)
+
+
+def majority(questions: list[Question]) -> float:
+    """Accuracy of always giving each kind's most frequent answer, or of guessing where that is better."""
+    total = 0.0
+    for kind in {question.kind for question in questions}:
+        group = [question for question in questions if question.kind == kind]
+        answers = Counter(question.answer for question in group)
+        total += max(max(answers.values()), chance(group) * len(group))
+    return total / len(questions)
+
+
+def clustered_interval(
+    values: list[float], questions: list[Question], *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `values` (one a question), resampling concepts and, within them, files.
+
+    Give differences between two methods on the same questions for a paired interval.
+    """
+    groups: dict[str, dict[Path, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for value, question in zip(values, questions, strict=True):
+        clip = question.clips[-1]
+        groups[clip.concept][clip.path].append(value)
+    sums = [np.array([[sum(v), len(v)] for v in files.values()]) for files in groups.values()]
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        drawn = [sums[index] for index in rng.integers(len(sums), size=len(sums))]
+        total = sum(files[rng.integers(len(files), size=len(files))].sum(0) for files in drawn)
+        means.append(total[0] / total[1])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -60,7 +60,7 @@ METHODS = {
     "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS),
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS),
     "ssam": Method(
-        ssam, "core", "arXiv 2603.21584", True, ("permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ k")
+        ssam, "core", "arXiv 2603.21584", True, ("permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ k", "rank ≤ Σ r_i")
     ),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS),
 }

@@ -16,7 +16,7 @@ def ssam(deltas: list[Tensor], *, rank: int | float, scale: float, shape: tuple[
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        rank: k, the dimension kept on both sides (clipped to the matrices' size); below 1 it is the fraction of the
+        rank: k, the dimension kept on each side (clipped to that side's size); below 1 it is the fraction of the
             spectral energy of A and of B that k must keep.
         scale: λ of the merged update; 1/n when the updates' norms are alike.
         shape: of the original weight; unused.
@@ -26,8 +26,9 @@ def ssam(deltas: list[Tensor], *, rank: int | float, scale: float, shape: tuple[
     doubles = [D.to(torch.float64) for D in deltas]
     A = sum((gram(D.T) for D in doubles[1:]), gram(doubles[0].T))  # Σ D_i D_iᵀ
     B = sum((gram(D) for D in doubles[1:]), gram(doubles[0]))  # Σ D_iᵀ D_i
-    k = rank if rank >= 1 else max(energy_rank(A, rank), energy_rank(B, rank))
-    k = min(int(k), *A.shape, *B.shape)
+    k = int(rank) if rank >= 1 else max(energy_rank(A, rank), energy_rank(B, rank))
     U, V = top_eigenvectors(A, k), top_eigenvectors(B, k)
-    total = sum(doubles[1:], doubles[0])
-    return LowRank(U, scale * (U.T @ total @ V) @ V.T)
+    total = scale * sum(doubles[1:], doubles[0])
+    if U.shape[1] <= V.shape[1]:  # k is clipped on each side by itself; the narrower side carries the rank
+        return LowRank(U, (U.T @ total @ V) @ V.T)
+    return LowRank(U @ (U.T @ total @ V), V.T)

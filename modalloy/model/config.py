@@ -1,6 +1,6 @@
 """Configuration of the merged model: a decoder, and per modality its encoder, projector sizes and extra tokens."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
@@ -20,7 +20,7 @@ class ModalloyConfig(PreTrainedConfig):
     """
 
     model_type = "modalloy"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     def __init__(
         self,

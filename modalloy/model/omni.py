@@ -40,6 +40,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
             self.prefix_tokens[modality] = nn.Parameter(torch.zeros(1, sizes["n_prefix"], width))
             self.suffix_tokens[modality] = nn.Parameter(torch.zeros(1, sizes["n_suffix"], width))
+        for part in (self.projectors, self.prefix_tokens, self.suffix_tokens):
+            part.to(self.decoder.dtype)  # encoders stay in float32
         self.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,0 +1,85 @@
+"""`modalloy demo`: merge the built-in specialists and put their answers beside the merged model's."""
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from modalloy import builtin
+from modalloy.merge import merge
+from modalloy.recipe import Output, Recipe, SpecialistEntry
+
+# (media by modality, question). No sample was trained on; see builtin/samples/LICENSES.md.
+QUESTIONS: list[tuple[dict[str, str], str]] = [
+    ({"image": "dog.webp"}, "What is this?"),
+    ({"image": "train.webp"}, "Which is it: a ship, a train, an owl or a hammer?"),
+    ({"audio": "rooster.flac"}, "What makes this sound?"),
+    ({"audio": "dog.flac"}, "Which is it: a harp, a car, a dog or a duck?"),
+    ({"image": "duck.webp", "audio": "duck.flac"}, "Which is it: a duck, a drum, a horse or a bus?"),
+    ({"image": "cow.webp", "audio": "cow.flac"}, "Are these the same?"),
+    ({"image": "cat.webp", "audio": "pig.flac"}, "Are these the same?"),
+    ({"image": "horse.webp", "audio": "dog.flac"}, "What is in the picture: a dog, a cat, a horse or a cow?"),
+]
+
+
+def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
+    """Merge into `out`, ask QUESTIONS, print a table and one JSON line on stdout."""
+    from modalloy.model import load_model
+
+    recipe = Recipe(
+        base_model=builtin.BASE,
+        models=tuple(SpecialistEntry(model=builtin.PREFIX + m, modality=m) for m in builtin.specialists()),
+        output=Output(form="omni", dtype="float32"),
+    )
+    names = [entry.modality or entry.model for entry in recipe.models]
+    print(f"modalloy · ssam · {len(names)} specialists ({', '.join(names)}) · base SmolLM2-135M-Instruct", flush=True)
+    report = merge(recipe, out, overwrite=True, on_job=on_job)
+    print(f"plan     {report.plan.summary()}")
+    print(f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB")
+    print(f"verify   {report.verification.summary()}\n", flush=True)
+    answers: dict[str, list[str]] = {}
+    seconds: dict[str, float] = {}
+    for name, path in [*((name, builtin.specialist(name)) for name in names), ("merged", out)]:
+        print(f"asking {name} …", file=sys.stderr)
+        model = load_model(path)
+        start = time.perf_counter()
+        answers[name] = [
+            model.ask(question, max_new_tokens=12, **_files(media)) if set(media) <= set(model.modalities) else "–"
+            for media, question in QUESTIONS
+        ]
+        seconds[name] = round(time.perf_counter() - start, 2)
+        del model
+        gc.collect()
+    _print_table(answers)
+    result = {
+        "merge_seconds": round(report.merge_s, 3),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "answer_seconds": seconds,
+        "out": str(out),
+        "questions": [
+            {"media": media, "question": question, "answers": {name: given[index] for name, given in answers.items()}}
+            for index, (media, question) in enumerate(QUESTIONS)
+        ],
+    }
+    print(json.dumps(result))
+
+
+def _files(media: dict[str, str]) -> dict[str, Any]:
+    return {modality: builtin.SAMPLES / name for modality, name in media.items()}
+
+
+def _print_table(answers: dict[str, list[str]]) -> None:
+    """One row a question, one column for its media, itself, and each model's answer."""
+    header = ["picture", "sound", "question", *answers]
+    rows = [
+        [media.get("image", ""), media.get("audio", ""), question, *(given[index] for given in answers.values())]
+        for index, (media, question) in enumerate(QUESTIONS)
+    ]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
