@@ -17,10 +17,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from modalloy import LowRank, merge_deltas
+
+Result = TypeVar("Result")
 
 OUT = IN = 4096
 RANK = 128
@@ -35,7 +38,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args()
     deltas = specialists()
-    parts = {"ours": lambda: merge_deltas(deltas, "ssam", rank=K), "products": products, "eigh": decompositions}
+    parts: dict[str, Callable[[], object]] = {
+        "ours": lambda: merge_deltas(deltas, "ssam", rank=K),
+        "products": products,
+        "eigh": decompositions,
+    }
     seconds = {name: float("inf") for name in parts}
     for _ in range(args.repeats):
         for name, call in parts.items():
@@ -56,7 +63,9 @@ def main() -> None:
         combine = peft_svd(deltas)
         elapsed, _ = timed(combine)
         rows["PEFT svd"] = {"seconds": elapsed, "peak_mb": peak_mb(combine)}
-    print(f"one {OUT} × {IN} layer, {SPECIALISTS} specialists of rank {RANK}, k = {K}, {torch.get_num_threads()} threads\n")
+    print(
+        f"one {OUT} × {IN} layer, {SPECIALISTS} specialists of rank {RANK}, k = {K}, {torch.get_num_threads()} threads\n"
+    )
     print("| | seconds | × floor | × ours | peak memory added, MB |\n|---|---|---|---|---|")
     for name, row in rows.items():
         ratios = f"{row['seconds'] / floor:.1f} | {row['seconds'] / seconds['ours']:.1f}"
@@ -78,7 +87,7 @@ def specialists() -> list[LowRank]:
     ]
 
 
-def timed(call: Callable[[], object]) -> tuple[float, object]:
+def timed(call: Callable[[], Result]) -> tuple[float, Result]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result

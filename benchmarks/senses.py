@@ -8,11 +8,13 @@ differences are paired. Prints Markdown for people and one JSON document as its 
 """
 
 import argparse
+import functools
 import gc
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from modalloy import builtin, merge
 from modalloy.evals import senses
@@ -46,11 +48,11 @@ def models(cells: dict[str, list[Question]]) -> dict[str, tuple[Callable[[], Cha
     rows: dict[str, tuple[Callable[[], ChatModel], list[str]]] = {}
     for modality in ("image", "audio"):
         rows[f"{modality} specialist"] = (
-            lambda path=builtin.specialist(modality): load_model(path),  # type: ignore[misc]
+            functools.partial(load_model, builtin.specialist(modality)),
             [cell for cell in cells if modality in cell],
         )
     for name, recipe in METHODS.items():
-        rows[name] = (lambda recipe=recipe: merged(recipe), list(cells))  # type: ignore[misc]
+        rows[name] = (functools.partial(merged, recipe), list(cells))
     return rows
 
 
@@ -93,24 +95,33 @@ def accuracy(questions: list[Question], right: dict[str, bool]) -> tuple[float, 
     return sum(values) / len(values), *senses.clustered_interval(values, questions)
 
 
-def document(cells: dict[str, list[Question]], answers: dict[str, dict[str, bool]]) -> dict[str, object]:
+def document(cells: dict[str, list[Question]], answers: dict[str, dict[str, bool]]) -> dict[str, dict[str, Any]]:
     """Everything as one JSON object."""
-    result: dict[str, object] = {"chance": {}, "majority": {}, "n": {}, "media": {}, "accuracy": {}, "ssam_minus": {}}
+    result: dict[str, dict[str, Any]] = {
+        "chance": {},
+        "majority": {},
+        "n": {},
+        "media": {},
+        "accuracy": {},
+        "ssam_minus": {},
+    }
     for cell, questions in cells.items():
-        result["chance"][cell] = senses.chance(questions)  # type: ignore[index]
-        result["majority"][cell] = senses.majority(questions)  # type: ignore[index]
-        result["n"][cell] = len(questions)  # type: ignore[index]
-        result["media"][cell] = len({clip.path for question in questions for clip in question.clips})  # type: ignore[index]
+        result["chance"][cell] = senses.chance(questions)
+        result["majority"][cell] = senses.majority(questions)
+        result["n"][cell] = len(questions)
+        result["media"][cell] = len({clip.path for question in questions for clip in question.clips})
         for name, right in answers.items():
             if questions[0].id in right:
-                result["accuracy"].setdefault(name, {})[cell] = accuracy(questions, right)  # type: ignore[attr-defined]
+                result["accuracy"].setdefault(name, {})[cell] = accuracy(questions, right)
         for name in METHODS:
             if name != OURS:
-                result["ssam_minus"].setdefault(name, {})[cell] = difference(questions, answers, name)  # type: ignore[attr-defined]
+                result["ssam_minus"].setdefault(name, {})[cell] = difference(questions, answers, name)
     return result
 
 
-def difference(questions: list[Question], answers: dict[str, dict[str, bool]], other: str) -> tuple[float, float, float]:
+def difference(
+    questions: list[Question], answers: dict[str, dict[str, bool]], other: str
+) -> tuple[float, float, float]:
     """SSAM's accuracy minus another method's on the same questions, with its paired interval."""
     values = [float(answers[OURS][q.id]) - float(answers[other][q.id]) for q in questions]
     return sum(values) / len(values), *senses.clustered_interval(values, questions)
@@ -139,7 +150,11 @@ def print_tables(cells: dict[str, list[Question]], answers: dict[str, dict[str, 
     for name in METHODS:
         if name != OURS:
             shown = [difference(questions, answers, name) for questions in cells.values()]
-            print(f"| SSAM − {name} | " + " | ".join(f"{d:+.3f} ({low:+.2f} to {high:+.2f})" for d, low, high in shown) + " |")
+            print(
+                f"| SSAM − {name} | "
+                + " | ".join(f"{d:+.3f} ({low:+.2f} to {high:+.2f})" for d, low, high in shown)
+                + " |"
+            )
     print("\n| cell | kind | tier | n | chance | " + " | ".join(answers) + " |")
     print("|---" * (len(answers) + 5) + "|")
     for cell, questions in cells.items():
@@ -150,7 +165,11 @@ def print_tables(cells: dict[str, list[Question]], answers: dict[str, dict[str, 
                     f"{sum(right[q.id] for q in group) / len(group):.2f}" if group[0].id in right else "–"
                     for right in answers.values()
                 ]
-                print(f"| {cell} | {kind} | {tier} | {len(group)} | {senses.chance(group):.2f} | " + " | ".join(shares) + " |")
+                print(
+                    f"| {cell} | {kind} | {tier} | {len(group)} | {senses.chance(group):.2f} | "
+                    + " | ".join(shares)
+                    + " |"
+                )
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ def gram(matrix: Tensor) -> Tensor:
 
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """Orthonormal eigenvectors (n, rank) of the largest eigenvalues of a symmetric float64 matrix (n, n). O(n³)."""
-    return torch.linalg.eigh(symmetric).eigenvectors[:, -rank:].flip(1)
+    return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
 
 
 def energy_rank(symmetric: Tensor, fraction: float) -> int:
     """How many of the largest eigenvalues of a positive semidefinite matrix make up `fraction` of their sum."""
     values = torch.linalg.eigvalsh(symmetric).clamp(min=0).flip(0)
+    if not len(values):
+        return 0
     reached = values.cumsum(0) >= fraction * values.sum() * (1 - 1e-12)
     return int(reached.to(torch.int8).argmax()) + 1
 
@@ -47,11 +49,7 @@ class Basis:
     def __init__(self, columns: Tensor) -> None:
         m, n = columns.shape
         squares = gram(columns) if m > n else None
-        if squares is None:
-            finite = bool(torch.isfinite(columns).all())
-        else:
-            finite = bool(torch.isfinite(squares.diagonal()).all())
-        if not finite:
+        if not bool(torch.isfinite(columns if squares is None else squares.diagonal()).all()):
             raise MethodError("a factor holds NaN or infinite values; the file is damaged or its training diverged")
         self.q: Tensor | None = None
         if squares is None:

@@ -14,14 +14,13 @@ from modalloy.checkpoints import (
     Specialist,
     TensorRef,
     TensorSpec,
-    is_hub_id,
     is_portable,
     locate,
     open_base,
     open_specialist,
     read_json,
 )
-from modalloy.encoders import ENCODERS
+from modalloy.encoders import ENCODERS, encoder_sizes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.methods import METHODS, resolve
 from modalloy.names import disk_name
@@ -163,6 +162,9 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
             f"output.form '{form}' needs low-rank specialists, but '{label}' is a full model; write form: full"
         )
     encoders = _encoders(recipe, specialists) if form == "omni" else {}
+    for specialist in specialists:
+        if specialist.modality in encoders:
+            _check_path(specialist, encoders[specialist.modality], base_config.get("hidden_size"))
     ranks = [s.rank for s in specialists if s.rank is not None]
     parameters = resolve(recipe.merge_method, recipe.parameters, n=len(specialists), lora_rank=max(ranks, default=None))
     planner = _Planner(recipe, base, specialists, parameters)
@@ -220,7 +222,7 @@ class _Planner:
         """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried."""
         omni = self.recipe.output.form == "omni"
         dtype = self._dtype()
-        self.rank = max(1, *(self._rank_bound(slot) for slot in self.merged))  # PEFT takes no rank 0
+        self.rank = max(1, max((self._rank_bound(slot) for slot in self.merged), default=1))  # PEFT takes no rank 0
         jobs = []
         for slot in self.merged:
             rows, columns = self.base.refs[slot].shape
@@ -300,7 +302,7 @@ class _Planner:
     def _dtype(self) -> torch.dtype:
         chosen = self.recipe.output.dtype
         if chosen != "auto":
-            return getattr(torch, chosen)  # type: ignore[no-any-return]
+            return getattr(torch, chosen)
         dtypes = [f.a.dtype for s in self.specialists for f in s.text.values()]
         widest = dtypes[0]
         for dtype in dtypes:
@@ -324,9 +326,7 @@ def _check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, A
         return
     remedy = "use the right base, or say --allow-base-mismatch"
     recorded, wanted = specialist.base_name, recipe.base_model
-    portable = [
-        name for name in (recorded, wanted) if name and is_portable(name, recipe.folder)
-    ]
+    portable = [name for name in (recorded, wanted) if name and is_portable(name, recipe.folder)]
     if recorded and len(portable) == 2 and recorded.split("@")[0].lower() != wanted.split("@")[0].lower():
         raise CheckpointError(
             f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"
@@ -397,6 +397,24 @@ def _encoders(recipe: Recipe, specialists: list[Specialist]) -> dict[str, str]:
             raise RecipeError(f"no encoder '{location}'; {nearest(location, ENCODERS)}")
         encoders[modality] = location
     return encoders
+
+
+def _check_path(specialist: Specialist, encoder: str, width: int | None) -> None:
+    """For `omni`: projector and extra tokens must lead from the encoder's features to the decoder's width."""
+    dim, _ = encoder_sizes(encoder)
+    first = specialist.projector.get("0.weight")
+    if first is None or first.shape != (width, dim):
+        found = "has no 0.weight" if first is None else f"takes {first.shape[-1]} features to {first.shape[0]}"
+        raise CheckpointError(
+            f"{specialist.label} specialist: its projector {found}, but the encoder '{encoder}' gives {dim} and the base "
+            f"takes {width}; set the `encoder:` it was trained with"
+        )
+    for ref in specialist.tokens.values():
+        if len(ref.shape) != 3 or ref.shape[0] != 1 or ref.shape[2] != width:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {ref.name} is {ref.shape}, not (1, tokens, {width}) ({ref.file}); "
+                "use the base it was trained from"
+            )
 
 
 def _check_all_accounted(result: Plan) -> None:

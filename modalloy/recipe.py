@@ -33,7 +33,9 @@ class _Strict(BaseModel):
 class SpecialistParameters(_Strict):
     """Per-specialist parameters."""
 
-    weight: float = Field(default=1.0, allow_inf_nan=False)  # factor of its text update, applied first of all
+    weight: float = Field(
+        default=1.0, strict=True, allow_inf_nan=False
+    )  # factor of its text update, applied first of all
 
 
 class SpecialistEntry(_Strict):
@@ -84,6 +86,17 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML would let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a YAML file.
 
@@ -98,7 +111,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}); give a YAML file") from error
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
         reason = " ".join(str(error).split())
         raise RecipeError(f"{path}: not valid YAML ({reason}); correct the file") from error
@@ -131,10 +144,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _unknown_key(parents: tuple[Any, ...], key: str) -> str:
+    sections: dict[Any, type[BaseModel]] = {
+        "models": SpecialistEntry,
+        "output": Output,
+        "parameters": SpecialistParameters,
+    }
     model: type[BaseModel] = Recipe
     for part in parents:
-        if isinstance(part, str):
-            model = {"models": SpecialistEntry, "output": Output, "parameters": SpecialistParameters}.get(part, model)
+        model = sections.get(part, model)
     known = sorted(name for name, info in model.model_fields.items() if not info.exclude)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""

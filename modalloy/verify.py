@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 SAMPLED_LAYERS = 12
 LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices, larger ones on cores
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}  # of up @ down, each rounded
+# of a full weight against the same sum after the same rounding: a weight without its (small) update must not pass
+ROUNDED_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,19 @@ def verify(out: str | Path) -> Verification:
             f"{folder}: has no manifest.json, so it is no result of modalloy merge; give the merged folder"
         )
     manifest = read_json(folder / "manifest.json")
-    sources = read_json(folder / SOURCES) if (folder / SOURCES).is_file() else {}
-    gone = [path for path in [sources.get("base", ""), *sources.get("specialists", [])] if not Path(path).is_dir()]
-    if not sources or gone:
-        note = f"layers not recomputed: {gone[0]} is gone" if gone else f"layers not recomputed: no {SOURCES}"
-        return verify_folder(folder, None, manifest, note=note)
+    if not isinstance(manifest.get("outputs"), dict):
+        raise CheckpointError(f"{folder / 'manifest.json'}: lists no outputs; merge again")
+    if not (folder / SOURCES).is_file():
+        return verify_folder(folder, None, manifest, note=f"layers not recomputed: no {SOURCES}")
+    checked = verify_folder(folder, None, manifest)  # before anything in the folder is believed
     recipe = load_recipe(folder / "recipe.yaml")
-    models = [m.model_copy(update={"model": p}) for m, p in zip(recipe.models, sources["specialists"], strict=True)]
-    found = Recipe(**recipe.model_dump() | {"base_model": sources["base"], "models": [m.model_dump() for m in models]})
-    return verify_folder(folder, plan(found, allow_base_mismatch=True), manifest)
+    base, models = _at_sources(folder / SOURCES, len(recipe.models))
+    gone = [path for path in (base, *models) if not Path(path).is_dir()]
+    if gone:
+        return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
+    entries = [entry.model_dump() | {"model": path} for entry, path in zip(recipe.models, models, strict=True)]
+    found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
+    return verify_folder(folder, plan(found, allow_base_mismatch=True), manifest, rehash=False)
 
 
 def verify_folder(
@@ -101,13 +112,25 @@ def verify_folder(
     sample = merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
     worst = 0.0
     for job in sample:
-        error, limit = _layer_error(weights, planned, job), TOLERANCE[job.outputs[0].dtype]
+        tolerance = TOLERANCE if len(job.outputs) == 2 else ROUNDED_TOLERANCE
+        error, limit = _layer_error(weights, planned, job), tolerance[job.outputs[0].dtype]
         worst = max(worst, error)
         if not error <= limit:
             raise CheckpointError(
                 f"{folder}: {job.slot} differs from what the recipe gives by {error:.1e} (allowed {limit:.0e}); merge again"
             )
     return Verification(len(listed), len(weights.refs), len(sample), worst)
+
+
+def _at_sources(path: Path, n: int) -> tuple[str, list[str]]:
+    """Where the base and the `n` specialists were when the result was merged."""
+    sources = read_json(path)
+    base, models = sources.get("base"), sources.get("specialists")
+    if not isinstance(models, list) or len(models) != n or not all(isinstance(place, str) for place in (base, *models)):
+        raise CheckpointError(
+            f"{path}: does not name a base and {n} specialists; merge again, or remove the file to check hashes only"
+        )
+    return str(base), models
 
 
 def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
@@ -122,7 +145,7 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
         found = written[1] @ written[0]
     else:
         base = planned.base.read(planned.base.refs[job.slot]).to(torch.float64)
-        found, wanted = written[0], base + wanted
+        found, wanted = written[0], (base + wanted).to(job.outputs[0].dtype).to(torch.float64)
     return _relative(found, wanted)
 
 

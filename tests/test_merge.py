@@ -245,3 +245,16 @@ def test_verify_recomputes_layers_from_the_recipe(
     save_file(compose_tensors("vision", seed=99), specialists["image"] / "adapter_model.safetensors")
     with pytest.raises(modalloy.errors.CheckpointError, match="differs from what the recipe gives"):
         verify(out)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        modalloy.merge(write_recipe(), tmp_path / device, device=device)
+    for stem in SLOTS:
+        found = []
+        for device in ("cpu", "cuda"):
+            written = load_file(tmp_path / device / "adapter_model.safetensors")
+            name = f"base_model.model.{stem}"
+            found.append(written[f"{name}.lora_B.weight"] @ written[f"{name}.lora_A.weight"])
+        torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)

@@ -19,7 +19,9 @@ from modalloy.methods import METHODS, resolve
 OUT, IN = 60, 44
 
 
-def draw(ranks: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (OUT, IN)) -> list[LowRank]:
+def draw(
+    ranks: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (OUT, IN)
+) -> list[LowRank]:
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
     return [
@@ -57,7 +59,9 @@ def test_low_rank_and_dense_agree_with_the_reference(method: str, ranks: tuple[i
     low_rank = merge_deltas(deltas, method)
     assert isinstance(low_rank, LowRank) and low_rank.up.dtype == torch.float32
     assert relative(low_rank, wanted) < 2e-5
-    full = merge_deltas([delta.dense() for delta in deltas], method, **resolve(method, {}, n=len(deltas), lora_rank=max(ranks)))
+    full = merge_deltas(
+        [delta.dense() for delta in deltas], method, **resolve(method, {}, n=len(deltas), lora_rank=max(ranks))
+    )
     assert isinstance(full, Tensor) and full.dtype == torch.float32
     assert relative(full, wanted) < 2e-5
 
@@ -101,7 +105,9 @@ def test_energy_rank_keeps_at_least_that_share() -> None:
     ranks = [merge_deltas(deltas, "ssam", rank={"energy": share}).rank for share in (0.3, 0.6, 0.9, 0.9999999)]
     assert ranks == sorted(ranks) and ranks[0] < ranks[-1] == 12
     matrices = [dense(delta) for delta in deltas]
-    spectra = [torch.linalg.eigvalsh(gram).flip(0) for gram in (sum(d @ d.T for d in matrices), sum(d.T @ d for d in matrices))]
+    spectra = [
+        torch.linalg.eigvalsh(gram).flip(0) for gram in (sum(d @ d.T for d in matrices), sum(d.T @ d for d in matrices))
+    ]
     needed = max(int((s.cumsum(0) < 0.6 * s.sum()).sum()) + 1 for s in spectra)
     assert ranks[1] == needed
 
@@ -111,7 +117,10 @@ def test_weights_come_first_and_are_not_renormalised() -> None:
     weighted = merge_deltas(deltas, "ssam", weights=[3.0, 0.5], rank=4)
     by_hand = merge_deltas([3.0 * deltas[0], 0.5 * deltas[1]], "ssam", rank=4)
     assert relative(weighted, dense(by_hand)) < 1e-6
-    assert relative(merge_deltas(deltas, "damc", weights=[3.0, 0.5]), 1.5 * dense(deltas[0]) + 0.25 * dense(deltas[1])) < 1e-6
+    assert (
+        relative(merge_deltas(deltas, "damc", weights=[3.0, 0.5]), 1.5 * dense(deltas[0]) + 0.25 * dense(deltas[1]))
+        < 1e-6
+    )
 
 
 def test_mixed_low_rank_and_dense_give_dense() -> None:
@@ -153,8 +162,11 @@ def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
     if law == "transpose":
         return relative(f([LowRank(d.down.T, d.up.T) for d in deltas]), merged.T) < 1e-9
     if law == "gauge":
-        change = [torch.eye(d.rank, dtype=torch.float64) + 0.3 * torch.ones(d.rank, d.rank, dtype=torch.float64).triu() for d in deltas]
-        return relative(f([LowRank(d.up @ g, torch.linalg.solve(g, d.down)) for d, g in zip(deltas, change, strict=True)]), merged) < 1e-9
+        changed = []
+        for delta in deltas:
+            g = torch.eye(delta.rank, dtype=torch.float64) + 0.3
+            changed.append(LowRank(delta.up @ g, torch.linalg.solve(g, delta.down)))
+        return relative(f(changed), merged) < 1e-9
     if law == "rank ≤ k":
         return int(torch.linalg.matrix_rank(merged)) <= K
     assert law == "rank ≤ Σ r_i"

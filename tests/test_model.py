@@ -38,12 +38,16 @@ def mixed_inputs(chat: ChatModel) -> tuple[Tensor, Tensor, Tensor]:
     return embeds, owners, torch.ones_like(owners)
 
 
-def dense_forward(base: dict[str, Tensor], update: dict[tuple[str, int], Tensor], embeds: Tensor, owners: Tensor) -> Tensor:
+def dense_forward(
+    base: dict[str, Tensor], update: dict[tuple[str, int], Tensor], embeds: Tensor, owners: Tensor
+) -> Tensor:
     """Logits (tokens, vocabulary) of a Llama, token by token, each with the dense weights of its owner (float64)."""
 
     def linear(slot: str, x: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
         weight = base[f"{slot}.weight"]
-        return torch.stack([(weight + update.get((slot, int(o)), 0)) @ row for row, o in zip(x, owners[0], strict=True)])
+        return torch.stack(
+            [(weight + update.get((slot, int(o)), 0)) @ row for row, o in zip(x, owners[0], strict=True)]
+        )
 
     def norm(name: str, x: Tensor) -> Tensor:  # transformers normalises in float32, whatever the model's type
         single = x.float()
@@ -111,7 +115,9 @@ def test_a_specialist_loads_alone(specialists: dict[str, Path], base: Path) -> N
     assert (routed_logits(chat, embeds, owners, mask) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
 
 
-def test_single_path_specialists_use_the_text_weights_everywhere(write_recipe: WriteRecipe, tmp_path: Path, base: Path) -> None:
+def test_single_path_specialists_use_the_text_weights_everywhere(
+    write_recipe: WriteRecipe, tmp_path: Path, base: Path
+) -> None:
     """`lora_strategy: same` (NaiveMC's layout): one adapter for all tokens."""
     models = [
         {"model": str(write_compose(tmp_path / "same" / disk, disk, same=True, seed=seed)), "modality": disk}
@@ -149,7 +155,9 @@ def test_generated_tokens_use_the_text_path_and_the_cache_changes_nothing(chat: 
     length = inputs["input_ids"].shape[1]
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
     seen = []
-    hook = chat.model.decoder.register_forward_pre_hook(lambda *_: seen.append([owner for owner, _ in chat.model.routes.rows]))
+    hook = chat.model.decoder.register_forward_pre_hook(
+        lambda *_: seen.append([owner for owner, _ in chat.model.routes.rows])
+    )
     cached = chat.model.generate(**inputs, **options)
     hook.remove()
     assert seen[0] == ["text", "image", "audio"] and set(map(tuple, seen[1:])) == {("text",)} and len(seen) == 12
@@ -197,9 +205,15 @@ def test_batches_of_media_are_embedded_in_reading_order(chat: ChatModel) -> None
 
 
 def test_text_is_tokenised_chunk_by_chunk_around_media(chat: ChatModel) -> None:
-    content = [{"type": "text", "text": "the same"}, {"type": "vision", "path": str(IMAGE)}, {"type": "text", "text": "dog"}]
+    content = [
+        {"type": "text", "text": "the same"},
+        {"type": "vision", "path": str(IMAGE)},
+        {"type": "text", "text": "dog"},
+    ]
     ids, owners = chat.processor.render([{"role": "user", "content": content}])
-    words = chat.processor.tokenizer.convert_ids_to_tokens([i for i, owner in zip(ids, owners, strict=True) if owner == 0])
+    words = chat.processor.tokenizer.convert_ids_to_tokens(
+        [i for i, owner in zip(ids, owners, strict=True) if owner == 0]
+    )
     assert words == ["<s>", "user", ":", "the", "same", "dog", "</s>", "<s>", "assistant", ":"]
     assert owners == [0] * 5 + [1] * 11 + [0] * 5
 
@@ -245,4 +259,6 @@ def test_import_is_cheap() -> None:
     import sys
 
     code = "import sys, modalloy; print([m for m in ('transformers', 'ray', 'PIL', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -1,6 +1,8 @@
 """Training views of a clip: the medium as it is, and changed copies of it. Augmentation never adds to a test set."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soxr
@@ -48,4 +50,4 @@ def audio_view(path: Path, view: int, rng: np.random.Generator, sampling_rate: i
     return samples.astype(np.float32)
 
 
-VIEWS = {"image": image_view, "audio": audio_view}
+VIEWS: dict[str, Callable[[Path, int, np.random.Generator], Any]] = {"image": image_view, "audio": audio_view}

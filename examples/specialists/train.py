@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--views", type=int, default=8, help="augmented views per training clip")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=50, help="steps between saved states")
     args = parser.parse_args()
     args.work = args.work or Path("build/specialists") / args.modality
     return args
@@ -133,7 +135,7 @@ class Trainer:
     ) -> None:
         self.model, self.processor, self.features, self.clips, self.args = model, processor, features, clips, args
         train = torch.cat([features[key(clip)].flatten(0, 1) for clip in clips if clip.tier == "train"])
-        first = model.projectors[args.modality][0]
+        first: Any = next(model.projectors[args.modality].children())
         with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
             spread = train.std(0) + 1e-3
             first.weight.div_(spread)
@@ -157,17 +159,22 @@ class Trainer:
             norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
             optimizer.step()
             schedule.step()
-            entry = {"stage": stage, "step": step + 1, "loss": round(loss.item(), 4), "grad": round(float(norm), 3)}
+            entry: dict[str, Any] = {
+                "stage": stage,
+                "step": step + 1,
+                "loss": round(loss.item(), 4),
+                "grad": round(float(norm), 3),
+            }
             log(args, entry | {"seconds": round(time.perf_counter() - start, 1)}, quiet=(step + 1) % 10)
-            if (step + 1) % 50 == 0 or step + 1 == steps:
+            if (step + 1) % args.save_every == 0 or step + 1 == steps:
                 self.save_state(stage, step + 1, optimizer, schedule)
 
-    def parameters(self, stage: int) -> list[dict[str, object]]:
+    def parameters(self, stage: int) -> list[dict[str, Any]]:
         """Parameter groups of a stage, with everything else frozen."""
         model, modality = self.model, self.args.modality
         model.requires_grad_(False)
         if stage == 1:
-            groups = [{"params": list(model.projectors[modality].parameters()), "lr": 1e-3}]
+            groups: list[dict[str, Any]] = [{"params": list(model.projectors[modality].parameters()), "lr": 1e-3}]
         else:
             linears = model.linears.values()
             own = [p for linear in linears for p in (linear.up[modality], linear.down[modality])]
@@ -205,29 +212,29 @@ class Trainer:
             answer = tokenizer.encode(question.answer + tokenizer.eos_token, add_special_tokens=False)
             rows.append((prompt + answer, owners + [0] * len(answer), [-100] * len(prompt) + answer))
             features += [self.features[key(clip)][view] for clip, view in zip(question.clips, views, strict=True)]
-        ids, owners, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
+        ids, owner, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
         mask = pad([[1] * len(row[0]) for row in rows], 0)
-        embeds = self.model.embed(ids, owners, {modality: torch.stack(features)})
-        with self.model.routes.use(owners, self.model.config.owners):
+        embeds = self.model.embed(ids, owner, {modality: torch.stack(features)})
+        with self.model.routes.use(owner, self.model.config.owners):
             hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         targets = labels[:, 1:]
         logits = self.model.decoder.lm_head(hidden[:, :-1][targets != -100])  # the answers' positions only
         return nn.functional.cross_entropy(logits, targets[targets != -100])
 
-    def save_state(self, stage: int, step: int, optimizer: torch.optim.Optimizer, schedule: object) -> None:
+    def save_state(self, stage: int, step: int, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         """Trainable tensors, optimiser and step, written beside the old state and renamed."""
         state = {
             "stage": stage,
             "step": step,
             "tensors": trained(self.model, self.args.modality),
             "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),  # type: ignore[attr-defined]
+            "schedule": schedule.state_dict(),
         }
         partial = self.args.work / "state.partial"
         torch.save(state, partial)
         partial.rename(self.args.work / "state.pt")
 
-    def resume(self, stage: int, optimizer: torch.optim.Optimizer, schedule: object) -> int:
+    def resume(self, stage: int, optimizer: torch.optim.Optimizer, schedule: Any) -> int:
         """Load the last state, if there is one, and return how many steps of `stage` it has done."""
         path = self.args.work / "state.pt"
         if not path.is_file():
@@ -239,7 +246,7 @@ class Trainer:
         if state["stage"] != stage:
             return self.args.steps[stage - 1] if state["stage"] > stage else 0
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])  # type: ignore[attr-defined]
+        schedule.load_state_dict(state["schedule"])
         return int(state["step"])
 
 
@@ -296,7 +303,11 @@ def write_card(clips: list[Clip], args: argparse.Namespace) -> None:
     rows = []
     for kind in dict.fromkeys(question.kind for question in questions):
         for tier in ("new source", "new file"):
-            group = [(q, right) for q, right in zip(questions, correct, strict=True) if (q.kind, q.tier) == (kind, tier)]
+            group = [
+                (q, right) for q, right in zip(questions, correct, strict=True) if (q.kind, q.tier) == (kind, tier)
+            ]
+            if not group:
+                continue
             asked = [q for q, _ in group]
             accuracy = sum(right for _, right in group) / len(group)
             low, high = senses.clustered_interval([float(right) for _, right in group], asked)
@@ -335,7 +346,7 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def log(args: argparse.Namespace, entry: dict[str, object], quiet: int = 0) -> None:
+def log(args: argparse.Namespace, entry: dict[str, Any], quiet: int = 0) -> None:
     with (args.work / "log.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
     if not quiet:

@@ -140,16 +140,16 @@ def _open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Speci
         if _ignored(specialist, name, ignore):
             continue
         if lora := COMPOSE_LORA.fullmatch(name):
-            pairs.setdefault((lora["adapter"], lora["stem"] + ".weight"), {})[lora["side"]] = ref
+            _put(pairs.setdefault((lora["adapter"], lora["stem"] + ".weight"), {}), lora["side"], ref)
         elif projector := PROJECTOR.fullmatch(name):
             _set_modality(specialist, projector["modality"], name)
-            specialist.projector[projector["rest"]] = ref
+            _put(specialist.projector, projector["rest"], ref)
         elif tokens := LOCAL_TOKENS.fullmatch(name):
             if tokens["adapter"] == "default":
                 specialist.dropped[name] = "nothing reads it (ModelCompose)"
             else:
                 _set_modality(specialist, tokens["adapter"], name)
-                specialist.tokens[tokens["side"]] = ref
+                _put(specialist.tokens, tokens["side"], ref)
         else:
             raise _unknown(specialist, ref, "lora_A/lora_B, modal_projectors, prefix_tokens, suffix_tokens")
     path = folder / "config.json"
@@ -163,6 +163,8 @@ def _open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Speci
             specialist.text[slot] = factors
         else:
             _set_modality(specialist, adapter, factors.a.name)
+            if slot in specialist.own:
+                raise _twice(specialist.own[slot].a, factors.a)
             specialist.own[slot] = factors
     if specialist.modality is None:
         raise CheckpointError(f"{folder}: no tensor names a modality; give a ModelCompose specialist or a PEFT adapter")
@@ -190,6 +192,12 @@ def _open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
         )
     if config.get("fan_in_fan_out"):
         raise CheckpointError(f"{path}: fan_in_fan_out stores transposed weights (GPT-2); such bases are not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise CheckpointError(
+            f"{path}: init_lora_weights '{start}' changed the base that this adapter updates; convert it to a plain LoRA "
+            "when saving (PEFT: path_initial_model_for_weight_conversion)"
+        )
     specialist = Specialist(label, checkpoint, "peft", config, _recorded_base(config, "base_model_name_or_path"))
     pairs: dict[str, dict[str, TensorRef]] = {}
     for name, ref in checkpoint.refs.items():
@@ -231,6 +239,19 @@ def _factors(specialist: Specialist, slot: str, pair: dict[str, TensorRef], scal
             "the file is damaged or mixes two adapters: download it again or remove the specialist"
         )
     return Factors(a, b, scale)
+
+
+def _put(table: dict[str, TensorRef], key: str, ref: TensorRef) -> None:
+    """Enter a tensor under its role; another name of the same role (an alias, a prefix) is refused."""
+    if key in table:
+        raise _twice(table[key], ref)
+    table[key] = ref
+
+
+def _twice(first: TensorRef, second: TensorRef) -> CheckpointError:
+    return CheckpointError(
+        f"{second.file}: {second.name} and {first.name} are two names of one tensor; list one under `ignore:`"
+    )
 
 
 def _check_rank(specialist: Specialist, factors: Factors, recorded: float, path: Path) -> None:
@@ -280,12 +301,14 @@ def _number(config: dict[str, Any], key: str, default: float, path: Path) -> flo
 def _pattern(config: dict[str, Any], name: str, stem: str, default: float, path: Path) -> float:
     """The value of a module in PEFT's rank_pattern or alpha_pattern: the first key that ends its name, as PEFT matches."""
     patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: {name} is {patterns!r}, not a table of patterns; correct the file")
     try:
         for key in patterns:
             if re.fullmatch(rf"(.*\.)?({key})", stem):
                 return _number(patterns, key, default, path)
-    except (re.error, TypeError) as error:
-        raise CheckpointError(f"{path}: {name} is not a table of patterns ({error}); correct the file") from error
+    except re.error as error:
+        raise CheckpointError(f"{path}: {name}: '{key}' is not a pattern ({error}); correct the file") from error
     return default
 
 

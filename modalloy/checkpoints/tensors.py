@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,12 +139,14 @@ class WeightFile:
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
         try:
-            try:
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, ValueError) as error:
-                if "mmap" not in str(error):
-                    raise
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+            with warnings.catch_warnings():  # an unusual pickle protocol is either read or refused below
+                warnings.simplefilter("ignore")
+                try:
+                    loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+                except (RuntimeError, ValueError) as error:
+                    if "mmap" not in str(error):
+                        raise
+                    loaded = torch.load(self.path, map_location="cpu", weights_only=True)  # as torch < 1.6 wrote it
         except pickle.UnpicklingError as error:
             if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
                 raise CheckpointError(

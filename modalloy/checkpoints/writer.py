@@ -65,10 +65,10 @@ class WeightWriter:
         found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         assert found == spec, f"expected {spec}, got {found}"
         if self._file is None:
-            self._file = open(self.folder / self._name(index), "wb", buffering=0)  # closed in _finish or abort
+            self._file = open(self.folder / self._name(index), "wb", buffering=0)  # noqa: SIM115 - closed in _finish or abort
             self._digest = hashlib.sha256()
             self._put(memoryview(_header(self.shards[index])))
-        self._put(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        self._put(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         if not self._expected or self._expected[0][0] != index:
             self._finish(index)
 
@@ -164,11 +164,11 @@ class Staging:
                 if self.overwrite and self.out.exists():
                     self.out.rename(self.replaced)
                 self.folder.rename(self.out)
-            except OSError:
-                if self.replaced.exists():
+            finally:  # both renames, or neither
+                if self.replaced.exists() and not self.out.exists():
                     self.replaced.rename(self.out)
-                self._remove()
-                raise
+                if self.folder.exists():
+                    self._remove()
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     def _remove(self) -> None:

@@ -41,8 +41,9 @@ class EfficientNetLite0(nn.Module):
         image = load_image(image) if isinstance(image, (str, Path)) else image.convert("RGB")
         side = max(image.size)
         square = ImageOps.pad(image, (side, side), color="white") if image.size != (side, side) else image
-        pixels = np.asarray(square.resize((self.size, self.size), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-        return torch.from_numpy((pixels - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1).contiguous()
+        resized = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32)) / 255
+        return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
 
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.backbone.extract_features(pixels)  # (batch, 1280, 7, 7)

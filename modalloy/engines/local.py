@@ -1,7 +1,7 @@
 """Threads on this machine. Each job runs on one BLAS thread, so its bytes do not depend on how many run at once."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def run(items: Sequence[Item], work: Callable[[Item], Result], n_workers: int) -> Iterator[tuple[Item, Result]]:
+def run(
+    items: Sequence[Item], work: Callable[[Item], Result], n_workers: int
+) -> Generator[tuple[Item, Result], None, None]:
     """Yields every item with its result, in the items' order; at most `2 · n_workers` results wait in memory."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -124,7 +124,7 @@ def with_article(concept: str) -> str:
     return f"{'an' if concept[0] in 'aeiou' else 'a'} {concept}"
 
 
-ASK = {  # phrasings by kind and modality; {options} and {name} are filled in
+ASK: dict[str, dict[str, tuple[str, ...]]] = {  # phrasings by kind and modality; {options} and {name} are filled in
     "name": {
         "image": ("What is this?", "What is in the picture?", "What do you see?"),
         "audio": ("What is this?", "What makes this sound?", "What do you hear?"),
@@ -298,7 +298,7 @@ class Examiner:
             torch.tensor(processor.tokenizer.encode(option + end, add_special_tokens=False))
             for option in question.options
         ]
-        return model.score_options({"inputs_embeds": embeds, "owners": owner_ids}, options).tolist()  # type: ignore[no-any-return]
+        return model.score_options({"inputs_embeds": embeds, "owners": owner_ids}, options).tolist()
 
     def correct(self, chat: "ChatModel", question: Question) -> bool:
         """Whether the likeliest option is the answer."""

@@ -10,7 +10,7 @@ When they are dense, every method gets the dense matrices.
 """
 
 import inspect
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,7 +60,11 @@ METHODS = {
     "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS),
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS),
     "ssam": Method(
-        ssam, "core", "arXiv 2603.21584", True, ("permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ k", "rank ≤ Σ r_i")
+        ssam,
+        "core",
+        "arXiv 2603.21584",
+        True,
+        ("permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ k", "rank ≤ Σ r_i"),
     ),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS),
 }
@@ -135,8 +139,10 @@ def check_method(method: str, parameters: dict[str, Any]) -> None:
             continue
         if name == "rank":
             parse_rank(value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise RecipeError(f"{name}: {value!r} is not a finite number")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise RecipeError(
+                f"{name}: {value!r} is not a finite number; write for example 0.25 (in YAML 1.0e-3, not 1e-3)"
+            )
 
 
 def parse_rank(value: Any) -> int | float:

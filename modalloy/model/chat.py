@@ -23,7 +23,7 @@ class ChatModel:
 
     def chat(self, messages: list[Message], *, max_new_tokens: int = 64) -> str:
         """The answer to a conversation, decoded greedily."""
-        inputs = self.processor.apply_chat_template(messages)
+        inputs = self._inputs(messages)
         length = inputs["input_ids"].shape[1]
         tokenizer = self.processor.tokenizer
         output = self.model.generate(
@@ -45,13 +45,19 @@ class ChatModel:
 
     def score_options(self, messages: list[Message], options: list[str] | tuple[str, ...]) -> list[float]:
         """Log-likelihood in nats of each option as the whole answer, its end token included."""
-        inputs = self.processor.apply_chat_template(messages)
+        inputs = self._inputs(messages)
         tokenizer = self.processor.tokenizer
         ids = [
             torch.tensor(tokenizer.encode(option + tokenizer.eos_token, add_special_tokens=False)) for option in options
         ]
         scores: list[float] = self.model.score_options(inputs, ids).tolist()
         return scores
+
+    def _inputs(self, messages: list[Message]) -> dict[str, Any]:
+        """The processor's output, on the model's device."""
+        inputs, device = self.processor.apply_chat_template(messages), self.model.device
+        media = {modality: stack.to(device) for modality, stack in inputs.pop("media").items()}
+        return {name: tensor.to(device) for name, tensor in inputs.items()} | {"media": media}
 
 
 def user_message(question: str, media: dict[str, Any]) -> list[Message]:

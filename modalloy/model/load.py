@@ -50,14 +50,15 @@ def load_model(path: str | Path, *, base: str | None = None, device: str = "cpu"
     decoder = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, dtype))
     config = ModalloyConfig(decoder.config, settings["modalities"], settings["text_rank"])
     model = ModalloyForConditionalGeneration(config, decoder)
+    preprocess = {}
     for modality, sizes in config.modalities.items():
-        model.encoders[modality] = load_encoder(sizes["encoder"])
+        encoder = load_encoder(sizes["encoder"])
+        model.encoders[modality], preprocess[modality] = encoder, encoder.preprocess
     _load_weights(model, folder, settings)
     tokens_from = folder if (folder / "tokenizer_config.json").is_file() else base_folder
     tokenizer = AutoTokenizer.from_pretrained(tokens_from)
     if (folder / "chat_template.jinja").is_file():
         tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
-    preprocess = {modality: encoder.preprocess for modality, encoder in model.encoders.items()}
     processor = ModalloyProcessor(tokenizer, config, preprocess)
     return ChatModel(model.to(device).eval(), processor)
 

@@ -24,9 +24,9 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: ModalloyConfig, decoder: nn.Module | None = None) -> None:
+    def __init__(self, config: ModalloyConfig, decoder: Any = None) -> None:
         super().__init__(config)
-        self.decoder = decoder if decoder is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.decoder: Any = decoder if decoder is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.routes = Routes()
         self.linears = route_linears(self.decoder, self.routes)
         self.encoders = nn.ModuleDict()
@@ -40,8 +40,9 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
             self.prefix_tokens[modality] = nn.Parameter(torch.zeros(1, sizes["n_prefix"], width))
             self.suffix_tokens[modality] = nn.Parameter(torch.zeros(1, sizes["n_suffix"], width))
+        dtype = self.decoder.get_input_embeddings().weight.dtype
         for part in (self.projectors, self.prefix_tokens, self.suffix_tokens):
-            part.to(self.decoder.dtype)  # encoders stay in float32
+            part.to(dtype)  # encoders stay in float32
         self.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -106,13 +107,14 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Log-likelihood (options,) in nats of each option's token ids (tokens,) after one prompt, which is run once."""
         prompt = self(**inputs, use_cache=True, logits_to_keep=1)
         cache: DynamicCache = prompt.past_key_values
-        length = max(len(option) for option in options)
+        length, device = max(len(option) for option in options), prompt.logits.device
         cache.batch_repeat_interleave(len(options))
-        ids = torch.stack([nn.functional.pad(option, (0, length - len(option))) for option in options])
+        ids = torch.stack([nn.functional.pad(option, (0, length - len(option))) for option in options]).to(device)
         first = prompt.logits[:, -1:].expand(len(options), 1, -1)
         rest = self(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, :-1]
         picked = torch.cat([first, rest], 1).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        real = torch.arange(length) < torch.tensor([[len(option)] for option in options])
+        lengths = torch.tensor([[len(option)] for option in options], device=device)
+        real = torch.arange(length, device=device) < lengths
         return (picked * real).sum(1)
 
     def _path(self, owners: Tensor | None) -> Tensor | None:

@@ -1,0 +1,76 @@
+"""The command line: what each subcommand prints, as people and as programs read it."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modalloy import builtin, cli
+from modalloy.methods import METHODS
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `modalloy …` in this process and returns its stdout; it must succeed."""
+
+    def call(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["modalloy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        output = capsys.readouterr()
+        assert stop.value.code in (0, None), output.err
+        return output.out
+
+    return call
+
+
+def test_the_whole_road(run: Run, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, out = write_recipe(output={"form": "omni"}), tmp_path / "omni"
+    planned = json.loads(run("plan", recipe, "--json"))
+    assert planned["merged_weights"] == 14 and planned["counts"]["carried"] == 2 * (28 + 4 + 2)
+    assert "14 linear weights merged (ssam, k=4, λ=1/2)" in run("merge", recipe, "-o", out, "--dry-run")
+    assert not out.exists()
+    report = json.loads(run("merge", recipe, "-o", out, "--json"))
+    assert report["verify"]["ok"] and report["verify"]["layers"] == 12 and report["merge_seconds"] > 0
+    assert report["write_bytes"] < (out / "adapter_model.safetensors").stat().st_size < report["write_bytes"] + 20_000
+    assert run("verify", out).startswith("ok: ")
+    assert json.loads(run("verify", out, "--json"))["worst_error"] < 1e-5
+    image, audio = builtin.SAMPLES / "dog.webp", builtin.SAMPLES / "dog.flac"
+    asked = ("chat", out, "--image", image, "--audio", audio, "-p", "are these the same ?", "--max-new-tokens", "4")
+    answer = json.loads(run(*asked, "--json"))
+    assert answer["question"] == "are these the same ?" and answer["media"] == {
+        "image": [str(image)],
+        "audio": [str(audio)],
+    }
+    assert run(*asked).strip() == answer["answer"]  # greedy: the same answer twice
+
+
+def test_overwrite_replaces_a_result(run: Run, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("merge", write_recipe(), "-o", out)
+    before = (out / "adapter_model.safetensors").read_bytes()
+    run("merge", write_recipe(merge_method="average"), "-o", out, "--overwrite")
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+    assert json.loads((out / "manifest.json").read_text())["method"] == "average"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_methods_lists_every_method(run: Run) -> None:
+    listed = json.loads(run("methods", "--json"))
+    assert listed.keys() == METHODS.keys()
+    assert listed["ssam"]["parameters"] == {"rank": "auto", "scale": "auto"} and listed["ssam"]["auto_scale"] == "1/n"
+    assert listed["task_arithmetic"]["auto_scale"] == 1
+    text = run("methods")
+    assert all(name in text and METHODS[name].paper in text for name in METHODS)
+
+
+def test_plan_lists_every_tensor(run: Run, write_recipe: Callable[..., Path]) -> None:
+    recipe = write_recipe()
+    lines = run("plan", recipe).splitlines()
+    assert len([line for line in lines if line.startswith(("base ", "image ", "audio "))]) == len(
+        json.loads(run("plan", recipe, "--json"))["tensors"]
+    )

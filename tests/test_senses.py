@@ -1,0 +1,138 @@
+"""The senses questions and statistics: nothing leaks from training to test, and every question is well formed."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from modalloy.errors import MediaError
+from modalloy.evals import senses
+from modalloy.evals.senses import Clip
+
+PREFIXES = {"image": ["f3", "f3", "om", "a4a", "gc"], "audio": ["tux", "0ad", "0ad", "gc", "ovos"]}
+CONCEPTS = {"dog": "animal", "cat": "animal", "owl": "animal", "car": "vehicle", "bus": "vehicle", "harp": "instrument"}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A manifest of the real shape (its media are not opened here)."""
+    rows = []
+    for modality, prefixes in PREFIXES.items():
+        for concept, category in CONCEPTS.items():
+            for index, prefix in enumerate(prefixes):
+                word = "lang/resource/words_sample/" if (modality, prefix) == ("image", "gc") else ""
+                rows.append(
+                    {
+                        "file": f"{modality}/{concept}/{prefix}_{index}.bin",
+                        "concept": concept,
+                        "category": category,
+                        "modality": modality,
+                        "source": f"{prefix}:{word}{concept}{index}",
+                        "package": prefix,
+                        "licence": "MIT",
+                    }
+                )
+    (tmp_path / "manifest.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_tiers_follow_packages_and_never_overlap(data: Path) -> None:
+    clips = senses.load(data)
+    tiers = Counter((clip.modality, clip.tier) for clip in clips)
+    assert tiers == {
+        ("image", "train"): 12,
+        ("image", "new file"): 6,
+        ("image", "new source"): 12,  # a4a, and the a4a pictures inside gc
+        ("audio", "train"): 12,
+        ("audio", "new file"): 6,
+        ("audio", "new source"): 12,
+    }
+    assert not any(
+        clip.prefix in senses.NEW_SOURCE[clip.modality] for clip in clips if clip.tier in ("train", "new file")
+    )
+    assert senses.split(clips) == clips  # splitting again changes nothing
+
+
+def test_a_concept_that_only_held_out_packages_have_is_unseen(data: Path) -> None:
+    clips = [clip for clip in senses.load(data) if clip.concept != "dog" or clip.prefix == "a4a"]
+    tiers = {clip.tier for clip in senses.split(clips) if clip.concept == "dog" and clip.modality == "image"}
+    assert tiers == {"unseen"}
+    assert all(q.clips[0].concept != "dog" for q in senses.single_questions(senses.split(clips), "image"))
+
+
+def test_questions_are_well_formed(data: Path) -> None:
+    clips = senses.load(data)
+    groups = [senses.single_questions(clips, modality) for modality in ("image", "audio")]
+    groups.append(senses.paired_questions(clips))
+    for questions in groups:
+        assert len({question.id for question in questions}) == len(questions)
+        for question in questions:
+            assert question.answer in question.options and len(set(question.options)) == len(question.options)
+            assert all(clip.tier in ("new source", "new file") for clip in question.clips)
+            assert "{" not in question.text and question.text.endswith("?")
+            if question.kind in ("choose", "picture", "sound"):
+                assert len(question.options) == 4 and all(option in question.text for option in question.options)
+    assert senses.paired_questions(clips) == groups[2]  # seeded
+
+
+def test_paired_questions_need_both_senses(data: Path) -> None:
+    questions = senses.paired_questions(senses.load(data))
+    for question in questions:
+        picture, sound = question.clips
+        assert (picture.modality, sound.modality) == ("image", "audio")
+        alike = picture.concept == sound.concept
+        if question.kind == "same":
+            assert question.answer == ("yes" if alike else "no")
+        elif question.kind == "choose":
+            assert alike
+        else:
+            asked = picture if question.kind == "picture" else sound
+            assert not alike and question.answer == senses.with_article(asked.concept)
+            assert {senses.with_article(c.concept) for c in question.clips} <= set(question.options)
+    same = Counter(question.answer for question in questions if question.kind == "same")
+    assert same["yes"] == same["no"]
+
+
+def test_training_questions_use_training_files_only_and_are_seeded(data: Path) -> None:
+    clips = [clip for clip in senses.load(data) if clip.modality == "image"]
+    first, again = (list(itertools.islice(senses.training_questions(clips, 5), 300)) for _ in range(2))
+    assert first == again
+    assert {clip.tier for question in first for clip in question.clips} == {"train"}
+    kinds = Counter(question.kind for question in first)
+    assert set(kinds) == set(senses.TRAINING_MIX) and kinds["choose"] == max(kinds.values())
+
+
+def test_messages_hold_only_the_senses_asked_for(data: Path) -> None:
+    question = senses.paired_questions(senses.load(data))[0]
+    types = [part["type"] for part in question.messages()[0]["content"]]
+    assert types == ["image", "audio", "text"]
+    assert [part["type"] for part in question.messages({"audio"})[0]["content"]] == ["audio", "text"]
+
+
+def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"manifest\.json: no such file; run `make data`"):
+        senses.load(tmp_path / "nowhere")
+
+
+def test_blind_baselines(data: Path) -> None:
+    questions = [q for q in senses.paired_questions(senses.load(data)) if q.kind in ("same", "choose")]
+    assert senses.chance(questions) == pytest.approx((2 / 3) * 0.5 + (1 / 3) * 0.25)
+    assert senses.majority(questions) >= senses.chance(questions)
+
+
+def test_intervals_are_clustered(data: Path) -> None:
+    """Ten copies of every answer must not narrow the interval as ten times the questions would."""
+    questions = senses.single_questions(senses.load(data), "image")
+    values = [float(question.clips[0].concept in ("dog", "cat", "owl")) for question in questions]
+    low, high = senses.clustered_interval(values, questions)
+    assert low < 0.25 and high > 0.75  # six concepts, answers all alike within one: very little is known
+    ten = senses.clustered_interval(values * 10, questions * 10)
+    assert ten == pytest.approx((low, high), abs=0.1)
+    assert senses.clustered_interval([1.0] * len(questions), questions) == (1.0, 1.0)
+
+
+def test_articles() -> None:
+    assert [senses.with_article(c) for c in ("dog", "owl", "scissors")] == ["a dog", "an owl", "scissors"]
+    assert Clip(Path("x/f3_1.webp"), "", "", "image", "f3:1", "", "", "train").prefix == "f3"

@@ -1,0 +1,102 @@
+"""The built-in specialists: what ships, that they merge exactly, and that training resumes to the same bytes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import ssam
+from safetensors.torch import load_file
+
+import modalloy
+from modalloy import builtin
+from modalloy.checkpoints import open_specialist
+from modalloy.verify import verify
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "senses-ssam.yaml"
+EXAMPLES = Path(__file__).parents[1] / "examples" / "specialists"
+
+
+def test_what_ships_is_complete_and_small() -> None:
+    assert builtin.specialists() == ["image", "audio"]
+    total = 0
+    for modality in builtin.specialists():
+        folder = builtin.specialist(modality)
+        specialist = open_specialist(folder)
+        assert specialist.modality == modality and specialist.base_name == builtin.BASE
+        assert len(specialist.text) == len(specialist.own) == 210 and specialist.rank == 8
+        assert {ref.dtype for ref in specialist.checkpoint.refs.values()} == {torch.bfloat16}
+        card = (folder / "README.md").read_text()
+        assert "## Held-out accuracy" in card and "new source" in card and "| licence |" in card
+        total += sum(path.stat().st_size for path in folder.iterdir())
+    assert total < 30_000_000
+
+
+def test_samples_are_attributed_and_free() -> None:
+    listed = (builtin.SAMPLES / "LICENSES.md").read_text()
+    samples = [path for path in builtin.SAMPLES.iterdir() if path.name != "LICENSES.md"]
+    rows = {line.split("|")[1].strip(): line for line in listed.splitlines() if line.startswith("| ")}
+    assert samples and all(rows[path.name].rstrip().endswith(("| MIT |", "| CC0-1.0 |")) for path in samples)
+
+
+def test_the_real_merge_is_algorithm_1(tmp_path: Path) -> None:
+    report = modalloy.merge(RECIPE, tmp_path / "merged")
+    assert report.plan.merged_weights() == 210 and report.verification.worst_error < 1e-5
+    assert verify(tmp_path / "merged").layers == 12
+    written = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    for slot in ("model.layers.0.self_attn.k_proj", "model.layers.29.self_attn.o_proj"):
+        deltas = []
+        for modality in ("image", "audio"):
+            stored = load_file(builtin.specialist(modality) / "adapter_model.safetensors")
+            up, down = (stored[f"{slot}.lora_{side}.default.weight"].double() for side in "BA")
+            deltas.append((2.0 * up @ down).numpy())
+        wanted = torch.from_numpy(ssam(deltas, rank=8, scale=0.5))
+        found = written[f"{slot}.lora_B.default.weight"].double() @ written[f"{slot}.lora_A.default.weight"].double()
+        assert (found - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+def write_senses_data(folder: Path) -> Path:
+    """A tiny `senses` data folder made of the sample pictures, each concept with a training and a held-out file."""
+    rows = []
+    for sample in sorted(builtin.SAMPLES.glob("*.webp"))[:3]:
+        for prefix in ("f3", "a4a"):
+            path = Path("image") / sample.stem / f"{prefix}_0.webp"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(sample, folder / path)
+            source = {"source": f"{prefix}:{sample.name}", "package": prefix, "licence": "MIT"}
+            rows.append({"file": str(path), "concept": sample.stem, "category": "animal", "modality": "image"} | source)
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train
+
+    data = write_senses_data(tmp_path / "data")
+
+    def run(name: str) -> bytes:
+        out = tmp_path / name
+        options = f"--modality image --data {data} --out {out} --work {tmp_path / 'work' / name}"
+        settings = "--steps 1 2 --batch 2 --views 2 --save-every 1"
+        monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), *settings.split()])
+        train.main()
+        assert "| choose | new source |" in (out / "README.md").read_text()
+        return (out / "adapter_model.safetensors").read_bytes()
+
+    undisturbed = run("undisturbed")
+    steps = iter([False, False, True])
+    loss = train.Trainer.loss
+
+    def stop_at_third(self: train.Trainer, batch: list[object]) -> torch.Tensor:
+        if next(steps, False):
+            raise KeyboardInterrupt
+        return loss(self, batch)
+
+    monkeypatch.setattr(train.Trainer, "loss", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("interrupted")
+    assert not (tmp_path / "interrupted").exists()
+    assert run("interrupted") == undisturbed
