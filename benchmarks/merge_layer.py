@@ -52,17 +52,15 @@ def main() -> None:
     floor = seconds["products"] + seconds["eigh"]
     rows: dict[str, dict[str, float]] = {
         "floor": {"seconds": floor},
-        "ours": {"seconds": seconds["ours"], "peak_mb": peak_mb(parts["ours"])},
+        "ours": measured(parts["ours"])[0] | {"seconds": seconds["ours"]},
     }
     if not args.quick:
         print("Algorithm 1 as written …", file=sys.stderr)
-        elapsed, dense = timed(lambda: literal([delta.dense() for delta in deltas]))
-        rows["Algorithm 1"] = {"seconds": elapsed, "peak_mb": peak_mb(lambda: literal([d.dense() for d in deltas]))}
+        rows["Algorithm 1"], dense = measured(lambda: literal([delta.dense() for delta in deltas]))
         rows["ours"]["error"] = float((merged.dense() - dense).norm() / dense.norm())
         print("PEFT svd …", file=sys.stderr)
         combine = peft_svd(deltas)
-        elapsed, _ = timed(combine)
-        rows["PEFT svd"] = {"seconds": elapsed, "peak_mb": peak_mb(combine)}
+        rows["PEFT svd"], _ = measured(combine)
     print(
         f"one {OUT} × {IN} layer, {SPECIALISTS} specialists of rank {RANK}, k = {K}, {torch.get_num_threads()} threads\n"
     )
@@ -93,13 +91,13 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
     return time.perf_counter() - start, result
 
 
-def peak_mb(call: Callable[[], object]) -> float:
-    """Megabytes that `call` adds to the resident size at its peak (Linux)."""
+def measured(call: Callable[[], Result]) -> tuple[dict[str, float], Result]:
+    """Seconds that `call` takes and megabytes that it adds to the resident size at its peak (Linux), and its result."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM
     before = resident("VmRSS")
-    call()
-    return (resident("VmHWM") - before) / 1000
+    elapsed, result = timed(call)
+    return {"seconds": elapsed, "peak_mb": (resident("VmHWM") - before) / 1000}, result
 
 
 def resident(key: str) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from modalloy.checkpoints import Staging, WeightWriter, read_json
 from modalloy.checkpoints.writer import disk_errors
 from modalloy.delta import Delta, LowRank
+from modalloy.encoders import encoder_sizes
 from modalloy.engines import local
 from modalloy.errors import CheckpointError, MethodError, OutputError
 from modalloy.manifest import SOURCES, build_manifest
@@ -179,7 +180,7 @@ def _write_weights(
     form = planned.recipe.output.form
     limit = planned.recipe.output.max_shard_size if form == "full" else None  # adapters are always one file (PEFT)
     writer = WeightWriter(folder, STEMS[form], specs, limit)
-    n_workers = 1 if device == "cuda" else jobs or os.cpu_count() or 1
+    n_workers = 1 if device == "cuda" else jobs or len(os.sched_getaffinity(0))
     results = local.run(planned.jobs, lambda job: compute(planned, job, device), n_workers)
     try:
         for done, (job, tensors) in enumerate(results, 1):
@@ -217,7 +218,8 @@ def _write_configs(planned: Plan, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return
     (folder / "config.json").write_text(json.dumps(_omni_config(planned), indent=2) + "\n")
-    _copy_chat_template(planned, folder)
+    if planned.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(planned.chat_template, encoding="utf-8")
     if not planned.base_is_portable:
         (folder / "base").mkdir()
         for name in ["config.json", *(file.path.name for file in planned.base.files)]:
@@ -249,24 +251,10 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
 
 def _omni_config(planned: Plan) -> dict[str, Any]:
     """config.json of the merged model (see `modalloy.model.config.ModalloyConfig`)."""
-    from modalloy.encoders import encoder_sizes
-
     modalities = {}
     for specialist in planned.specialists:
-        assert specialist.modality is not None
-        location = planned.encoders[specialist.modality]
-        dim, n_tokens = encoder_sizes(location)
-        own = list(specialist.own.values())
-        tokens = {side: ref.shape[1] for side, ref in specialist.tokens.items()}
-        modalities[specialist.modality] = {
-            "encoder": location,
-            "dim": dim,
-            "n_tokens": n_tokens,
-            "n_prefix": tokens.get("prefix", 0),
-            "n_suffix": tokens.get("suffix", 0),
-            "rank": max((factors.rank for factors in own), default=0),
-            "scale": own[0].scale if own else 1.0,
-        }
+        encoder = planned.encoders[specialist.modality or ""]
+        modalities[specialist.modality] = specialist.modality_settings(encoder, *encoder_sizes(encoder))
     return {
         "architectures": ["ModalloyForConditionalGeneration"],
         "model_type": "modalloy",
@@ -275,22 +263,6 @@ def _omni_config(planned: Plan) -> dict[str, Any]:
         "text_rank": planned.rank,
         "modalities": modalities,
     }
-
-
-def _copy_chat_template(planned: Plan, folder: Path) -> None:
-    """The specialists' own chat template, where they have one; they must agree."""
-    templates = {
-        path.read_text(encoding="utf-8"): specialist.label
-        for specialist in planned.specialists
-        if (path := specialist.checkpoint.folder / "chat_template.jinja").is_file()
-    }
-    if len(templates) > 1:
-        raise OutputError(
-            f"the specialists were trained with different chat templates ({', '.join(templates.values())}); "
-            "make their chat_template.jinja the same, or remove them to use the base's"
-        )
-    for template in templates:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _sources(planned: Plan) -> dict[str, Any]:

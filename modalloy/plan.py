@@ -20,10 +20,9 @@ from modalloy.checkpoints import (
     open_specialist,
     read_json,
 )
-from modalloy.encoders import ENCODERS, encoder_sizes
 from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.methods import METHODS, resolve
-from modalloy.names import disk_name
 from modalloy.recipe import Recipe
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
@@ -70,7 +69,8 @@ class Plan:
     fates: list[TensorFate]
     rank: int | None  # of the written adapter
     read_bytes: int
-    encoders: dict[str, str] = field(default_factory=dict)
+    encoders: dict[str, str] = field(default_factory=dict)  # by modality, for `omni`
+    chat_template: str | None = None
 
     @property
     def base_is_portable(self) -> bool:
@@ -153,18 +153,19 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     ]
     base_config = read_json(base_folder / "config.json")
     for specialist in specialists:
-        _check_base(specialist, recipe, base_config, allow_base_mismatch)
-        _check_shapes(specialist, base)
+        check_base(specialist, recipe, base_config, allow_base_mismatch)
+        check_shapes(specialist, base)
     form = recipe.output.form
     if form != "full" and any(s.layout == "full" for s in specialists):
         label = next(s.label for s in specialists if s.layout == "full")
         raise RecipeError(
             f"output.form '{form}' needs low-rank specialists, but '{label}' is a full model; write form: full"
         )
-    encoders = _encoders(recipe, specialists) if form == "omni" else {}
+    encoders = choose_encoders(recipe, specialists) if form == "omni" else {}
     for specialist in specialists:
         if specialist.modality in encoders:
-            _check_path(specialist, encoders[specialist.modality], base_config.get("hidden_size"))
+            check_path(specialist, encoders[specialist.modality], base_config.get("hidden_size"))
+    template = common_chat_template(specialists) if form == "omni" else None
     ranks = [s.rank for s in specialists if s.rank is not None]
     parameters = resolve(recipe.merge_method, recipe.parameters, n=len(specialists), lora_rank=max(ranks, default=None))
     planner = _Planner(recipe, base, specialists, parameters)
@@ -180,6 +181,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
         planner.rank,
         planner.read_bytes(),
         encoders,
+        template,
     )
     _check_all_accounted(result)
     return result
@@ -320,110 +322,16 @@ def _is_linear(ref: TensorRef) -> bool:
     return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(NOT_MERGED)
 
 
-def _check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, Any], allow: bool) -> None:
-    """Refuse a specialist whose own record of its base contradicts the recipe's."""
-    if allow:
-        return
-    remedy = "use the right base, or say --allow-base-mismatch"
-    recorded, wanted = specialist.base_name, recipe.base_model
-    portable = [name for name in (recorded, wanted) if name and is_portable(name, recipe.folder)]
-    if recorded and len(portable) == 2 and recorded.split("@")[0].lower() != wanted.split("@")[0].lower():
-        raise CheckpointError(
-            f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"
-        )
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
-        own, base = specialist.config.get(key), base_config.get(key)
-        if specialist.layout != "peft" and own is not None and base is not None and own != base:
-            raise CheckpointError(
-                f"{specialist.label} specialist was trained from a base with {key} {own}, '{wanted}' has {base}; {remedy}"
-            )
-
-
-def _check_shapes(specialist: Specialist, base: Checkpoint) -> None:
-    """Every update must fit the base weight of its name; every tensor of a full model must have the base's shape."""
-    for updates in (specialist.text, specialist.own):
-        for slot, factors in updates.items():
-            if slot not in base.refs:
-                raise CheckpointError(
-                    f"{specialist.label} specialist: {factors.a.name} updates {slot}, which the base {base.folder.name} does not "
-                    f"have ({factors.a.file}); use the base it was trained from"
-                )
-            if base.refs[slot].shape != factors.shape:
-                raise CheckpointError(
-                    f"{specialist.label} specialist: {factors.a.name} updates a {factors.shape[0]} × {factors.shape[1]} weight, "
-                    f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
-                    "use the base it was trained from"
-                )
-    for name, ref in specialist.full.items():
-        if name not in base.refs:
-            if name == "lm_head.weight":  # a tied copy that some writers store
-                specialist.dropped[name] = "the base ties it to its embeddings"
-                continue
-            raise CheckpointError(
-                f"{specialist.label} specialist: {name} is not in the base ({ref.file}); "
-                "use the base it was trained from, or list the tensor under `ignore:`"
-            )
-        if base.refs[name].shape != ref.shape:
-            raise CheckpointError(
-                f"{specialist.label} specialist: {name} is {ref.shape}, the base's is {base.refs[name].shape} ({ref.file}); "
-                "use the base it was trained from"
-            )
-    for name in specialist.dropped:
-        specialist.full.pop(name, None)
-
-
-def _encoders(recipe: Recipe, specialists: list[Specialist]) -> dict[str, str]:
-    """Encoder of each modality, for `omni`: the recipe's, else one that the specialist names and that is built in."""
-    encoders: dict[str, str] = {}
-    for entry, specialist in zip(recipe.models, specialists, strict=True):
-        modality = specialist.modality
-        if modality is None or not specialist.projector:
-            raise RecipeError(
-                f"output.form 'omni' needs a projector from every specialist, but '{specialist.label}' has none; "
-                "write form: adapter or full, or leave it out"
-            )
-        if modality in encoders:
-            raise RecipeError(
-                f"two specialists claim modality '{modality}' ({specialist.label}); 'omni' takes one of each: remove one, "
-                "or write form: adapter or full"
-            )
-        recorded = specialist.config.get(f"mm_{disk_name(modality)}_encoder")
-        location = entry.encoder or (recorded if recorded in ENCODERS else None)
-        if location is None:
-            raise RecipeError(
-                f"no encoder for modality '{modality}'; add `encoder:` to the {specialist.label} specialist"
-            )
-        if location not in ENCODERS:
-            raise RecipeError(f"no encoder '{location}'; {nearest(location, ENCODERS)}")
-        encoders[modality] = location
-    return encoders
-
-
-def _check_path(specialist: Specialist, encoder: str, width: int | None) -> None:
-    """For `omni`: projector and extra tokens must lead from the encoder's features to the decoder's width."""
-    dim, _ = encoder_sizes(encoder)
-    first = specialist.projector.get("0.weight")
-    if first is None or first.shape != (width, dim):
-        found = "has no 0.weight" if first is None else f"takes {first.shape[-1]} features to {first.shape[0]}"
-        raise CheckpointError(
-            f"{specialist.label} specialist: its projector {found}, but the encoder '{encoder}' gives {dim} and the base "
-            f"takes {width}; set the `encoder:` it was trained with"
-        )
-    for ref in specialist.tokens.values():
-        if len(ref.shape) != 3 or ref.shape[0] != 1 or ref.shape[2] != width:
-            raise CheckpointError(
-                f"{specialist.label} specialist: {ref.name} is {ref.shape}, not (1, tokens, {width}) ({ref.file}); "
-                "use the base it was trained from"
-            )
-
-
 def _check_all_accounted(result: Plan) -> None:
     """Every tensor of every input has exactly one fate."""
     listed = Counter((fate.source, fate.tensor) for fate in result.fates)
     inputs = {("base", name) for name in result.base.refs}
     inputs |= {(s.label, name) for s in result.specialists for name in s.checkpoint.refs}
-    assert listed.keys() == inputs, f"not accounted for: {sorted(inputs ^ listed.keys())[:3]}"
-    assert max(listed.values()) == 1, f"two fates: {[key for key, count in listed.items() if count > 1][:3]}"
+    twice = {key for key, count in listed.items() if count > 1}
+    if wrong := sorted((listed.keys() ^ inputs) | twice):
+        raise RuntimeError(
+            f"the plan does not give one fate to each tensor, for example {wrong[:3]}; please report this"
+        )
 
 
 def _letter(parameter: str) -> str:

@@ -80,8 +80,8 @@ class Recipe(_Strict):
         return self
 
     def to_yaml(self) -> str:
-        """The recipe as YAML: the file as it was written, or these values."""
-        if self.text:
+        """The recipe as YAML: the file as it was written, or these values if they were changed since."""
+        if self.text and Recipe(**yaml.safe_load(self.text)) == self.model_copy(update={"text": "", "folder": Path()}):
             return self.text
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 

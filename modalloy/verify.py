@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, read_json
+from modalloy.checkpoints import Checkpoint, file_sha256, read_json
 from modalloy.delta import LowRank
 from modalloy.errors import CheckpointError
-from modalloy.manifest import SOURCES, file_sha256, hashed_files
+from modalloy.manifest import SOURCES, hashed_files, input_sha256
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -78,7 +78,15 @@ def verify(out: str | Path) -> Verification:
         return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
     entries = [entry.model_dump() | {"model": path} for entry, path in zip(recipe.models, models, strict=True)]
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
-    return verify_folder(folder, plan(found, allow_base_mismatch=True), manifest, rehash=False)
+    planned = plan(found, allow_base_mismatch=True)
+    for specialist in planned.specialists:
+        recorded = manifest.get("inputs", {}).get(specialist.label, {}).get("sha256")
+        if recorded != input_sha256(specialist):
+            raise CheckpointError(
+                f"{specialist.checkpoint.folder}: the {specialist.label} specialist has changed since the merge (its sha256 is "
+                "not the one in manifest.json); merge again"
+            )
+    return verify_folder(folder, planned, manifest, rehash=False)
 
 
 def verify_folder(

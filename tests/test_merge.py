@@ -10,6 +10,7 @@ from conftest import SLOTS, compose_tensors, edit_tensors, write_compose
 from safetensors.torch import load_file, save_file
 
 import modalloy
+from modalloy.checkpoints import file_sha256
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]
@@ -237,12 +238,24 @@ def test_verify_finds_every_kind_of_damage(write_recipe: WriteRecipe, tmp_path: 
         verify(out)
 
 
-def test_verify_recomputes_layers_from_the_recipe(
+def test_verify_names_an_input_that_changed(
     write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     modalloy.merge(write_recipe(), out)
     save_file(compose_tensors("vision", seed=99), specialists["image"] / "adapter_model.safetensors")
+    with pytest.raises(modalloy.errors.CheckpointError, match="image specialist has changed since the merge"):
+        verify(out)
+
+
+def test_verify_merges_sampled_layers_again(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """A result whose hashes are right but whose layers are not what the recipe gives."""
+    out = tmp_path / "out"
+    modalloy.merge(write_recipe(), out)
+    edit_tensors(out, lambda tensors: tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].mul_(1.01))
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["outputs"]["adapter_model.safetensors"] = file_sha256(out / "adapter_model.safetensors")
+    (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(modalloy.errors.CheckpointError, match="differs from what the recipe gives"):
         verify(out)
 

@@ -95,6 +95,14 @@ def test_paired_questions_need_both_senses(data: Path) -> None:
     assert same["yes"] == same["no"]
 
 
+def test_samples_are_seeded_and_bounded(data: Path) -> None:
+    clips = senses.load(data)
+    everything = senses.single_questions(clips, "image", limit=10_000)
+    some = senses.single_questions(clips, "image", limit=10)
+    assert len(everything) == 18 * 4 and len(some) == 10
+    assert some == senses.single_questions(clips, "image", limit=10) == [q for q in everything if q in some]
+
+
 def test_training_questions_use_training_files_only_and_are_seeded(data: Path) -> None:
     clips = [clip for clip in senses.load(data) if clip.modality == "image"]
     first, again = (list(itertools.islice(senses.training_questions(clips, 5), 300)) for _ in range(2))

@@ -60,7 +60,7 @@ def test_the_real_merge_is_algorithm_1(tmp_path: Path) -> None:
 def write_senses_data(folder: Path) -> Path:
     """A tiny `senses` data folder made of the sample pictures, each concept with a training and a held-out file."""
     rows = []
-    for sample in sorted(builtin.SAMPLES.glob("*.webp"))[:3]:
+    for sample in sorted(builtin.SAMPLES.glob("*.webp"))[:5]:
         for prefix in ("f3", "a4a"):
             path = Path("image") / sample.stem / f"{prefix}_0.webp"
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     def run(name: str) -> bytes:
         out = tmp_path / name
         options = f"--modality image --data {data} --out {out} --work {tmp_path / 'work' / name}"
-        settings = "--steps 1 2 --batch 2 --views 2 --save-every 1"
+        settings = "--align 3 --steps 1 2 --batch 2 --views 2 --save-every 1"
         monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), *settings.split()])
         train.main()
         assert "| choose | new source |" in (out / "README.md").read_text()

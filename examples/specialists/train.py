@@ -1,7 +1,9 @@
-"""Trains one built-in specialist, by the recipe of SSAM's specialists (mission: ModelCompose, DAMC layout).
+"""Trains one built-in specialist, by the recipe of SSAM's specialists (ModelCompose, DAMC layout).
 
-Stage 1 trains the projector alone; stage 2 trains a low-rank update for the modality's tokens, another for text tokens,
-and the prefix and suffix tokens, with everything else frozen. Encoder features are computed once. Re-running resumes.
+Stage 1 trains the projector alone: first towards the decoder's embeddings of the concepts' names, which needs no decoder
+and so takes seconds, then through the decoder. Stage 2 trains a low-rank update for the modality's tokens, another for
+text tokens, and the prefix and suffix tokens, with everything else frozen. Encoder features are computed once. Re-running
+resumes.
 
     python examples/specialists/train.py --modality image --data DIR --out modalloy/builtin/specialists/image
 """
@@ -50,6 +52,8 @@ def main() -> None:
     model, processor = build(args.modality)
     features = cached_features(model, processor, clips, args)
     trainer = Trainer(model, processor, features, clips, args)
+    if not (args.work / "state.pt").is_file():
+        trainer.align()
     for stage in (1, 2):
         trainer.train(stage)
     save_specialist(model, args)
@@ -64,7 +68,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, help="features, log and resume state (default: build/specialists/MODALITY)"
     )
-    parser.add_argument("--steps", type=int, nargs=2, default=(150, 550), help="steps of stage 1 and 2")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(40, 280), help="steps of stage 1 and 2 through the decoder"
+    )
+    parser.add_argument("--align", type=int, default=300, help="steps of stage 1a")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--views", type=int, default=8, help="augmented views per training clip")
     parser.add_argument("--seed", type=int, default=0)
@@ -140,6 +147,48 @@ class Trainer:
             spread = train.std(0) + 1e-3
             first.weight.div_(spread)
             first.bias.sub_(first.weight @ train.mean(0))
+        self.mean = train.mean(0)
+
+    def align(self) -> None:
+        """Stage 1a: turn the projected tokens of a clip towards the embedding of its concept's name.
+
+        The loss is a softmax over all concepts of the cosine between their names' embeddings and the clip's mean token
+        (and, at a quarter of the weight, each token). Lengths are free while it runs; in the end the last layer is
+        scaled so that tokens have the size of word embeddings.
+        """
+        args, tokenizer = self.args, self.processor.tokenizer
+        clips = [clip for clip in self.clips if clip.tier == "train"]
+        concepts = sorted({clip.concept for clip in clips})
+        table = self.model.get_input_embeddings().weight.detach()
+        names = [tokenizer.encode(f" {concept}", add_special_tokens=False) for concept in concepts]
+        words = torch.stack([table[name].mean(0) for name in names])  # (concepts, width)
+        directions = nn.functional.normalize(words, dim=-1)
+        x = torch.cat([self.features[key(clip)][: args.views] for clip in clips])  # (clips · views, tokens, dim)
+        y = torch.tensor([concepts.index(clip.concept) for clip in clips]).repeat_interleave(args.views)
+        share = torch.bincount(y).float()
+        generator = torch.Generator().manual_seed(args.seed)
+        projector: Any = self.model.projectors[args.modality]
+        projector.requires_grad_(True)
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.align)
+        drop = nn.Dropout(0.5)
+        for step in range(args.align):
+            rows = torch.multinomial(1 / share[y], 96, generator=generator)
+            tokens = projector(drop(x[rows] - self.mean) + self.mean)
+            whole = nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T / 0.07
+            parts = nn.functional.normalize(tokens, dim=-1) @ directions.T / 0.07
+            each = y[rows, None].expand(parts.shape[:2])
+            loss = nn.functional.cross_entropy(whole, y[rows])
+            loss = loss + 0.25 * nn.functional.cross_entropy(parts.flatten(0, 1), each.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            log(args, {"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)}, quiet=(step + 1) % 50)
+        with torch.no_grad():
+            scale = (words.pow(2).mean() / projector(x).pow(2).mean()).sqrt()
+            projector[2].weight.mul_(scale)
+            projector[2].bias.mul_(scale)
 
     def train(self, stage: int) -> None:
         """Run (or finish) one stage."""
@@ -174,7 +223,7 @@ class Trainer:
         model, modality = self.model, self.args.modality
         model.requires_grad_(False)
         if stage == 1:
-            groups: list[dict[str, Any]] = [{"params": list(model.projectors[modality].parameters()), "lr": 1e-3}]
+            groups: list[dict[str, Any]] = [{"params": list(model.projectors[modality].parameters()), "lr": 2e-4}]
         else:
             linears = model.linears.values()
             own = [p for linear in linears for p in (linear.up[modality], linear.down[modality])]
@@ -324,6 +373,7 @@ def write_card(clips: list[Clip], args: argparse.Namespace) -> None:
         encoder=ENCODER[args.modality],
         rank=RANK,
         alpha=ALPHA,
+        align=args.align,
         steps=args.steps,
         batch=args.batch,
         views=args.views,

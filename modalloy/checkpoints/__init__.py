@@ -2,7 +2,7 @@
 
 from modalloy.checkpoints.locate import is_hub_id, is_portable, locate, open_base
 from modalloy.checkpoints.specialist import Factors, Specialist, open_specialist
-from modalloy.checkpoints.tensors import Checkpoint, TensorRef, WeightFile, read_json
+from modalloy.checkpoints.tensors import Checkpoint, TensorRef, WeightFile, file_sha256, read_json
 from modalloy.checkpoints.writer import Staging, TensorSpec, WeightWriter
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TensorSpec",
     "WeightFile",
     "WeightWriter",
+    "file_sha256",
     "is_hub_id",
     "is_portable",
     "locate",

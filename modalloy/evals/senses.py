@@ -197,7 +197,7 @@ class Asker:
         others = [name for name in self.category if name != concept]
         near = [name for name in others if self.category[name] == self.category[concept]]
         chosen: list[str] = []
-        while len(chosen) < n:
+        while len(chosen) < min(n, len(others)):
             name = self.random.choice(near if near and self.random.random() < 0.5 else others)
             if name not in chosen:
                 chosen.append(name)
@@ -231,8 +231,11 @@ def training_questions(clips: list[Clip], seed: int) -> Iterator[Question]:
             yield asker.ask(kind, clip, other)
 
 
-def single_questions(clips: list[Clip], modality: str, seed: int = 0) -> list[Question]:
-    """Test questions about one sense: every held-out file once per kind, and once against another held-out file."""
+LIMIT = 150  # questions per cell: an affordable sample, drawn once with the seed
+
+
+def single_questions(clips: list[Clip], modality: str, seed: int = 0, limit: int = LIMIT) -> list[Question]:
+    """Test questions about one sense: a sample of `limit` from every held-out file once per kind."""
     trained = [clip for clip in clips if clip.modality == modality and clip.tier == "train"]
     held_out = [clip for clip in clips if clip.modality == modality and clip.tier in ("new source", "new file")]
     asker = Asker(trained, seed)
@@ -241,11 +244,20 @@ def single_questions(clips: list[Clip], modality: str, seed: int = 0) -> list[Qu
         questions += [asker.ask(kind, clip) for kind in ("name", "choose", "yesno")]
         if clip.category in CATEGORIES:
             questions.append(asker.ask("category", clip))
-    return questions
+    return sample(questions, limit, seed)
 
 
-def paired_questions(clips: list[Clip], first: str = "image", second: str = "audio", seed: int = 0) -> list[Question]:
-    """Test questions about two senses at once, every held-out `second` file with held-out `first` files.
+def sample(questions: list[Question], limit: int, seed: int) -> list[Question]:
+    """At most `limit` of the questions, drawn with the seed and kept in order."""
+    if len(questions) <= limit:
+        return questions
+    return [questions[index] for index in sorted(random.Random(seed).sample(range(len(questions)), limit))]
+
+
+def paired_questions(
+    clips: list[Clip], first: str = "image", second: str = "audio", seed: int = 0, limit: int = LIMIT
+) -> list[Question]:
+    """Test questions about two senses at once: a sample from every held-out `second` file with held-out `first` files.
 
     - `choose`: both show one concept; which is it?
     - `same`: is it the same thing? Half yes, half no; neither sense alone can tell.
@@ -272,7 +284,7 @@ def paired_questions(clips: list[Clip], first: str = "image", second: str = "aud
             stem = "What is in the picture" if kind == "picture" else "What makes the sound"
             text = f"{stem}: {listed(options)}?"
             questions.append(Question(kind, (stranger, heard), text, options, with_article(asked.concept), heard.tier))
-    return questions
+    return sample(questions, limit, seed)
 
 
 class Examiner:

@@ -75,17 +75,7 @@ def _specialist_settings(folder: Path, config: dict[str, Any], base: str | None)
     location = base or specialist.base_name
     if location is None:
         raise CheckpointError(f"{folder}: records no base model; name one with base=")
-    dim, n_tokens = encoder_sizes(recorded)
-    own = list(specialist.own.values())
-    sizes = {
-        "encoder": recorded,
-        "dim": dim,
-        "n_tokens": n_tokens,
-        "n_prefix": specialist.tokens["prefix"].shape[1] if "prefix" in specialist.tokens else 0,
-        "n_suffix": specialist.tokens["suffix"].shape[1] if "suffix" in specialist.tokens else 0,
-        "rank": max((factors.rank for factors in own), default=0),
-        "scale": own[0].scale if own else 1.0,
-    }
+    sizes = specialist.modality_settings(recorded, *encoder_sizes(recorded))
     scale = next(iter(specialist.text.values())).scale
     return {
         "base_model": location,

@@ -1,0 +1,124 @@
+"""Do the inputs fit together? Every check reads headers and configs only, and refuses with one line."""
+
+from typing import Any
+
+from modalloy.checkpoints import Checkpoint, Specialist, is_portable
+from modalloy.encoders import ENCODERS, encoder_sizes
+from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.names import disk_name
+from modalloy.recipe import Recipe
+
+
+def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, Any], allow: bool) -> None:
+    """Refuse a specialist whose own record of its base contradicts the recipe's."""
+    if allow:
+        return
+    remedy = "use the right base, or say --allow-base-mismatch"
+    recorded, wanted = specialist.base_name, recipe.base_model
+    portable = [name for name in (recorded, wanted) if name and is_portable(name, recipe.folder)]
+    if recorded and len(portable) == 2 and recorded.split("@")[0].lower() != wanted.split("@")[0].lower():
+        raise CheckpointError(
+            f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"
+        )
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+        own, base = specialist.config.get(key), base_config.get(key)
+        if specialist.layout != "peft" and own is not None and base is not None and own != base:
+            raise CheckpointError(
+                f"{specialist.label} specialist was trained from a base with {key} {own}, '{wanted}' has {base}; {remedy}"
+            )
+
+
+def check_shapes(specialist: Specialist, base: Checkpoint) -> None:
+    """Every update must fit the base weight of its name; every tensor of a full model must have the base's shape."""
+    for updates in (specialist.text, specialist.own):
+        for slot, factors in updates.items():
+            if slot not in base.refs:
+                raise CheckpointError(
+                    f"{specialist.label} specialist: {factors.a.name} updates {slot}, which the base {base.folder.name} does not "
+                    f"have ({factors.a.file}); use the base it was trained from"
+                )
+            if base.refs[slot].shape != factors.shape:
+                raise CheckpointError(
+                    f"{specialist.label} specialist: {factors.a.name} updates a {factors.shape[0]} × {factors.shape[1]} weight, "
+                    f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
+                    "use the base it was trained from"
+                )
+    for name, ref in specialist.full.items():
+        if name not in base.refs:
+            if name == "lm_head.weight":  # a tied copy that some writers store
+                specialist.dropped[name] = "the base ties it to its embeddings"
+                continue
+            raise CheckpointError(
+                f"{specialist.label} specialist: {name} is not in the base ({ref.file}); "
+                "use the base it was trained from, or list the tensor under `ignore:`"
+            )
+        if base.refs[name].shape != ref.shape:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {name} is {ref.shape}, the base's is {base.refs[name].shape} ({ref.file}); "
+                "use the base it was trained from"
+            )
+    for name in specialist.dropped:
+        specialist.full.pop(name, None)
+
+
+def choose_encoders(recipe: Recipe, specialists: list[Specialist]) -> dict[str, str]:
+    """Encoder of each modality, for `omni`: the recipe's, else one that the specialist names and that is built in."""
+    encoders: dict[str, str] = {}
+    for entry, specialist in zip(recipe.models, specialists, strict=True):
+        modality = specialist.modality
+        if modality is None or not specialist.projector:
+            raise RecipeError(
+                f"output.form 'omni' needs a projector from every specialist, but '{specialist.label}' has none; "
+                "write form: adapter or full, or leave it out"
+            )
+        if modality in encoders:
+            raise RecipeError(
+                f"two specialists claim modality '{modality}' ({specialist.label}); 'omni' takes one of each: remove one, "
+                "or write form: adapter or full"
+            )
+        recorded = specialist.config.get(f"mm_{disk_name(modality)}_encoder")
+        location = entry.encoder or (recorded if recorded in ENCODERS else None)
+        if location is None:
+            raise RecipeError(
+                f"no encoder for modality '{modality}'; add `encoder:` to the {specialist.label} specialist"
+            )
+        if location not in ENCODERS:
+            raise RecipeError(f"no encoder '{location}'; {nearest(location, ENCODERS)}")
+        encoders[modality] = location
+    return encoders
+
+
+def check_path(specialist: Specialist, encoder: str, width: int | None) -> None:
+    """For `omni`: projector and extra tokens must lead from the encoder's features to the decoder's width."""
+    dim, _ = encoder_sizes(encoder)
+    first = specialist.projector.get("0.weight")
+    if first is None or first.shape != (width, dim):
+        found = "has no 0.weight" if first is None else f"takes {first.shape[-1]} features to {first.shape[0]}"
+        raise CheckpointError(
+            f"{specialist.label} specialist: its projector {found}, but the encoder '{encoder}' gives {dim} and the base "
+            f"takes {width}; set the `encoder:` it was trained with"
+        )
+    for ref in specialist.tokens.values():
+        if len(ref.shape) != 3 or ref.shape[0] != 1 or ref.shape[2] != width:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {ref.name} is {ref.shape}, not (1, tokens, {width}) ({ref.file}); "
+                "use the base it was trained from"
+            )
+
+
+def common_chat_template(specialists: list[Specialist]) -> str | None:
+    """For `omni`: the chat template that the specialists were trained with, None if they use the base's; they must agree."""
+    templates: dict[str, str] = {}
+    for specialist in specialists:
+        path = specialist.checkpoint.folder / "chat_template.jinja"
+        if path.is_file():
+            try:
+                templates[path.read_text(encoding="utf-8")] = specialist.label
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path}: is not UTF-8 text ({error}); download it again") from error
+    if len(templates) > 1:
+        raise CheckpointError(
+            f"the specialists were trained with different chat templates ({', '.join(templates.values())}); "
+            "make their chat_template.jinja the same, or remove them to use the base's"
+        )
+    return next(iter(templates), None)
