@@ -81,6 +81,7 @@ def lift(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
     def restore(merged: LowRank | Tensor, dtype: torch.dtype) -> LowRank:
         if isinstance(merged, Tensor):
             merged = LowRank(merged, torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device))
-        return LowRank(rows.times(merged.up, dtype), columns.times(merged.down.T, dtype).T.contiguous())
+        up, down = rows.times(merged.up, dtype), columns.times(merged.down.T, dtype).T
+        return LowRank(up.contiguous(), down.contiguous())
 
     return cores, restore

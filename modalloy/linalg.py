@@ -17,9 +17,9 @@ def gram(matrix: Tensor) -> Tensor:
     out = torch.zeros(n, n, dtype=torch.float64, device=matrix.device)
     step = -(-n // 4) or 1
     for rows in matrix.split(BLOCK_ROWS):
-        block = rows.to(torch.float64)
+        block = rows.T.to(torch.float64).contiguous()  # (n, rows): both operands are then read along their rows
         for start in range(0, n, step):
-            out[: start + step, start : start + step] += block[:, : start + step].T @ block[:, start : start + step]
+            out[: start + step, start : start + step] += block[: start + step] @ block[start : start + step].T
     upper = out.triu()
     return upper + upper.triu(1).T
 
@@ -76,5 +76,7 @@ class Basis:
         if not hasattr(self, "lower"):
             return coefficients.to(dtype)
         weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True) / self.lengths[:, None]
-        parts = [(rows.to(torch.float64) @ weights).to(dtype) for rows in self.columns.split(BLOCK_ROWS)]
-        return torch.cat(parts)
+        # (k, p) @ (p, rows): several times faster than its transpose where the columns are stored one after the other
+        across = weights.T.contiguous()
+        parts = [(across @ rows.T.to(torch.float64)).to(dtype) for rows in self.columns.split(BLOCK_ROWS)]
+        return torch.cat(parts, 1).T
