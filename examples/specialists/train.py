@@ -173,7 +173,7 @@ class Trainer:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.align)
         drop = nn.Dropout(0.5)
         for step in range(args.align):
-            rows = torch.multinomial(1 / share[y], 96, generator=generator)
+            rows = torch.multinomial(1 / share[y], min(96, len(y)), generator=generator)
             tokens = projector(drop(x[rows] - self.mean) + self.mean)
             whole = nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T / 0.07
             parts = nn.functional.normalize(tokens, dim=-1) @ directions.T / 0.07
