@@ -13,15 +13,16 @@ from modalloy import builtin
 from modalloy.merge import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
-# (media by modality, question). No sample was trained on; see builtin/samples/LICENSES.md.
+# (media by modality, question). No sample was trained on (see builtin/samples/LICENSES.md); they were picked to show what
+# such small specialists get right and what they get wrong, so they say nothing about how often: benchmarks/senses.py does.
 QUESTIONS: list[tuple[dict[str, str], str]] = [
-    ({"image": "dog.webp"}, "What is this?"),
-    ({"image": "train.webp"}, "Which is it: a ship, a train, an owl or a hammer?"),
+    ({"image": "violin.webp"}, "What is this?"),
+    ({"image": "camera.webp"}, "Which is it: a ship, a camera, an owl or a hammer?"),
+    ({"image": "dog.webp"}, "What do you see?"),
     ({"audio": "rooster.flac"}, "What makes this sound?"),
     ({"audio": "dog.flac"}, "Which is it: a harp, a car, a dog or a duck?"),
-    ({"image": "duck.webp", "audio": "duck.flac"}, "Which is it: a duck, a drum, a horse or a bus?"),
-    ({"image": "cow.webp", "audio": "cow.flac"}, "Are these the same?"),
-    ({"image": "cat.webp", "audio": "pig.flac"}, "Are these the same?"),
+    ({"image": "cow.webp", "audio": "cow.flac"}, "What is this?"),
+    ({"image": "horse.webp", "audio": "horse.flac"}, "Are these the same?"),
     ({"image": "horse.webp", "audio": "dog.flac"}, "What is in the picture: a dog, a cat, a horse or a cow?"),
 ]
 
