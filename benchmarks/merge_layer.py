@@ -67,7 +67,8 @@ def main() -> None:
     print("| | seconds | × floor | × ours | peak memory added, MB |\n|---|---|---|---|---|")
     for name, row in rows.items():
         ratios = f"{row['seconds'] / floor:.1f} | {row['seconds'] / seconds['ours']:.1f}"
-        print(f"| {name} | {row['seconds']:.3f} | {ratios} | {row.get('peak_mb', float('nan')):.0f} |")
+        memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "–"
+        print(f"| {name} | {row['seconds']:.3f} | {ratios} | {memory} |")
     if "error" in rows["ours"]:
         print(f"\nours against Algorithm 1 in float32: relative Frobenius distance {rows['ours']['error']:.1e}")
     print(json.dumps({"floor_products_s": seconds["products"], "floor_eigh_s": seconds["eigh"], "rows": rows}))
