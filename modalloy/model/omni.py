@@ -45,7 +45,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             part.to(dtype)  # encoders stay in float32
         self.requires_grad_(False)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.decoder.get_input_embeddings()
 
     def encode(self, modality: str, media: Tensor) -> Tensor:
