@@ -11,17 +11,16 @@ MIN_PIVOT = (
 )
 
 
-def gram(matrix: Tensor) -> Tensor:
-    """XᵀX (n, n) in float64 of X (m, n). Only the upper block triangle is multiplied: 5/8 of the work. O(m n²)."""
-    n = matrix.shape[1]
-    out = torch.zeros(n, n, dtype=torch.float64, device=matrix.device)
+def gram(*matrices: Tensor) -> Tensor:
+    """Σ XᵀX (n, n) in float64 over matrices X (m, n). Only the upper block triangle is multiplied: 5/8 of the work. O(m n²)."""
+    n = matrices[0].shape[1]
+    out = torch.zeros(n, n, dtype=torch.float64, device=matrices[0].device)
     step = -(-n // 4) or 1
-    for rows in matrix.split(BLOCK_ROWS):
-        block = rows.T.to(torch.float64).contiguous()  # (n, rows): both operands are then read along their rows
+    for rows in (block for matrix in matrices for block in matrix.split(BLOCK_ROWS)):
+        across = rows.T.to(torch.float64).contiguous()  # (n, rows): both operands are then read along their rows
         for start in range(0, n, step):
-            out[: start + step, start : start + step] += block[: start + step] @ block[start : start + step].T
-    upper = out.triu()
-    return upper + upper.triu(1).T
+            out[: start + step, start : start + step].addmm_(across[: start + step], across[start : start + step].T)
+    return out.triu() + out.triu(1).T
 
 
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:

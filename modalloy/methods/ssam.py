@@ -24,8 +24,8 @@ def ssam(deltas: list[Tensor], *, rank: int | float, scale: float, shape: tuple[
     Cost: O(T (m²n + mn²) + m³ + n³) for m × n matrices; the engine calls it on cores of at most (n·r × n·r).
     """
     doubles = [D.to(torch.float64) for D in deltas]
-    A = sum((gram(D.T) for D in doubles[1:]), gram(doubles[0].T))  # Σ D_i D_iᵀ
-    B = sum((gram(D) for D in doubles[1:]), gram(doubles[0]))  # Σ D_iᵀ D_i
+    A = gram(*(D.T for D in doubles))  # Σ D_i D_iᵀ
+    B = gram(*doubles)  # Σ D_iᵀ D_i
     k = int(rank) if rank >= 1 else max(energy_rank(A, rank), energy_rank(B, rank))
     U, V = top_eigenvectors(A, k), top_eigenvectors(B, k)
     total = scale * sum(doubles[1:], doubles[0])
