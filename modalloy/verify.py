@@ -58,7 +58,7 @@ def verify(out: str | Path) -> Verification:
     Raises:
         CheckpointError: a file is missing, changed or damaged, or a layer is not what its recipe gives.
     """
-    from modalloy.plan import plan
+    from modalloy.plan import labels, plan
 
     folder = Path(out)
     if not (folder / "manifest.json").is_file():
@@ -79,11 +79,12 @@ def verify(out: str | Path) -> Verification:
     entries = [entry.model_dump() | {"model": path} for entry, path in zip(recipe.models, models, strict=True)]
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
     planned = plan(found, allow_base_mismatch=True)
-    for specialist in planned.specialists:
-        recorded = manifest.get("inputs", {}).get(specialist.label, {}).get("sha256")
+    # by the labels of the recipe as written: those of the local folders differ where it names hub models
+    for label, specialist in zip(labels(recipe), planned.specialists, strict=True):
+        recorded = manifest.get("inputs", {}).get(label, {}).get("sha256")
         if recorded != input_sha256(specialist):
             raise CheckpointError(
-                f"{specialist.checkpoint.folder}: the {specialist.label} specialist has changed since the merge (its sha256 is "
+                f"{specialist.checkpoint.folder}: the {label} specialist has changed since the merge (its sha256 is "
                 "not the one in manifest.json); merge again"
             )
     return verify_folder(folder, planned, manifest, rehash=False)

@@ -71,13 +71,19 @@ class Specialist:
     def delta(self, slot: str) -> LowRank:
         """The text update of one weight in its stored precision, scaling folded into `up` (float32 or wider)."""
         factors = self.text[slot]
-        up, down = self._finite(factors.b), self._finite(factors.a)
+        up, down = self.read(factors.b), self.read(factors.a)
         wide = torch.promote_types(up.dtype, torch.float32)
         return LowRank(up.to(wide) * factors.scale, down.to(wide))
 
     def read(self, ref: TensorRef) -> Tensor:
         """The data of one tensor; NaN or infinity in a weight is refused."""
-        return self._finite(ref)
+        tensor = self.checkpoint.read(ref)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{self.label} specialist: {ref.name} holds NaN or infinite values ({ref.file}); "
+                "the file is damaged or its training diverged: download it again or remove the specialist"
+            )
+        return tensor
 
     @property
     def rank(self) -> int | None:
@@ -96,15 +102,6 @@ class Specialist:
             "rank": max((factors.rank for factors in own), default=0),
             "scale": own[0].scale if own else 1.0,
         }
-
-    def _finite(self, ref: TensorRef) -> Tensor:
-        tensor = self.checkpoint.read(ref)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{self.label} specialist: {ref.name} holds NaN or infinite values ({ref.file}); "
-                "the file is damaged or its training diverged: download it again or remove the specialist"
-            )
-        return tensor
 
 
 def open_specialist(
