@@ -98,6 +98,7 @@ def methods(as_json: Json = False) -> None:
             name: {
                 "summary": method.summary,
                 "parameters": method.parameters,
+                "documentation": method.documentation,
                 "auto_scale": "1/n" if method.mean_scale else 1,
                 "receives": method.receives,
                 "paper": method.paper,

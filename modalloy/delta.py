@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis
+from modalloy.linalg import Basis, require_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,5 +83,24 @@ def lift(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
             merged = LowRank(merged, torch.eye(merged.shape[1], dtype=merged.dtype, device=merged.device))
         up, down = rows.times(merged.up, dtype), columns.times(merged.down.T, dtype).T
         return LowRank(up.contiguous(), down.contiguous())
+
+    return cores, restore
+
+
+def lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
+    """Matrices L_i (p, in) in float64 with D_i = Q_B L_i, and the function that takes a merge of them back.
+
+    For methods that only rotate with their inputs on the left. O((out + in) R²), R = Σ rank_i; p ≤ R.
+    """
+    rows = Basis(torch.cat([delta.up for delta in deltas], 1))
+    lefts = rows.triangle.split([delta.rank for delta in deltas], 1)
+    for delta in deltas:
+        require_finite(delta.down)
+    cores = [left @ delta.down.to(torch.float64) for left, delta in zip(lefts, deltas, strict=True)]
+
+    def restore(merged: LowRank | Tensor, dtype: torch.dtype) -> LowRank:
+        if isinstance(merged, Tensor):
+            merged = LowRank(torch.eye(merged.shape[0], dtype=merged.dtype, device=merged.device), merged)
+        return LowRank(rows.times(merged.up, dtype).contiguous(), merged.down.to(dtype))
 
     return cores, restore

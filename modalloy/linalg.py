@@ -11,6 +11,12 @@ MIN_PIVOT = (
 )
 
 
+def require_finite(values: Tensor) -> None:
+    """Refuse NaN and infinity."""
+    if not bool(torch.isfinite(values).all()):
+        raise MethodError("an update holds NaN or infinite values; the file is damaged or its training diverged")
+
+
 def gram(*matrices: Tensor) -> Tensor:
     """Σ XᵀX (n, n) in float64 over matrices X (m, n). Only the upper block triangle is multiplied: 5/8 of the work. O(m n²)."""
     n = matrices[0].shape[1]
@@ -48,8 +54,7 @@ class Basis:
     def __init__(self, columns: Tensor) -> None:
         m, n = columns.shape
         squares = gram(columns) if m > n else None
-        if not bool(torch.isfinite(columns if squares is None else squares.diagonal()).all()):
-            raise MethodError("a factor holds NaN or infinite values; the file is damaged or its training diverged")
+        require_finite(columns if squares is None else squares.diagonal())
         self.q: Tensor | None = None
         if squares is None:
             self.triangle = columns.to(torch.float64)

@@ -76,7 +76,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _known_method(self) -> "Recipe":
-        check_method(self.merge_method, self.parameters)
+        check_method(self.merge_method, self.parameters, gradients=True)
         return self
 
     def to_yaml(self) -> str:

@@ -147,8 +147,10 @@ Q = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64, generator=torch.Gen
 
 
 def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
+    given = {"rank": K} if "rank" in METHODS[method].parameters else {}
+
     def f(updates: list[LowRank]) -> Tensor:
-        return dense(merge_deltas(updates, method, **({"rank": K} if "rank" in METHODS[method].parameters else {})))
+        return dense(merge_deltas(updates, method, **given))
 
     merged = f(deltas)
     if law == "identity at n=1":
@@ -159,6 +161,14 @@ def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
         return relative(f([2.5 * delta for delta in deltas]), 2.5 * merged) < 1e-9
     if law == "rotation":
         return relative(f([LowRank(P @ d.up, d.down @ Q.T) for d in deltas]), P @ merged @ Q.T) < 1e-9
+    if law == "left rotation":
+        return relative(f([LowRank(P @ d.up, d.down) for d in deltas]), P @ merged) < 1e-9
+    if law == "factored = dense":
+        try:
+            full = merge_deltas([dense(d) for d in deltas], method, **given)
+        except MethodError:
+            return False
+        return relative(full, merged) < 1e-9
     if law == "transpose":
         return relative(f([LowRank(d.down.T, d.up.T) for d in deltas]), merged.T) < 1e-9
     if law == "gauge":
@@ -173,7 +183,18 @@ def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
     return int(torch.linalg.matrix_rank(merged)) <= sum(d.rank for d in deltas)
 
 
-LAWS = ("identity at n=1", "permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ k", "rank ≤ Σ r_i")
+LAWS = (
+    "identity at n=1",
+    "permutation",
+    "scaling",
+    "left rotation",
+    "rotation",
+    "transpose",
+    "gauge",
+    "rank ≤ k",
+    "rank ≤ Σ r_i",
+    "factored = dense",
+)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -4,27 +4,32 @@ A method is a function from one matrix per specialist to the merged update; its 
 `receives` says what it is called with when the specialists are low-rank:
 
 - "core": small matrices C_i with D_i = Q_B C_i Q_Aᵀ. For methods with f({P D_i Qᵀ}) = P f({D_i}) Qᵀ, which are then exact.
-- "factors": the `LowRank` updates themselves, for what is linear in every update.
+- "left_core": matrices L_i (p, in) with D_i = Q_B L_i. For methods with f({P D_i}) = P f({D_i}).
+- "factors": the `LowRank` updates themselves, for what is linear in every update, or defined on the factors.
+- "dense": the full matrices, for what works on single entries. Such a method returns a full matrix.
 
 When they are dense, every method gets the dense matrices.
 """
 
 import inspect
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, lift
+from modalloy.delta import Delta, LowRank, lift, lift_left
 from modalloy.errors import MethodError, RecipeError, nearest
+from modalloy.linalg import require_finite
 from modalloy.methods.average import average
 from modalloy.methods.damc import damc
+from modalloy.methods.parameters import check_value, documentation, parse_rank, schema
 from modalloy.methods.ssam import ssam
 from modalloy.methods.task_arithmetic import task_arithmetic
 
 DENSE_RANK = 128  # `rank: auto` when no specialist is low-rank (the paper's k)
+Receives = Literal["core", "left_core", "factors", "dense"]
 
 
 @dataclass(frozen=True)
@@ -32,29 +37,42 @@ class Method:
     """A merging function, what it is called with, its paper, and what `scale: auto` means: λ = 1/n or λ = 1."""
 
     function: Callable[..., Any]
-    receives: Literal["core", "factors"]
+    receives: Receives
     paper: str
     mean_scale: bool
     laws: tuple[str, ...]
+    dense_when: tuple[str, str] | None = None  # the parameter and its value that need the full matrices
+    survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
+
+    def gets(self, parameters: dict[str, Any]) -> Receives:
+        """What it is called with under these parameters."""
+        if self.dense_when is not None and parameters.get(self.dense_when[0]) == self.dense_when[1]:
+            return "dense"
+        return self.receives
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Name → default of every parameter that a recipe may set; "auto" where the caller works it out."""
-        keywords = inspect.signature(self.function).parameters.values()
-        empty = inspect.Parameter.empty
-        return {
-            p.name: "auto" if p.default is empty else p.default
-            for p in keywords
-            if p.kind is p.KEYWORD_ONLY and p.name != "shape"
-        }
+        return {name: default for name, (_, default) in schema(self.function).items()}
+
+    @property
+    def documentation(self) -> dict[str, str]:
+        """Name → meaning of every parameter."""
+        return {name: text for name, text in documentation(self.function).items() if name in self.parameters}
 
     @property
     def summary(self) -> str:
         """First line of the function's docstring."""
         return (inspect.getdoc(self.function) or "").split("\n")[0]
 
+    def takes(self, name: str) -> bool:
+        """Whether the function asks for `name`, a parameter or something given (`slot`, `fishers`, `whole`)."""
+        return name in inspect.signature(self.function).parameters
 
-LINEAR_LAWS = ("identity at n=1", "permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ Σ r_i")
+
+ROTATION_LAWS = ("permutation", "scaling", "left rotation", "rotation", "transpose", "gauge", "factored = dense")
+LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
+
 
 METHODS = {
     "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS),
@@ -64,21 +82,31 @@ METHODS = {
         "core",
         "arXiv 2603.21584",
         True,
-        ("permutation", "scaling", "rotation", "transpose", "gauge", "rank ≤ k", "rank ≤ Σ r_i"),
+        (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
     ),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS),
 }
 
 
 def merge_deltas(
-    deltas: Sequence[Delta], method: str = "ssam", *, weights: Sequence[float] | None = None, **parameters: Any
+    deltas: Sequence[Delta],
+    method: str = "ssam",
+    *,
+    weights: Sequence[float] | None = None,
+    slot: str = "",
+    fishers: Sequence[Tensor] | None = None,
+    **parameters: Any,
 ) -> Delta:
     """The merged update of one linear layer: LowRank from LowRank, dense from dense (or mixed).
+
+    Methods that work on single entries (`modalloy methods` says which) give a dense update from anything.
 
     Args:
         deltas: one update (out, in) per specialist, each a `LowRank` or a dense tensor, alpha/r folded in.
         method: a name in METHODS.
         weights: one factor per specialist, applied first of all; never renormalised.
+        slot: name of the weight; random choices are keyed by it.
+        fishers: one Fisher matrix (out, in) per specialist, for the methods that weigh by them.
         parameters: the method's own, for example `rank=128, scale=0.25`; what is left out is "auto".
 
     Raises:
@@ -98,63 +126,78 @@ def merge_deltas(
         deltas = [delta if weight == 1 else weight * delta for delta, weight in zip(deltas, weights, strict=True)]
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(ranks, default=None))
-    return apply(method, list(deltas), chosen, shape)
+    whole = survey_model(method, lambda: [list(deltas)], chosen)
+    return apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
 
 
-def apply(method: str, deltas: list[Delta], parameters: dict[str, Any], shape: tuple[int, int]) -> Delta:
+def apply(
+    method: str,
+    deltas: list[Delta],
+    parameters: dict[str, Any],
+    shape: tuple[int, int],
+    *,
+    slot: str = "",
+    fishers: Sequence[Tensor] | None = None,
+    whole: dict[str, Any] | None = None,
+) -> Delta:
     """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is."""
-    import torch
-
     entry = METHODS[method]
-    dtype = torch.float32
-    for delta in deltas:
-        dtype = torch.promote_types(dtype, delta.up.dtype if isinstance(delta, LowRank) else delta.dtype)
+    given = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
+    arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
+    if entry.takes("fishers"):
+        _check_fishers(method, fishers, len(deltas), shape)
+    dtype = _common_dtype(deltas)
     factored = [delta for delta in deltas if isinstance(delta, LowRank)]
-    if len(factored) == len(deltas):
-        if entry.receives == "core":
-            cores, restore = lift(factored)
-            return restore(entry.function(cores, **parameters, shape=shape), dtype)
-        merged = entry.function([delta.to(dtype) for delta in factored], **parameters, shape=shape)
-        for factor in (merged.up, merged.down):
-            _require_finite(factor)
-        return merged
-    dense: list[Tensor] = [
-        delta.to(dtype).dense() if isinstance(delta, LowRank) else delta.to(dtype) for delta in deltas
-    ]
-    for matrix in dense:
-        _require_finite(matrix)
-    result = entry.function(dense, **parameters, shape=shape)
+    gets = entry.gets(parameters)
+    if len(factored) == len(deltas) and gets != "dense":
+        if gets == "factors":
+            merged = entry.function([delta.to(dtype) for delta in factored], **arguments)
+            for factor in (merged.up, merged.down):
+                require_finite(factor)
+            return merged
+        cores, restore = lift(factored) if gets == "core" else lift_left(factored)
+        return restore(entry.function(cores, **arguments), dtype)
+    result = entry.function(dense_matrices(deltas), **arguments)
     return (result.dense() if isinstance(result, LowRank) else result).to(dtype)
 
 
-def check_method(method: str, parameters: dict[str, Any]) -> None:
-    """Refuse an unknown method or parameter, and values out of range."""
+def dense_matrices(deltas: list[Delta]) -> list[Tensor]:
+    """Every update as a finite full matrix, in float32 or in the wider type of the widest."""
+    dtype = _common_dtype(deltas)
+    matrices = [delta.to(dtype).dense() if isinstance(delta, LowRank) else delta.to(dtype) for delta in deltas]
+    for matrix in matrices:
+        require_finite(matrix)
+    return matrices
+
+
+def survey_model(
+    method: str, model: Callable[[], Iterable[list[Delta]]], parameters: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The whole-model numbers that a method needs before its first layer (a global threshold), None if it needs none.
+
+    Args:
+        method: a name in METHODS.
+        model: gives the updates of every merged weight, one list per weight; may be called several times.
+        parameters: resolved parameters.
+    """
+    survey = METHODS[method].survey
+    if survey is None:
+        return None
+    return survey(lambda: (dense_matrices(deltas) for deltas in model()), **parameters)
+
+
+def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = False) -> None:
+    """Refuse an unknown method or parameter, and values out of range. With `gradients`, a list of numbers over depth is a value."""
     if method not in METHODS:
         raise RecipeError(f"unknown merge method '{method}'; {nearest(method, METHODS)}")
-    known = METHODS[method].parameters
+    known = schema(METHODS[method].function)
     for name, value in parameters.items():
         if name not in known:
             raise RecipeError(f"method '{method}' has no parameter '{name}'; {nearest(name, known)}")
-        if value == "auto" and known[name] == "auto":
-            continue
-        if name == "rank":
-            parse_rank(value)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-            raise RecipeError(
-                f"{name}: {value!r} is not a finite number; write for example 0.25 (in YAML 1.0e-3, not 1e-3)"
-            )
-
-
-def parse_rank(value: Any) -> int | float:
-    """A rank as a recipe writes it: a whole number from 1, or {energy: f} with 0 < f < 1, which gives f."""
-    if isinstance(value, dict) and list(value) == ["energy"]:
-        fraction = value["energy"]
-        if isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction < 1:
-            return float(fraction)
-        raise RecipeError(f"rank: energy {fraction!r} is not between 0 and 1; for example {{energy: 0.95}}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"rank: {value!r} is not a whole number of at least 1, nor {{energy: 0.95}}")
-    return value
+        if gradients and isinstance(value, list) and not value:
+            raise RecipeError(f"{name}: an empty list; give one value, or one or more over the depth of the model")
+        for single in value if gradients and isinstance(value, list) else [value]:
+            check_value(name, single, *known[name])
 
 
 def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int | None) -> dict[str, Any]:
@@ -170,8 +213,20 @@ def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int |
     return chosen
 
 
-def _require_finite(matrix: Tensor) -> None:
-    import torch
+def _common_dtype(deltas: Sequence[Delta]) -> torch.dtype:
+    dtype = torch.float32
+    for delta in deltas:
+        dtype = torch.promote_types(dtype, delta.up.dtype if isinstance(delta, LowRank) else delta.dtype)
+    return dtype
 
-    if not bool(torch.isfinite(matrix).all()):
-        raise MethodError("an update holds NaN or infinite values; the file is damaged or its training diverged")
+
+def _check_fishers(method: str, fishers: Sequence[Tensor] | None, n: int, shape: tuple[int, int]) -> None:
+    if fishers is None or len(fishers) != n:
+        raise MethodError(f"method '{method}' weighs by Fisher matrices: give one per specialist ({n}) as fishers=")
+    for index, matrix in enumerate(fishers):
+        if tuple(matrix.shape) != shape:
+            raise MethodError(
+                f"Fisher matrix {index} is {tuple(matrix.shape)}, the weight is {shape}; they must be alike"
+            )
+        if not bool(torch.isfinite(matrix).all()) or bool((matrix < 0).any()):
+            raise MethodError(f"Fisher matrix {index} holds negative, NaN or infinite values; compute it again")

@@ -1,9 +1,10 @@
 """Uniform averaging (model soups, Wortsman et al., arXiv 2203.05482)."""
 
 from modalloy.delta import Delta
+from modalloy.methods.parameters import Number
 
 
-def average(deltas: list[Delta], *, scale: float, shape: tuple[int, int]) -> Delta:
+def average(deltas: list[Delta], *, scale: Number, shape: tuple[int, int]) -> Delta:
     """λ Σ D_i with λ = 1/n by default: the mean of the weights.
 
     Args:

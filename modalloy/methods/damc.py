@@ -1,9 +1,10 @@
 """DAMC (Chen et al., ACL 2024, arXiv 2402.12750): decoupled parameters, and a weighted sum of the text updates."""
 
 from modalloy.delta import Delta
+from modalloy.methods.parameters import Number
 
 
-def damc(deltas: list[Delta], *, scale: float, shape: tuple[int, int]) -> Delta:
+def damc(deltas: list[Delta], *, scale: Number, shape: tuple[int, int]) -> Delta:
     """Σ λ_i D_i over the text updates, with λ_i = scale · weight_i. At equal weights this is `average`.
 
     Args:

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from modalloy.delta import LowRank
 from modalloy.linalg import energy_rank, gram, top_eigenvectors
+from modalloy.methods.parameters import Number, Rank
 
 
-def ssam(deltas: list[Tensor], *, rank: int | float, scale: float, shape: tuple[int, int]) -> LowRank:
+def ssam(deltas: list[Tensor], *, rank: Rank, scale: Number, shape: tuple[int, int]) -> LowRank:
     """λ Σ U Uᵀ D_i V Vᵀ as a rank-k update: every update projected onto the subspaces they share, then summed.
 
     A = Σ D_i D_iᵀ and B = Σ D_iᵀ D_i leave out the cross terms D_i D_jᵀ that a decomposition of Σ D_i would mix in.

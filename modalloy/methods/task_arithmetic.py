@@ -1,9 +1,10 @@
 """Task arithmetic (Ilharco et al., arXiv 2212.04089): λ times the sum of the task vectors."""
 
 from modalloy.delta import Delta
+from modalloy.methods.parameters import Number
 
 
-def task_arithmetic(deltas: list[Delta], *, scale: float, shape: tuple[int, int]) -> Delta:
+def task_arithmetic(deltas: list[Delta], *, scale: Number, shape: tuple[int, int]) -> Delta:
     """λ Σ D_i. Low-rank updates stay exact: their factors are concatenated.
 
     Args:
