@@ -163,7 +163,7 @@ class Inspection:
         patterns = sorted(dict.fromkeys(slot.module for slot in self.slots), key=_place_in_layer)
         parents = [pattern.split(".")[:-1] for pattern in patterns]
         shared = 0  # names at the start that all have
-        while all(len(parent) > shared and parent[shared] == parents[0][shared] for parent in parents):
+        while parents and all(len(parent) > shared and parent[shared] == parents[0][shared] for parent in parents):
             shared += 1
         return {pattern: ".".join(pattern.split(".")[shared:]) for pattern in patterns}
 
