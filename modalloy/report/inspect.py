@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from modalloy.checkpoints.writer import disk_errors
 from modalloy.errors import OutputError
-from modalloy.inspect import Inspection, Pair, Slot, Update
+from modalloy.inspect import SAMPLED_ROWS, Inspection, Pair, Slot, Update
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#b83280", "#0987a0", "#4a5568")
 FACETS_PER_ROW = 4
@@ -223,9 +223,9 @@ def _updates(inspection: Inspection) -> Figure:
 def _pairs(inspection: Inspection) -> Figure:
     """Per pair, by depth: cosine, sign conflict."""
     quantities: dict[str, tuple[str, Callable[[Pair], float | None]]] = {
-        "cosine": ("⟨D_i, D_j⟩ / ‖D_i‖ ‖D_j‖", lambda p: p.cosine),
+        "cosine": ("cosine", lambda p: p.cosine),
         "sign conflict, of entries": ("share of entries", lambda p: p.sign_conflict),
-        "sign conflict, by size": ("share of Σ |D_i D_j|", lambda p: p.sign_conflict_mass),
+        "sign conflict, by size": ("share of Σ |D<sub>i</sub> D<sub>j</sub>|", lambda p: p.sign_conflict_mass),
         "left overlap": ("overlap", lambda p: p.left_overlap),
         "right overlap": ("overlap", lambda p: p.right_overlap),
     }
@@ -238,8 +238,9 @@ def _pairs(inspection: Inspection) -> Figure:
         views[str(number)] = _facets(inspection, found, axis, {})
     return {
         "title": "Conflict between specialists, by depth",
-        "note": "Cosine 1: the same direction; 0: independent; −1: opposite. Sign conflict: where two updates disagree in "
-        "sign, ½ if they are independent; on at most 256 rows of each weight, drawn at random with a seed that is its name.",
+        "note": "Cosine ⟨D<sub>i</sub>, D<sub>j</sub>⟩ / ‖D<sub>i</sub>‖ ‖D<sub>j</sub>‖: 1 is the same direction, 0 independent, "
+        "−1 opposite. Sign conflict: where two updates disagree in sign, ½ if they are independent; on at most "
+        f"{SAMPLED_ROWS} rows of each weight, drawn at random with a seed that is its name. Overlaps: as above.",
         "choices": [{"name": "quantity", "options": list(quantities)}],
         "views": views,
         "layout": _facet_layout(inspection),
@@ -249,7 +250,7 @@ def _pairs(inspection: Inspection) -> Figure:
 def _merged(inspection: Inspection) -> Figure:
     """The merged update, by depth."""
     quantities: dict[str, tuple[str, Callable[[Slot], float | None]]] = {
-        "coherence": ("‖Σ D_i‖ / Σ ‖D_i‖", lambda s: s.coherence),
+        "coherence": ("‖Σ D<sub>i</sub>‖ / Σ ‖D<sub>i</sub>‖", lambda s: s.coherence),
         "size against the plain mean": ("‖merged‖ / ‖mean‖", lambda s: s.merged_over_mean),
     }
     views = {
@@ -260,7 +261,7 @@ def _merged(inspection: Inspection) -> Figure:
     return {
         "title": "What is left after adding, by depth",
         "note": f"Coherence 1: all specialists push the same way; {n**-0.5:.2f} (1/√{n}): orthogonal and equally large; "
-        "0: they cancel. The mean is (1/n) Σ D_i.",
+        "0: they cancel. The mean is (1/n) Σ D<sub>i</sub>.",
         "choices": [{"name": "quantity", "options": list(quantities)}],
         "views": views,
         "layout": _facet_layout(inspection),
@@ -294,8 +295,7 @@ def _overlaps(inspection: Inspection) -> Figure:
                 "z": [[value for value, _ in row] for row in rows],
                 "customdata": [[chance for _, chance in row] for row in rows],
                 "hovertemplate": "%{y}, layer %{x}<br>overlap %{z:.3f}<br>by chance %{customdata:.3f}<extra></extra>",
-                "colorscale": "Blues",
-                "reversescale": False,
+                "colorscale": [[0, "#f7fafc"], [0.5, "#90cdf4"], [1, "#1a365d"]],
                 "zmin": 0,
                 "zmax": max(values, default=1.0),
                 "colorbar": {"title": {"text": "overlap"}, "thickness": 14},
@@ -305,16 +305,17 @@ def _overlaps(inspection: Inspection) -> Figure:
             views[f"{first}|{second}"] = {"data": [trace], "layout": {}}
     return {
         "title": "Overlap of the specialists' subspaces",
-        "note": "‖U_iᵀ U_j‖² / min(r_i, r_j) over the top k singular vectors (Hu et al. 2021): 1 if one subspace holds the "
-        "other, 0 if they are orthogonal. The cursor shows what random subspaces would give. One colour scale for all.",
+        "note": "‖U<sub>i</sub>ᵀ U<sub>j</sub>‖² / min(r<sub>i</sub>, r<sub>j</sub>) over the top k singular vectors (Hu et al. "
+        "2021): 1 if one subspace holds the other, 0 if they are orthogonal. The cursor shows what random subspaces would "
+        "give. One colour scale for all.",
         "choices": [
             {"name": "pair", "options": [" · ".join(pair) for pair in labels]},
             {"name": "side", "options": list(sides)},
         ],
         "views": views,
         "layout": {
-            "height": 130 + 30 * len(inspection.modules),
-            "margin": {"l": 130, "r": 20, "t": 10, "b": 50},
+            "height": 160 + 30 * len(inspection.modules),
+            "margin": {"l": 130, "r": 20, "t": 40, "b": 50},
             "xaxis": {"title": {"text": "layer"}, "type": "category", "showgrid": False, "ticks": ""},
             "yaxis": {"autorange": "reversed", "showgrid": False, "ticks": ""},
         },
@@ -370,7 +371,7 @@ def _spectra(inspection: Inspection) -> Figure:
             "height": 400,
             "grid": {"rows": 1, "columns": 2, "pattern": "independent", "xgap": 0.12},
             "xaxis": {"title": {"text": "index of σ"}},
-            "yaxis": {"title": {"text": "singular value σ"}, "type": "log", "exponentformat": "power"},
+            "yaxis": {"title": {"text": "singular value σ"}, "type": "log", "dtick": "D2", "tickformat": "~g"},
             "xaxis2": {"title": {"text": "k"}},
             "yaxis2": {"title": {"text": "share of energy"}, "range": [0, 1.03], "tickformat": ".0%"},
         },
