@@ -95,11 +95,11 @@ def inspect(
     with ExitStack() as stack:
         if out is not None:  # refused before the work, not after it
             require_plotly()
-            file = stack.enter_context(new_file(out, overwrite=overwrite))
+            write = stack.enter_context(new_file(out, overwrite=overwrite))
         with progress("inspect") as on_job:
             found = run(recipe, jobs=jobs, allow_base_mismatch=allow_base_mismatch, on_job=on_job)
         if out is not None:
-            file.write(page(found))
+            write(page(found))
     if as_json:
         print(json.dumps(found.to_dict()))
         return

@@ -1,5 +1,6 @@
 """Inspecting a merge: every figure against dense float64 NumPy, every finding provoked and absent, the page by itself."""
 
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -320,8 +321,9 @@ def test_page_holds_everything_and_loads_nothing(write_recipe: WriteRecipe) -> N
     assert page.count(get_plotlyjs()) == 1
     own = page.replace(get_plotlyjs(), "")
     assert "default-src 'none'" in own and "http://" not in own and "https://" not in own
+    assert "form-action 'none'" in own and "modeBarButtons" in own  # plotly's usual buttons would upload the chart
     assert not re.search(r"<(link|img|iframe|script)[^>]*\b(src|href)=", own)
-    figures = json.loads(own[own.index("const FIGURES = ") + len("const FIGURES = ") : own.index(";\nconst AXIS")])
+    figures, _ = json.JSONDecoder().raw_decode(own, own.index("const FIGURES = ") + len("const FIGURES = "))
     drawn = [number for figure in figures for view in figure["views"].values() for number in numbers(view["data"])]
     for slot in inspection.slots:
         wanted = [u.norm for u in slot.updates] + [p.cosine for p in slot.pairs] + [p.left_overlap for p in slot.pairs]
@@ -370,13 +372,25 @@ def test_targets_that_are_refused(place: str, message: str, tmp_path: Path) -> N
 def test_a_failure_leaves_the_old_page(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
-    with pytest.raises(ModalloyError), report.new_file(path, overwrite=True) as file:
-        file.write("new")
+    with pytest.raises(ModalloyError), report.new_file(path, overwrite=True) as write:
+        write("new")
         raise ModalloyError("stop")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with report.new_file(path, overwrite=True) as file:
-        file.write("new")
+    with report.new_file(path, overwrite=True) as write:
+        write("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(OutputError, match="the disk is full"), report.new_file(tmp_path / "report.html") as write:
+        monkeypatch.setattr(Path, "write_text", full)
+        write("new")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PermissionError), report.new_file(tmp_path / "report.html"):
+        raise PermissionError(errno.EACCES, "of an input: not to be blamed on the page")
 
 
 def test_without_plotly_only_the_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """An inspection for people: tables for a terminal, and one HTML page with interactive plots that needs nothing else.
 
-The page holds plotly.js itself and a content security policy that forbids it to load anything. Its bytes depend on the
+The page holds plotly.js itself and a content security policy that forbids it to load or send anything, and leaves out plotly's
+button that uploads a chart. Its bytes depend on the
 inspection and on the installed plotly only.
 """
 
@@ -13,7 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from modalloy.checkpoints.writer import disk_errors
 from modalloy.errors import OutputError
@@ -21,7 +22,7 @@ from modalloy.inspect import SAMPLED_ROWS, Inspection, Pair, Slot, Update
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#b83280", "#0987a0", "#4a5568")
 FACETS_PER_ROW = 4
-LOG_FROM = 50  # ratio of largest to smallest value from which an axis of sizes is logarithmic
+LOG_FROM = 100  # ratio of largest to smallest value from which an axis of sizes is logarithmic
 
 Figure = dict[str, Any]  # title, note, choices, views by the chosen values, and the layout that all views share
 Table = tuple[list[str], list[list[str]]]
@@ -72,12 +73,13 @@ def text(inspection: Inspection, *, with_tables: bool = True) -> str:
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
-    """A text file that appears at `path` when the block ends well; after an exception `path` is as it was.
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[str], None]]:
+    """A function that writes a text to `path`, which appears when the block ends well and else is as it was.
 
     Raises:
         OutputError: `path` is a folder, exists without `overwrite`, or cannot be written; before the block is entered.
     """
+    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     with disk_errors(path):
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; name a file in it, for example {path / 'report.html'}")
@@ -85,13 +87,18 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[TextIO]:
             raise OutputError(f"{path}: already exists; choose another file, or replace it with --overwrite")
         if not path.parent.is_dir():
             raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
-        partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
-        try:
-            with partial.open("x", encoding="utf-8") as file:
-                yield file
+        partial.touch(exist_ok=False)
+
+    def write(content: str) -> None:
+        with disk_errors(path):
+            partial.write_text(content, encoding="utf-8")
+
+    try:
+        yield write
+        with disk_errors(path):
             os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def require_plotly() -> None:
@@ -119,7 +126,7 @@ def page(inspection: Inspection) -> str:
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:">
+style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>modalloy inspect · {html.escape(labels)}</title>
 <style>{STYLE}</style>
@@ -261,7 +268,7 @@ def _merged(inspection: Inspection) -> Figure:
     return {
         "title": "What is left after adding, by depth",
         "note": f"Coherence 1: all specialists push the same way; {n**-0.5:.2f} (1/√{n}): orthogonal and equally large; "
-        "0: they cancel. The mean is (1/n) Σ D<sub>i</sub>.",
+        "0: they cancel. The mean is (1/n)&nbsp;Σ&nbsp;D<sub>i</sub>.",
         "choices": [{"name": "quantity", "options": list(quantities)}],
         "views": views,
         "layout": _facet_layout(inspection),
@@ -298,7 +305,7 @@ def _overlaps(inspection: Inspection) -> Figure:
                 "colorscale": [[0, "#f7fafc"], [0.5, "#90cdf4"], [1, "#1a365d"]],
                 "zmin": 0,
                 "zmax": max(values, default=1.0),
-                "colorbar": {"title": {"text": "overlap"}, "thickness": 14},
+                "colorbar": {"title": {"text": "overlap"}, "thickness": 14, "x": 1.01},
                 "xgap": 1,
                 "ygap": 1,
             }
@@ -314,8 +321,8 @@ def _overlaps(inspection: Inspection) -> Figure:
         ],
         "views": views,
         "layout": {
-            "height": 160 + 30 * len(inspection.modules),
-            "margin": {"l": 130, "r": 20, "t": 40, "b": 50},
+            "height": 140 + 30 * len(inspection.modules),
+            "margin": {"l": 130, "r": 120, "t": 20, "b": 50},
             "xaxis": {"title": {"text": "layer"}, "type": "category", "showgrid": False, "ticks": ""},
             "yaxis": {"autorange": "reversed", "showgrid": False, "ticks": ""},
         },
@@ -340,7 +347,8 @@ def _spectra(inspection: Inspection) -> Figure:
             line = {"color": "#718096", "dash": dash, "width": 1.5}
             both = {"name": f"spectral energy of {name}", "x": slot.curve_k, "y": energy, "mode": "lines", "line": line}
             traces.append(both | {"xaxis": "x2", "yaxis": "y2", "hovertemplate": "k = %{x}: %{y:.1%}"})
-        layout: dict[str, Any] = {}
+        positive = [value for update in slot.updates for value in update.singular_values or () if value > 0]
+        layout: dict[str, Any] = {"yaxis.dtick": _log_step(positive)}
         if slot.k is not None and slot.curve_k:
             mark = {"type": "line", "x0": slot.k, "x1": slot.k, "y0": 0, "y1": 1, "xref": "x2", "yref": "y2 domain"}
             text = {
@@ -351,10 +359,12 @@ def _spectra(inspection: Inspection) -> Figure:
                 "yref": "y2 domain",
                 "showarrow": False,
             }
-            layout = {
+            layout |= {
                 "shapes": [mark | {"line": {"color": "#c53030", "width": 1}}],
                 "annotations": [text | {"xanchor": "left", "xshift": 4, "font": {"color": "#c53030"}}],
                 "xaxis2.range": [0, 1.03 * max(slot.k, slot.curve_k[-1])],
+                "xaxis2.dtick": _step(max(slot.k, slot.curve_k[-1]), 10),
+                "xaxis.dtick": _step(max(len(u.singular_values or ()) for u in slot.updates), 10),
             }
         key = f"{modules.index(slot.module)}|{layers.index(slot.layer)}"
         views[key] = {"data": traces, "layout": layout}
@@ -370,8 +380,8 @@ def _spectra(inspection: Inspection) -> Figure:
         "layout": {
             "height": 400,
             "grid": {"rows": 1, "columns": 2, "pattern": "independent", "xgap": 0.12},
-            "xaxis": {"title": {"text": "index of σ"}},
-            "yaxis": {"title": {"text": "singular value σ"}, "type": "log", "dtick": "D2", "tickformat": "~g"},
+            "xaxis": {"title": {"text": "index of σ"}, "tick0": 0},
+            "yaxis": {"title": {"text": "singular value σ"}, "type": "log", "tickformat": "~g"},
             "xaxis2": {"title": {"text": "k"}},
             "yaxis2": {"title": {"text": "share of energy"}, "range": [0, 1.03], "tickformat": ".0%"},
         },
@@ -410,7 +420,9 @@ def _facets(inspection: Inspection, lines: Values, axis: str, dashed: Values, *,
     logarithmic = sizes and shown and max(shown) > LOG_FROM * min(shown)
     layout: dict[str, Any] = {}
     for number in range(len(inspection.modules)):
-        layout[f"{_axis('yaxis', number)}.type"] = "log" if logarithmic else "linear"
+        if logarithmic:
+            layout[f"{_axis('yaxis', number)}.type"] = "log"
+            layout[f"{_axis('yaxis', number)}.dtick"] = _log_step(shown)
         layout[f"{_axis('yaxis', number)}.title"] = {"text": axis} if number % FACETS_PER_ROW == 0 else {"text": ""}
     return {"data": traces, "layout": layout}
 
@@ -419,8 +431,9 @@ def _facet_layout(inspection: Inspection) -> dict[str, Any]:
     """Titles and axes of the small plots; all y axes match, so that kinds of weight can be compared."""
     n = len(inspection.modules)
     rows = -(-n // FACETS_PER_ROW)
+    step = _step(max((slot.layer or 0 for slot in inspection.slots), default=0), 4)
     layout: dict[str, Any] = {
-        "height": 120 + 210 * rows,
+        "height": 136 + 210 * rows,
         "grid": {"rows": rows, "columns": min(n, FACETS_PER_ROW), "pattern": "independent", "xgap": 0.1, "ygap": 0.32},
         "annotations": [],
     }
@@ -428,14 +441,26 @@ def _facet_layout(inspection: Inspection) -> dict[str, Any]:
         title = {"text": f"<b>{_label(name)}</b>", "x": 0.5, "y": 1, "showarrow": False, "yanchor": "bottom"}
         place = {"xref": f"{_axis('x', number)} domain", "yref": f"{_axis('y', number)} domain"}
         layout["annotations"].append(title | place)
-        layout[_axis("xaxis", number)] = {"title": {"text": "layer", "standoff": 4}}
-        layout[_axis("yaxis", number)] = {"rangemode": "tozero"} | ({"matches": "y"} if number else {})
+        layout[_axis("xaxis", number)] = {"title": {"text": "layer", "standoff": 4}, "dtick": step}
+        layout[_axis("yaxis", number)] = {"rangemode": "tozero", "tickformat": "~g"} | (
+            {"matches": "y"} if number else {}
+        )
     return layout
 
 
 def _axis(letter: str, number: int) -> str:
     """Plotly's name of an axis: x, x2, x3, …"""
     return letter if number == 0 else f"{letter}{number + 1}"
+
+
+def _step(last: int, ticks: int) -> int:
+    """The distance of whole-number ticks, 1, 2, 5, 10, …, that needs at most `ticks` of them from 0 to `last`."""
+    return next(m * 10**e for e in range(9) for m in (1, 2, 5) if m * 10**e * ticks >= last)
+
+
+def _log_step(values: list[float]) -> int | str:
+    """Plotly's ticks of a logarithmic axis: every power of ten where there are several, else 1, 2 and 5 times them."""
+    return 1 if values and max(values) > 100 * min(values) else "D2"
 
 
 def _layers(inspection: Inspection) -> list[int | None]:
@@ -495,11 +520,14 @@ select { font: inherit; padding: 2px 6px; }
 """
 
 SCRIPT = """
+const CONFIG = {displaylogo: false, responsive: true, plotlyServerURL: "",
+                modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]};
 const AXIS = {gridcolor: "#edf2f7", linecolor: "#cbd5e0", zerolinecolor: "#cbd5e0", ticks: "outside", tickcolor: "#cbd5e0",
               automargin: true};
 function drawn(figure, view) {
   const layout = structuredClone({font: {family: "system-ui, sans-serif", size: 12, color: "#1a202c"},
-    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", margin: {l: 60, r: 20, t: 60, b: 50},
+    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
+    margin: {l: 60, r: 45, t: 76, b: 50}, modebar: {orientation: "v"},
     legend: {orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top"}, ...figure.layout});
   for (const [path, value] of Object.entries(structuredClone(view.layout))) {
     const [name, part] = path.split(".");
@@ -515,7 +543,7 @@ FIGURES.forEach((figure, index) => {
     const view = figure.views[selects.map(select => select.value).join("|")]
       || {data: [], layout: {annotations: [{text: "this layer has no such merged weight", showarrow: false,
           x: 0.5, y: 0.5, xref: "paper", yref: "paper"}]}};
-    Plotly.react(plot, structuredClone(view.data), drawn(figure, view), {displaylogo: false, responsive: true});
+    Plotly.react(plot, structuredClone(view.data), drawn(figure, view), CONFIG);
   };
   selects.forEach(select => select.addEventListener("change", draw));
   draw();
