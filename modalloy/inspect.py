@@ -14,7 +14,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +149,7 @@ class Inspection:
     k_of: str  # what `Slot.k` is
     specialists: tuple[SpecialistFacts, ...]
     slots: tuple[Slot, ...]
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...]
 
     @property
     def verdict(self) -> str:
@@ -246,10 +246,11 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     rows = _sampled_rows(job.slot, shape[0])
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
     k = kept.k if kept else None
+    layer, module = _layer(job.slot)
     return Slot(
         name=job.slot,
-        layer=_layer(job.slot)[0],
-        module=_layer(job.slot)[1],
+        layer=layer,
+        module=module,
         shape=shape,
         k=k,
         updates=tuple(

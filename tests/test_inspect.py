@@ -359,6 +359,7 @@ def test_names_cannot_become_markup(tmp_path: Path, write_recipe: WriteRecipe) -
         ("missing/report.html", "the folder .*missing does not exist"),
         ("there.html/report.html", "a part of the path is a file|does not exist"),
         (f"{'x' * 300}.html", "the name is too long"),
+        ("/proc/report.html", "no file can be made in /proc|permission denied"),
     ],
 )
 def test_targets_that_are_refused(place: str, message: str, tmp_path: Path) -> None:

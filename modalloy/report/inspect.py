@@ -87,7 +87,10 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[str],
             raise OutputError(f"{path}: already exists; choose another file, or replace it with --overwrite")
         if not path.parent.is_dir():
             raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
-        partial.touch(exist_ok=False)
+        try:
+            partial.touch(exist_ok=False)
+        except FileNotFoundError as error:  # a folder that takes no files, as some of the system's
+            raise OutputError(f"{path}: no file can be made in {path.parent}; choose another folder") from error
 
     def write(content: str) -> None:
         with disk_errors(path):
