@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +85,35 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
         f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB, "
         f"about {planned.peak_bytes(default_workers()) / 1e6:.0f} MB of memory with {default_workers()} workers"
     )
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML page to write", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+    allow_base_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> None:
+    """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
+    from modalloy.inspect import inspect as run
+    from modalloy.report.inspect import new_file, page, require_plotly, text
+
+    with ExitStack() as stack:
+        if out is not None:  # refused before the work, not after it
+            require_plotly()
+            write = stack.enter_context(new_file(out, overwrite=overwrite))
+        with progress("inspect") as on_job:
+            found = run(recipe, jobs=jobs, allow_base_mismatch=allow_base_mismatch, on_job=on_job)
+        if out is not None:
+            write(page(found))
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print(text(found, with_tables=out is None))
+    if out is not None:
+        print(f"wrote    {out}")
 
 
 @app.command()
