@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import statistics
 from collections import defaultdict
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
-from modalloy.errors import CheckpointError
 from modalloy.linalg import Basis, gram, top_eigenvectors
+from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.plan import Job, Plan, plan
 from modalloy.recipe import Recipe, load_recipe
@@ -135,7 +134,7 @@ class SpecialistFacts:
     modality: str | None
     layout: str
     rank: int | None
-    weight: float
+    weight: float | tuple[float, ...]  # several: over the depth
     norm: float
 
 
@@ -196,11 +195,16 @@ def inspect(
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     merges = [job for job in planned.jobs if job.kind == "merge"]
     ranks = [s.rank for s in planned.specialists if s.rank is not None]
+    planned.surveys = survey(planned)
     projects = recipe.merge_method == "ssam"
     automatic = resolve("ssam", {}, n=len(planned.specialists), lora_rank=max(ranks, default=None))["rank"]
-    rank = planned.parameters["rank"] if projects else automatic
     slots = []
-    results = local.run(merges, lambda job: _slot(planned, job, rank), jobs or len(os.sched_getaffinity(0)))
+    results = local.run(
+        merges,
+        lambda job: job.parameters["rank"] if job.method == "ssam" else automatic,
+        lambda job, rank: _slot(planned, job, rank),
+        jobs or local.default_workers(),
+    )
     for done, (_, slot) in enumerate(results, 1):
         slots.append(slot)
         if on_job is not None:
@@ -222,7 +226,7 @@ def inspect(
 
 def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     """Every figure of one weight; `rank` is SSAM's k, or below 1 the share of energy that chooses it."""
-    deltas = _deltas(planned, job.slot)
+    deltas = _deltas(planned, job)
     shape = (planned.base.refs[job.slot].shape[0], planned.base.refs[job.slot].shape[1])
     factored = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
     if len(factored) == len(deltas):
@@ -239,9 +243,9 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     merged_norm = None
     if decomposed:
         # a method that turns with its inputs gives a result of the same norm on the cores
-        turns = "rotation" in METHODS[planned.recipe.merge_method].laws
-        inputs = small if turns else list(deltas.values())
-        merged_norm = _norm(apply(planned.recipe.merge_method, inputs, planned.parameters, shape))
+        turns = "rotation" in METHODS[job.method].laws
+        merged = apply(job.method, small, job.parameters, shape) if turns else merged_delta(planned, job, planned.read)
+        merged_norm = _norm(merged)
     mean_norm = sum_norm / len(planned.specialists)
     rows = _sampled_rows(job.slot, shape[0])
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
@@ -276,20 +280,10 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     )
 
 
-def _deltas(planned: Plan, slot: str) -> dict[str, Delta]:
+def _deltas(planned: Plan, job: Job) -> dict[str, Delta]:
     """The update of one weight by specialist, weighted as the recipe says; those without one are not listed."""
-    deltas: dict[str, Delta] = {}
-    for entry, specialist in zip(planned.recipe.models, planned.specialists, strict=True):
-        if slot in specialist.text:
-            deltas[specialist.label] = entry.parameters.weight * specialist.delta(slot)
-        elif slot in specialist.full:
-            tuned = specialist.read(specialist.full[slot])
-            wide = torch.promote_types(tuned.dtype, torch.float32)
-            base = planned.base.read(planned.base.refs[slot]).to(wide)
-            if not bool(torch.isfinite(base).all()):
-                raise CheckpointError(f"base: {slot} holds NaN or infinite values; download the base again")
-            deltas[specialist.label] = entry.parameters.weight * (tuned.to(wide) - base)
-    return deltas
+    deltas = zip(planned.specialists, specialists_deltas(planned, job, planned.read), strict=True)
+    return {s.label: delta for s, delta in deltas if job.slot in s.text or job.slot in s.full}
 
 
 def _in_common_bases(deltas: list[LowRank]) -> list[LowRank]:

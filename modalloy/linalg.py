@@ -33,6 +33,11 @@ def gram(*matrices: Tensor) -> Tensor:
     return out.triu() + out.triu(1).T
 
 
+def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """Orthonormal eigenvectors (n, rank) of the largest eigenvalues of a symmetric float64 matrix (n, n). O(n³)."""
+    return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
+
+
 def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
     """The `rank` leading eigenvectors (m, rank) of A = Σ D_i D_iᵀ, in the matrices' type; at most m of them.
 
@@ -46,7 +51,7 @@ def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
     if m > EXACT_SIZE and OVERSAMPLING * rank < m / 4:
         found = _iterated_subspace(matrices, rank)
     if found is None:
-        found = torch.linalg.eigh(gram(*(matrix.T for matrix in matrices))).eigenvectors.flip(1)[:, :rank]
+        found = top_eigenvectors(gram(*(matrix.T for matrix in matrices)), rank)
     return found.to(dtype)
 
 

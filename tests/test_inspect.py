@@ -240,7 +240,7 @@ def test_untrained_and_absent_updates(write_recipe: WriteRecipe, specialists: di
             del tensors[name]
 
     edit_tensors(specialists["audio"], drop)
-    inspection = inspect(write_recipe(parameters={"rank": 6}))
+    inspection = inspect(write_recipe(missing="zero", parameters={"rank": 6}))
     found = codes(inspection)
     assert found["zero_update"].specialists == ("audio",) and len(found["zero_update"].slots) == 7
     assert found["no_update"].slots == ("model.layers.1.mlp.up_proj.weight",)
