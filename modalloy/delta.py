@@ -136,6 +136,14 @@ def shared_subspace(deltas: Sequence[Delta], rank: int) -> Tensor:
     return top_eigenvectors(second_moment([delta.T for delta in deltas]), rank)
 
 
+def norm(delta: Delta) -> float:
+    """Frobenius norm; of factors without forming the matrix, O((out + in) r²)."""
+    if isinstance(delta, LowRank):
+        (core,), _ = lift([delta])
+        return float(core.dense().norm())
+    return float(delta.to(torch.float64).norm())
+
+
 def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
     """The best approximation of `delta` of rank at most `rank` that the top of its spectrum gives, and its relative error."""
     if isinstance(delta, LowRank):

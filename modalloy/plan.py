@@ -35,6 +35,7 @@ from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 NOT_MERGED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+SAMPLED_LAYERS = 12  # merged again to verify a result
 BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
@@ -73,6 +74,11 @@ class Job:
         return sum(ref.n_bytes for ref in self.reads)
 
     @property
+    def write_bytes(self) -> int:
+        """Size of the tensors that it writes."""
+        return sum(spec.n_bytes for spec in self.outputs)
+
+    @property
     def group(self) -> str:
         """Jobs of one group share what their method must know of the whole model."""
         return json.dumps([self.method, self.parameters], sort_keys=True)
@@ -109,15 +115,31 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Size of the tensors that will be written."""
-        return sum(spec.n_bytes for job in self.jobs for spec in job.outputs)
+        return sum(job.write_bytes for job in self.jobs)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of tensor data that the jobs read; a survey of the whole model reads the merged ones again."""
+        """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
+        files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
+        if self.recipe.output.form == "full" or not self.base_is_portable:
+            files += self.base.files
+        once = sum(file.path.stat().st_size for file in files)
         surveyed = [
             job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
         ]
-        return sum(job.read_bytes for job in self.jobs) + sum(job.read_bytes for job in surveyed)
+        again = [*surveyed, *self.sample()]
+        return once + sum(job.read_bytes for job in again) + sum(job.write_bytes for job in self.sample())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that the result takes: the tensors, and a copy of the base where only this machine would find it."""
+        copied = self.recipe.output.form == "omni" and not self.base_is_portable
+        return self.write_bytes + (sum(file.path.stat().st_size for file in self.base.files) if copied else 0)
+
+    def sample(self) -> list[Job]:
+        """The merged weights that are computed again to verify the result."""
+        merges = [job for job in self.jobs if job.kind == "merge"]
+        return merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +168,7 @@ class Plan:
     def peak_bytes(self, n_workers: int) -> int:
         """Memory that a merge with `n_workers` holds at its peak, with what the process holds now."""
         sizes = [self._job_bytes(job) for job in self.jobs]
-        held = [job.read_bytes + sum(spec.n_bytes for spec in job.outputs) for job in self.jobs]
+        held = [job.read_bytes + job.write_bytes for job in self.jobs]
         window = n_workers + AHEAD
         waiting = max((sum(held[i : i + window]) for i in range(len(held))), default=0)
         working = max((sum(sorted(sizes[i : i + window])[-n_workers:]) for i in range(len(sizes))), default=0)
@@ -179,6 +201,7 @@ class Plan:
             "counts": self.counts(),
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
+            "disk_bytes": self.disk_bytes,
             "peak_bytes": self.peak_bytes(default_workers()),
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         }
