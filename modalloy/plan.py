@@ -23,10 +23,10 @@ from modalloy.checkpoints import (
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.methods import METHODS, resolve
+from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
-NOT_MERGED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,15 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     base_config = read_json(base_folder / "config.json")
     for specialist in specialists:
         check_base(specialist, recipe, base_config, allow_base_mismatch)
-        check_shapes(specialist, base)
+        check_shapes(specialist, base, base_config)
     form = recipe.output.form
-    if form != "full" and any(s.layout == "full" for s in specialists):
-        label = next(s.label for s in specialists if s.layout == "full")
-        raise RecipeError(
-            f"output.form '{form}' needs low-rank specialists, but '{label}' is a full model; write form: full"
-        )
+    if form != "full":
+        for specialist in specialists:
+            if whole := next((ref for name, ref in specialist.full.items() if not name.endswith(EMBEDDINGS)), None):
+                holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
+                raise RecipeError(
+                    f"output.form '{form}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full"
+                )
     encoders = choose_encoders(recipe, specialists) if form == "omni" else {}
     for specialist in specialists:
         if specialist.modality in encoders:
@@ -238,8 +240,8 @@ class _Planner:
             jobs.append(Job("merge", slot, specs))
         if omni:
             for index, specialist in enumerate(self.specialists):
-                for ref in _modality_refs(specialist):
-                    jobs.append(Job("carry", ref.name, (TensorSpec(ref.name, ref.dtype, ref.shape),), index, ref))
+                for name, ref in specialist.carried().items():
+                    jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), index, ref))
         return jobs
 
     def full_jobs(self) -> list[Job]:
@@ -273,9 +275,9 @@ class _Planner:
                 result += [
                     TensorFate(label, ref.name, "merged", f"{method} into {slot}") for ref in (factors.a, factors.b)
                 ]
-            result += [TensorFate(label, ref.name, *carried) for ref in _modality_refs(specialist)]
-            for name in specialist.full:
-                result.append(TensorFate(label, name, *of_slot.get(name, ("left out", "the base's is kept"))))
+            result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
+            for name, ref in specialist.full.items():
+                result.append(TensorFate(label, ref.name, *of_slot.get(name, ("left out", "the base's is kept"))))
             result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
         return result
 
@@ -287,7 +289,7 @@ class _Planner:
         used = {*self.merged, *self.averaged}
         total += sum(ref.n_bytes for s in self.specialists for name, ref in s.full.items() if name in used)
         if self.recipe.output.form == "omni":
-            total += sum(ref.n_bytes for s in self.specialists for ref in _modality_refs(s))
+            total += sum(ref.n_bytes for s in self.specialists for ref in s.carried().values())
         return total
 
     def _rank_bound(self, slot: str) -> int:
@@ -312,14 +314,8 @@ class _Planner:
         return widest
 
 
-def _modality_refs(specialist: Specialist) -> list[TensorRef]:
-    """A specialist's modality-specific tensors in a fixed order: its own adapter, projector, extra tokens."""
-    refs = [ref for factors in specialist.own.values() for ref in (factors.a, factors.b)]
-    return [*refs, *specialist.projector.values(), *specialist.tokens.values()]
-
-
 def _is_linear(ref: TensorRef) -> bool:
-    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(NOT_MERGED)
+    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(EMBEDDINGS)
 
 
 def _check_all_accounted(result: Plan) -> None:

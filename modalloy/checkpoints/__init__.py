@@ -1,7 +1,9 @@
 """Opening checkpoints (base, ModelCompose, PEFT, full) and writing new ones."""
 
-from modalloy.checkpoints.locate import is_hub_id, is_portable, locate, open_base
-from modalloy.checkpoints.specialist import Factors, Specialist, open_specialist
+from modalloy.checkpoints.full import place
+from modalloy.checkpoints.layouts import open_specialist
+from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
+from modalloy.checkpoints.specialist import Factors, Specialist
 from modalloy.checkpoints.tensors import Checkpoint, TensorRef, WeightFile, file_sha256, read_json
 from modalloy.checkpoints.writer import Staging, TensorSpec, WeightWriter
 
@@ -15,10 +17,12 @@ __all__ = [
     "WeightFile",
     "WeightWriter",
     "file_sha256",
+    "hub_commit",
     "is_hub_id",
     "is_portable",
     "locate",
     "open_base",
     "open_specialist",
+    "place",
     "read_json",
 ]
