@@ -53,17 +53,17 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
                 f"{specialist.label} specialist: {factors.a.name} updates {slot}, but embeddings are kept as the base has "
                 f"them; list '*{slot.removesuffix('.weight')}.*' under `ignore:` to do without"
             )
-    misfits = {name: ref for name, ref in specialist.full.items() if ref.shape != base.refs[name].shape}
-    if rows := [ref.name for name, ref in misfits.items() if name.endswith(EMBEDDINGS)]:
-        name, ref = next((name, ref) for name, ref in misfits.items() if ref.name == rows[0])
+    misfits = [(ref, base.refs[name]) for name, ref in specialist.full.items() if ref.shape != base.refs[name].shape]
+    resized = [pair for pair in misfits if pair[1].name.endswith(EMBEDDINGS) and pair[0].shape[1:] == pair[1].shape[1:]]
+    for own, wanted in resized:
         raise CheckpointError(
-            f"{specialist.label} specialist: its vocabulary has {ref.shape[0]} tokens, the base's has "
-            f"{base.refs[name].shape[0]} ({ref.name} in {ref.file}); use the base it was trained from, or list "
-            f"{' and '.join(rows)} under `ignore:` to keep the base's"
+            f"{specialist.label} specialist: its vocabulary has {own.shape[0]} tokens, the base's has {wanted.shape[0]} "
+            f"({own.name} in {own.file}); use the base it was trained from, or list "
+            f"{' and '.join(ref.name for ref, _ in resized)} under `ignore:` to keep the base's"
         )
-    for name, ref in misfits.items():
+    for own, wanted in misfits:
         raise CheckpointError(
-            f"{specialist.label} specialist: {ref.name} is {ref.shape}, the base's is {base.refs[name].shape} ({ref.file}); "
+            f"{specialist.label} specialist: {own.name} is {own.shape}, the base's is {wanted.shape} ({own.file}); "
             "use the base it was trained from"
         )
 

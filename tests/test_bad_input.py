@@ -740,7 +740,7 @@ def test_peft_adapter_with_other_tensors(tmp_path: Path, write_recipe: WriteReci
     folder = peft_folder(tmp_path / "peft")
     edit_tensors(folder, lambda stored: stored.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
     line = merge_refused(write_recipe(models=[{"model": str(folder)}]))
-    assert_says(line, r"peft specialist: base_model\.model\.lm_head\.weight is a head of its own, .*`ignore:`")
+    assert_says(line, r"peft specialist: base_model\.model\.lm_head\.weight \(.*\) is a head of its own, .*`ignore:`")
 
 
 def test_everything_ignored(tmp_path: Path, write_recipe: WriteRecipe, merge_refused: Refused) -> None:

@@ -42,11 +42,11 @@ def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any])
     Raises:
         CheckpointError: a tensor belongs nowhere, or it is not certain that it can be left out.
     """
-    for slot in [slot for slot in specialist.text if slot not in base.refs and _decoder_name(slot) in base.refs]:
-        specialist.text[_decoder_name(slot)] = specialist.text.pop(slot)
+    for slot in [slot for slot in specialist.text if slot not in base.refs and decoder_name(slot) in base.refs]:
+        specialist.text[decoder_name(slot)] = specialist.text.pop(slot)
     for name in [name for name in specialist.full if name not in base.refs]:
         ref = specialist.full.pop(name)
-        plain = _decoder_name(name)
+        plain = decoder_name(name)
         if plain in base.refs:
             put(specialist.full, plain, ref)
         elif projector := LLAVA_PROJECTOR.fullmatch(name):
@@ -60,16 +60,15 @@ def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any])
         elif plain == "lm_head.weight" and _is_tied(specialist, base_config):
             specialist.dropped[ref.name] = "the base ties it to its embeddings"
         else:
-            raise CheckpointError(f"{specialist.label} specialist: {ref.name} {_misfit(name, plain)} ({ref.file})")
+            raise CheckpointError(f"{specialist.label} specialist: {ref.name} ({ref.file}) {_misfit(ref.name, plain)}")
 
 
 def _misfit(name: str, plain: str) -> str:
     """Why a tensor cannot be placed, and what to do about it."""
-    if TOWER.fullmatch(name):
-        prefix = name[: name.index("vision_tower.")]
+    if TOWER.search(name):
         return (
             "may have been trained (config.json does not say unfreeze_mm_vision_tower: false); "
-            f"list '{prefix}vision_tower.*' under `ignore:` to leave the encoder out"
+            f"list '{name.partition('vision_tower.')[0]}vision_tower.*' under `ignore:` to leave the encoder out"
         )
     if plain == "lm_head.weight":
         return (
@@ -79,7 +78,7 @@ def _misfit(name: str, plain: str) -> str:
     return "is not in the base; use the base it was trained from, or list the tensor under `ignore:`"
 
 
-def _decoder_name(name: str) -> str:
+def decoder_name(name: str) -> str:
     """The name of a tensor in a plain decoder."""
     for prefix, plain in DECODER.items():
         if name.startswith(prefix):
@@ -90,7 +89,8 @@ def _decoder_name(name: str) -> str:
 def _tower_is_frozen(specialist: Specialist) -> bool:
     """Whether LLaVA's own record says which encoder it is and that it was not trained."""
     config = specialist.config
-    return config.get("unfreeze_mm_vision_tower") is False and isinstance(config.get("mm_vision_tower"), str)
+    recorded = config.get("unfreeze_mm_vision_tower") is False and isinstance(config.get("mm_vision_tower"), str)
+    return recorded and specialist.layout == "full"  # what is saved beside an adapter was trained
 
 
 def _is_tied(specialist: Specialist, base_config: dict[str, Any]) -> bool:

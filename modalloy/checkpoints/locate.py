@@ -61,7 +61,9 @@ def _download(location: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
-    http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP client that this version of the hub's library uses
+    http_error: type[Exception] = HfHubHTTPError.__bases__[
+        0
+    ]  # of the HTTP client that this version of the hub's library uses
     name, _, revision = location.partition("@")
     try:
         for suffix in ("safetensors", "bin"):
