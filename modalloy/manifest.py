@@ -20,8 +20,12 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
     if planned.recipe.output.form == "full" or not planned.base_is_portable:
         base["sha256"] = {file.path.name: file.sha256 for file in planned.base.files}
     inputs = {
-        s.label: {"layout": s.layout, "modality": s.modality, "sha256": input_sha256(s)}
-        | _revision(s.checkpoint.folder)
+        s.label: {
+            "layout": s.layout,
+            "modality": s.modality,
+            "sha256": input_sha256(s),
+            **_revision(s.checkpoint.folder),
+        }
         for s in planned.specialists
     }
     return {

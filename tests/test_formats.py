@@ -503,7 +503,7 @@ def test_full_llava(untied: Path, tmp_path: Path) -> None:
 def test_tower_that_may_have_been_trained(config: dict[str, Any], untied: Path, tmp_path: Path) -> None:
     folder = write_llava(untied, tmp_path / "llava", **config)
     with refused(
-        r"llava specialist: model\.vision_tower\.\S+fc1\.weight \(.*\) may have been trained \(config\.json .*\); "
+        r"llava specialist: model\.vision_tower\.\S+fc1\.weight \(.*\) may have been trained \(only a full LLaVA's .*\); "
         r"list 'model\.vision_tower\.\*' under `ignore:` to leave the encoder out"
     ):
         plan_one(untied, folder)
@@ -546,15 +546,21 @@ def test_full_llava_of_hugging_face(renamed: str, untied: Path, tmp_path: Path) 
     assert_is_tuned(merge_one(untied, folder, ignore=["*vision_tower.*"]), untied, wanted)
 
 
-def test_adapter_trained_on_hugging_face_llava(untied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", ["language_model.model", "model.language_model"])
+def test_adapter_trained_on_hugging_face_llava(inside: str, untied: Path, tmp_path: Path) -> None:
     folder = train_peft(untied, tmp_path / "peft")
     wanted = merge_one(untied, folder)
     shutil.rmtree(tmp_path / "merged")
     stored = load_file(folder / "adapter_model.safetensors")
-    inner = {name.replace("model.model.", "model.model.language_model.", 1): tensor for name, tensor in stored.items()}
+    inner = {
+        name.replace("base_model.model.model", f"base_model.model.{inside}"): tensor for name, tensor in stored.items()
+    }
     save_file(inner, folder / "adapter_model.safetensors")
     found = merge_one(untied, folder)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    save_file(inner | {name: tensor.clone() for name, tensor in stored.items()}, folder / "adapter_model.safetensors")
+    with refused(r"lora_A\.weight and \S+lora_A\.weight are two names of one tensor"):
+        plan_one(untied, folder)
 
 
 # ----------------------------------------------------------------------------------------------------- ModelCompose

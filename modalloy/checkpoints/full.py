@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints.locate import BASE_STEMS
-from modalloy.checkpoints.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Specialist, not_ignored, put
+from modalloy.checkpoints.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Specialist, not_ignored, put, twice
 from modalloy.checkpoints.tensors import Checkpoint, present, read_json
 from modalloy.errors import CheckpointError
 
@@ -43,7 +43,10 @@ def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any])
         CheckpointError: a tensor belongs nowhere, or it is not certain that it can be left out.
     """
     for slot in [slot for slot in specialist.text if slot not in base.refs and decoder_name(slot) in base.refs]:
-        specialist.text[decoder_name(slot)] = specialist.text.pop(slot)
+        factors = specialist.text.pop(slot)
+        if (plain := decoder_name(slot)) in specialist.text:
+            raise twice(specialist.text[plain].a, factors.a)
+        specialist.text[plain] = factors
     for name in [name for name in specialist.full if name not in base.refs]:
         ref = specialist.full.pop(name)
         plain = decoder_name(name)
@@ -61,13 +64,15 @@ def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any])
             specialist.dropped[ref.name] = "the base ties it to its embeddings"
         else:
             raise CheckpointError(f"{specialist.label} specialist: {ref.name} ({ref.file}) {_misfit(ref.name, plain)}")
+    for slot in specialist.text.keys() & specialist.full.keys():
+        raise twice(specialist.text[slot].a, specialist.full[slot])
 
 
 def _misfit(name: str, plain: str) -> str:
     """Why a tensor cannot be placed, and what to do about it."""
     if TOWER.search(name):
         return (
-            "may have been trained (config.json does not say unfreeze_mm_vision_tower: false); "
+            "may have been trained (only a full LLaVA's unfreeze_mm_vision_tower: false says otherwise); "
             f"list '{name.partition('vision_tower.')[0]}vision_tower.*' under `ignore:` to leave the encoder out"
         )
     if plain == "lm_head.weight":
@@ -98,4 +103,6 @@ def _is_tied(specialist: Specialist, base_config: dict[str, Any]) -> bool:
     if specialist.layout != "full":
         return bool(specialist.config.get("ensure_weight_tying"))  # else PEFT trains the head apart from the embeddings
     own = specialist.config.get("tie_word_embeddings")
-    return own is True or own is base_config.get("tie_word_embeddings") is None
+    if own is None:
+        return base_config.get("tie_word_embeddings") is None
+    return own is True

@@ -21,7 +21,6 @@ from modalloy.checkpoints.specialist import (
     put,
     put_projector,
     recorded_base,
-    twice,
     unknown_tensor,
 )
 from modalloy.checkpoints.tensors import Checkpoint, TensorRef, present, read_json
@@ -78,10 +77,7 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
         scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         factors = pair_factors(specialist, stem, pair, scale)
         check_rank(specialist, factors, rank, path)
-        slot = stem + ".weight"
-        if slot in specialist.full:
-            raise twice(factors.a, specialist.full[slot])
-        specialist.text[slot] = factors
+        specialist.text[stem + ".weight"] = factors
     if not specialist.text:
         raise CheckpointError(f"{folder}: has no lora_A and lora_B, so there is nothing to merge")
     return specialist
