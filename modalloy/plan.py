@@ -31,10 +31,10 @@ from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.methods import METHODS, resolve
+from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
-NOT_MERGED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
 SAMPLED_LAYERS = 12  # merged again to verify a result
 BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
@@ -241,14 +241,16 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     base_config = read_json(base_folder / "config.json")
     for specialist in specialists:
         check_base(specialist, recipe, base_config, allow_base_mismatch)
-        check_shapes(specialist, base)
+        check_shapes(specialist, base, base_config)
     form, compress = recipe.output.form, recipe.output.compress_rank
-    if form != "full" and compress is None and any(s.full for s in specialists):
-        label = next(s.label for s in specialists if s.full)
-        raise RecipeError(
-            f"output.form '{form}' needs low-rank specialists, but '{label}' has fully trained weights; write form: full, "
-            "or output.compress_rank: k to approximate what is merged"
-        )
+    if form != "full" and compress is None:
+        for specialist in specialists:
+            if whole := next((ref for name, ref in specialist.full.items() if not name.endswith(EMBEDDINGS)), None):
+                holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
+                raise RecipeError(
+                    f"output.form '{form}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
+                    "or output.compress_rank: k to approximate what is merged"
+                )
     encoders = choose_encoders(recipe, specialists) if form == "omni" else {}
     for specialist in specialists:
         if specialist.modality in encoders:
@@ -338,8 +340,8 @@ class _Planner:
             jobs.append(self._merge_job(slot, specs))
         if omni:
             for specialist in self.specialists:
-                for ref in _modality_refs(specialist):
-                    jobs.append(Job("carry", ref.name, (TensorSpec(ref.name, ref.dtype, ref.shape),), (ref,)))
+                for name, ref in specialist.carried().items():
+                    jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), (ref,)))
         return jobs
 
     def full_jobs(self) -> list[Job]:
@@ -382,7 +384,7 @@ class _Planner:
                 if slot in of_slot:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
                 result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
-            result += [TensorFate(label, ref.name, *carried) for ref in _modality_refs(specialist)]
+            result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
             for name, ref in specialist.full.items():
                 unused: tuple[Fate, str] = ("left out", kept.get(name, "the base's is kept"))
                 result.append(TensorFate(label, ref.name, *of_slot.get(name, unused)))
@@ -507,14 +509,8 @@ class _Planner:
         return widest
 
 
-def _modality_refs(specialist: Specialist) -> list[TensorRef]:
-    """A specialist's modality-specific tensors in a fixed order: its own adapter, projector, extra tokens."""
-    refs = [ref for factors in specialist.own.values() for ref in (factors.a, factors.b)]
-    return [*refs, *specialist.projector.values(), *specialist.tokens.values()]
-
-
 def _is_linear(ref: TensorRef) -> bool:
-    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(NOT_MERGED)
+    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(EMBEDDINGS)
 
 
 def _check_all_accounted(result: Plan) -> None:
