@@ -34,6 +34,18 @@ def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
 
 
+def leading_eigenvectors(symmetric: Tensor, cut: float) -> Tensor:
+    """Orthonormal eigenvectors (n, k) of the eigenvalues above `cut` times the largest, which come first. O(n³)."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors[:, values > cut * values[-1:].clamp(min=0).sum()].flip(1)
+
+
+def left_singular_vectors(matrix: Tensor, cut: float) -> Tensor:
+    """Left singular vectors (m, k) of the singular values above `cut` times the largest, in order. O(m n · min(m, n))."""
+    U, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, values > cut * values[:1].sum()]
+
+
 def energy_rank(symmetric: Tensor, fraction: float) -> int:
     """How many of the largest eigenvalues of a positive semidefinite matrix make up `fraction` of their sum."""
     values = torch.linalg.eigvalsh(symmetric).clamp(min=0).flip(0)
