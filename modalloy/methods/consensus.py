@@ -12,13 +12,13 @@ def consensus(
 ) -> Tensor:
     """λ times the entries of τ = Σ D_i that at least `agreement` specialists need.
 
-    Specialist t needs an entry where |D_t| > λ_t |τ − D_t| (equation 4 of the paper). What no specialist needs is
-    "catastrophic", what a single one needs is "selfish" (section 4.3).
+    Specialist t needs an entry where |D_t| > λ_t |τ − D_t| (its TALL mask). The paper calls entries that no specialist
+    needs catastrophic, and those that a single one needs selfish.
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        agreement: k, how many specialists must need an entry. 1 removes what is catastrophic, 2 also what is selfish;
-            more than there are specialists removes everything.
+        agreement: k, how many specialists must need an entry. 1 removes the catastrophic entries, 2 also the
+            selfish ones; more than there are specialists removes everything.
         mask_scale: λ_t; larger values keep less. The paper chooses it per task among 0.2 to 0.6 on validation data;
             without data one value holds for all. An entry that all T updates share survives below 1 / (T − 1) only.
         scale: λ, 1 by default.

@@ -24,7 +24,7 @@ def dare_linear(
     shape: tuple[int, int],
     slot: str = "",
 ) -> Tensor:
-    """λ Σ m_i ∘ D_i / density, where m_i keeps every entry with probability `density` (equations 1 to 3 of the paper).
+    """λ Σ m_i ∘ D_i / density, where the random mask m_i keeps every entry with probability `density`.
 
     The mean over seeds is λ Σ D_i. An entry of a mask depends on the seed, the specialist's place, the slot and the
     entry's place only, so the same bytes come out in any order, on any number of threads.
@@ -110,7 +110,7 @@ def drop(delta: Tensor, density: float, seed: int, model: int, slot: str) -> Ten
     return left
 
 
-def keep_mask(shape: tuple[int, int], density: float, seed: int, model: int, slot: str, tile: int) -> "np.ndarray":
+def keep_mask(shape: tuple[int, int], density: float, seed: int, model: int, slot: str, tile: int) -> np.ndarray:
     """One tile of a mask: boolean, True with probability `density` to 32 bits.
 
     The tile's 32-bit numbers are those of Philox (a counter-based generator), low half of every 64-bit word first, with

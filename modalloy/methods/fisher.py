@@ -21,7 +21,8 @@ def fisher(
 ) -> Tensor:
     """λ Σ c_i F_i ∘ D_i / Σ c_i F_i: per entry, the mean of the updates weighted by their diagonal Fisher information.
 
-    This is equation 4 of the paper, since the weights of every entry sum to 1 and the base is common to all.
+    The paper writes it for the parameters θ_i. The same holds for the updates D_i = θ_i − θ_0, since the weights of
+    every entry sum to 1.
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.

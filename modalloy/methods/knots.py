@@ -19,7 +19,7 @@ def knots(
     scale: Number,
     shape: tuple[int, int],
 ) -> LowRank:
-    """λ U TIES(X_1, …, X_T), where [D_1 … D_T] = U S [V_1ᵀ … V_Tᵀ] and X_i = S V_iᵀ are aligned coordinates (section 4).
+    """λ U TIES(X_1, …, X_T), where [D_1 … D_T] = U S [V_1ᵀ … V_Tᵀ] and X_i = S V_iᵀ are aligned coordinates.
 
     Every D_i is U X_i, so that summing the X_i would be task arithmetic; the methods that work on single entries find
     fewer conflicts there. Equal singular values leave the coordinates, and so the result, undetermined.
