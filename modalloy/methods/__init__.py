@@ -49,12 +49,18 @@ class Method:
     laws: tuple[str, ...]
     dense_when: tuple[str, str] | None = None  # the parameter and its value that need the full matrices
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
+    survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
+    rowwise: bool = False  # every row of the result depends on that row of the updates only
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
         """What it is called with under these parameters."""
         if self.dense_when is not None and parameters.get(self.dense_when[0]) == self.dense_when[1]:
             return "dense"
         return self.receives
+
+    def needs_survey(self, parameters: dict[str, Any]) -> bool:
+        """Whether it must see the whole model first."""
+        return self.survey is not None and parameters.get(self.survey_when[0]) == self.survey_when[1]
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -83,8 +89,8 @@ LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
 
 
 METHODS = {
-    "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS),
-    "consensus": Method(consensus, "dense", "arXiv 2405.07813", False, ENTRY_LAWS),
+    "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS, rowwise=True),
+    "consensus": Method(consensus, "dense", "arXiv 2405.07813", False, ENTRY_LAWS, rowwise=True),
     "core_space": Method(
         core_space,
         "factors",
@@ -92,7 +98,7 @@ METHODS = {
         False,
         ("permutation", "scaling", "left rotation", "rotation", "transpose", "rank ≤ Σ r_i"),
     ),
-    "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS),
+    "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
     "dare_linear": Method(dare_linear, "dense", "arXiv 2311.03099", False, MASK_LAWS),
     "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties),
     "fisher": Method(fisher, "dense", "arXiv 2111.09832", False, ("identity at n=1", *ENTRY_LAWS)),
@@ -110,7 +116,7 @@ METHODS = {
         True,
         (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
     ),
-    "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS),
+    "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),
     "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties),
 }
 
@@ -154,7 +160,8 @@ def merge_deltas(
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(ranks, default=None))
     whole = survey_model(method, lambda: [(slot, list(deltas))], chosen)
-    return apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
+    merged = apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
+    return merged.dense() if isinstance(merged, LowRank) and len(ranks) < len(deltas) else merged
 
 
 def apply(
@@ -167,7 +174,10 @@ def apply(
     fishers: Sequence[Tensor] | None = None,
     whole: dict[str, Any] | None = None,
 ) -> Delta:
-    """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is."""
+    """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is.
+
+    It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too.
+    """
     entry = METHODS[method]
     given = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
     arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
@@ -184,8 +194,8 @@ def apply(
             return merged
         cores, restore = lift(factored) if gets == "core" else lift_left(factored)
         return restore(entry.function(cores, **arguments), dtype)
-    result = entry.function(dense_matrices(deltas), **arguments)
-    return (result.dense() if isinstance(result, LowRank) else result).to(dtype)
+    result: Delta = entry.function(dense_matrices(deltas), **arguments)
+    return result.to(dtype)
 
 
 def dense_matrices(deltas: list[Delta]) -> list[Tensor]:
@@ -208,10 +218,10 @@ def survey_model(
             order (zeros where it has none); called several times.
         parameters: resolved parameters.
     """
-    survey = METHODS[method].survey
-    if survey is None:
+    entry = METHODS[method]
+    if entry.survey is None or not entry.needs_survey(parameters):
         return None
-    return survey(lambda: ((slot, dense_matrices(deltas)) for slot, deltas in model()), **parameters)
+    return entry.survey(lambda: ((slot, dense_matrices(deltas)) for slot, deltas in model()), **parameters)
 
 
 def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = False) -> None:

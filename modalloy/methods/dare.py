@@ -89,7 +89,6 @@ def survey_dare_ties(
     density: float,
     seed: int,
     trim_density: float,
-    threshold: Threshold,
     **_: Any,
 ) -> dict[str, Any]:
     """The counts of TIES over the whole model that DARE leaves."""
@@ -98,7 +97,7 @@ def survey_dare_ties(
         for slot, deltas in model():
             yield slot, [drop(D, density, seed, index, slot) for index, D in enumerate(deltas)]
 
-    return survey_ties(left, density=trim_density, threshold=threshold)
+    return survey_ties(left, density=trim_density)
 
 
 def drop(delta: Tensor, density: float, seed: int, model: int, slot: str) -> Tensor:

@@ -48,12 +48,8 @@ def ties(
     return elect_and_merge(deltas, whole["cuts"], whole["majority"], combine).mul_(scale)
 
 
-def survey_ties(
-    model: Callable[[], Iterable[tuple[str, list[Tensor]]]], *, density: float, threshold: Threshold, **_: Any
-) -> dict[str, Any]:
-    """The trimming thresholds and the sign of most entries over the whole model; nothing for threshold "tensor"."""
-    if threshold == "tensor":
-        return {}
+def survey_ties(model: Callable[[], Iterable[tuple[str, list[Tensor]]]], *, density: float, **_: Any) -> dict[str, Any]:
+    """What threshold "global" needs: the trimming thresholds and the sign of most entries over the whole model."""
 
     def layers() -> Iterable[list[Tensor]]:
         return (matrices for _, matrices in model())
