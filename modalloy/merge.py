@@ -289,7 +289,8 @@ def survey(planned: Plan) -> dict[str, dict[str, Any]]:
     found = {}
     for group, jobs in groups.items():
         model = partial(map, partial(_slot_and_deltas, planned), jobs)
-        found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
+        with local.one_thread():
+            found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
     return found
 
 

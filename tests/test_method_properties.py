@@ -1,23 +1,29 @@
 """What single methods promise beyond the laws: elected signs, masks that depend on their place only, lossless bases."""
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
+from conftest import SLOTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import dense, draw, extras, relative
+from safetensors.torch import load_file
+from test_methods import dense, draw, expected, extras, relative
 from torch import Tensor
 
+import modalloy
 from modalloy import LowRank, merge_deltas
 from modalloy.errors import MethodError, RecipeError
 from modalloy.methods import METHODS, apply, resolve, survey_model
 from modalloy.methods.dare import TILE_ROWS, drop, keep_mask
 from modalloy.methods.entries import BLOCK_ENTRIES, magnitude_cuts
+from modalloy.verify import verify
 
 
 def matrices(*shape: int, n: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -372,3 +378,73 @@ def test_parameters_out_of_range_are_refused(method: str, parameters: dict[str, 
 def test_every_parameter_is_documented(method: str) -> None:
     entry = METHODS[method]
     assert entry.documentation.keys() == entry.parameters.keys() and all(entry.documentation.values())
+
+
+# Whole merges
+
+
+def text_updates(specialists: dict[str, Path]) -> dict[str, list[LowRank]]:
+    """The updates of every linear weight of the tiny specialists, in float64."""
+    files = [load_file(path / "adapter_model.safetensors") for path in specialists.values()]
+    return {
+        stem: [
+            LowRank(2 * f[f"{stem}.lora_B.default.weight"].double(), f[f"{stem}.lora_A.default.weight"].double())
+            for f in files
+        ]
+        for stem in SLOTS
+    }
+
+
+def after_dare(layers: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    return [reference.dare(layer, 0.8, 42, f"{stem}.weight") for stem, layer in zip(SLOTS, layers, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "wanted"),
+    [
+        ("ties", {}, lambda layers: [reference.ties(layer, 0.2, "mean", 1.0) for layer in layers]),
+        (
+            "ties",
+            {"threshold": "global", "density": 0.3},
+            lambda layers: reference.ties_model(layers, 0.3, "mean", 1.0),
+        ),
+        ("dare_linear", {}, lambda layers: [np.sum(layer, axis=0) for layer in after_dare(layers)]),
+        (
+            "dare_ties",
+            {"threshold": "global", "trim_density": 0.3},
+            lambda layers: reference.ties_model(after_dare(layers), 0.3, "mean", 1.0),
+        ),
+        ("consensus", {}, lambda layers: [reference.consensus(layer, 2, 0.4, 1.0) for layer in layers]),
+    ],
+    ids=["ties", "global ties", "dare_linear", "global dare_ties", "consensus"],
+)
+def test_a_merged_model_is_what_the_reference_gives(
+    method: str,
+    parameters: dict[str, Any],
+    wanted: Callable[[list[list[np.ndarray]]], list[np.ndarray]],
+    write_recipe: Callable[..., Path],
+    specialists: dict[str, Path],
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    recipe = write_recipe(merge_method=method, parameters=parameters, output={"form": "full"})
+    for jobs in (1, 3):
+        modalloy.merge(recipe, tmp_path / f"jobs{jobs}", jobs=jobs)
+    weights = [tmp_path / f"jobs{jobs}" / "model.safetensors" for jobs in (1, 3)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert verify(tmp_path / "jobs1").layers == 12
+    original, merged = load_file(base / "model.safetensors"), load_file(weights[0])
+    layers = [numpy([dense(delta) for delta in deltas]) for deltas in text_updates(specialists).values()]
+    for stem, right in zip(SLOTS, wanted(layers), strict=True):
+        assert relative(merged[f"{stem}.weight"].double() - original[f"{stem}.weight"].double(), right) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["knots", "core_space"])
+def test_low_rank_results_fit_an_adapter(
+    method: str, write_recipe: Callable[..., Path], specialists: dict[str, Path], tmp_path: Path
+) -> None:
+    modalloy.merge(write_recipe(merge_method=method), tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for stem, deltas in text_updates(specialists).items():
+        up, down = (written[f"base_model.model.{stem}.lora_{side}.weight"].double() for side in "BA")
+        assert relative(LowRank(up, down), expected(method, deltas)) < 2e-5

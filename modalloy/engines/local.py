@@ -3,8 +3,9 @@
 import os
 import resource
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -44,6 +45,17 @@ def run(
             executor.shutdown(wait=False, cancel_futures=True)
         for executor in (reader, pool):
             executor.shutdown(wait=True)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs the block as the workers run a job, on one BLAS thread: the last bits of a product may depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(threads)
 
 
