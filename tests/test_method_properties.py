@@ -13,7 +13,7 @@ import torch
 from conftest import SLOTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_methods import dense, draw, expected, extras, relative
 from torch import Tensor
 
@@ -448,3 +448,23 @@ def test_low_rank_results_fit_an_adapter(
     for stem, deltas in text_updates(specialists).items():
         up, down = (written[f"base_model.model.{stem}.lora_{side}.weight"].double() for side in "BA")
         assert relative(LowRank(up, down), expected(method, deltas)) < 2e-5
+
+
+def test_fisher_matrices_are_read_from_files(
+    write_recipe: Callable[..., Path], specialists: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    models, fishers = [], []
+    for seed, (modality, path) in enumerate(specialists.items()):
+        (tmp_path / modality).mkdir()
+        file = tmp_path / modality / "fisher.safetensors"
+        fishers.append({f"{stem}.weight": matrices(*SLOTS[stem], n=1, seed=seed)[0].square() for stem in SLOTS})
+        save_file(fishers[-1], file)
+        models.append({"model": str(path), "modality": modality, "parameters": {"fisher": str(file)}})
+    recipe = write_recipe(models=models, merge_method="fisher", output={"form": "full"})
+    modalloy.merge(recipe, tmp_path / "out")
+    original, merged = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    for stem, deltas in text_updates(specialists).items():
+        slot = f"{stem}.weight"
+        given = numpy([fisher[slot] for fisher in fishers])
+        wanted = reference.fisher(numpy([dense(delta) for delta in deltas]), given, 1e-6, "none", 1.0)
+        assert relative(merged[slot].double() - original[slot].double(), wanted) < 1e-6

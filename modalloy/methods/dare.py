@@ -38,12 +38,12 @@ def dare_linear(
         shape: of the original weight; unused.
         slot: name of the weight.
 
-    Cost: O(T N) for N entries, one random 32-bit number each; memory two matrices beside the inputs.
+    Cost: O(T N) for N entries, one random 32-bit number each; memory one matrix beside the inputs.
     """
-    dropped = (drop(D, density, seed, index, slot) for index, D in enumerate(deltas))
-    merged = next(dropped)
-    for D in dropped:
-        merged += D
+    merged = torch.zeros_like(deltas[0])
+    for index, D in enumerate(deltas):
+        for tile, rows in enumerate(merged.split(TILE_ROWS)):
+            rows += drop_tile(D, density, seed, index, slot, tile)
     return merged.mul_(scale)
 
 
@@ -102,11 +102,17 @@ def survey_dare_ties(
 
 def drop(delta: Tensor, density: float, seed: int, model: int, slot: str) -> Tensor:
     """m ∘ D / density with the mask of the `model`-th specialist."""
-    left = delta / density
+    left = torch.empty_like(delta)
     for tile, rows in enumerate(left.split(TILE_ROWS)):
-        kept = keep_mask((rows.shape[0], rows.shape[1]), density, seed, model, slot, tile)
-        rows.mul_(torch.from_numpy(kept).to(delta.device))
+        rows.copy_(drop_tile(delta, density, seed, model, slot, tile))
     return left
+
+
+def drop_tile(delta: Tensor, density: float, seed: int, model: int, slot: str, tile: int) -> Tensor:
+    """The rows of one tile of m ∘ D / density."""
+    rows = delta[tile * TILE_ROWS : (tile + 1) * TILE_ROWS]
+    kept = keep_mask((rows.shape[0], rows.shape[1]), density, seed, model, slot, tile)
+    return (rows / density).mul_(torch.from_numpy(kept).to(delta.device))
 
 
 def keep_mask(shape: tuple[int, int], density: float, seed: int, model: int, slot: str, tile: int) -> np.ndarray:
