@@ -114,6 +114,7 @@ def merge(
     fingerprint = planned.fingerprint
     if resume and out.exists() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
+        staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, _peak_bytes())
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()

@@ -249,7 +249,7 @@ class Staging:
         self.log = out.parent / f".{out.name}.partial.log"
         self.replaced = out.parent / f".{out.name}.replaced"
         with disk_errors(out):
-            self.interrupted = self.log.exists()
+            self.interrupted = self.folder.exists()
             if not resume:
                 self._check_target()
             self.new_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
@@ -263,6 +263,11 @@ class Staging:
         """Record a finished file, so that a resumed run keeps it."""
         os.write(self.lock, (json.dumps({"file": name, "sha256": sha256}) + "\n").encode())
         os.fsync(self.lock)
+
+    def clean(self) -> None:
+        """Remove what a process left that was killed after the result was in place."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
 
     def __enter__(self) -> Path:
         with disk_errors(self.out):
@@ -306,8 +311,7 @@ class Staging:
                         self.replaced.rename(self.out)
                     if self.folder.exists():
                         self._remove()
-            shutil.rmtree(self.replaced, ignore_errors=True)
-            self.log.unlink(missing_ok=True)
+            self.clean()
         finally:
             os.close(self.lock)
 

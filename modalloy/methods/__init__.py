@@ -4,6 +4,7 @@ A method is a function from one matrix per specialist to the merged update; its 
 `receives` says what it is called with when the specialists are low-rank:
 
 - "core": small matrices C_i with D_i = Q_B C_i Q_Aᵀ. For methods with f({P D_i Qᵀ}) = P f({D_i}) Qᵀ, which are then exact.
+- "factored_core": the same C_i as `LowRank`, for methods that gain by it.
 - "left_core": matrices L_i (p, in) with D_i = Q_B L_i. For methods with f({P D_i}) = P f({D_i}).
 - "factors": the `LowRank` updates themselves, for what is linear in every update, or defined on the factors.
 - "dense": the full matrices, for what works on single entries. Such a method returns a full matrix.
@@ -35,7 +36,7 @@ from modalloy.methods.task_arithmetic import task_arithmetic
 from modalloy.methods.ties import survey_ties, ties
 
 DENSE_RANK = 128  # `rank: auto` when no specialist is low-rank (the paper's k)
-Receives = Literal["core", "left_core", "factors", "dense"]
+Receives = Literal["core", "factored_core", "left_core", "factors", "dense"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ METHODS = {
     ),
     "ssam": Method(
         ssam,
-        "core",
+        "factored_core",
         "arXiv 2603.21584",
         True,
         (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
@@ -192,8 +193,12 @@ def apply(
             for factor in (merged.up, merged.down):
                 require_finite(factor)
             return merged
-        cores, restore = lift(factored) if gets == "core" else lift_left(factored)
-        return restore(entry.function(cores, **arguments), dtype)
+        if gets == "left_core":
+            matrices, restore = lift_left(factored)
+            return restore(entry.function(matrices, **arguments), dtype)
+        cores, restore = lift(factored)
+        small = [core.dense() for core in cores] if gets == "core" else cores
+        return restore(entry.function(small, **arguments), dtype)
     result: Delta = entry.function(dense_matrices(deltas), **arguments)
     return result.to(dtype)
 
