@@ -39,6 +39,18 @@ def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
 
 
+def leading_eigenvectors(symmetric: Tensor, cut: float) -> Tensor:
+    """Orthonormal eigenvectors (n, k) of the eigenvalues above `cut` times the largest, which come first. O(n³)."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors[:, values > cut * values[-1:].clamp(min=0).sum()].flip(1)
+
+
+def left_singular_vectors(matrix: Tensor, cut: float) -> Tensor:
+    """Left singular vectors (m, k) of the singular values above `cut` times the largest, in order. O(m n · min(m, n))."""
+    U, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, values > cut * values[:1].sum()]
+
+
 def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
     """The `rank` leading eigenvectors (m, rank) of A = Σ D_i D_iᵀ, in the matrices' type; at most m of them.
 

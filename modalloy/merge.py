@@ -292,9 +292,14 @@ def survey(planned: Plan) -> dict[str, dict[str, Any]]:
             groups.setdefault(job.group, []).append(job)
     found = {}
     for group, jobs in groups.items():
-        model = partial(map, partial(specialists_deltas, planned, read=planned.read), jobs)
-        found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
+        model = partial(map, partial(_slot_and_deltas, planned), jobs)
+        with local.one_thread():
+            found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
     return found
+
+
+def _slot_and_deltas(planned: Plan, job: Job) -> tuple[str, list[Delta]]:
+    return job.slot, specialists_deltas(planned, job, planned.read)
 
 
 def _write_weights(

@@ -14,13 +14,14 @@ from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.engines import local
 from modalloy.errors import CheckpointError
 from modalloy.manifest import SOURCES, hashed_files, input_sha256
+from modalloy.methods import METHODS
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from modalloy.plan import Job, Plan
 
 BLOCK_ENTRIES = 1 << 20  # of a full weight that are compared at once
-LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices, larger ones on cores
+LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 TOLERANCE = {
     torch.float64: 1e-6,
     torch.float32: 1e-5,
@@ -151,7 +152,10 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
     """Relative Frobenius distance between a written layer and its recomputation."""
     from modalloy.merge import merged_delta
 
-    literal = max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
+    # what selects single entries may select others in another precision, so it is recomputed exactly as it was merged
+    method = METHODS[job.method]
+    equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
+    literal = equivalent and max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
     wanted = merged_delta(planned, job, planned.read, literal=literal)
     written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
     if len(written) == 1:
