@@ -24,9 +24,15 @@ from modalloy.errors import MethodError, RecipeError, nearest
 from modalloy.linalg import require_finite
 from modalloy.methods.average import average
 from modalloy.methods.damc import damc
+from modalloy.methods.iso import iso_c, iso_cts
+from modalloy.methods.linear import linear
+from modalloy.methods.optmerge import optmerge
 from modalloy.methods.parameters import check_value, documentation, parse_rank, schema
 from modalloy.methods.ssam import ssam
+from modalloy.methods.swudi import swudi
 from modalloy.methods.task_arithmetic import task_arithmetic
+from modalloy.methods.tsv import tsv
+from modalloy.methods.wudi import wudi
 
 DENSE_RANK = 128  # `rank: auto` when no specialist is low-rank (the paper's k)
 Receives = Literal["core", "left_core", "factors", "dense"]
@@ -42,6 +48,7 @@ class Method:
     mean_scale: bool
     laws: tuple[str, ...]
     dense_when: tuple[str, str] | None = None  # the parameter and its value that need the full matrices
+    scale_when: tuple[str, str, float] | None = None  # a parameter, its value, and what `scale: auto` means there
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
@@ -49,6 +56,20 @@ class Method:
         if self.dense_when is not None and parameters.get(self.dense_when[0]) == self.dense_when[1]:
             return "dense"
         return self.receives
+
+    def automatic_scale(self, n: int, parameters: dict[str, Any]) -> float:
+        """λ under `scale: auto` for n specialists and these parameters."""
+        if self.scale_when is not None and parameters.get(self.scale_when[0]) == self.scale_when[1]:
+            return self.scale_when[2]
+        return 1 / n if self.mean_scale else 1.0
+
+    @property
+    def auto_scale(self) -> str:
+        """What `scale: auto` means, in words; "" without such a parameter."""
+        if "scale" not in self.parameters:
+            return ""
+        special = "; {2:g} with {0}: {1}".format(*self.scale_when) if self.scale_when is not None else ""
+        return ("1/n" if self.mean_scale else "1") + special
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -72,6 +93,8 @@ class Method:
 
 ROTATION_LAWS = ("permutation", "scaling", "left rotation", "rotation", "transpose", "gauge", "factored = dense")
 LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
+FLAT_LAWS = LINEAR_LAWS[1:]  # a given spectrum, or a given share, is no identity
+ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and columns of D_i play different parts
 
 
 METHODS = {
@@ -85,6 +108,21 @@ METHODS = {
         (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
     ),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS),
+    "linear": Method(linear, "factors", "arXiv 2503.23733", False, FLAT_LAWS),
+    "tsv": Method(tsv, "core", "arXiv 2412.00081", False, LINEAR_LAWS),
+    "iso_c": Method(iso_c, "core", "arXiv 2502.04959", False, FLAT_LAWS),
+    "iso_cts": Method(iso_cts, "core", "arXiv 2502.04959", False, ROW_LAWS[1:]),
+    "wudi": Method(wudi, "core", "arXiv 2503.08099", False, ROW_LAWS, dense_when=("solver", "adam")),
+    "swudi": Method(swudi, "core", "arXiv 2606.07289", False, ROW_LAWS),
+    "optmerge": Method(
+        optmerge,
+        "core",
+        "arXiv 2505.19892",
+        False,
+        ROW_LAWS,
+        dense_when=("variant", "full"),
+        scale_when=("variant", "full", 0.1),
+    ),
 }
 
 
@@ -206,7 +244,7 @@ def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int |
     entry = METHODS[method]
     chosen = entry.parameters | parameters
     if chosen.get("scale") == "auto":
-        chosen["scale"] = 1 / n if entry.mean_scale else 1.0
+        chosen["scale"] = entry.automatic_scale(n, chosen)
     if "rank" in chosen:
         automatic = max(lora_rank, 1) if lora_rank is not None else DENSE_RANK
         chosen["rank"] = automatic if chosen["rank"] == "auto" else parse_rank(chosen["rank"])
