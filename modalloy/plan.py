@@ -292,7 +292,10 @@ class _Planner:
 
     def _rank_bound(self, slot: str) -> int:
         """Largest rank that the method's result for this weight can have."""
-        stacked = sum(s.text[slot].rank for s in self.specialists if slot in s.text)
+        ranks = [s.text[slot].rank for s in self.specialists if slot in s.text]
+        if METHODS[self.recipe.merge_method].one_rank:
+            return max(ranks, default=0)
+        stacked = sum(ranks)
         bound = (
             stacked
             if METHODS[self.recipe.merge_method].receives == "factors"

@@ -134,3 +134,43 @@ def optmerge(
             np.sum(deltas, axis=0), (targets, projectors, deltas), iterations, 1e-5 if lr == "auto" else lr
         )
     return scale * sgd(mean, (projectors, projectors, deltas), iterations, 1e-4 if lr == "auto" else lr, momentum)
+
+
+Factors = list[tuple[Matrix, Matrix]]
+
+
+def factorwise(deltas: Factors, mode: str, adapter_scale: float, density: float, scale: float) -> Matrix:
+    ups, downs = [up / adapter_scale for up, _ in deltas], [down for _, down in deltas]
+    if mode == "ties":
+        merged = ties(
+            np.array([np.hstack([up.ravel(), down.ravel()]) for up, down in zip(ups, downs, strict=True)]), density
+        )
+        up, down = merged[: ups[0].size].reshape(ups[0].shape), merged[ups[0].size :].reshape(downs[0].shape)
+    else:
+        up, down = apart(ups, mode), apart(downs, mode)
+    return scale * adapter_scale * up @ down
+
+
+def apart(factors: list[Matrix], mode: str) -> Matrix:
+    if mode == "tsv":
+        return tsv(factors, "auto", 1)
+    if mode == "wudi":
+        return wudi(factors, "adam", 300, 1e-5, 1)
+    if mode == "optmerge":
+        targets = [best(x, max(min(x.shape) // 5, 1)) for x in factors]
+        return sgd(np.mean(factors, axis=0), (targets, factors, factors), 300, 5e-2, 0.9)
+    return {"sum": np.sum, "mean": np.mean}[mode](factors, axis=0)
+
+
+def ties(vectors: Matrix, density: float) -> Matrix:
+    merged = np.zeros(vectors.shape[1])
+    kept = np.zeros_like(vectors)
+    for row, vector in zip(kept, vectors, strict=True):
+        least = np.sort(np.abs(vector))[max(len(vector) - int(len(vector) * density) - 1, 0)]
+        row[np.abs(vector) >= least] = vector[np.abs(vector) >= least]
+    signs = np.sign(kept.sum(axis=0))
+    signs[signs == 0] = np.sign(signs.sum())
+    for entry, sign in enumerate(signs):
+        voters = [v for v in kept[:, entry] if v * sign > 0]
+        merged[entry] = np.mean(voters) if voters else 0
+    return merged

@@ -24,6 +24,7 @@ from modalloy.errors import MethodError, RecipeError, nearest
 from modalloy.linalg import require_finite
 from modalloy.methods.average import average
 from modalloy.methods.damc import damc
+from modalloy.methods.factorwise import factorwise
 from modalloy.methods.iso import iso_c, iso_cts
 from modalloy.methods.linear import linear
 from modalloy.methods.optmerge import optmerge
@@ -49,6 +50,7 @@ class Method:
     laws: tuple[str, ...]
     dense_when: tuple[str, str] | None = None  # the parameter and its value that need the full matrices
     scale_when: tuple[str, str, float] | None = None  # a parameter, its value, and what `scale: auto` means there
+    one_rank: bool = False  # takes only LoRA factors, all of one rank, which its result has too
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
@@ -122,6 +124,14 @@ METHODS = {
         ROW_LAWS,
         dense_when=("variant", "full"),
         scale_when=("variant", "full", 0.1),
+    ),
+    "factorwise": Method(
+        factorwise,
+        "factors",
+        "arXiv 2402.12750",
+        False,
+        tuple(law for law in LINEAR_LAWS if law not in ("gauge", "factored = dense")),
+        one_rank=True,
     ),
 }
 

@@ -48,20 +48,20 @@ def optmerge(
     k = max(1, min(shape) // len(deltas))
     rate = LEARNING_RATES[variant] if lr == "auto" else lr
     total = sum(deltas[1:], deltas[0])
-    truncated = [truncate(D, k) for D in deltas]
     mean = total / len(deltas)
+    truncated, projectors = zip(*(truncate(D, k) for D in deltas), strict=True)
     if variant == "full":
-        targets = [mean + truncate(D - mean, k) for D in deltas]
-        return scale * Interference(total, targets, truncated, deltas).adam(iterations, rate, deltas[0].dtype)
-    return scale * Interference(mean, truncated, truncated, deltas).relax(momentum_gain(iterations, rate, momentum))
+        targets = [mean + truncate(D - mean, k)[0] for D in deltas]
+        return scale * Interference(total, targets, projectors, deltas).adam(iterations, rate, deltas[0].dtype)
+    return scale * Interference(mean, truncated, projectors, deltas).relax(momentum_gain(iterations, rate, momentum))
 
 
-def truncate(matrix: Tensor, k: int) -> Tensor:
-    """(X)_k, the best approximation of rank k; X itself where it has no larger rank to begin with."""
+def truncate(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(X)_k = U S Vᵀ, the best approximation of rank k, and S Vᵀ (k, in), which weighs rows as (X)_k does."""
     if k >= min(matrix.shape):
-        return matrix
+        return matrix, matrix
     U, s, V = singular_triples(matrix, k)
-    return ((U * s) @ V.T).to(matrix.dtype)
+    return (U * s) @ V.T, (V * s).T
 
 
 def momentum_gain(iterations: int, lr: float, momentum: float) -> Callable[[Tensor], Tensor]:
