@@ -9,7 +9,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,dev]"
 	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt
 	touch $@
 

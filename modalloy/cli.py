@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,8 @@ def merge(
     jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
+    max_memory: Annotated[str | None, typer.Option(help="refuse if more is needed, for example 4GB")] = None,
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
 ) -> None:
@@ -36,6 +38,7 @@ def merge(
 
     if device not in ("auto", "cpu", "cuda"):
         raise ModalloyError(f"--device {device}: not a device; known: auto, cpu, cuda")
+    limit = None if max_memory is None else _parse_size("--max-memory", max_memory)
     if dry_run:
         plan(recipe, allow_base_mismatch, as_json)
         return
@@ -46,6 +49,8 @@ def merge(
             jobs=jobs,
             device=device,
             overwrite=overwrite,
+            resume=resume,
+            max_memory=limit,
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
@@ -56,6 +61,8 @@ def merge(
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
+    if report.compression_error is not None:
+        print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     print(f"verify   {report.verification.summary()}")
     print(f"wrote    {out}")
 
@@ -63,6 +70,7 @@ def merge(
 @app.command()
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
     """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
+    from modalloy.engines.local import default_workers
     from modalloy.plan import plan as run
     from modalloy.recipe import load_recipe
 
@@ -75,8 +83,37 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
     print(f"\n{planned.summary()}")
     print(
         f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB, "
-        f"about {planned.peak_bytes / 1e6:.0f} MB of memory per worker"
+        f"about {planned.peak_bytes(default_workers()) / 1e6:.0f} MB of memory with {default_workers()} workers"
     )
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML page to write", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+    allow_base_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> None:
+    """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
+    from modalloy.inspect import inspect as run
+    from modalloy.report.inspect import new_file, page, require_plotly, text
+
+    with ExitStack() as stack:
+        if out is not None:  # refused before the work, not after it
+            require_plotly()
+            write = stack.enter_context(new_file(out, overwrite=overwrite))
+        with progress("inspect") as on_job:
+            found = run(recipe, jobs=jobs, allow_base_mismatch=allow_base_mismatch, on_job=on_job)
+        if out is not None:
+            write(page(found))
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print(text(found, with_tables=out is None))
+    if out is not None:
+        print(f"wrote    {out}")
 
 
 @app.command()
@@ -149,6 +186,15 @@ def demo(
 
     with progress("merge") as on_job:
         run(out, on_job)
+
+
+def _parse_size(option: str, text: str) -> int:
+    from modalloy.recipe import parse_bytes
+
+    try:
+        return parse_bytes(int(text) if text.isdigit() else text)
+    except ValueError as error:
+        raise ModalloyError(f"{option}: {error}") from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, require_finite
+from modalloy.linalg import Basis, require_finite, top_subspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +104,16 @@ def lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
         return LowRank(rows.times(merged.up, dtype).contiguous(), merged.down.to(dtype))
 
     return cores, restore
+
+
+def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
+    """The best approximation of `delta` of rank at most `rank` that the top of its spectrum gives, and its relative error."""
+    if isinstance(delta, LowRank):
+        (core,), restore = lift([delta])
+        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+        cut = LowRank(u[:, :rank] * s[:rank], vh[:rank])
+        return restore(cut, delta.up.dtype), float((s[rank:].norm() / s.norm()).nan_to_num(0))
+    u = top_subspace([delta], rank)
+    cut = LowRank(u.to(delta.dtype), u.T.to(delta.dtype) @ delta)
+    size = float(delta.norm())
+    return cut, float((delta - cut.dense()).norm()) / size if size else 0.0

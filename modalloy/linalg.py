@@ -9,14 +9,18 @@ from modalloy.errors import MethodError
 
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
 BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
+EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
+OVERSAMPLING = 2  # size of the iterated block, in ranks
+MAX_ITERATIONS = 30
+SUBSPACE_TOLERANCE = 3e-6  # of the projected updates, relative
 MIN_PIVOT = (
     1e-7  # squared sine of the smallest angle between a column and those before it that Cholesky is trusted with
 )
 
 
 def require_finite(values: Tensor) -> None:
-    """Refuse NaN and infinity."""
-    if not bool(torch.isfinite(values).all()):
+    """Refuse NaN and infinity: both show in the extremes, which are many times faster than `isfinite`."""
+    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         raise MethodError("an update holds NaN or infinite values; the file is damaged or its training diverged")
 
 
@@ -35,6 +39,60 @@ def gram(*matrices: Tensor) -> Tensor:
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """Orthonormal eigenvectors (n, rank) of the largest eigenvalues of a symmetric float64 matrix (n, n). O(n³)."""
     return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
+
+
+def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
+    """The `rank` leading eigenvectors (m, rank) of A = Σ D_i D_iᵀ, in the matrices' type; at most m of them.
+
+    Exact, by an eigendecomposition of A in float64, up to `EXACT_SIZE` rows or where the iteration would not converge.
+    Above, by subspace iteration with Rayleigh–Ritz: A is never formed, and the result is taken only once its residuals
+    bound its error. O(m² n + m³), or O(m n · rank) an iteration.
+    """
+    m, dtype = matrices[0].shape[0], matrices[0].dtype
+    rank = min(rank, m)
+    found = None
+    if m > EXACT_SIZE and OVERSAMPLING * rank < m / 4:
+        found = _iterated_subspace(matrices, rank)
+    if found is None:
+        found = top_eigenvectors(gram(*(matrix.T for matrix in matrices)), rank)
+    return found.to(dtype)
+
+
+def _iterated_subspace(matrices: list[Tensor], rank: int) -> Tensor | None:
+    """`top_subspace` by iteration, None if it converges too slowly (no gap in the spectrum) to be worth it."""
+    m, device = matrices[0].shape[0], matrices[0].device
+    energy = sum(float(matrix.norm()) ** 2 for matrix in matrices)
+    if not energy:
+        return torch.eye(m, rank, device=device)
+    generator = torch.Generator().manual_seed(0)  # any start converges; one seed, so that the bytes are the same
+    X = torch.randn(m, OVERSAMPLING * rank, generator=generator).to(device, matrices[0].dtype)
+    error = 0.0
+    for step in range(1, MAX_ITERATIONS + 1):
+        X = Basis(X).q_in(X.dtype)
+        H = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=device)
+        AX = torch.zeros_like(X)
+        for D in matrices:
+            Y = D.T @ X  # (n, b)
+            H += gram(Y)
+            AX.addmm_(D, Y)
+        theta, W = torch.linalg.eigh(H)  # Rayleigh–Ritz: the best approximations inside the span of X
+        theta, W = theta.flip(0), W.flip(1).to(X.dtype)
+        X, AX = X @ W, AX @ W
+        top = theta[:rank]
+        residual = torch.linalg.norm((AX[:, :rank] - X[:, :rank] * top.to(X.dtype)).to(torch.float64), dim=0)
+        distance = (top - theta[-1]).clamp(
+            min=1e-300
+        )  # what is missed lies outside the span: below the last Ritz value
+        before, error = error, float(((residual / distance) ** 2 * top).sum() / energy) ** 0.5
+        settled = (
+            float((residual**2 / distance).max()) <= float(top[-1] - theta[rank]) or float(top[-1]) < 1e-12 * energy
+        )
+        if error <= SUBSPACE_TOLERANCE and settled:
+            return X[:, :rank]
+        if step > 2 and error * (error / before) ** (MAX_ITERATIONS - step) > SUBSPACE_TOLERANCE:
+            return None
+        X = AX / theta.clamp(min=float(theta[0]) * 1e-12).to(X.dtype)
+    return None
 
 
 def energy_rank(symmetric: Tensor, fraction: float) -> int:
@@ -130,3 +188,8 @@ class Basis:
         across = weights.T.contiguous()
         parts = [(across @ rows.T.to(torch.float64)).to(dtype) for rows in self.columns.split(BLOCK_ROWS)]
         return torch.cat(parts, 1).T
+
+    def q_in(self, dtype: torch.dtype) -> Tensor:
+        """Q itself (m, p)."""
+        p = self.triangle.shape[0]
+        return self.times(torch.eye(p, dtype=torch.float64, device=self.triangle.device), dtype)

@@ -21,6 +21,9 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
     inputs = {
         s.label: {"layout": s.layout, "modality": s.modality, "sha256": input_sha256(s)} for s in planned.specialists
     }
+    whole: dict[str, Any] = {"surveys": planned.surveys} if planned.surveys else {}
+    if planned.compression:
+        whole["compression"] = dict(sorted(planned.compression.items()))
     return {
         "modalloy": __version__,
         "method": planned.recipe.merge_method,
@@ -28,6 +31,7 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
         "form": planned.recipe.output.form,
         "inputs": {"base": base} | inputs,
         "outputs": {name: known.get(name) or file_sha256(folder / name) for name in hashed_files(folder)},
+        **whole,
         "tensors": [dataclasses.astuple(fate) for fate in planned.fates],
     }
 

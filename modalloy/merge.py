@@ -1,31 +1,32 @@
 """merge(recipe, out): plan → run → write → verify → card. Read this file first."""
 
 import json
-import os
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Staging, WeightWriter, read_json
+from modalloy.checkpoints import Buffers, Staging, TensorRef, TensorSpec, WeightWriter, all_finite, read_json
 from modalloy.checkpoints.writer import disk_errors
-from modalloy.delta import Delta, LowRank
+from modalloy.delta import Delta, LowRank, compressed
 from modalloy.encoders import encoder_sizes
 from modalloy.engines import local
-from modalloy.errors import CheckpointError, MethodError, OutputError
+from modalloy.errors import MethodError, OutputError
 from modalloy.manifest import SOURCES, build_manifest
-from modalloy.methods import apply
-from modalloy.plan import Job, Plan, plan
+from modalloy.methods import METHODS, apply, survey_model
+from modalloy.plan import BLOCK_ENTRIES, Job, Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
-from modalloy.verify import Verification, verify_folder
+from modalloy.verify import Verification, verify, verify_folder
 
+Read = Callable[[TensorRef], Tensor]  # how a job gets at the data of its inputs
 STEMS = {"adapter": "adapter_model", "omni": "adapter_model", "full": "model"}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,9 +35,14 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -51,6 +57,11 @@ class MergeReport:
     total_s: float
     peak_bytes: int
 
+    @property
+    def compression_error(self) -> float | None:
+        """Largest relative Frobenius error of an update that `output.compress_rank` cut, None if none was."""
+        return max(self.plan.compression.values(), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the list of tensors, for `--json`."""
         planned = {key: value for key, value in self.plan.to_dict().items() if key != "tensors"}
@@ -59,6 +70,7 @@ class MergeReport:
             "merge_seconds": round(self.merge_s, 3),
             "total_seconds": round(self.total_s, 3),
             "peak_bytes": self.peak_bytes,
+            "compression_error": self.compression_error,
             "verify": self.verification.to_dict(),
         }
 
@@ -70,6 +82,8 @@ def merge(
     jobs: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
+    max_memory: int | None = None,
     allow_base_mismatch: bool = False,
     on_job: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -81,6 +95,8 @@ def merge(
         jobs: workers (default: one per core). The bytes written do not depend on it.
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         overwrite: replace an earlier result at `out`.
+        resume: go on with a merge into `out` that was killed; its finished shards are kept.
+        max_memory: bytes that the process may hold; refused before anything is read if the plan needs more.
         allow_base_mismatch: merge specialists that record another base than the recipe's.
         on_job: called with (jobs done, jobs in all).
 
@@ -89,23 +105,32 @@ def merge(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     out = Path(out)
-    staging = Staging(out, overwrite=overwrite)
+    staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
-    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     chosen_device = resolve_device(device)
-    with staging as folder, disk_errors(out):
+    n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
+    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    _check_memory(planned, n_workers, max_memory)
+    fingerprint = planned.fingerprint
+    if resume and out.exists() and not staging.interrupted:
+        verification = _finished_before(out, fingerprint)
+        staging.clean()
+        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, _peak_bytes())
+    with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
-        hashes = _write_weights(planned, folder, jobs, chosen_device, on_job)
+        _check_disk(planned, staging)
+        planned.surveys = survey(planned)
+        hashes = _write_weights(planned, staging, n_workers, chosen_device, on_job)
         merge_s = time.perf_counter() - begin
         _write_configs(planned, folder)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(planned), encoding="utf-8")
         manifest = build_manifest(planned, folder, hashes)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        (folder / SOURCES).write_text(json.dumps(_sources(planned), indent=1) + "\n", encoding="utf-8")
+        sources = _sources(planned) | {"fingerprint": fingerprint}
+        (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
         verification = verify_folder(folder, planned, manifest, rehash=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, peak)
+    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, _peak_bytes())
 
 
 def resolve_device(device: str) -> str:
@@ -115,87 +140,193 @@ def resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def compute(planned: Plan, job: Job, device: str = "cpu") -> list[Tensor]:
-    """The tensors that one job writes, in the order and type of `job.outputs`."""
-    if job.kind == "carry":
-        assert job.ref is not None
-        return [planned.specialists[job.specialist].read(job.ref)]
-    if job.kind == "keep":
-        return [_read_base(planned, job.slot).to(job.outputs[0].dtype)]
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _finished_before(out: Path, fingerprint: str) -> Verification:
+    """The check of a result that an earlier run finished; one of something else is refused."""
+    if not (out / SOURCES).is_file() or read_json(out / SOURCES).get("fingerprint") != fingerprint:
+        raise OutputError(
+            f"{out}: already exists and is not this recipe's result; choose another folder, or replace it with --overwrite"
+        )
+    return verify(out)
+
+
+def _check_memory(planned: Plan, n_workers: int, limit: int | None) -> None:
+    needed = planned.peak_bytes(n_workers)
+    if limit is not None and needed > limit:
+        fewer = [n for n in range(1, n_workers) if planned.peak_bytes(n) <= limit]
+        remedy = f"use --jobs {fewer[-1]}" if fewer else "allow more"
+        raise OutputError(
+            f"--max-memory {limit / 1e9:.2f} GB: this merge needs about {needed / 1e9:.2f} GB with {n_workers} workers; {remedy}"
+        )
+
+
+def _check_disk(planned: Plan, staging: Staging) -> None:
+    there = sum(path.stat().st_size for path in staging.folder.iterdir())
+    free, needed = shutil.disk_usage(staging.folder).free, planned.write_bytes - there
+    if free < needed:
+        raise OutputError(
+            f"{staging.out}: the disk is full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+            "free space or choose another folder"
+        )
+
+
+def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Tensor]:
+    """The tensors that one job writes, in the order and type of `job.outputs`; the memory of its inputs may be reused."""
+    if job.kind == "merge" and planned.recipe.output.form == "full":
+        return [_merged_weight(planned, job, read, device)]
+    if job.kind == "merge":
+        assert planned.rank is not None
+        merged = merged_delta(planned, job, read, device)
+        if not isinstance(merged, LowRank) or merged.rank > planned.rank:
+            merged, planned.compression[job.slot] = compressed(merged, planned.rank)
+        fill = planned.rank - merged.rank  # zero columns and rows, so that every layer has the adapter's one rank
+        up = torch.nn.functional.pad(merged.up, (0, fill)).cpu()
+        down = torch.nn.functional.pad(merged.down, (0, 0, 0, fill)).cpu()
+        return [_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)]
+    tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
-        having = [s for s in planned.specialists if job.slot in s.full]
-        total = sum(s.read(s.full[job.slot]).to(torch.float64) for s in having)
-        assert isinstance(total, Tensor)
-        return [(total / len(having)).to(job.outputs[0].dtype)]
-    merged = merged_delta(planned, job, device)
-    if planned.recipe.output.form == "full":
-        base = _read_base(planned, job.slot)
-        update = merged.dense() if isinstance(merged, LowRank) else merged
-        return [(base.to(update.dtype) + update.cpu()).to(job.outputs[0].dtype)]
-    assert isinstance(merged, LowRank) and planned.rank is not None
-    fill = planned.rank - merged.rank  # zero columns and rows, so that every layer has the adapter's one rank
-    up = torch.nn.functional.pad(merged.up, (0, fill))
-    down = torch.nn.functional.pad(merged.down, (0, 0, 0, fill))
-    return [down.cpu().to(job.outputs[0].dtype), up.cpu().to(job.outputs[1].dtype)]
+        total = torch.stack([tensor.to(torch.float64) for tensor in tensors]).sum(0)
+        return [_fitted(total / len(tensors), job.outputs[0])]
+    return [_fitted(tensors[0], job.outputs[0])]
 
 
-def merged_delta(planned: Plan, job: Job, device: str = "cpu", dtype: torch.dtype | None = None) -> Delta:
-    """The merged update of one linear weight; a specialist without one contributes zero but counts in λ = 1/n.
+def merged_delta(
+    planned: Plan, job: Job, read: Read, device: str = "cpu", *, literal: bool = False, rows: slice = slice(None)
+) -> Delta:
+    """The merged update of one linear weight, or of some of its rows where the method allows.
 
-    With `dtype`, everything is computed on dense matrices of that type instead (the literal algorithm, for checking).
+    With `literal`, everything is computed on dense float64 matrices instead (for checking).
     """
-    deltas: list[Delta] = []
-    shape = planned.base.refs[job.slot].shape
-    for entry, specialist in zip(planned.recipe.models, planned.specialists, strict=True):
-        weight = entry.parameters.weight
-        if job.slot in specialist.text:
-            low_rank = specialist.delta(job.slot)
-            moved = LowRank(low_rank.up.to(device), low_rank.down.to(device))
-            deltas.append(weight * (moved if dtype is None else moved.to(dtype).dense()))
-        elif job.slot in specialist.full:
-            tuned = specialist.read(specialist.full[job.slot])
-            base = _read_base(planned, job.slot)
-            wide = dtype or torch.promote_types(tuned.dtype, torch.float32)
-            deltas.append(weight * (tuned.to(device, wide) - base.to(device, wide)))
+    rows_of_weight, columns = planned.base.refs[job.slot].shape
+    fishers = None
+    if METHODS[job.method].takes("fishers"):
+        files = [file for file in planned.fishers if file is not None]
+        fishers = [read(file.refs[job.slot]).to(device) for file in files]
     try:
-        return apply(planned.recipe.merge_method, deltas, planned.parameters, (shape[0], shape[1]))
+        return apply(
+            job.method,
+            specialists_deltas(planned, job, read, device, literal=literal, rows=rows),
+            job.parameters,
+            (rows_of_weight, columns),
+            slot=job.slot,
+            fishers=fishers,
+            whole=planned.surveys.get(job.group),
+        )
     except MethodError as error:
         raise MethodError(f"{job.slot}: {error}") from error
 
 
-def _read_base(planned: Plan, slot: str) -> Tensor:
-    """A tensor of the base; NaN or infinity in it is refused."""
-    ref = planned.base.refs[slot]
-    tensor = planned.base.read(ref)
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"base: {slot} holds NaN or infinite values ({ref.file}); download the base again")
-    return tensor
+def specialists_deltas(
+    planned: Plan, job: Job, read: Read, device: str = "cpu", *, literal: bool = False, rows: slice = slice(None)
+) -> list[Delta]:
+    """One update per specialist, multiplied by its weight; one that has none is a zero of rank 0 (`missing: zero`)."""
+    wide = torch.float64 if literal or planned.recipe.dtype == "float64" else torch.float32
+    shape = planned.base.refs[job.slot].shape
+    deltas: list[Delta] = []
+    dense = literal and not METHODS[job.method].one_rank  # which has no form on full matrices
+    for specialist, weight in zip(planned.specialists, job.weights, strict=True):
+        if job.slot in specialist.text:
+            stored = specialist.delta(job.slot, read)
+            low_rank = weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
+            deltas.append(low_rank.dense() if dense else low_rank)
+        elif job.slot in specialist.full:
+            tuned, base = read(specialist.full[job.slot])[rows], read(planned.base.refs[job.slot])[rows]
+            difference = tuned.to(device, wide, copy=True).sub_(base.to(device, wide))
+            deltas.append(difference if weight == 1 else difference.mul_(weight))
+        else:
+            zero = LowRank(torch.zeros(shape[0], 0, device=device)[rows], torch.zeros(0, shape[1], device=device))
+            deltas.append(zero.dense().to(wide) if dense else zero)
+    return deltas
+
+
+def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
+    """Base plus merged update in the output type, in the base's memory where the type is the same."""
+    spec = job.outputs[0]
+    base = read(planned.base.refs[job.slot])
+    dense = any(job.slot in specialist.full for specialist in planned.specialists)
+    by_rows = dense and METHODS[job.method].rowwise
+    merged = None if by_rows else merged_delta(planned, job, read, device)
+    out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
+    step = max(1, BLOCK_ENTRIES // spec.shape[1])
+    for start in range(0, spec.shape[0], step):
+        rows = slice(start, start + step)
+        update = merged_delta(planned, job, read, device, rows=rows) if merged is None else merged
+        if isinstance(update, LowRank):
+            up = update.up if merged is None else update.up[rows]
+            total = torch.addmm(base[rows].to(up.device, up.dtype), up, update.down)
+        else:
+            update = update if merged is None else update[rows]
+            total = base[rows].to(update.device, update.dtype) + update
+        out[rows] = total
+        if not all_finite(out[rows]):
+            raise _does_not_fit(spec)
+    return out
+
+
+def _fitted(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """The tensor in the type that is written; a value that this type cannot hold is refused."""
+    if tensor.dtype == spec.dtype:
+        return tensor
+    cast = tensor.to(spec.dtype)
+    if not all_finite(cast):
+        raise _does_not_fit(spec)
+    return cast
+
+
+def _does_not_fit(spec: TensorSpec) -> MethodError:
+    return MethodError(
+        f"{spec.name}: the merged values do not fit {spec.dtype}; choose a wider output.dtype or a smaller scale"
+    )
+
+
+def survey(planned: Plan) -> dict[str, dict[str, Any]]:
+    """What methods must know of the whole model before its first weight, by group of jobs."""
+    groups: dict[str, list[Job]] = {}
+    for job in planned.jobs:
+        if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters):
+            groups.setdefault(job.group, []).append(job)
+    found = {}
+    for group, jobs in groups.items():
+        model = partial(map, partial(specialists_deltas, planned, read=planned.read), jobs)
+        found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
+    return found
 
 
 def _write_weights(
-    planned: Plan, folder: Path, jobs: int | None, device: str, on_job: Callable[[int, int], None] | None
+    planned: Plan, staging: Staging, n_workers: int, device: str, on_job: Callable[[int, int], None] | None
 ) -> dict[str, str]:
     """Run all jobs and stream their tensors to disk; returns the sha256 of every file written."""
     specs = [spec for job in planned.jobs for spec in job.outputs]
     form = planned.recipe.output.form
     limit = planned.recipe.output.max_shard_size if form == "full" else None  # adapters are always one file (PEFT)
-    writer = WeightWriter(folder, STEMS[form], specs, limit)
-    n_workers = 1 if device == "cuda" else jobs or len(os.sched_getaffinity(0))
-    results = local.run(planned.jobs, lambda job: compute(planned, job, device), n_workers)
+    writer = WeightWriter(staging.folder, STEMS[form], specs, limit)
+    kept = writer.keep(staging.finished)
+    remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
+    buffers = Buffers()
+
+    def fetch(job: Job) -> dict[TensorRef, Tensor]:
+        return {ref: planned.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}
+
+    def work(job: Job, inputs: dict[TensorRef, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return compute(planned, job, inputs.__getitem__, device), list(inputs.values())
+
+    results = local.run(remaining, fetch, work, n_workers)
     try:
-        for done, (job, tensors) in enumerate(results, 1):
+        for done, (job, (tensors, inputs)) in enumerate(results, len(planned.jobs) - len(remaining) + 1):
             for spec, tensor in zip(job.outputs, tensors, strict=True):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise MethodError(
-                        f"{spec.name}: the merged values do not fit {spec.dtype}; choose a wider output.dtype or a smaller scale"
-                    )
-                writer.add(spec.name, tensor)
+                if finished := writer.add(spec.name, tensor):
+                    staging.note(finished, writer.sha256[finished])
+            for tensor in inputs:
+                buffers.give(tensor)
             if on_job is not None:
                 on_job(done, len(planned.jobs))
         writer.close()
     finally:
-        writer.abort()
         results.close()
+        writer.abort()
     return writer.sha256
 
 
@@ -212,8 +343,8 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     if recipe.output.form == "full":
         config = read_json(base / "config.json")
         config.pop("_name_or_path", None)  # where the base was on someone's machine
-        if recipe.output.dtype != "auto":
-            config["dtype"] = recipe.output.dtype
+        if recipe.written_dtype != "auto":
+            config["dtype"] = recipe.written_dtype
             config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return
@@ -229,7 +360,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
 
 
 def _peft_config(planned: Plan) -> dict[str, Any]:
-    stems = [job.slot.removesuffix(".weight") for job in planned.jobs]
+    stems = [job.slot.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
     leaves = {stem.rpartition(".")[2] for stem in stems}
     same_leaf = {
         n.removesuffix(".weight") for n in planned.base.refs if n.removesuffix(".weight").rpartition(".")[2] in leaves

@@ -1,6 +1,10 @@
 """What a merge will do: a list of independent jobs, and the fate of every tensor of every input. Reads headers only."""
 
 import dataclasses
+import fnmatch
+import hashlib
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,24 +13,30 @@ from typing import Any, Literal
 import torch
 
 from modalloy import builtin
+from modalloy._version import __version__
 from modalloy.checkpoints import (
     Checkpoint,
     Specialist,
     TensorRef,
     TensorSpec,
+    WeightFile,
+    checked,
     is_portable,
     locate,
     open_base,
     open_specialist,
     read_json,
 )
+from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.methods import METHODS, resolve
-from modalloy.recipe import Recipe
+from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 NOT_MERGED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,20 @@ class Job:
     kind: Literal["merge", "average", "keep", "carry"]
     slot: str
     outputs: tuple[TensorSpec, ...]
-    specialist: int = -1
-    ref: TensorRef | None = None
+    reads: tuple[TensorRef, ...] = ()
+    method: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)  # resolved, at this weight's depth
+    weights: tuple[float, ...] = ()  # of the specialists
+
+    @property
+    def read_bytes(self) -> int:
+        """Size of the tensors that it reads."""
+        return sum(ref.n_bytes for ref in self.reads)
+
+    @property
+    def group(self) -> str:
+        """Jobs of one group share what their method must know of the whole model."""
+        return json.dumps([self.method, self.parameters], sort_keys=True)
 
 
 @dataclass
@@ -68,9 +90,11 @@ class Plan:
     jobs: list[Job]
     fates: list[TensorFate]
     rank: int | None  # of the written adapter
-    read_bytes: int
+    fishers: list[WeightFile | None]
     encoders: dict[str, str] = field(default_factory=dict)  # by modality, for `omni`
     chat_template: str | None = None
+    surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
+    compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
 
     @property
     def base_is_portable(self) -> bool:
@@ -88,9 +112,45 @@ class Plan:
         return sum(spec.n_bytes for job in self.jobs for spec in job.outputs)
 
     @property
-    def peak_bytes(self) -> int:
-        """Estimate of the memory one worker holds at once, for the largest job."""
-        return max((self._job_bytes(job) for job in self.jobs), default=0)
+    def read_bytes(self) -> int:
+        """Bytes of tensor data that the jobs read; a survey of the whole model reads the merged ones again."""
+        surveyed = [
+            job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
+        ]
+        return sum(job.read_bytes for job in self.jobs) + sum(job.read_bytes for job in surveyed)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is made from what: recipe, program, jobs, and every input file's name, size and time of change."""
+        files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
+        files += [file.path for file in self.fishers if file is not None]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        jobs = [(job.kind, job.slot, job.group, job.weights, str(job.outputs)) for job in self.jobs]
+        made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]
+        return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The base's tensors, then the specialists'."""
+        return [self.base, *(specialist.checkpoint for specialist in self.specialists)]
+
+    def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """The data of any input tensor, checked for NaN and infinity; in `buffer` (uint8) if given."""
+        for specialist in self.specialists:
+            if specialist.checkpoint.owns(ref):
+                return specialist.read(ref, buffer)
+        if self.base.owns(ref):
+            return checked(self.base.read(ref, buffer), ref, "base")
+        file = next(file for file in self.fishers if file is not None and file.path == ref.file)
+        return file.read(ref, buffer)
+
+    def peak_bytes(self, n_workers: int) -> int:
+        """Memory that a merge with `n_workers` holds at its peak, with what the process holds now."""
+        sizes = [self._job_bytes(job) for job in self.jobs]
+        held = [job.read_bytes + sum(spec.n_bytes for spec in job.outputs) for job in self.jobs]
+        window = n_workers + AHEAD
+        waiting = max((sum(held[i : i + window]) for i in range(len(held))), default=0)
+        working = max((sum(sorted(sizes[i : i + window])[-n_workers:]) for i in range(len(sizes))), default=0)
+        return resident_bytes() + waiting + working
 
     def counts(self) -> dict[str, int]:
         """Number of input tensors by fate."""
@@ -119,21 +179,25 @@ class Plan:
             "counts": self.counts(),
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
-            "peak_bytes_per_worker": self.peak_bytes,
+            "peak_bytes": self.peak_bytes(default_workers()),
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         }
 
     def _job_bytes(self, job: Job) -> int:
-        out_bytes = sum(spec.n_bytes for spec in job.outputs)
+        """What working on a job takes beside its inputs and outputs."""
+        if job.kind == "average":
+            return 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
         if job.kind != "merge":
-            return 2 * out_bytes
+            return 0
+        rows, columns = self.base.refs[job.slot].shape
         factors = [s.text[job.slot] for s in self.specialists if job.slot in s.text]
-        if len(factors) < len([s for s in self.specialists if job.slot in s.text or job.slot in s.full]):
-            rows, columns = self.base.refs[job.slot].shape
-            return 8 * (rows**2 + columns**2 + (len(self.specialists) + 3) * rows * columns)
-        stacked = sum(f.rank * sum(f.shape) for f in factors)
-        core = sum(f.rank for f in factors) ** 2
-        return 3 * 4 * stacked + 8 * stacked + 8 * 12 * core + 2 * out_bytes
+        full = sum(job.slot in s.full for s in self.specialists)
+        if not full and METHODS[job.method].gets(job.parameters) != "dense":
+            stacked = sum(f.rank for f in factors)
+            return 4 * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + 2 * 8 * 4096 * stacked
+        if full and not factors and METHODS[job.method].rowwise:
+            return 4 * 4 * BLOCK_ENTRIES
+        return 4 * rows * columns * (len(factors) + full + 2)
 
 
 def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
@@ -155,35 +219,35 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     for specialist in specialists:
         check_base(specialist, recipe, base_config, allow_base_mismatch)
         check_shapes(specialist, base)
-    form = recipe.output.form
-    if form != "full" and any(s.layout == "full" for s in specialists):
-        label = next(s.label for s in specialists if s.layout == "full")
+    form, compress = recipe.output.form, recipe.output.compress_rank
+    if form != "full" and compress is None and any(s.full for s in specialists):
+        label = next(s.label for s in specialists if s.full)
         raise RecipeError(
-            f"output.form '{form}' needs low-rank specialists, but '{label}' is a full model; write form: full"
+            f"output.form '{form}' needs low-rank specialists, but '{label}' has fully trained weights; write form: full, "
+            "or output.compress_rank: k to approximate what is merged"
         )
     encoders = choose_encoders(recipe, specialists) if form == "omni" else {}
     for specialist in specialists:
         if specialist.modality in encoders:
             check_path(specialist, encoders[specialist.modality], base_config.get("hidden_size"))
     template = common_chat_template(specialists) if form == "omni" else None
-    ranks = [s.rank for s in specialists if s.rank is not None]
-    parameters = resolve(recipe.merge_method, recipe.parameters, n=len(specialists), lora_rank=max(ranks, default=None))
-    planner = _Planner(recipe, base, specialists, parameters)
+    planner = _Planner(recipe, base, specialists)
     jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
     result = Plan(
         recipe,
         base_folder,
         base,
         specialists,
-        parameters,
+        planner.parameters,
         jobs,
         planner.fates(),
         planner.rank,
-        planner.read_bytes(),
+        planner.fishers,
         encoders,
         template,
     )
     _check_all_accounted(result)
+    _check_patterns(recipe, result)
     return result
 
 
@@ -208,25 +272,38 @@ def labels(recipe: Recipe) -> list[str]:
 class _Planner:
     """Works out jobs and fates for checked inputs."""
 
-    def __init__(
-        self, recipe: Recipe, base: Checkpoint, specialists: list[Specialist], parameters: dict[str, Any]
-    ) -> None:
-        self.recipe, self.base, self.specialists, self.parameters = recipe, base, specialists, parameters
+    def __init__(self, recipe: Recipe, base: Checkpoint, specialists: list[Specialist]) -> None:
+        self.recipe, self.base, self.specialists = recipe, base, specialists
         self.rank: int | None = None
-        low_rank = {slot for s in specialists for slot in s.text}
-        full = {name for s in specialists for name, ref in s.full.items() if name in base.refs and _is_linear(ref)}
-        self.merged = [name for name in base.refs if name in low_rank | full]
-        self.averaged = [
-            name for name, ref in base.refs.items() if len(ref.shape) == 1 and any(name in s.full for s in specialists)
-        ]
+        ranks = [s.rank for s in specialists if s.rank is not None]
+        self.lora_rank = max(ranks, default=None)
+        self.depth = 1 + max((index for name in base.refs if (index := _layer(name)) is not None), default=-1)
+        full = {name for s in specialists for name in s.full if name in base.refs}
+        linear = {name for name in full if _is_linear(base.refs[name])} | {slot for s in specialists for slot in s.text}
+        self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
+        kept = {name for name, (_, rule) in self.rules.items() if rule.policy == "keep"}
+        asked = {name for name, (_, rule) in self.rules.items() if rule.policy == "average"}
+        self.merged = [name for name in base.refs if name in linear - kept]
+        vectors = {name for name in full if len(base.refs[name].shape) == 1}
+        self.averaged = [name for name in base.refs if name in (vectors | asked & full) - linear - kept]
+        self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
+        self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
+        self._check_complete()
 
     def adapter_jobs(self) -> list[Job]:
         """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried."""
+        if self.averaged:
+            raise RecipeError(
+                f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
+                "write form: full, or keep the base's by modules: {\"" + self.averaged[0] + '": {policy: keep}}'
+            )
         omni = self.recipe.output.form == "omni"
         dtype = self._dtype()
-        self.rank = max(1, max((self._rank_bound(slot) for slot in self.merged), default=1))  # PEFT takes no rank 0
+        slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
+        bounds = {slot: self._rank_bound(slot) for slot in slots}
+        self.rank = max(1, max(bounds.values(), default=1))  # PEFT takes no rank 0
         jobs = []
-        for slot in self.merged:
+        for slot in slots:
             rows, columns = self.base.refs[slot].shape
             stem = slot.removesuffix(".weight")
             names = [
@@ -235,83 +312,176 @@ class _Planner:
             ]
             shapes = [(self.rank, columns), (rows, self.rank)]
             specs = tuple(TensorSpec(name, dtype, shape) for name, shape in zip(names, shapes, strict=True))
-            jobs.append(Job("merge", slot, specs))
+            jobs.append(self._merge_job(slot, specs))
         if omni:
-            for index, specialist in enumerate(self.specialists):
+            for specialist in self.specialists:
                 for ref in _modality_refs(specialist):
-                    jobs.append(Job("carry", ref.name, (TensorSpec(ref.name, ref.dtype, ref.shape),), index, ref))
+                    jobs.append(Job("carry", ref.name, (TensorSpec(ref.name, ref.dtype, ref.shape),), (ref,)))
         return jobs
 
     def full_jobs(self) -> list[Job]:
         """For `full`: every tensor of the base, in its order, in the output type."""
-        chosen, jobs = self.recipe.output.dtype, []
+        chosen, jobs = self.recipe.written_dtype, []
+        merged, averaged = set(self.merged), set(self.averaged)
         for name, ref in self.base.refs.items():
             dtype = ref.dtype if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
-            kind: Literal["merge", "average", "keep"] = "keep"
-            if name in self.merged:
-                kind = "merge"
-            elif name in self.averaged:
-                kind = "average"
-            jobs.append(Job(kind, name, (TensorSpec(name, dtype, ref.shape),)))
+            spec = TensorSpec(name, dtype, ref.shape)
+            if name in merged:
+                jobs.append(self._merge_job(name, (spec,)))
+            elif name in averaged:
+                having = tuple(s.full[name] for s in self.specialists if name in s.full)
+                jobs.append(Job("average", name, (spec,), having))
+            else:
+                jobs.append(Job("keep", name, (spec,), (ref,)))
         return jobs
 
     def fates(self) -> list[TensorFate]:
         """The fate of every tensor of the base and of every specialist."""
-        method, form = self.recipe.merge_method, self.recipe.output.form
-        merged: tuple[Fate, str] = ("merged", method)
-        averaged: tuple[Fate, str] = ("averaged", "mean over the specialists that have it")
+        form = self.recipe.output.form
         carried: tuple[Fate, str] = ("carried", "bit for bit")
         if form != "omni":
             carried = ("left out", f"form: {form} holds the text path only")
-        of_slot = dict.fromkeys(self.merged, merged) | dict.fromkeys(self.averaged, averaged)
+        of_slot: dict[str, tuple[Fate, str]] = {slot: ("merged", self._method(slot)[0]) for slot in self.merged}
+        of_slot |= dict.fromkeys(self.averaged, ("averaged", "mean over the specialists that have it"))
+        kept: dict[str, str] = {
+            name: f"modules: {pattern} keeps the base's"
+            for name, (pattern, rule) in self.rules.items()
+            if rule.policy == "keep"
+        }
         result = [
-            TensorFate("base", name, *of_slot.get(name, ("kept", "no rule changes it"))) for name in self.base.refs
+            TensorFate("base", name, *of_slot.get(name, ("kept", kept.get(name, "no rule changes it"))))
+            for name in self.base.refs
         ]
         for specialist in self.specialists:
             label = specialist.label
             for slot, factors in specialist.text.items():
-                result += [
-                    TensorFate(label, ref.name, "merged", f"{method} into {slot}") for ref in (factors.a, factors.b)
-                ]
+                fate: tuple[Fate, str] = ("left out", kept.get(slot, ""))
+                if slot in of_slot:
+                    fate = ("merged", f"{of_slot[slot][1]} into {slot}")
+                result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
             result += [TensorFate(label, ref.name, *carried) for ref in _modality_refs(specialist)]
-            for name in specialist.full:
-                result.append(TensorFate(label, name, *of_slot.get(name, ("left out", "the base's is kept"))))
+            for name, ref in specialist.full.items():
+                unused: tuple[Fate, str] = ("left out", kept.get(name, "the base's is kept"))
+                result.append(TensorFate(label, ref.name, *of_slot.get(name, unused)))
             result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
         return result
 
-    def read_bytes(self) -> int:
-        """Bytes of tensor data that the jobs read."""
-        base = sum(ref.n_bytes for ref in self.base.refs.values()) if self.recipe.output.form == "full" else 0
-        factors = [f for s in self.specialists for f in s.text.values()]
-        total = base + sum(f.a.n_bytes + f.b.n_bytes for f in factors)
-        used = {*self.merged, *self.averaged}
-        total += sum(ref.n_bytes for s in self.specialists for name, ref in s.full.items() if name in used)
-        if self.recipe.output.form == "omni":
-            total += sum(ref.n_bytes for s in self.specialists for ref in _modality_refs(s))
-        return total
+    def _merge_job(self, slot: str, specs: tuple[TensorSpec, ...]) -> Job:
+        method, parameters = self._method(slot)
+        reads: list[TensorRef] = []
+        if self.recipe.output.form == "full" or any(slot in s.full for s in self.specialists):
+            reads.append(self.base.refs[slot])
+        for specialist, fisher in zip(self.specialists, self.fishers, strict=True):
+            if slot in specialist.text:
+                reads += [specialist.text[slot].a, specialist.text[slot].b]
+            elif slot in specialist.full:
+                reads.append(specialist.full[slot])
+            if METHODS[method].takes("fishers"):
+                reads.append(self._fisher_ref(fisher, slot, specialist))
+        weights = tuple(self._at(entry.parameters.weight, slot, "weight") for entry in self.recipe.models)
+        return Job("merge", slot, specs, tuple(reads), method, self._resolved(method, parameters, slot), weights)
+
+    def _rule(self, slot: str) -> tuple[str, Rule | None]:
+        for pattern, rule in self.recipe.modules.items():
+            if fnmatch.fnmatchcase(slot, pattern):
+                return pattern, rule
+        return "", None
+
+    def _method(self, slot: str) -> tuple[str, dict[str, Any]]:
+        """Method of a weight, and its parameters as written."""
+        _, rule = self.rules.get(slot, ("", None))
+        if rule is None:
+            return self.recipe.merge_method, self.recipe.parameters
+        if rule.policy == "average":
+            return "average", {}
+        if rule.merge_method in (None, self.recipe.merge_method):
+            return self.recipe.merge_method, self.recipe.parameters | rule.parameters
+        return str(rule.merge_method), rule.parameters
+
+    def _resolved(self, method: str, parameters: dict[str, Any], slot: str | None) -> dict[str, Any]:
+        """Parameters with "auto" worked out and gradients at the weight's depth (kept as lists without a slot)."""
+        lists = {name: value for name, value in parameters.items() if isinstance(value, list)}
+        single = {name: value for name, value in parameters.items() if name not in lists}
+        if slot is not None:
+            single |= {name: self._at(value, slot, name) for name, value in lists.items()}
+            return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank)
+        return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank) | lists
+
+    def _at(self, value: Any, slot: str, name: str) -> Any:
+        """A number, or a list of them interpolated linearly from the first layer to the last."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        layer = _layer(slot)
+        if layer is None:
+            raise RecipeError(
+                f"{name}: {list(value)} goes over the layers, but {slot} is in none; give it a value of its own under `modules:`"
+            )
+        position = layer / max(1, self.depth - 1) * (len(value) - 1)
+        below = min(int(position), len(value) - 1)
+        above = min(below + 1, len(value) - 1)
+        between = value[below] + (position - below) * (value[above] - value[below])
+        return round(between) if all(isinstance(number, int) for number in value) else between
+
+    def _fisher(self, location: str | None) -> WeightFile | None:
+        return None if location is None else WeightFile(self.recipe.folder / Path(location).expanduser())
+
+    def _fisher_ref(self, file: WeightFile | None, slot: str, specialist: Specialist) -> TensorRef:
+        if file is None:
+            raise RecipeError(
+                f"{specialist.label} specialist: its method weighs by Fisher information; give parameters: {{fisher: FILE}}"
+            )
+        ref = file.refs.get(slot)
+        if ref is None or ref.shape != self.base.refs[slot].shape:
+            found = "has no" if ref is None else f"has a {' × '.join(map(str, ref.shape))}"
+            raise CheckpointError(
+                f"{file.path}: {found} {slot}, as the base has it; compute the Fisher file for this base"
+            )
+        return ref
+
+    def _check_complete(self) -> None:
+        """Every specialist must update every merged weight, unless the recipe says that a missing one counts as zero."""
+        if self.recipe.missing == "zero":
+            return
+        for specialist in self.specialists:
+            lacking = [slot for slot in self.merged if slot not in specialist.text and slot not in specialist.full]
+            if lacking:
+                other = next(s.label for s in self.specialists if lacking[0] in s.text or lacking[0] in s.full)
+                raise CheckpointError(
+                    f"{specialist.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the {other} "
+                    "specialist has; say `missing: zero` in the recipe to count it as zero, or keep these weights under `modules:`"
+                )
 
     def _rank_bound(self, slot: str) -> int:
         """Largest rank that the method's result for this weight can have."""
+        method, written = self._method(slot)
+        parameters = self._resolved(method, written, slot)
+        compress = self.recipe.output.compress_rank
+        rows, columns = self.base.refs[slot].shape
+        entry = METHODS[method]
+        if any(slot in s.full for s in self.specialists) or entry.gets(parameters) == "dense":
+            if compress is None:
+                raise RecipeError(
+                    f"{method} gives a full matrix for {slot}, which an adapter cannot hold; write form: full, or "
+                    "output.compress_rank: k to approximate it"
+                )
+            return min(compress, rows, columns)
         ranks = [s.text[slot].rank for s in self.specialists if slot in s.text]
-        if METHODS[self.recipe.merge_method].one_rank:
-            return max(ranks, default=0)
-        stacked = sum(ranks)
-        bound = (
-            stacked
-            if METHODS[self.recipe.merge_method].receives == "factors"
-            else min(stacked, *self.base.refs[slot].shape)
-        )
-        rank = self.parameters.get("rank", bound)
-        return min(bound, rank) if rank >= 1 else bound
+        bound = max(ranks) if entry.one_rank else sum(ranks)
+        if entry.gets(parameters) != "factors":
+            bound = min(bound, rows, columns)
+        if "rank ≤ k" in entry.laws and parameters["rank"] >= 1:
+            bound = min(bound, int(parameters["rank"]))
+        return bound if compress is None else min(bound, compress)
 
     def _dtype(self) -> torch.dtype:
-        chosen = self.recipe.output.dtype
+        chosen = self.recipe.written_dtype
         if chosen != "auto":
             return getattr(torch, chosen)
-        dtypes = [f.a.dtype for s in self.specialists for f in s.text.values()]
-        widest = dtypes[0]
-        for dtype in dtypes:
-            widest = torch.promote_types(widest, dtype)
+        refs = [f.a for s in self.specialists for f in s.text.values()]
+        refs += [ref for s in self.specialists for ref in s.full.values()]
+        widest = refs[0].dtype
+        for ref in refs:
+            widest = torch.promote_types(widest, ref.dtype)
         return widest
 
 
@@ -335,6 +505,23 @@ def _check_all_accounted(result: Plan) -> None:
         raise RuntimeError(
             f"the plan does not give one fate to each tensor, for example {wrong[:3]}; please report this"
         )
+
+
+def _check_patterns(recipe: Recipe, result: Plan) -> None:
+    """A pattern that matches nothing is a mistake in writing."""
+    written = [fate.tensor for fate in result.fates]
+    for key, patterns, names in (
+        ("modules", recipe.modules, list(result.base.refs)),
+        ("ignore", recipe.ignore, written),
+    ):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
+
+
+def _layer(name: str) -> int | None:
+    found = LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def _letter(parameter: str) -> str:

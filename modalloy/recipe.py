@@ -1,6 +1,7 @@
 """Recipes: what to merge, how, and what to write. YAML with the names the ecosystem knows; unknown keys are refused."""
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,12 +31,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SpecialistParameters(_Strict):
-    """Per-specialist parameters."""
+def _numbers(value: Any) -> Any:
+    """A finite number, or a list of them over the depth of the model."""
+    several = isinstance(value, (list, tuple))
+    for number in value if several else [value]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{number!r} is not a finite number; write for example 0.5, or [0.2, 0.8] over the depth")
+    if several and not value:
+        raise ValueError("an empty list; give one value, or one or more over the depth of the model")
+    return tuple(float(number) for number in value) if several else float(value)
 
-    weight: float = Field(
-        default=1.0, strict=True, allow_inf_nan=False
-    )  # factor of its text update, applied first of all
+
+class SpecialistParameters(_Strict):
+    """Per-specialist parameters: the factor of its text update, applied first of all (a list goes over the depth of the
+    model), and its Fisher file, for methods that weigh by it."""
+
+    weight: Annotated[float | tuple[float, ...], BeforeValidator(_numbers)] = 1.0
+    fisher: str | None = None
 
 
 class SpecialistEntry(_Strict):
@@ -54,22 +66,52 @@ class SpecialistEntry(_Strict):
         return None if value is None else modality_name(value)
 
 
+class Rule(_Strict):
+    """What `modules:` says of the weights that match its pattern: a policy, or another method or parameters."""
+
+    policy: Literal["keep", "average"] | None = None
+    merge_method: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> "Rule":
+        if self.policy is not None and (self.merge_method is not None or self.parameters):
+            raise ValueError(f"policy '{self.policy}' takes no merge_method or parameters; write one or the other")
+        if self.policy is None and self.merge_method is None and not self.parameters:
+            raise ValueError("says nothing; write policy: keep, policy: average, merge_method: or parameters:")
+        return self
+
+
 class Output(_Strict):
-    """What to write: a PEFT adapter, a full model, or an omni folder that chats."""
+    """What to write: a PEFT adapter, a full model, or an omni folder that chats.
+
+    `compress_rank` makes an adapter out of the full matrices that some methods give, by their best approximation of that
+    rank; what it loses is measured and reported.
+    """
 
     form: Literal["adapter", "full", "omni"] = "adapter"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
+    compress_rank: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
 class Recipe(_Strict):
-    """A whole merge. `folder` is where its relative paths start, `text` the file as it was written."""
+    """A whole merge. `folder` is where its relative paths start, `text` the file as it was written.
+
+    `modules` and `ignore` hold patterns of tensor names (`*`, `?`, `[…]`); of several that match, the first counts.
+    `missing` is what a specialist without a weight that others update contributes. `dtype` is the arithmetic's,
+    `out_dtype` another spelling of `output.dtype`.
+    """
 
     base_model: str
     merge_method: str = "ssam"
     parameters: dict[str, Any] = Field(default_factory=dict)
     models: tuple[SpecialistEntry, ...] = Field(min_length=1)
+    modules: dict[str, Rule] = Field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    missing: Literal["refuse", "zero"] = "refuse"
+    dtype: Literal["float32", "float64"] = "float32"
+    out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: Output = Output()
     folder: Path = Field(default=Path(), exclude=True)
     text: str = Field(default="", exclude=True)
@@ -77,7 +119,21 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _known_method(self) -> "Recipe":
         check_method(self.merge_method, self.parameters, gradients=True)
+        for pattern, rule in self.modules.items():
+            try:
+                check_method(rule.merge_method or self.merge_method, rule.parameters, gradients=True)
+            except RecipeError as error:
+                raise RecipeError(f"modules.{pattern}: {error}") from error
+        if self.out_dtype is not None and self.output.dtype not in ("auto", self.out_dtype):
+            raise ValueError(
+                f"out_dtype {self.out_dtype} contradicts output.dtype {self.output.dtype}; write one of them"
+            )
         return self
+
+    @property
+    def written_dtype(self) -> str:
+        """Type of the written weights: "auto" (as stored), or a name."""
+        return self.out_dtype or self.output.dtype
 
     def to_yaml(self) -> str:
         """The recipe as YAML: the file as it was written, or these values if they were changed since."""
@@ -140,12 +196,13 @@ def _explain(error: ValidationError) -> str:
         return f"the key '{place}' is missing; add it"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if problem["type"] == "value_error" else f" (found {problem['input']!r})"
-    return f"{place}: {message}{given}"
+    return f"{place}: {message}{given}" if place else message
 
 
 def _unknown_key(parents: tuple[Any, ...], key: str) -> str:
     sections: dict[Any, type[BaseModel]] = {
         "models": SpecialistEntry,
+        "modules": Rule,
         "output": Output,
         "parameters": SpecialistParameters,
     }

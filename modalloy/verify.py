@@ -79,6 +79,7 @@ def verify(out: str | Path) -> Verification:
     entries = [entry.model_dump() | {"model": path} for entry, path in zip(recipe.models, models, strict=True)]
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
     planned = plan(found, allow_base_mismatch=True)
+    planned.surveys = manifest.get("surveys", {})
     # by the labels of the recipe as written: those of the local folders differ where it names hub models
     for label, specialist in zip(labels(recipe), planned.specialists, strict=True):
         recorded = manifest.get("inputs", {}).get(label, {}).get("sha256")
@@ -146,8 +147,8 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
     """Relative Frobenius distance between a written layer and its recomputation."""
     from modalloy.merge import merged_delta
 
-    dense = max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
-    expected = merged_delta(planned, job, dtype=torch.float64 if dense else None)
+    literal = max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
+    expected = merged_delta(planned, job, planned.read, literal=literal)
     wanted = (expected.dense() if isinstance(expected, LowRank) else expected).to(torch.float64)
     written = [weights.read(weights.refs[spec.name]).to(torch.float64) for spec in job.outputs]
     if len(written) == 2:

@@ -122,7 +122,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "rank 1.5": ({"parameters": {"rank": 1.5}}, r"rank: 1\.5 is not a whole number"),
     "rank true": ({"parameters": {"rank": True}}, r"rank: True is not a whole number"),
     "rank x": ({"parameters": {"rank": "x"}}, r"rank: 'x' is not a whole number"),
-    "rank list": ({"parameters": {"rank": [4]}}, r"rank: \[4\] is not a whole number"),
+    "rank list": ({"parameters": {"rank": [4, "x"]}}, r"rank: 'x' is not a whole number"),
     "rank energy 2": ({"parameters": {"rank": {"energy": 2}}}, r"energy 2 is not between 0 and 1; for example"),
     "rank energy nan": ({"parameters": {"rank": {"energy": float("nan")}}}, r"energy nan is not between 0 and 1"),
     "rank of another kind": (
@@ -139,7 +139,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "scale beyond float64": ({"parameters": {"scale": 10**400}}, r"scale: 10+ is not a finite number"),
     "scale true": ({"parameters": {"scale": True}}, r"scale: True is not a finite number"),
     "weight nan": (models(parameters={"weight": float("nan")}), r"models\.0\.parameters\.weight: .*finite"),
-    "weight true": (models(parameters={"weight": True}), r"models\.0\.parameters\.weight: .*number.*found True"),
+    "weight true": (models(parameters={"weight": True}), r"models\.0\.parameters\.weight: True is not a finite number"),
     "no models": ({"models": []}, r"models: .*at least 1 item"),
     "models that are no list": ({"models": "vision"}, r"models: .*found 'vision'"),
     "model without a place": ({"models": [{"modality": "image"}]}, r"the key 'models\.0\.model' is missing; add it"),
@@ -273,7 +273,7 @@ BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"own-base/config\.json: no such file; download"),
     "NaN": (
         poison_norm,
-        r"base: model\.norm\.weight holds NaN or infinite values \(.*safetensors\); download the base",
+        r"base: model\.norm\.weight holds NaN or infinite values \(.*safetensors\); .*download it again",
     ),
 }
 
@@ -642,7 +642,7 @@ def test_two_specialists_of_one_modality(
 def test_full_model_in_an_adapter(base: Path, write_recipe: WriteRecipe, merge_refused: Refused) -> None:
     for form in ("adapter", "omni"):
         recipe = write_recipe(models=[{"model": str(base)}], output={"form": form})
-        message = rf"output\.form '{form}' needs low-rank specialists, but 'base#1' is a full model; write form: full"
+        message = rf"output\.form '{form}' needs low-rank specialists, but 'base#1' has fully trained weights; write form: full"
         assert_says(merge_refused(recipe), message)
         shutil.rmtree(recipe.parent / "out")
 
@@ -816,19 +816,42 @@ def test_current_folder_as_out(
     )
 
 
+def patch_weight_writes(monkeypatch: pytest.MonkeyPatch, write: Callable[[int, Any], int]) -> None:
+    """Send every write to a weight file through `write`."""
+    original = os.write
+
+    def routed(descriptor: int, data: Any) -> int:
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        return (write if target.endswith(".safetensors") else original)(descriptor, data)
+
+    monkeypatch.setattr(os, "write", routed)
+
+
 @pytest.mark.parametrize("room", [0, 1, 5_000, 10_000])
 def test_full_disk(
     room: int, write_recipe: WriteRecipe, merge_refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FullDisk(io.FileIO):
-        def write(self, data: Any) -> int:
-            free = room - self.tell()
-            if free <= 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data[:free])
+    original, left = os.write, [room]
 
-    monkeypatch.setattr("modalloy.checkpoints.writer.open", lambda path, mode, **_: FullDisk(path, mode), raising=False)
+    def write(descriptor: int, data: Any) -> int:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = original(descriptor, data[: left[0]])
+        left[0] -= count
+        return count
+
+    patch_weight_writes(monkeypatch, write)
     message = r"out: the disk is full; free space or choose another folder; nothing was written"
+    assert_says(merge_refused(write_recipe()), message)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_merge(
+    write_recipe: WriteRecipe, merge_refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(sys.modules["modalloy.plan"].Plan, "read", lambda *_: pytest.fail("something was read"))
+    message = r"out: the disk is full: [\d.]+ GB are needed, 0\.00 GB are free; free space"
     assert_says(merge_refused(write_recipe()), message)
 
 
@@ -850,12 +873,9 @@ def test_disk_that_fills_up_at_the_last_file(
 
 
 def test_short_writes_lose_nothing(write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow(io.FileIO):
-        def write(self, data: Any) -> int:
-            return super().write(data[:999])
-
     modalloy.merge(write_recipe(), tmp_path / "plain")
-    monkeypatch.setattr("modalloy.checkpoints.writer.open", lambda path, mode, **_: Slow(path, mode), raising=False)
+    original = os.write
+    patch_weight_writes(monkeypatch, lambda descriptor, data: original(descriptor, data[:999]))
     modalloy.merge(write_recipe(), tmp_path / "slow")
     assert verify(tmp_path / "slow").files == verify(tmp_path / "plain").files
     assert weights(tmp_path / "slow").read_bytes() == weights(tmp_path / "plain").read_bytes()
@@ -910,10 +930,10 @@ def test_failure_midway_leaves_no_trace(
 ) -> None:
     from modalloy.merge import compute
 
-    def fail_late(planned: Any, job: Any, device: str) -> list[Tensor]:
+    def fail_late(planned: Any, job: Any, *rest: Any) -> list[Tensor]:
         if job.slot.startswith("model.layers.1."):
             raise RuntimeError("a bug")
-        return compute(planned, job, device)
+        return compute(planned, job, *rest)
 
     recipe, out = write_recipe(), tmp_path / "new" / "deep" / "out" if nested else tmp_path / "out"
     monkeypatch.setattr(sys.modules["modalloy.merge"], "compute", fail_late)
@@ -954,7 +974,7 @@ def test_failed_rename_puts_the_earlier_result_back(
     rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.name == "out" if stopped_at == "first rename" else ".partial-" in path.name:
+        if path.name == "out" if stopped_at == "first rename" else ".partial" in path.name:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         return rename(path, target)
 

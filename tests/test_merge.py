@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import modalloy
 from modalloy.checkpoints import file_sha256
+from modalloy.methods import METHODS
+from modalloy.errors import CheckpointError
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]
@@ -175,7 +177,7 @@ def test_a_peft_adapter_is_a_specialist(write_recipe: WriteRecipe, base: Path, t
         torch.testing.assert_close(found, folded(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_specialist_without_an_update_counts_as_zero(
+def test_a_specialist_without_an_update_counts_as_zero_only_on_request(
     write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
 ) -> None:
     stem = "model.layers.0.mlp.down_proj"
@@ -185,7 +187,11 @@ def test_a_specialist_without_an_update_counts_as_zero(
             del tensors[f"{stem}.lora_{side}.default.weight"]
 
     edit_tensors(specialists["audio"], remove)
-    modalloy.merge(write_recipe(), tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match=rf"audio specialist: has no update of {stem}.*the image specialist has; say `miss"
+    ):
+        modalloy.merge(write_recipe(), tmp_path / "out")
+    modalloy.merge(write_recipe(missing="zero"), tmp_path / "out")
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     name = f"base_model.model.{stem}"
     found = written[f"{name}.lora_B.weight"].double() @ written[f"{name}.lora_A.weight"].double()
@@ -271,3 +277,11 @@ def test_cuda_gives_what_the_cpu_gives(write_recipe: WriteRecipe, tmp_path: Path
             name = f"base_model.model.{stem}"
             found.append(written[f"{name}.lora_B.weight"] @ written[f"{name}.lora_A.weight"])
         torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(name for name in METHODS if METHODS[name].gets({}) != "dense"))
+def test_every_low_rank_method_makes_a_verified_adapter(method: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    modalloy.merge(write_recipe(merge_method=method), tmp_path / "out")
+    assert verify(tmp_path / "out").worst_error < 2e-5
+    rank = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"]
+    assert rank == (4 if METHODS[method].one_rank or method == "ssam" else 8)

@@ -2,10 +2,20 @@
 
 from modalloy.checkpoints.locate import is_hub_id, is_portable, locate, open_base
 from modalloy.checkpoints.specialist import Factors, Specialist, open_specialist
-from modalloy.checkpoints.tensors import Checkpoint, TensorRef, WeightFile, file_sha256, read_json
+from modalloy.checkpoints.tensors import (
+    Buffers,
+    Checkpoint,
+    TensorRef,
+    WeightFile,
+    all_finite,
+    checked,
+    file_sha256,
+    read_json,
+)
 from modalloy.checkpoints.writer import Staging, TensorSpec, WeightWriter
 
 __all__ = [
+    "Buffers",
     "Checkpoint",
     "Factors",
     "Specialist",
@@ -14,6 +24,8 @@ __all__ = [
     "TensorSpec",
     "WeightFile",
     "WeightWriter",
+    "all_finite",
+    "checked",
     "file_sha256",
     "is_hub_id",
     "is_portable",

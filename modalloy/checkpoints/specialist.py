@@ -11,7 +11,7 @@ Three layouts are told apart by their files and tensor names, never by the folde
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modalloy.checkpoints.locate import BASE_STEMS
-from modalloy.checkpoints.tensors import Checkpoint, TensorRef, read_json
+from modalloy.checkpoints.tensors import Checkpoint, TensorRef, checked, read_json
 from modalloy.delta import LowRank
 from modalloy.errors import CheckpointError
 from modalloy.names import MODALITIES, disk_name, modality_name
@@ -68,22 +68,16 @@ class Specialist:
     tokens: dict[str, TensorRef] = field(default_factory=dict)  # "prefix" and "suffix", of the modality
     dropped: dict[str, str] = field(default_factory=dict)  # tensor name → why it is left out
 
-    def delta(self, slot: str) -> LowRank:
+    def delta(self, slot: str, read: Callable[[TensorRef], Tensor] | None = None) -> LowRank:
         """The text update of one weight in its stored precision, scaling folded into `up` (float32 or wider)."""
-        factors = self.text[slot]
-        up, down = self.read(factors.b), self.read(factors.a)
+        factors, read = self.text[slot], read or self.read
+        up, down = read(factors.b), read(factors.a)
         wide = torch.promote_types(up.dtype, torch.float32)
         return LowRank(up.to(wide) * factors.scale, down.to(wide))
 
-    def read(self, ref: TensorRef) -> Tensor:
+    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of one tensor; NaN or infinity in a weight is refused."""
-        tensor = self.checkpoint.read(ref)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(
-                f"{self.label} specialist: {ref.name} holds NaN or infinite values ({ref.file}); "
-                "the file is damaged or its training diverged: download it again or remove the specialist"
-            )
-        return tensor
+        return checked(self.checkpoint.read(ref, buffer), ref, f"{self.label} specialist")
 
     @property
     def rank(self) -> int | None:

@@ -1,14 +1,18 @@
 """Opening a folder of weights: every tensor's name, type, shape and place, from headers only; data is read on demand.
 
-safetensors files are read with `pread`, so no mapped page counts as memory. `.bin` files are unpickled with torch's
-weights-only loader, which runs no code from the file.
+Data is read with `pread`, so no mapped page counts as memory: what the page cache holds comes from there, the rest past
+it, straight from the disk. `.bin` files are unpickled with torch's weights-only loader, which runs no code from the file.
 """
 
+import errno
 import hashlib
 import json
+import math
+import mmap
 import os
 import pickle
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +39,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+BLOCK_BYTES = 8 << 20  # what is read or written at once
+MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
+MIN_BUFFER_BYTES = 8 << 20  # of a tensor whose memory is used again
+PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 # what torch's weights-only unpickler is seen to raise on damaged bytes, beside UnpicklingError
 DAMAGED_PICKLE = (RuntimeError, EOFError, ValueError, OSError, AssertionError, LookupError, TypeError, struct.error)
@@ -42,7 +50,7 @@ DAMAGED_PICKLE = (RuntimeError, EOFError, ValueError, OSError, AssertionError, L
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One stored tensor: what it is and where its bytes are. `begin` is −1 in a `.bin`."""
+    """One stored tensor: what it is and where its bytes are; `begin` is −1 where they are not in one piece."""
 
     name: str
     dtype: torch.dtype
@@ -69,27 +77,26 @@ class WeightFile:
                 raise CheckpointError(f"{path}: no such file; download it again or correct the path")
             self.refs = self._bin_refs() if path.suffix in (".bin", ".pt", ".pth") else self._safetensors_refs()
 
-    def read(self, ref: TensorRef) -> Tensor:
-        """The tensor's data, a copy of its own."""
+    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
+        """The tensor's data, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long)."""
         if ref.begin < 0:
             return self._pickled[ref.name].clone()
-        buffer = bytearray(ref.n_bytes)
-        view, done = memoryview(buffer), 0
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            while done < len(buffer):
-                count = os.preadv(file.fileno(), [view[done:]], ref.begin + done)
-                if not count:
-                    raise CheckpointError(f"{self.path}: ends inside {ref.name}; the file was cut while being read")
-                done += count
-        if not buffer:
-            return torch.empty(ref.shape, dtype=ref.dtype)
-        return torch.frombuffer(buffer, dtype=ref.dtype).reshape(ref.shape)
+        if buffer is None:
+            buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
+        data = buffer[: ref.n_bytes]
+        with reading(self.path):
+            self._source.read_into(data.numpy().data, ref.begin, ref.name)
+        return data.view(ref.dtype).reshape(ref.shape)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole file; bytes that were read in the file's order are not read again."""
+        with reading(self.path):
+            return self._source.sha256()
 
     @cached_property
-    def sha256(self) -> str:
-        """Hash of the whole file."""
-        with reading(self.path):
-            return file_sha256(self.path)
+    def _source(self) -> "_Source":
+        return _Source(self.path)
 
     def _safetensors_refs(self) -> dict[str, TensorRef]:
         size = self.path.stat().st_size
@@ -121,7 +128,7 @@ class WeightFile:
             raise CheckpointError(
                 f"{self.path}: {state}: the header describes {expected} bytes, the file has {size}; download or copy it again"
             )
-        return refs
+        return dict(sorted(refs.items(), key=lambda item: item[1].begin))  # so that reading in order is sequential
 
     def _safetensors_ref(self, name: str, entry: dict[str, Any], data_start: int) -> TensorRef:
         if entry["dtype"] not in DTYPES:
@@ -139,14 +146,17 @@ class WeightFile:
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
         try:
+            return self._unpickle(mmap=True)
+        except (RuntimeError, ValueError) as error:
+            if "mmap" not in str(error):
+                raise
+            return self._unpickle(mmap=False)  # as torch < 1.6 wrote it
+
+    def _unpickle(self, **options: Any) -> dict[str, Tensor]:
+        try:
             with warnings.catch_warnings():  # an unusual pickle protocol is either read or refused below
                 warnings.simplefilter("ignore")
-                try:
-                    loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-                except (RuntimeError, ValueError) as error:
-                    if "mmap" not in str(error):
-                        raise
-                    loaded = torch.load(self.path, map_location="cpu", weights_only=True)  # as torch < 1.6 wrote it
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, **options)
         except pickle.UnpicklingError as error:
             if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
                 raise CheckpointError(
@@ -155,6 +165,8 @@ class WeightFile:
                 ) from error
             raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
         except DAMAGED_PICKLE as error:
+            if options.get("mmap") and "mmap" in str(error):
+                raise
             raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
         if not isinstance(loaded, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
@@ -169,10 +181,127 @@ class WeightFile:
         return loaded
 
     def _bin_refs(self) -> dict[str, TensorRef]:
-        return {
-            name: TensorRef(name, tensor.dtype, tuple(tensor.shape), self.path, -1)
-            for name, tensor in self._pickled.items()
-        }
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():  # tensors without data, whose storages say where their bytes are in the file
+            loaded = self._unpickle()
+        return {name: self._bin_ref(name, tensor) for name, tensor in loaded.items()}
+
+    def _bin_ref(self, name: str, tensor: Tensor) -> TensorRef:
+        start: int | None = getattr(
+            tensor.untyped_storage(), "_checkpoint_offset", None
+        )  # None as torch < 1.6 wrote it
+        in_one_piece = start is not None and tensor.is_contiguous()
+        begin = int((start or 0) + tensor.storage_offset() * tensor.element_size()) if in_one_piece else -1
+        return TensorRef(name, tensor.dtype, tuple(tensor.shape), self.path, begin)
+
+
+class _Source:
+    """The bytes of one file, for several threads, and their hash taken on the way.
+
+    What is read in the file's order is hashed as it passes, with what little lies between; the rest is read again when
+    the hash is asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self.cached = os.open(path, os.O_RDONLY)
+        try:
+            self.direct = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:  # a file system without O_DIRECT
+            self.direct = self.cached
+        self.lock = threading.Lock()
+        self.digest = hashlib.sha256()
+        self.hashed = 0
+        self.bounce = threading.local()
+
+    def __del__(self) -> None:
+        for descriptor in {self.cached, self.direct}:
+            os.close(descriptor)
+
+    def read_into(self, target: memoryview, begin: int, what: str) -> None:
+        """Fill `target` with the bytes from `begin` on."""
+        done = 0
+        while done < len(target):
+            count = self._read_some(target[done : done + BLOCK_BYTES], begin + done)
+            if not count:
+                raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
+            done += count
+        with self.lock:
+            if begin <= self.hashed < begin + len(target):
+                self._hash(target[self.hashed - begin :])
+            elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
+                self._catch_up(begin)
+                self._hash(target)
+
+    def sha256(self) -> str:
+        """Hash of the whole file."""
+        with self.lock:
+            self._catch_up(self.size)
+            return self.digest.hexdigest()
+
+    def _catch_up(self, end: int) -> None:
+        block = memoryview(bytearray(min(BLOCK_BYTES, max(end - self.hashed, 0))))
+        while self.hashed < end:
+            count = self._read_some(block[: end - self.hashed], self.hashed)
+            if not count:
+                raise CheckpointError(f"{self.path}: was cut while being read; download or copy it again")
+            self._hash(block[:count])
+
+    def _hash(self, data: memoryview) -> None:
+        self.digest.update(data)
+        self.hashed += len(data)
+
+    def _read_some(self, target: memoryview, begin: int) -> int:
+        """Some of the bytes from `begin` on: from the page cache if they are there, else past it."""
+        if self.direct == self.cached or len(target) < 16 * PAGE_BYTES:
+            return os.preadv(self.cached, [target], begin)
+        try:
+            if count := os.preadv(self.cached, [target], begin, os.RWF_NOWAIT):
+                return count
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+        if not hasattr(self.bounce, "block"):
+            self.bounce.block = mmap.mmap(-1, BLOCK_BYTES + 2 * PAGE_BYTES)  # aligned to a page, as the disk wants it
+        skip = begin % PAGE_BYTES
+        wanted = -(-(skip + len(target)) // PAGE_BYTES) * PAGE_BYTES
+        with memoryview(self.bounce.block) as block:
+            try:
+                count = os.preadv(self.direct, [block[:wanted]], begin - skip) - skip
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return os.preadv(self.cached, [target], begin)  # a disk with larger sectors
+            count = max(0, min(count, len(target)))
+            target[:count] = block[skip : skip + count]
+            return count
+
+
+class Buffers:
+    """Memory for large tensors that is used again: fresh pages cost more than the reads that fill them."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+        self.lock = threading.Lock()
+
+    def take(self, n_bytes: int) -> Tensor | None:
+        """A buffer (uint8) of at least `n_bytes`; None if a tensor is too small to gain by it."""
+        if n_bytes < MIN_BUFFER_BYTES:
+            return None
+        with self.lock:
+            fitting = [buffer for buffer in self.free if buffer.numel() >= n_bytes]
+            taken = min(fitting, key=Tensor.numel) if fitting else max(self.free, key=Tensor.numel, default=None)
+            self.free = [buffer for buffer in self.free if buffer is not taken]
+        return taken if fitting else torch.empty(n_bytes, dtype=torch.uint8)
+
+    def give(self, tensor: Tensor) -> None:
+        """Take back the memory of a tensor that nobody uses any more."""
+        buffer = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        if buffer.numel() >= MIN_BUFFER_BYTES:
+            with self.lock:
+                self.free.append(buffer)
 
 
 class Checkpoint:
@@ -199,9 +328,13 @@ class Checkpoint:
                 f"{folder}: the index lists {missing[0]}, which no shard holds; download the folder again"
             )
 
-    def read(self, ref: TensorRef) -> Tensor:
-        """The data of one of this checkpoint's tensors."""
-        return self._by_path[ref.file].read(ref)
+    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
+        """The data of one of this checkpoint's tensors, in a new tensor or in `buffer` (uint8)."""
+        return self._by_path[ref.file].read(ref, buffer)
+
+    def owns(self, ref: TensorRef) -> bool:
+        """Whether the tensor is in one of this checkpoint's files."""
+        return ref.file in self._by_path
 
     def header_sha256(self) -> str:
         """Hash of every tensor's name, type and shape: what is known of files whose data was not read."""
@@ -229,6 +362,23 @@ class Checkpoint:
         if not path.is_file():
             raise CheckpointError(f"{path}: listed in {index.name} but missing; download the folder again")
         return path
+
+
+def checked(tensor: Tensor, ref: TensorRef, owner: str) -> Tensor:
+    """The tensor, unless it holds NaN or infinity."""
+    if not all_finite(tensor):
+        raise CheckpointError(
+            f"{owner}: {ref.name} holds NaN or infinite values ({ref.file}); "
+            "the file is damaged or its training diverged: download it again"
+        )
+    return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: both show in the extremes, which are many times faster than `isfinite`."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def read_json(path: Path) -> dict[str, Any]:

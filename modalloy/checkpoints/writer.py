@@ -1,24 +1,28 @@
 """Writing a result: sharded safetensors streamed in order, in a folder beside the target that is renamed at the end."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
-import secrets
+import queue
 import shutil
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints.tensors import CODES
+from modalloy.checkpoints.tensors import BLOCK_BYTES, CODES, PAGE_BYTES, file_sha256
 from modalloy.errors import OutputError
+
+DIRECT_BYTES = 64 << 20  # files from this size on are written past the page cache
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class WeightWriter:
     """Writes tensors, in the order announced, into `STEM.safetensors` or into shards of at most `max_shard_bytes`.
 
     The headers are known before the first tensor is, so nothing is held back in memory. Every file is hashed as it is
-    written; `sha256` maps file names to hashes once closed.
+    written, by a thread of its own; `sha256` maps file names to hashes, of finished shards at once and of all once closed.
     """
 
     def __init__(self, folder: Path, stem: str, specs: list[TensorSpec], max_shard_bytes: int | None = None) -> None:
@@ -57,20 +61,43 @@ class WeightWriter:
             size += spec.n_bytes
         self.sha256: dict[str, str] = {}
         self._expected = [(index, spec) for index, shard in enumerate(self.shards) for spec in shard]
-        self._file: BinaryIO | None = None
+        self._file: _HashedFile | None = None
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor; its name, type and shape must be the ones announced."""
+    def names(self) -> list[str]:
+        """Names of the files, in order."""
+        return [self._name(index) for index in range(len(self.shards))]
+
+    def keep(self, finished: dict[str, str]) -> set[str]:
+        """Take shards of an earlier, interrupted run as written, if their bytes still have these hashes.
+
+        Returns the names of the tensors that they hold, which must not be added again.
+        """
+        kept: set[str] = set()
+        for index, shard in enumerate(self.shards):
+            name = self._name(index)
+            path = self.folder / name
+            if name in finished and path.is_file() and file_sha256(path) == finished[name]:
+                self.sha256[name] = finished[name]
+                kept |= {spec.name for spec in shard}
+        self._expected = [(index, spec) for index, spec in self._expected if spec.name not in kept]
+        return kept
+
+    def add(self, name: str, tensor: Tensor) -> str | None:
+        """Write the next tensor; its name, type and shape must be those announced. Returns the file's name once it is whole."""
         index, spec = self._expected.pop(0)
         found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         assert found == spec, f"expected {spec}, got {found}"
         if self._file is None:
-            self._file = open(self.folder / self._name(index), "wb", buffering=0)  # noqa: SIM115 - closed in _finish or abort
-            self._digest = hashlib.sha256()
-            self._put(memoryview(_header(self.shards[index])))
-        self._put(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        if not self._expected or self._expected[0][0] != index:
-            self._finish(index)
+            header = _header(self.shards[index])
+            size = len(header) + sum(each.n_bytes for each in self.shards[index])
+            self._file = _HashedFile(self.folder / self._name(index), size)
+            self._file.write(memoryview(header))
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        if self._expected and self._expected[0][0] == index:
+            return None
+        file, self._file = self._file, None
+        self.sha256[self._name(index)] = file.close()
+        return self._name(index)
 
     def close(self) -> None:
         """Write the index, if there are several shards."""
@@ -84,25 +111,103 @@ class WeightWriter:
     def abort(self) -> None:
         """Close the open file after a failure."""
         if self._file is not None:
-            self._file.close()
-
-    def _put(self, data: memoryview) -> None:
-        assert self._file is not None
-        self._digest.update(data)
-        while len(data):
-            data = data[self._file.write(data) :]
-
-    def _finish(self, index: int) -> None:
-        assert self._file is not None
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        self.sha256[self._name(index)] = self._digest.hexdigest()
+            self._file.abort()
 
     def _name(self, index: int) -> str:
         if len(self.shards) == 1:
             return f"{self.stem}.safetensors"
         return f"{self.stem}-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+
+class _HashedFile:
+    """A file that a thread writes and hashes in blocks, while the caller goes on; large files go past the page cache."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        direct = getattr(os, "O_DIRECT", 0) if size >= DIRECT_BYTES else 0
+        try:
+            self.descriptor = os.open(path, flags | direct, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not direct:
+                raise
+            self.descriptor, direct = os.open(path, flags, 0o666), 0  # a file system without O_DIRECT
+        self.direct = bool(direct)
+        self.digest = hashlib.sha256()
+        self.empty: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        for _ in range(min(3, size // BLOCK_BYTES + 1)):
+            self.empty.put(mmap.mmap(-1, BLOCK_BYTES))  # aligned to a page, as the disk wants it
+        self.full: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
+        self.block, self.filled = self.empty.get(), 0
+        self.error: OSError | None = None
+        self.thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
+        self.thread.start()
+
+    def write(self, data: memoryview) -> None:
+        """Append; waits while three blocks are on their way."""
+        while len(data):
+            count = min(len(data), BLOCK_BYTES - self.filled)
+            self.block[self.filled : self.filled + count] = data[:count]
+            self.filled += count
+            data = data[count:]
+            if self.filled == BLOCK_BYTES:
+                self._send()
+
+    def close(self) -> str:
+        """The file's hash, once every byte is on the disk."""
+        self._send()
+        try:
+            self._stop()
+            os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+        return self.digest.hexdigest()
+
+    def abort(self) -> None:
+        """Give up, after another failure."""
+        with suppress(OSError):
+            self._stop()
+        os.close(self.descriptor)
+
+    def _send(self) -> None:
+        self.full.put((self.block, self.filled))
+        self.block, self.filled = self.empty.get(), 0
+        if self.error is not None:
+            raise self.error
+
+    def _stop(self) -> None:
+        self.full.put(None)
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _drain(self) -> None:
+        while (item := self.full.get()) is not None:
+            block, filled = item
+            if self.error is None:
+                try:
+                    with memoryview(block) as data:
+                        self._put(data[:filled])
+                except OSError as error:
+                    self.error = error
+            self.empty.put(block)
+
+    def _put(self, data: memoryview) -> None:
+        self.digest.update(data)
+        if len(data) % PAGE_BYTES:  # the end of the file
+            self._go_buffered()
+        while len(data):
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self.direct:
+                    raise
+                self._go_buffered()  # a disk with larger sectors, or the rest of a short write
+
+    def _go_buffered(self) -> None:
+        if self.direct:
+            flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+            self.direct = False
 
 
 def _header(specs: list[TensorSpec]) -> bytes:
@@ -126,54 +231,137 @@ class Staging:
 
     Usage: `with Staging(out, overwrite=False) as folder: …`. After any exception the folder is removed and `out` is as it
     was. An existing `out` is refused unless `overwrite`, and then replaced by two renames.
+
+    A process that is killed leaves `.OUT.partial` and its log `.OUT.partial.log` (JSON lines: what was being made, then
+    every finished file with its hash). With `resume` the next run goes on from there, if it makes the same
+    (`fingerprint`); without, it starts again. `finished` then holds the hashes of the finished files. The log is locked
+    while a process works on it.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        self.out, self.overwrite = out, overwrite
+    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        self.out, self.overwrite, self.resume = out, overwrite, resume
+        self.finished: dict[str, str] = {}
         if out.name in ("", ".."):
             raise OutputError(f"{out}: cannot be replaced as a whole; name a folder in it")
+        if overwrite and resume:
+            raise OutputError("--overwrite starts again and --resume goes on; give one of them")
+        self.folder = out.parent / f".{out.name}.partial"
+        self.log = out.parent / f".{out.name}.partial.log"
+        self.replaced = out.parent / f".{out.name}.replaced"
         with disk_errors(out):
-            if out.exists() and not overwrite:
-                raise OutputError(f"{out}: already exists; choose another folder, or replace it with --overwrite")
-            if out.exists() and not (out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))):
-                raise OutputError(
-                    f"{out}: is not a folder that modalloy wrote, so --overwrite will not replace it; remove it yourself"
-                )
+            self.interrupted = self.folder.exists()
+            if not resume:
+                self._check_target()
             self.new_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
-        suffix = secrets.token_hex(4)  # not the process id: in containers it is often the same
-        self.folder = out.parent / f".{out.name}.partial-{suffix}"
-        self.replaced = out.parent / f".{out.name}.replaced-{suffix}"
+
+    def begin(self, fingerprint: str) -> "Staging":
+        """Say what is being made; to be called before entering."""
+        self.fingerprint = fingerprint
+        return self
+
+    def note(self, name: str, sha256: str) -> None:
+        """Record a finished file, so that a resumed run keeps it."""
+        os.write(self.lock, (json.dumps({"file": name, "sha256": sha256}) + "\n").encode())
+        os.fsync(self.lock)
+
+    def clean(self) -> None:
+        """Remove what a process left that was killed after the result was in place."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
 
     def __enter__(self) -> Path:
         with disk_errors(self.out):
             try:
-                self.folder.mkdir(parents=True)
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                self.lock = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             except OSError:
+                self._remove_parents()
+                raise
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(self.lock)
+                raise OutputError(f"{self.out}: another merge is writing it now; wait for it or stop it") from error
+            try:
+                if not (self.resume and self._continues()):
+                    self._start_again()
+            except OutputError:
+                os.close(self.lock)
+                raise
+            except BaseException:
                 self._remove()
+                os.close(self.lock)
                 raise
         return self.folder
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._remove()
-            return
-        with disk_errors(self.out):
+        try:
+            if kind is not None:
+                self._remove()
+                return
+            with disk_errors(self.out):
+                try:
+                    if self.overwrite and self.out.exists():
+                        self.out.rename(self.replaced)
+                    self.folder.rename(self.out)
+                finally:  # both renames, or neither
+                    if self.replaced.exists() and not self.out.exists():
+                        self.replaced.rename(self.out)
+                    if self.folder.exists():
+                        self._remove()
+            self.clean()
+        finally:
+            os.close(self.lock)
+
+    def _check_target(self) -> None:
+        out = self.out
+        if out.exists() and not self.overwrite:
+            raise OutputError(f"{out}: already exists; choose another folder, or replace it with --overwrite")
+        if out.exists() and not (out.is_dir() and ((out / "manifest.json").is_file() or not any(out.iterdir()))):
+            raise OutputError(
+                f"{out}: is not a folder that modalloy wrote, so --overwrite will not replace it; remove it yourself"
+            )
+
+    def _continues(self) -> bool:
+        """Whether an interrupted run was found to go on from; one of something else is refused."""
+        lines = []
+        for line in self.log.read_text(encoding="utf-8").splitlines():
             try:
-                if self.overwrite and self.out.exists():
-                    self.out.rename(self.replaced)
-                self.folder.rename(self.out)
-            finally:  # both renames, or neither
-                if self.replaced.exists() and not self.out.exists():
-                    self.replaced.rename(self.out)
-                if self.folder.exists():
-                    self._remove()
+                lines.append(json.loads(line))
+            except ValueError:  # cut by the kill
+                break
+        if not lines or not self.folder.is_dir():
+            return False
+        if lines[0]["fingerprint"] != self.fingerprint:
+            raise OutputError(
+                f"{self.out}: the interrupted merge was of another recipe or of inputs that changed since; "
+                "start again without --resume"
+            )
+        self.overwrite = lines[0]["overwrite"]
+        self.finished = {line["file"]: line["sha256"] for line in lines[1:]}
+        return True
+
+    def _start_again(self) -> None:
+        if self.replaced.exists() and not self.out.exists():
+            self.replaced.rename(self.out)  # killed between the two renames
         shutil.rmtree(self.replaced, ignore_errors=True)
+        self._check_target()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.ftruncate(self.lock, 0)
+        head = {"fingerprint": self.fingerprint, "overwrite": self.overwrite}
+        os.write(self.lock, (json.dumps(head) + "\n").encode())
+        self.folder.mkdir()
 
     def _remove(self) -> None:
-        """Remove the unfinished folder, and the parents that were made for it."""
+        """Remove the unfinished folder, its log, and the parents that were made for it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.log.unlink(missing_ok=True)
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
         for parent in self.new_parents:
             with suppress(OSError):
                 parent.rmdir()
@@ -193,6 +381,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             errno.ENAMETOOLONG: "the name is too long; choose another folder",
             errno.ENOTEMPTY: "was made by something else during the merge; choose another folder, or say --overwrite",
             errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+            errno.EEXIST: "a part of the path is a file, not a folder; choose another folder",
         }
         if error.errno in reasons:
             raise OutputError(f"{path}: {reasons[error.errno]}; nothing was written") from error

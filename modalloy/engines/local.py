@@ -1,5 +1,7 @@
 """Threads on this machine. Each job runs on one BLAS thread, so its bytes do not depend on how many run at once."""
 
+import os
+import resource
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,27 +9,55 @@ from typing import TypeVar
 
 import torch
 
+AHEAD = 2  # items beyond the workers' that are being read or wait to be written
+
 Item = TypeVar("Item")
+Input = TypeVar("Input")
 Result = TypeVar("Result")
 
 
 def run(
-    items: Sequence[Item], work: Callable[[Item], Result], n_workers: int
+    items: Sequence[Item], fetch: Callable[[Item], Input], work: Callable[[Item, Input], Result], n_workers: int
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Yields every item with its result, in the items' order; at most `2 · n_workers` results wait in memory."""
+    """Yields every item with the result of its work, in the items' order.
+
+    One thread fetches the inputs, in order; `n_workers` threads work. At most `n_workers + AHEAD` items are between the
+    start of their fetch and the next request of the caller.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
+    reader, pool = (
+        ThreadPoolExecutor(1),
+        ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)),
+    )
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
-        waiting: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) >= 2 * n_workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
+            if len(waiting) == n_workers + AHEAD:
+                yield _first(waiting)
+            fetched = reader.submit(fetch, item)
+            waiting.append((item, pool.submit(lambda item, fetched: work(item, fetched.result()), item, fetched)))
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield _first(waiting)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for executor in (reader, pool):
+            executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (reader, pool):
+            executor.shutdown(wait=True)
         torch.set_num_threads(threads)
+
+
+def _first(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
+    item, future = waiting.popleft()
+    return item, future.result()
+
+
+def default_workers() -> int:
+    """One per core that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def resident_bytes() -> int:
+    """What the process holds in memory now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

@@ -52,12 +52,18 @@ class Method:
     scale_when: tuple[str, str, float] | None = None  # a parameter, its value, and what `scale: auto` means there
     one_rank: bool = False  # takes only LoRA factors, all of one rank, which its result has too
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
+    survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
+    rowwise: bool = False  # every row of the result depends on that row of the updates only
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
         """What it is called with under these parameters."""
         if self.dense_when is not None and parameters.get(self.dense_when[0]) == self.dense_when[1]:
             return "dense"
         return self.receives
+
+    def needs_survey(self, parameters: dict[str, Any]) -> bool:
+        """Whether it must see the whole model first."""
+        return self.survey is not None and parameters.get(self.survey_when[0]) == self.survey_when[1]
 
     def automatic_scale(self, n: int, parameters: dict[str, Any]) -> float:
         """λ under `scale: auto` for n specialists and these parameters."""
@@ -100,8 +106,8 @@ ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and c
 
 
 METHODS = {
-    "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS),
-    "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS),
+    "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS, rowwise=True),
+    "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
     "ssam": Method(
         ssam,
         "core",
@@ -109,8 +115,8 @@ METHODS = {
         True,
         (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
     ),
-    "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS),
-    "linear": Method(linear, "factors", "arXiv 2503.23733", False, FLAT_LAWS),
+    "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),
+    "linear": Method(linear, "factors", "arXiv 2503.23733", False, FLAT_LAWS, rowwise=True),
     "tsv": Method(tsv, "core", "arXiv 2412.00081", False, LINEAR_LAWS),
     "iso_c": Method(iso_c, "core", "arXiv 2502.04959", False, FLAT_LAWS),
     "iso_cts": Method(iso_cts, "core", "arXiv 2502.04959", False, ROW_LAWS[1:]),
@@ -175,7 +181,8 @@ def merge_deltas(
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(ranks, default=None))
     whole = survey_model(method, lambda: [list(deltas)], chosen)
-    return apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
+    merged = apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
+    return merged.dense() if isinstance(merged, LowRank) and len(ranks) < len(deltas) else merged
 
 
 def apply(
@@ -188,7 +195,10 @@ def apply(
     fishers: Sequence[Tensor] | None = None,
     whole: dict[str, Any] | None = None,
 ) -> Delta:
-    """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is."""
+    """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is.
+
+    It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too.
+    """
     entry = METHODS[method]
     given = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
     arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
@@ -205,8 +215,8 @@ def apply(
             return merged
         cores, restore = lift(factored) if gets == "core" else lift_left(factored)
         return restore(entry.function(cores, **arguments), dtype)
-    result = entry.function(dense_matrices(deltas), **arguments)
-    return (result.dense() if isinstance(result, LowRank) else result).to(dtype)
+    result: Delta = entry.function(dense_matrices(deltas), **arguments)
+    return result.to(dtype)
 
 
 def dense_matrices(deltas: list[Delta]) -> list[Tensor]:
@@ -228,10 +238,10 @@ def survey_model(
         model: gives the updates of every merged weight, one list per weight; may be called several times.
         parameters: resolved parameters.
     """
-    survey = METHODS[method].survey
-    if survey is None:
+    entry = METHODS[method]
+    if entry.survey is None or not entry.needs_survey(parameters):
         return None
-    return survey(lambda: (dense_matrices(deltas) for deltas in model()), **parameters)
+    return entry.survey(lambda: (dense_matrices(deltas) for deltas in model()), **parameters)
 
 
 def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = False) -> None:

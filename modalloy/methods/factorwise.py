@@ -33,13 +33,14 @@ def factorwise(
     - optmerge: targets truncated to ⌊r/5⌋, projectors whole, 300 steps of 5e-2 with momentum 0.9 from the mean.
 
     Args:
-        deltas: one `LowRank` update per specialist, all of one rank r; `up` is s B_i, `down` is A_i.
+        deltas: one `LowRank` update per specialist, all of one rank r (or 0, which counts as zero
+            factors); `up` is s B_i, `down` is A_i.
         mode: f.
         adapter_scale: s = alpha/r of the adapters, which modalloy folds into `up`: taken out before the B's are merged,
             and put back (ModelCompose: 256/128). Without effect on sum and mean.
         density: share of the entries that ties keeps, the largest.
         scale: λ, 1 by default.
-        shape: of the original weight; unused.
+        shape: of the original weight (out, in).
 
     Raises:
         MethodError: an update is a full matrix, or the ranks differ.
@@ -51,9 +52,12 @@ def factorwise(
         raise MethodError(
             "factorwise merges the factors of LoRA updates, and a full matrix has none; choose another method"
         )
-    if len({adapter.rank for adapter in adapters}) > 1:
-        ranks = ", ".join(str(adapter.rank) for adapter in adapters)
-        raise MethodError(f"factorwise needs LoRA updates of one rank, but these have {ranks}; choose another method")
+    ranks = sorted({adapter.rank for adapter in adapters} - {0}) or [0]
+    if len(ranks) > 1:
+        found = ", ".join(str(adapter.rank) for adapter in adapters)
+        raise MethodError(f"factorwise needs LoRA updates of one rank, but these have {found}; choose another method")
+    missing = LowRank(adapters[0].up.new_zeros(shape[0], ranks[0]), adapters[0].down.new_zeros(ranks[0], shape[1]))
+    adapters = [adapter if adapter.rank else missing for adapter in adapters]
     ups, downs = [adapter.up / adapter_scale for adapter in adapters], [adapter.down for adapter in adapters]
     for factor in (*ups, *downs):
         require_finite(factor)

@@ -58,11 +58,13 @@ def check_value(name: str, value: Any, annotation: Any, default: Any) -> None:
                 f"{name}: {value!r} is none of its values; {nearest(str(value), typing.get_args(annotation))}"
             ) from None
         problem = error.errors()[0]["msg"].removeprefix("Input should be ")
-        if isinstance(value, str) or problem == "a finite number":
-            raise RecipeError(
-                f"{name}: {value!r} is not a finite number; write for example 0.25 (in YAML 1.0e-3, not 1e-3)"
-            ) from None
-        raise RecipeError(f"{name}: {value!r} must be {problem}; correct the value") from None
+        if problem.startswith(("greater", "less")):
+            raise RecipeError(f"{name}: {value!r} is out of range; it must be {problem}") from None
+        if "integer" in problem:
+            raise RecipeError(f"{name}: {value!r} is not a whole number; write for example 3") from None
+        raise RecipeError(
+            f"{name}: {value!r} is not a finite number; write for example 0.25 (in YAML 1.0e-3, not 1e-3)"
+        ) from None
 
 
 def parse_rank(value: Any) -> int | float:

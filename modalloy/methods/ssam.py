@@ -1,10 +1,9 @@
 """SSAM: Singular Subspace Alignment and Merging (arXiv 2603.21584, Algorithm 1)."""
 
-import torch
 from torch import Tensor
 
 from modalloy.delta import LowRank
-from modalloy.linalg import energy_rank, gram, top_eigenvectors
+from modalloy.linalg import energy_rank, gram, top_subspace
 from modalloy.methods.parameters import Number, Rank
 
 
@@ -22,14 +21,15 @@ def ssam(deltas: list[Tensor], *, rank: Rank, scale: Number, shape: tuple[int, i
         scale: λ of the merged update; 1/n when the updates' norms are alike.
         shape: of the original weight; unused.
 
-    Cost: O(T (m²n + mn²) + m³ + n³) for m × n matrices; the engine calls it on cores of at most (n·r × n·r).
+    Cost: O(T (m²n + mn²) + m³ + n³) for m × n matrices, O(T m n k) an iteration where both are large and the spectrum
+    falls (see `top_subspace`); the engine calls it on cores of at most (n·r × n·r).
     """
-    doubles = [D.to(torch.float64) for D in deltas]
-    A = gram(*(D.T for D in doubles))  # Σ D_i D_iᵀ
-    B = gram(*doubles)  # Σ D_iᵀ D_i
-    k = int(rank) if rank >= 1 else max(energy_rank(A, rank), energy_rank(B, rank))
-    U, V = top_eigenvectors(A, k), top_eigenvectors(B, k)
-    total = scale * sum(doubles[1:], doubles[0])
+    transposed = [D.T for D in deltas]
+    k = int(rank) if rank >= 1 else max(energy_rank(gram(*transposed), rank), energy_rank(gram(*deltas), rank))
+    U, V = top_subspace(deltas, k), top_subspace(transposed, k)  # of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i
+    total = deltas[0] * scale
+    for D in deltas[1:]:
+        total.add_(D, alpha=scale)
     if U.shape[1] <= V.shape[1]:  # k is clipped on each side by itself; the narrower side carries the rank
         return LowRank(U, (U.T @ total @ V) @ V.T)
     return LowRank(U @ (U.T @ total @ V), V.T)

@@ -1,0 +1,185 @@
+"""Killed at any moment (really, by SIGKILL), a merge goes on where it stopped and ends with the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+import modalloy
+from modalloy.checkpoints.writer import Staging
+from modalloy.errors import CheckpointError, OutputError
+
+WriteRecipe = Callable[..., Path]
+FULL = {"form": "full", "max_shard_size": "6KB"}
+
+# Forks before any thread is started; the child dies just before (or, in a write, halfway through) its n-th change to the disk.
+# With `cycle`, another child resumes what was killed, and the result is moved to OUT.POINT.
+KILLER = textwrap.dedent("""
+    import json, os, signal, sys
+    import modalloy
+    from pathlib import Path
+
+    recipe, out, options, cycle, *points = sys.argv[1:]
+
+    def child(point, **options):
+        if pid := os.fork():
+            return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        count = 0
+        def dying(function):
+            def call(*arguments, **options):
+                nonlocal count
+                count += 1
+                if count == point:
+                    if function is write:
+                        write(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+            return call
+        write = os.write
+        for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"):
+            setattr(os, name, dying(getattr(os, name)))
+        Path.write_text = dying(Path.write_text)
+        try:
+            modalloy.merge(recipe, out, jobs=2, **options)
+        finally:
+            os._exit(0)
+
+    for point in map(int, points):
+        killed = child(point, **json.loads(options))
+        log = Path(out).parent / f".{Path(out).name}.partial.log"
+        print("killed" if killed else "finished", log.read_text().count('"file"') if log.exists() else 0, flush=True)
+        if cycle == "cycle":
+            child(0, resume=True)
+            os.rename(out, f"{out}.{point}")
+        if not killed:
+            break
+""")
+
+
+def killed_at(points: Iterable[int], recipe: Path, out: Path, cycle: bool = False, **options: bool) -> list[list[str]]:
+    """Runs a merge once for each point until one finishes: what became of it, and how many shards its log then lists."""
+    arguments = [str(recipe), str(out), json.dumps(options), "cycle" if cycle else "once", *map(str, points)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KILLER, *arguments], stdout=-1, text=True, check=True, env=environment)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a result but where its inputs were."""
+    return {
+        path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.is_file() and path.name != "sources.json"
+    }
+
+
+@pytest.fixture
+def undisturbed(write_recipe: WriteRecipe, tmp_path: Path) -> dict[str, bytes]:
+    modalloy.merge(write_recipe(output=FULL), tmp_path / "undisturbed")
+    return contents(tmp_path / "undisturbed")
+
+
+def test_killed_anywhere_and_resumed(write_recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    states = killed_at(range(1, 300, 3), write_recipe(output=FULL), out, cycle=True)
+    assert len(states) > 15 and [state for state, _ in states] == ["killed"] * (len(states) - 1) + ["finished"]
+    assert len({int(shards) for _, shards in states}) > 5
+    for index in range(len(states)):
+        assert contents(tmp_path / f"out.{1 + 3 * index}") == undisturbed, f"killed at change {1 + 3 * index}"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_killed_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    """Every resumed run gets a little further, and is killed too; the old result stays until the new one is whole."""
+    out = tmp_path / "out"
+    modalloy.merge(write_recipe(output=FULL | {"dtype": "float16"}), out)
+    earlier = contents(out)
+    recipe = write_recipe(output=FULL)
+    assert killed_at([18], recipe, out, overwrite=True)[0][0] == "killed"
+    assert contents(out) == earlier
+    states = killed_at([14] * 30, recipe, out, resume=True)
+    assert len(states) > 3 and states[-1][0] == "finished"
+    assert contents(out) == undisturbed
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_finished_merge_is_resumed_by_checking_it(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, out = write_recipe(), tmp_path / "out"
+    modalloy.merge(recipe, out, resume=True)  # nothing to go on from
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    modalloy.merge(recipe, out, resume=True)
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the file was changed"):
+        modalloy.merge(recipe, out, resume=True)
+
+
+def test_finished_shards_are_not_made_again(
+    write_recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    assert killed_at([30], recipe, out)[0][0] == "killed"
+    lines = [json.loads(line) for line in (tmp_path / ".out.partial.log").read_text().splitlines()]
+    shards = [line["file"] for line in lines[1:]]
+    assert len(shards) > 3
+    times = {name: (tmp_path / ".out.partial" / name).stat().st_mtime_ns for name in shards}
+    damaged = tmp_path / ".out.partial" / shards[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    modalloy.merge(recipe, out, resume=True)
+    changed = [name for name in shards if (out / name).stat().st_mtime_ns != times[name]]
+    assert changed == [shards[1]]  # whose hash was not the recorded one
+    assert contents(out) == undisturbed
+
+
+def test_without_resume_a_killed_merge_starts_again(
+    write_recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    assert killed_at([30], recipe, out)[0][0] == "killed"
+    modalloy.merge(recipe, out)
+    assert contents(out) == undisturbed
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_resume_of_something_else_is_refused(
+    write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    assert killed_at([30], recipe, out)[0][0] == "killed"
+    message = r"out: the interrupted merge was of another recipe or of inputs that changed since; start again without"
+    with pytest.raises(OutputError, match=message):
+        modalloy.merge(write_recipe(output=FULL, parameters={"rank": 2}), out, resume=True)
+    write_recipe(output=FULL)
+    weights = specialists["audio"] / "adapter_model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(OutputError, match=message):
+        modalloy.merge(recipe, out, resume=True)
+    modalloy.merge(recipe, out)
+    with pytest.raises(OutputError, match=r"already exists and is not this recipe's result"):
+        modalloy.merge(write_recipe(output=FULL, parameters={"rank": 2}), out, resume=True)
+    with pytest.raises(OutputError, match="give one of them"):
+        modalloy.merge(recipe, out, resume=True, overwrite=True)
+
+
+def test_two_merges_into_one_folder_are_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, out = write_recipe(), tmp_path / "out"
+    with Staging(out).begin("other") as folder:
+        with pytest.raises(OutputError, match="another merge is writing it now"):
+            modalloy.merge(recipe, out)
+        (folder / "file").write_text("theirs")
+    assert (out / "file").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("form", ["adapter", "full"])
+def test_same_bytes_whatever_the_environment(form: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, results = write_recipe(output=FULL | {"form": form}), []
+    for index, (hash_seed, threads, jobs) in enumerate([("0", "1", "1"), ("1", "2", "3"), ("2", "4", "2")]):
+        out = tmp_path / f"out{index}"
+        environment = {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        command = [sys.executable, "-m", "modalloy.cli", "merge", str(recipe), "-o", str(out), "--jobs", jobs]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+        results.append(contents(out))
+    assert results[0] == results[1] == results[2]
