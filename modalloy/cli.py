@@ -136,7 +136,7 @@ def methods(as_json: Json = False) -> None:
                 "summary": method.summary,
                 "parameters": method.parameters,
                 "documentation": method.documentation,
-                "auto_scale": "1/n" if method.mean_scale else 1,
+                "auto_scale": method.auto_scale,
                 "receives": method.receives,
                 "paper": method.paper,
                 "laws": method.laws,
@@ -148,7 +148,7 @@ def methods(as_json: Json = False) -> None:
     for name, method in METHODS.items():
         defaults = ", ".join(f"{key}={value}" for key, value in method.parameters.items())
         print(f"{name} ({method.paper})\n  {method.summary}")
-        print(f"  parameters: {defaults}; scale auto = {'1/n' if method.mean_scale else '1'}")
+        print(f"  parameters: {defaults}" + (f"; scale auto = {method.auto_scale}" if method.auto_scale else ""))
         print(f"  laws: {', '.join(method.laws)}\n")
 
 

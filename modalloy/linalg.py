@@ -1,11 +1,14 @@
 """The only place that decomposes a matrix. Grams and cores are float64: a Gram squares the condition number."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
 
 WELL_SEPARATED = 0.1  # sine of that angle from which on combinations of the columns lose little to rounding in float32
+RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
 BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
 OVERSAMPLING = 2  # size of the iterated block, in ranks
@@ -112,6 +115,49 @@ def energy_rank(symmetric: Tensor, fraction: float) -> int:
         return 0
     reached = values.cumsum(0) >= fraction * values.sum() * (1 - 1e-12)
     return int(reached.to(torch.int8).argmax()) + 1
+
+
+def singular_triples(
+    matrix: Tensor, k: int | None = None, *, largest: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors U (m, r), values s (r) in descending order and V (n, r) of a matrix (m, n), all float64.
+
+    At most k triples, and only values above RANK_TOLERANCE times the largest (or times `largest`, where the matrix is
+    a remainder of something that large), so r = 0 for a zero matrix. The Gram of the shorter side finds the subspace,
+    a thin SVD inside it the triples: half the time of one SVD where r is small. O(mn·min(m, n)).
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        V, s, U = singular_triples(matrix.T, k, largest=largest)
+        return U, s, V
+    X = matrix.to(torch.float64)
+    squares, vectors = torch.linalg.eigh(gram(X))
+    reference = squares[-1:].sum() if largest is None else largest**2
+    rank = int((squares > RANK_TOLERANCE**2 * reference).sum())
+    within = vectors.flip(1)[:, : rank if k is None else min(k, rank)]
+    U, s, rotation = torch.linalg.svd(X @ within, full_matrices=False)
+    return U, s, within @ rotation.T
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """The partial isometry U Vᵀ (m, n) of X = U S Vᵀ over its non-zero singular values: X (XᵀX)^(+1/2), in float64.
+
+    Unlike a polar factor with orthonormal columns it is unique for every X, also one of low rank. O(mn·min(m, n)).
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return polar(matrix.T).T
+    X = matrix.to(torch.float64)
+    return X @ spectral_function(gram(X), lambda squares: inverse(squares).sqrt())
+
+
+def spectral_function(symmetric: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """V diag(f(λ)) Vᵀ (n, n) of a positive semidefinite V diag(λ) Vᵀ; f gets all λ ≥ 0 in ascending order. O(n³)."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return (vectors * function(values.clamp(min=0))) @ vectors.T
+
+
+def inverse(squares: Tensor) -> Tensor:
+    """1/λ of squared singular values in ascending order, 0 where λ counts as zero: a pseudo-inverse of a spectrum."""
+    return torch.where(squares > RANK_TOLERANCE**2 * squares[-1:], 1 / squares, 0.0)
 
 
 class Basis:

@@ -229,18 +229,19 @@ def specialists_deltas(
     wide = torch.float64 if literal or planned.recipe.dtype == "float64" else torch.float32
     shape = planned.base.refs[job.slot].shape
     deltas: list[Delta] = []
+    dense = literal and not METHODS[job.method].one_rank  # which has no form on full matrices
     for specialist, weight in zip(planned.specialists, job.weights, strict=True):
         if job.slot in specialist.text:
             stored = specialist.delta(job.slot, read)
             low_rank = weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
-            deltas.append(low_rank.dense() if literal else low_rank)
+            deltas.append(low_rank.dense() if dense else low_rank)
         elif job.slot in specialist.full:
             tuned, base = read(specialist.full[job.slot])[rows], read(planned.base.refs[job.slot])[rows]
             difference = tuned.to(device, wide, copy=True).sub_(base.to(device, wide))
             deltas.append(difference if weight == 1 else difference.mul_(weight))
         else:
             zero = LowRank(torch.zeros(shape[0], 0, device=device)[rows], torch.zeros(0, shape[1], device=device))
-            deltas.append(zero.dense().to(wide) if literal else zero)
+            deltas.append(zero.dense().to(wide) if dense else zero)
     return deltas
 
 

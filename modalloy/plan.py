@@ -490,7 +490,8 @@ class _Planner:
                     "output.compress_rank: k to approximate it"
                 )
             return min(compress, rows, columns)
-        bound = sum(s.text[slot].rank for s in self.specialists if slot in s.text)
+        ranks = [s.text[slot].rank for s in self.specialists if slot in s.text]
+        bound = max(ranks) if entry.one_rank else sum(ranks)
         if entry.gets(parameters) != "factors":
             bound = min(bound, rows, columns)
         if "rank ≤ k" in entry.laws and parameters["rank"] >= 1:

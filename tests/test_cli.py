@@ -63,7 +63,10 @@ def test_methods_lists_every_method(run: Run) -> None:
     listed = json.loads(run("methods", "--json"))
     assert listed.keys() == METHODS.keys()
     assert listed["ssam"]["parameters"] == {"rank": "auto", "scale": "auto"} and listed["ssam"]["auto_scale"] == "1/n"
-    assert listed["task_arithmetic"]["auto_scale"] == 1
+    assert listed["task_arithmetic"]["auto_scale"] == "1" and listed["linear"]["auto_scale"] == ""
+    assert listed["optmerge"]["auto_scale"] == "1; 0.1 with variant: full"
+    for method in listed.values():
+        assert method["documentation"].keys() == method["parameters"].keys() and all(method["documentation"].values())
     text = run("methods")
     assert all(name in text and METHODS[name].paper in text for name in METHODS)
 

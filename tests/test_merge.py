@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import modalloy
 from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError
+from modalloy.methods import METHODS
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]
@@ -276,3 +277,11 @@ def test_cuda_gives_what_the_cpu_gives(write_recipe: WriteRecipe, tmp_path: Path
             name = f"base_model.model.{stem}"
             found.append(written[f"{name}.lora_B.weight"] @ written[f"{name}.lora_A.weight"])
         torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(name for name in METHODS if METHODS[name].gets({}) != "dense"))
+def test_every_low_rank_method_makes_a_verified_adapter(method: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    modalloy.merge(write_recipe(merge_method=method), tmp_path / "out")
+    assert verify(tmp_path / "out").worst_error < 2e-5
+    rank = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"]
+    assert rank == (4 if METHODS[method].one_rank or method == "ssam" else 8)

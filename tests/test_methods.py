@@ -16,9 +16,10 @@ from modalloy import LowRank, merge_deltas
 from modalloy.errors import MethodError, RecipeError
 from modalloy.linalg import Basis
 from modalloy.methods import METHODS, resolve
+from modalloy.methods.wudi import Interference
 
 OUT, IN = 60, 44
-ON_FACTORS = {"core_space"}  # defined on the factors of low-rank updates only
+ON_FACTORS = {"core_space", "factorwise"}  # defined on the factors of low-rank updates only
 
 
 def draw(
@@ -53,6 +54,11 @@ def extras(method: str, n: int, shape: tuple[int, int] = (OUT, IN)) -> dict[str,
     return {"fishers": [torch.randn(*shape, generator=generator, dtype=torch.float64).clamp(min=0) for _ in range(n)]}
 
 
+def alike(method: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The ranks, or as many times the largest for a method that needs one rank."""
+    return (max(ranks),) * len(ranks) if METHODS[method].one_rank else ranks
+
+
 def expected(method: str, deltas: list[LowRank], **parameters: Any) -> np.ndarray:
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(d.rank for d in deltas))
     matrices: list[Any] = [dense(delta).numpy() for delta in deltas]
@@ -69,7 +75,7 @@ def expected(method: str, deltas: list[LowRank], **parameters: Any) -> np.ndarra
     ids=["equal ranks", "unequal ranks", "one specialist", "stacked rank above in", "rank above in and out"],
 )
 def test_low_rank_and_dense_agree_with_the_reference(method: str, ranks: tuple[int, ...]) -> None:
-    deltas = draw(ranks)
+    deltas = draw(alike(method, ranks))
     wanted, given = expected(method, deltas), extras(method, len(deltas))
     low_rank = merge_deltas(deltas, method, **given)
     if METHODS[method].receives == "dense":
@@ -106,12 +112,13 @@ def test_zero_updates_are_defined() -> None:
     real, other = draw((4, 4))
     zero = LowRank(torch.zeros(OUT, 4), other.down)  # a LoRA that was never trained
     empty = LowRank(torch.zeros(OUT, 0), torch.zeros(0, IN))
+    blank = LowRank(torch.zeros(OUT, 4), torch.zeros(4, IN))
     for method in METHODS:
         assert dense(merge_deltas([zero, zero], method, **extras(method, 2))).norm() == 0
         assert dense(merge_deltas([empty], method, **extras(method, 1))).norm() == 0
-        for nothing in (zero, empty):
+        for nothing, same in ((zero, zero), (empty, blank)):
             found = merge_deltas([real, nothing], method, **extras(method, 2))
-            assert relative(found, expected(method, [real, nothing])) < 2e-5
+            assert relative(found, expected(method, [real, same])) < 2e-5
 
 
 def test_rank_above_the_stacked_rank_is_the_scaled_sum() -> None:
@@ -198,8 +205,8 @@ def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
         return relative(f(turned, lambda matrices: [matrix.T for matrix in matrices]), merged.T) < 1e-9
     if law == "gauge":
         changed = []
-        for delta in deltas:
-            g = torch.eye(delta.rank, dtype=torch.float64) + 0.3
+        for index, delta in enumerate(deltas):
+            g = torch.eye(delta.rank, dtype=torch.float64) + 0.3 * (index + 1)
             changed.append(LowRank(delta.up @ g, torch.linalg.solve(g, delta.down)))
         return relative(f(changed), merged) < 1e-9
     if law == "rank ≤ k":
@@ -225,7 +232,7 @@ LAWS = (
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_laws_kept_and_broken(method: str, law: str) -> None:
-    assert law_holds(law, method, draw((4, 6, 5), dtype=torch.float64)) == (law in METHODS[method].laws)
+    assert law_holds(law, method, draw(alike(method, (4, 6, 5)), dtype=torch.float64)) == (law in METHODS[method].laws)
 
 
 @settings(max_examples=40, deadline=None)
@@ -309,3 +316,206 @@ def test_shapes_that_differ_are_refused() -> None:
         LowRank(torch.zeros(4, 3), torch.zeros(2, 5))
     with pytest.raises(MethodError, match="nothing to merge"):
         merge_deltas([])
+
+
+# What the papers and the algebra promise of single methods.
+
+
+def orthogonal(ranks: tuple[int, ...], seed: int = 0) -> list[LowRank]:
+    """Updates whose rows and columns are orthogonal to those of all others."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [
+        torch.linalg.qr(torch.randn(size, sum(ranks), generator=generator, dtype=torch.float64))[0]
+        for size in (OUT, IN)
+    ]
+    values = torch.rand(sum(ranks), generator=generator, dtype=torch.float64) + 0.5
+    parts = zip(*(side.split(ranks, 1) for side in (sides[0] * values, sides[1])), strict=True)
+    return [LowRank(up, down.T) for up, down in parts]
+
+
+def test_linear_is_between_the_base_and_the_mean_of_the_donors() -> None:
+    first, second = draw((4, 4), dtype=torch.float64)
+    assert relative(merge_deltas([first], "linear", alpha=0.1), 0.1 * dense(first)) < 1e-12
+    assert relative(merge_deltas([first] * 3, "linear", alpha=0.1), 0.1 * dense(first)) < 1e-12
+    assert dense(merge_deltas([first, second], "linear", alpha=0.0)).norm() == 0
+    assert relative(merge_deltas([first, second], "linear", alpha=1.0), (dense(first) + dense(second)) / 2) < 1e-12
+    with pytest.raises(RecipeError, match=r"alpha: 1\.5 is out of range; it must be less than or equal to 1"):
+        merge_deltas([first], "linear", alpha=1.5)
+
+
+def test_tsv_has_the_updates_singular_values() -> None:
+    deltas = draw((4, 6, 5), dtype=torch.float64)
+    for components, kept in (("auto", (4, 6, 5)), (2, (2, 2, 2))):
+        found = torch.linalg.svdvals(dense(merge_deltas(deltas, "tsv", components=components)))[: sum(kept)]
+        wanted = torch.cat([torch.linalg.svdvals(dense(d))[:k] for d, k in zip(deltas, kept, strict=True)])
+        assert torch.allclose(found, wanted.sort(descending=True).values, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["tsv", "wudi"])
+def test_orthogonal_updates_are_summed(method: str) -> None:
+    deltas = orthogonal((4, 6, 5))
+    assert relative(merge_deltas(deltas, method), sum(dense(delta) for delta in deltas)) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["tsv", "wudi", "iso_c", "iso_cts", "swudi"])
+def test_copies_are_defined(method: str) -> None:
+    """Singular vectors and modes then coincide; the answer may not hang on how rounding breaks the tie."""
+    (delta,) = draw((5,))
+    for copies in ([delta] * 3, [delta, 1.3 * delta, 0.1 * delta]):
+        wanted = expected(method, copies)
+        assert relative(merge_deltas(copies, method), wanted) < 2e-5
+        assert relative(merge_deltas([copy.dense() for copy in copies], method), wanted) < 2e-5
+    if method in ("tsv", "wudi"):  # as the average, not the sum
+        assert relative(merge_deltas([delta] * 3, method), dense(delta)) < 1e-6
+
+
+def test_iso_flattens_the_spectrum() -> None:
+    deltas = draw((4, 6, 5), dtype=torch.float64)
+    total = torch.linalg.svdvals(sum(dense(delta) for delta in deltas)).sum()
+    for method in ("iso_c", "iso_cts"):
+        values = torch.linalg.svdvals(dense(merge_deltas(deltas, method, mean_over="support")))
+        assert torch.allclose(values[:15], values[0], rtol=1e-9) and values[15] < 1e-9 * values[0]
+        ratio = dense(merge_deltas(deltas, method, mean_over="all")) * IN / 15
+        assert relative(ratio, dense(merge_deltas(deltas, method, mean_over="support"))) < 1e-9
+    nuclear = torch.linalg.svdvals(dense(merge_deltas(deltas, "iso_c", mean_over="support"))).sum()
+    assert torch.isclose(nuclear, total, rtol=1e-9)
+    assert (
+        relative(merge_deltas(deltas, "iso_cts", common=1.0), dense(merge_deltas(deltas, "iso_c"))) < 1e-9
+    )  # the common space is then all of Iso-C's
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("tsv", {"components": 2}),
+        ("iso_c", {"mean_over": "support"}),
+        ("iso_cts", {"mean_over": "support", "common": 0.3}),
+        ("iso_cts", {"common": 0.0}),
+        ("wudi", {"solver": "adam", "lr": 1e-2, "iterations": 40}),
+        ("swudi", {"time": 4.0, "keep": 0.2}),
+        ("swudi", {"time": 0.5, "keep": 1.0}),
+        ("swudi", {"variant": "aswudi"}),
+        ("optmerge", {"lr": 0.03, "momentum": 0.5, "iterations": 25}),
+        ("optmerge", {"variant": "full"}),
+        ("optmerge", {"variant": "full", "lr": 1e-2, "iterations": 40}),
+        ("factorwise", {"mode": "mean"}),
+        ("factorwise", {"mode": "ties", "adapter_scale": 0.5}),
+        ("factorwise", {"mode": "ties", "density": 1.0}),
+        ("factorwise", {"mode": "tsv"}),
+        ("factorwise", {"mode": "wudi"}),
+        ("factorwise", {"mode": "optmerge", "adapter_scale": 1.0, "scale": 0.3}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8,), (30, 30)], ids=str)
+def test_other_parameters_agree_with_the_reference(
+    method: str, parameters: dict[str, Any], ranks: tuple[int, ...]
+) -> None:
+    deltas = draw(ranks)
+    wanted = expected(method, deltas, **parameters)
+    assert relative(merge_deltas(deltas, method, **parameters), wanted) < 2e-5
+    if not METHODS[method].one_rank:
+        found = merge_deltas([delta.dense() for delta in deltas], method, **parameters)
+        assert isinstance(found, Tensor) and relative(found, wanted) < 2e-5
+
+
+def interference(x: Tensor, deltas: list[LowRank]) -> float:
+    """WUDI's loss, written out."""
+    matrices = [dense(delta) for delta in deltas]
+    return sum(float(((x - d) @ d.T).square().sum() / d.square().sum()) for d in matrices)
+
+
+def test_wudi_minimises_the_interference() -> None:
+    deltas = draw((4, 6, 5), dtype=torch.float64)
+    total = sum(dense(delta) for delta in deltas)
+    exact = dense(merge_deltas(deltas, "wudi"))
+    least = interference(exact, deltas)
+    assert least < 0.9 * interference(total, deltas)
+    for seed in range(5):
+        step = torch.randn(OUT, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert interference(exact + 1e-3 * step, deltas) > least
+    losses = [
+        interference(dense(merge_deltas(deltas, "wudi", solver="adam", lr=1e-3, iterations=n)), deltas)
+        for n in (1, 10, 100)
+    ]
+    assert interference(total, deltas) > losses[0] > losses[1] > losses[2] > least
+    long = merge_deltas(deltas, "swudi", time=1e9, keep=1.0)
+    assert relative(long, exact) < 1e-9
+
+
+def test_one_specialist_is_left_alone_by_adam() -> None:
+    (delta,) = draw((6,))
+    for method, parameters in (("wudi", {"solver": "adam"}), ("optmerge", {"variant": "full", "scale": 1.0})):
+        found = merge_deltas([delta], method, **parameters)
+        assert isinstance(found, Tensor) and torch.equal(found, delta.dense())
+
+
+def test_the_curvatures_trace_is_the_number_of_updates() -> None:
+    deltas = [dense(delta) for delta in draw((4, 6, 5), dtype=torch.float64)]
+    for updates, trace in ((deltas, 3), ([*deltas, 0 * deltas[0]], 3), ([0 * deltas[0]], 0)):
+        problem = Interference(sum(updates), updates, updates, updates)
+        assert math.isclose(float(problem.curvature.trace()), trace, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40)], ids=["tall", "wide"])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_descents_are_torchs(shape: tuple[int, int], kind: str) -> None:
+    """The closed form and the Gram trick against torch.optim on the loss itself."""
+    deltas = [dense(delta) for delta in draw((3, 4), dtype=torch.float64, shape=shape)]
+    k = min(shape) // 2
+    truncated = [torch.as_tensor(reference.best(d.numpy(), k)) for d in deltas]
+    mean = (deltas[0] + deltas[1]) / 2
+    if kind == "sgd":
+        x, targets = mean.clone(), truncated
+        given: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
+        optimizer: torch.optim.Optimizer = torch.optim.SGD([x.requires_grad_()], **given)
+    else:
+        x = deltas[0] + deltas[1]
+        targets = [mean + torch.as_tensor(reference.best((d - mean).numpy(), k)) for d in deltas]
+        given = {"lr": 0.01}
+        optimizer = torch.optim.Adam([x.requires_grad_()], **given)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = sum(
+            ((x - g) @ p.T).square().sum() / d.square().sum()
+            for g, p, d in zip(targets, truncated, deltas, strict=True)
+        )
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        optimizer.step()
+    variant = {"sgd": "lora", "adam": "full"}[kind]
+    found = merge_deltas(deltas, "optmerge", variant=variant, iterations=30, scale=1.0, **given)
+    assert relative(found, x.detach()) < 1e-9
+
+
+def test_optmerge_does_300_iterations_at_once() -> None:
+    deltas = draw((6, 6, 6), dtype=torch.float64)
+    assert relative(merge_deltas(deltas, "optmerge"), expected("optmerge", deltas)) < 1e-12
+    assert relative(merge_deltas(deltas, "optmerge", lr=0.1), expected("optmerge", deltas, lr=0.1)) < 1e-10
+    assert resolve("optmerge", {}, n=3, lora_rank=6)["scale"] == 1
+    assert resolve("optmerge", {"variant": "full"}, n=3, lora_rank=6)["scale"] == 0.1
+    with pytest.raises(MethodError, match=r"lr 5 makes the descent diverge .* take less than"):
+        merge_deltas(deltas, "optmerge", lr=5.0)
+
+
+def test_factorwise_refuses() -> None:
+    first, second, third = draw((3, 3, 4))
+    with pytest.raises(MethodError, match="needs LoRA updates of one rank, but these have 3, 4"):
+        merge_deltas([first, third], "factorwise")
+    for deltas in ([first.dense()], [first, second.dense()]):
+        with pytest.raises(MethodError, match="a full matrix has none"):
+            merge_deltas(deltas, "factorwise")
+    second.down[0, 0] = math.nan
+    for mode in ("ties", "tsv", "wudi", "optmerge"):
+        with pytest.raises(MethodError, match="NaN or infinite"):
+            merge_deltas([first, second], "factorwise", mode=mode)
+
+
+def test_factorwise_depends_on_the_adapters_scale_only_beyond_sums() -> None:
+    deltas = draw((4, 4), dtype=torch.float64)
+
+    def change(mode: str) -> float:
+        two, one = (merge_deltas(deltas, "factorwise", mode=mode, adapter_scale=s) for s in (2.0, 1.0))
+        return relative(two, dense(one))
+
+    assert change("sum") < 1e-12 and change("mean") < 1e-12 and change("ties") > 1e-3

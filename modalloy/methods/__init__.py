@@ -28,12 +28,19 @@ from modalloy.methods.consensus import consensus
 from modalloy.methods.core_space import core_space
 from modalloy.methods.damc import damc
 from modalloy.methods.dare import dare_linear, dare_ties, survey_dare_ties
+from modalloy.methods.factorwise import factorwise
 from modalloy.methods.fisher import fisher
+from modalloy.methods.iso import iso_c, iso_cts
 from modalloy.methods.knots import knots
+from modalloy.methods.linear import linear
+from modalloy.methods.optmerge import optmerge
 from modalloy.methods.parameters import check_value, documentation, parse_rank, schema
 from modalloy.methods.ssam import ssam
+from modalloy.methods.swudi import swudi
 from modalloy.methods.task_arithmetic import task_arithmetic
 from modalloy.methods.ties import survey_ties, ties
+from modalloy.methods.tsv import tsv
+from modalloy.methods.wudi import wudi
 
 DENSE_RANK = 128  # `rank: auto` when no specialist is low-rank (the paper's k)
 Receives = Literal["core", "factored_core", "left_core", "factors", "dense"]
@@ -49,6 +56,8 @@ class Method:
     mean_scale: bool
     laws: tuple[str, ...]
     dense_when: tuple[str, str] | None = None  # the parameter and its value that need the full matrices
+    scale_when: tuple[str, str, float] | None = None  # a parameter, its value, and what `scale: auto` means there
+    one_rank: bool = False  # takes only LoRA factors, all of one rank, which its result has too
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
     survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
     rowwise: bool = False  # every row of the result depends on that row of the updates only
@@ -62,6 +71,20 @@ class Method:
     def needs_survey(self, parameters: dict[str, Any]) -> bool:
         """Whether it must see the whole model first."""
         return self.survey is not None and parameters.get(self.survey_when[0]) == self.survey_when[1]
+
+    def automatic_scale(self, n: int, parameters: dict[str, Any]) -> float:
+        """λ under `scale: auto` for n specialists and these parameters."""
+        if self.scale_when is not None and parameters.get(self.scale_when[0]) == self.scale_when[1]:
+            return self.scale_when[2]
+        return 1 / n if self.mean_scale else 1.0
+
+    @property
+    def auto_scale(self) -> str:
+        """What `scale: auto` means, in words; "" without such a parameter."""
+        if "scale" not in self.parameters:
+            return ""
+        special = "; {2:g} with {0}: {1}".format(*self.scale_when) if self.scale_when is not None else ""
+        return ("1/n" if self.mean_scale else "1") + special
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -87,6 +110,8 @@ ROTATION_LAWS = ("permutation", "scaling", "left rotation", "rotation", "transpo
 ENTRY_LAWS = ("permutation", "scaling", "transpose", "gauge", "factored = dense")  # of what treats all entries alike
 MASK_LAWS = ("scaling", "gauge", "factored = dense")  # a mask belongs to one specialist and one place
 LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
+FLAT_LAWS = LINEAR_LAWS[1:]  # a given spectrum, or a given share, is no identity
+ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and columns of D_i play different parts
 
 
 METHODS = {
@@ -119,6 +144,29 @@ METHODS = {
     ),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),
     "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties),
+    "linear": Method(linear, "factors", "arXiv 2503.23733", False, FLAT_LAWS, rowwise=True),
+    "tsv": Method(tsv, "core", "arXiv 2412.00081", False, LINEAR_LAWS),
+    "iso_c": Method(iso_c, "core", "arXiv 2502.04959", False, FLAT_LAWS),
+    "iso_cts": Method(iso_cts, "core", "arXiv 2502.04959", False, ROW_LAWS[1:]),
+    "wudi": Method(wudi, "core", "arXiv 2503.08099", False, ROW_LAWS, dense_when=("solver", "adam")),
+    "swudi": Method(swudi, "core", "arXiv 2606.07289", False, ROW_LAWS),
+    "optmerge": Method(
+        optmerge,
+        "core",
+        "arXiv 2505.19892",
+        False,
+        ROW_LAWS,
+        dense_when=("variant", "full"),
+        scale_when=("variant", "full", 0.1),
+    ),
+    "factorwise": Method(
+        factorwise,
+        "factors",
+        "arXiv 2402.12750",
+        False,
+        tuple(law for law in LINEAR_LAWS if law not in ("gauge", "factored = dense")),
+        one_rank=True,
+    ),
 }
 
 
@@ -249,7 +297,7 @@ def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int |
     entry = METHODS[method]
     chosen = entry.parameters | parameters
     if chosen.get("scale") == "auto":
-        chosen["scale"] = 1 / n if entry.mean_scale else 1.0
+        chosen["scale"] = entry.automatic_scale(n, chosen)
     if "rank" in chosen:
         automatic = max(lora_rank, 1) if lora_rank is not None else DENSE_RANK
         chosen["rank"] = automatic if chosen["rank"] == "auto" else parse_rank(chosen["rank"])

@@ -9,6 +9,7 @@ from modalloy.errors import MethodError
 from modalloy.linalg import Basis, left_singular_vectors
 from modalloy.methods.parameters import Number, Share
 from modalloy.methods.ties import Combine, ties
+from modalloy.methods.tsv import tsv
 
 CUT = 1e-12  # of the largest singular value: only what is zero but for float64 rounding is left out
 
@@ -16,7 +17,7 @@ CUT = 1e-12  # of the largest singular value: only what is zero but for float64 
 def core_space(
     deltas: list[Delta],
     *,
-    inner: Literal["ties", "task_arithmetic"] = "ties",
+    inner: Literal["ties", "task_arithmetic", "tsv"] = "ties",
     density: Share = 0.1,
     combine: Combine = "mean",
     scale: Number,
@@ -53,6 +54,8 @@ def core_space(
     M = [left @ right.T for left, right in zip(lefts, rights, strict=True)]
     if inner == "ties":
         merged = ties(M, density=density, combine=combine, scale=scale, shape=shape)
+    elif inner == "tsv":
+        merged = tsv(M, scale=scale, shape=shape).dense()
     else:
         merged = scale * torch.stack(M).sum(0)
     dtype = factors[0].up.dtype
