@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import modalloy
 from modalloy.checkpoints import file_sha256
-from modalloy.methods import METHODS
 from modalloy.errors import CheckpointError
+from modalloy.methods import METHODS
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]
