@@ -6,11 +6,11 @@ DATA ?= build/senses
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt
+.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,dev]"
-	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
 	touch $@
 
 demo: install  ## merge the built-in specialists and ask the result about pictures and sounds

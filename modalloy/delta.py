@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, require_finite, top_subspace
+from modalloy.linalg import Basis, gram, require_finite, top_eigenvectors, top_subspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,14 @@ class LowRank:
         """The same update with both factors in `dtype`."""
         return LowRank(self.up.to(dtype), self.down.to(dtype))
 
+    @property
+    def T(self) -> LowRank:  # noqa: N802 - as of a matrix
+        """The transposed update (in, out)."""
+        return LowRank(self.down.T, self.up.T)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return self.up @ (self.down @ other)
+
     def __add__(self, other: LowRank) -> LowRank:
         return LowRank(torch.cat([self.up, other.up], 1), torch.cat([self.down, other.down], 0))
 
@@ -66,8 +74,8 @@ Delta = LowRank | Tensor
 Restore = Callable[["LowRank | Tensor", torch.dtype], "LowRank"]
 
 
-def lift(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
-    """Cores C_i (p, q) in float64 with D_i = Q_B C_i Q_Aᵀ, and the function that takes a merge of them back.
+def lift(deltas: list[LowRank]) -> tuple[list[LowRank], Restore]:
+    """Cores C_i (p, q), as factors in float64, with D_i = Q_B C_i Q_Aᵀ, and the function that takes a merge of them back.
 
     Q_B and Q_A are orthonormal bases of the stacked up and down factors, so p, q ≤ Σ rank_i: a method that only
     rotates with its inputs gives exactly the same on the cores as on the full matrices. O((out + in) R²), R = Σ rank_i.
@@ -76,7 +84,7 @@ def lift(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
     columns = Basis(torch.cat([delta.down for delta in deltas], 0).T)
     splits = [delta.rank for delta in deltas]
     pairs = zip(rows.triangle.split(splits, 1), columns.triangle.split(splits, 1), strict=True)
-    cores = [left @ right.T for left, right in pairs]
+    cores = [LowRank(left, right.T) for left, right in pairs]
 
     def restore(merged: LowRank | Tensor, dtype: torch.dtype) -> LowRank:
         if isinstance(merged, Tensor):
@@ -106,11 +114,41 @@ def lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
     return cores, restore
 
 
+def second_moment(deltas: Sequence[Delta]) -> Tensor:
+    """Σ D_iᵀ D_i (in, in) in float64. O(Σ out · in²) for matrices; factors of rank r cost O(Σ r · in²)."""
+    factored = [delta for delta in deltas if isinstance(delta, LowRank)]
+    total = gram(*(delta for delta in deltas if isinstance(delta, Tensor))) if len(factored) < len(deltas) else None
+    if not factored:
+        assert total is not None
+        return total
+    downs = torch.cat([delta.down for delta in factored], 0).to(torch.float64)
+    weighed = torch.cat([gram(delta.up) @ delta.down.to(torch.float64) for delta in factored], 0)
+    product = downs.T @ weighed
+    product = (product + product.T) / 2
+    return product if total is None else product + total
+
+
+def shared_subspace(deltas: Sequence[Delta], rank: int) -> Tensor:
+    """The `rank` leading eigenvectors (out, rank) of Σ D_i D_iᵀ."""
+    dense = [delta for delta in deltas if isinstance(delta, Tensor)]
+    if len(dense) == len(deltas):
+        return top_subspace(dense, rank)
+    return top_eigenvectors(second_moment([delta.T for delta in deltas]), rank)
+
+
+def norm(delta: Delta) -> float:
+    """Frobenius norm; of factors without forming the matrix, O((out + in) r²)."""
+    if isinstance(delta, LowRank):
+        (core,), _ = lift([delta])
+        return float(core.dense().norm())
+    return float(delta.to(torch.float64).norm())
+
+
 def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
     """The best approximation of `delta` of rank at most `rank` that the top of its spectrum gives, and its relative error."""
     if isinstance(delta, LowRank):
         (core,), restore = lift([delta])
-        u, s, vh = torch.linalg.svd(core, full_matrices=False)
+        u, s, vh = torch.linalg.svd(core.dense(), full_matrices=False)
         cut = LowRank(u[:, :rank] * s[:rank], vh[:rank])
         return restore(cut, delta.up.dtype), float((s[rank:].norm() / s.norm()).nan_to_num(0))
     u = top_subspace([delta], rank)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from modalloy.checkpoints import Checkpoint, Specialist, is_portable
+from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
 from modalloy.encoders import ENCODERS, encoder_sizes
 from modalloy.errors import CheckpointError, RecipeError, nearest
-from modalloy.names import disk_name
+from modalloy.names import EMBEDDINGS, disk_name
 from modalloy.recipe import Recipe
 
 
@@ -20,7 +20,10 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
         raise CheckpointError(
             f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"
         )
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+    keys = ["hidden_size", "intermediate_size", "num_hidden_layers"]
+    if not any(name.endswith(EMBEDDINGS) for name in specialist.checkpoint.refs):
+        keys.append("vocab_size")  # else `check_shapes` compares the embeddings, and `ignore:` can leave them out
+    for key in keys:
         own, base = specialist.config.get(key), base_config.get(key)
         if specialist.layout != "peft" and own is not None and base is not None and own != base:
             raise CheckpointError(
@@ -28,8 +31,9 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
             )
 
 
-def check_shapes(specialist: Specialist, base: Checkpoint) -> None:
-    """Every update must fit the base weight of its name; every tensor of a full model must have the base's shape."""
+def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
+    """Every update must fit the base weight of its name, and every tensor that was tuned whole must have the base's shape."""
+    place(specialist, base, base_config)
     for updates in (specialist.text, specialist.own):
         for slot, factors in updates.items():
             if slot not in base.refs:
@@ -43,22 +47,25 @@ def check_shapes(specialist: Specialist, base: Checkpoint) -> None:
                     f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
                     "use the base it was trained from"
                 )
-    for name, ref in specialist.full.items():
-        if name not in base.refs:
-            if name == "lm_head.weight":  # a tied copy that some writers store
-                specialist.dropped[name] = "the base ties it to its embeddings"
-                continue
+    for slot, factors in specialist.text.items():
+        if slot.endswith(EMBEDDINGS):
             raise CheckpointError(
-                f"{specialist.label} specialist: {name} is not in the base ({ref.file}); "
-                "use the base it was trained from, or list the tensor under `ignore:`"
+                f"{specialist.label} specialist: {factors.a.name} updates {slot}, but embeddings are kept as the base has "
+                f"them; list '*{slot.removesuffix('.weight')}.*' under `ignore:` to do without"
             )
-        if base.refs[name].shape != ref.shape:
-            raise CheckpointError(
-                f"{specialist.label} specialist: {name} is {ref.shape}, the base's is {base.refs[name].shape} ({ref.file}); "
-                "use the base it was trained from"
-            )
-    for name in specialist.dropped:
-        specialist.full.pop(name, None)
+    misfits = [(ref, base.refs[name]) for name, ref in specialist.full.items() if ref.shape != base.refs[name].shape]
+    resized = [pair for pair in misfits if pair[1].name.endswith(EMBEDDINGS) and pair[0].shape[1:] == pair[1].shape[1:]]
+    for own, wanted in resized:
+        raise CheckpointError(
+            f"{specialist.label} specialist: its vocabulary has {own.shape[0]} tokens, the base's has {wanted.shape[0]} "
+            f"({own.name} in {own.file}); use the base it was trained from, or list "
+            f"{' and '.join(ref.name for ref, _ in resized)} under `ignore:` to keep the base's"
+        )
+    for own, wanted in misfits:
+        raise CheckpointError(
+            f"{specialist.label} specialist: {own.name} is {own.shape}, the base's is {wanted.shape} ({own.file}); "
+            "use the base it was trained from"
+        )
 
 
 def choose_encoders(recipe: Recipe, specialists: list[Specialist]) -> dict[str, str]:
@@ -66,7 +73,12 @@ def choose_encoders(recipe: Recipe, specialists: list[Specialist]) -> dict[str, 
     encoders: dict[str, str] = {}
     for entry, specialist in zip(recipe.models, specialists, strict=True):
         modality = specialist.modality
-        if modality is None or not specialist.projector:
+        if modality is None:
+            raise RecipeError(
+                f"output.form 'omni' needs the modality of every specialist, but '{specialist.label}' records none; "
+                "add `modality:` to it"
+            )
+        if not specialist.projector:
             raise RecipeError(
                 f"output.form 'omni' needs a projector from every specialist, but '{specialist.label}' has none; "
                 "write form: adapter or full, or leave it out"

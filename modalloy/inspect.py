@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank
+from modalloy.delta import Delta, LowRank, norm
 from modalloy.engines import local
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
@@ -245,7 +245,7 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
         # a method that turns with its inputs gives a result of the same norm on the cores
         turns = "rotation" in METHODS[job.method].laws
         merged = apply(job.method, small, job.parameters, shape) if turns else merged_delta(planned, job, planned.read)
-        merged_norm = _norm(merged)
+        merged_norm = norm(merged)
     mean_norm = sum_norm / len(planned.specialists)
     rows = _sampled_rows(job.slot, shape[0])
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
@@ -402,12 +402,6 @@ def _sign_conflict(first: Tensor, second: Tensor) -> tuple[float | None, float |
         return None, None
     against = product < 0
     return int(against.sum()) / int((product != 0).sum()), -float(product[against].sum()) / mass
-
-
-def _norm(delta: Delta) -> float:
-    if isinstance(delta, Tensor):
-        return float(delta.to(torch.float64).norm())
-    return math.sqrt(max(float((gram(delta.up) * gram(delta.down.T)).sum()), 0.0))
 
 
 def _dense(delta: Delta) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from modalloy.errors import MethodError
 
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
+WELL_SEPARATED = 0.1  # sine of that angle from which on combinations of the columns lose little to rounding in float32
 BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
 OVERSAMPLING = 2  # size of the iterated block, in ranks
@@ -30,7 +31,7 @@ def gram(*matrices: Tensor) -> Tensor:
     out = torch.zeros(n, n, dtype=torch.float64, device=matrices[0].device)
     step = -(-n // 4) or 1
     for rows in (block for matrix in matrices for block in matrix.split(BLOCK_ROWS)):
-        across = rows.T.to(torch.float64).contiguous()  # (n, rows): both operands are then read along their rows
+        across = rows.T.contiguous().to(torch.float64)  # (n, rows): both operands are then read along their rows
         for start in range(0, n, step):
             out[: start + step, start : start + step].addmm_(across[: start + step], across[start : start + step].T)
     return out.triu() + out.triu(1).T
@@ -39,6 +40,18 @@ def gram(*matrices: Tensor) -> Tensor:
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """Orthonormal eigenvectors (n, rank) of the largest eigenvalues of a symmetric float64 matrix (n, n). O(n³)."""
     return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
+
+
+def leading_eigenvectors(symmetric: Tensor, cut: float) -> Tensor:
+    """Orthonormal eigenvectors (n, k) of the eigenvalues above `cut` times the largest, which come first. O(n³)."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors[:, values > cut * values[-1:].clamp(min=0).sum()].flip(1)
+
+
+def left_singular_vectors(matrix: Tensor, cut: float) -> Tensor:
+    """Left singular vectors (m, k) of the singular values above `cut` times the largest, in order. O(m n · min(m, n))."""
+    U, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, values > cut * values[:1].sum()]
 
 
 def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
@@ -172,6 +185,7 @@ class Basis:
         if not int(failed) and (not len(lengths) or float(lower.diagonal().min()) ** 2 > MIN_PIVOT):
             self.triangle[:, self.kept] = lower.T * lengths
             self.lower, self.lengths = lower, lengths
+            self.well_separated = not len(lengths) or float(lower.diagonal().min()) > WELL_SEPARATED
             return
         self.q, upper = torch.linalg.qr(self.columns.to(torch.float64) / lengths)
         self.triangle = self.triangle[: len(upper)]
@@ -184,6 +198,8 @@ class Basis:
         if not hasattr(self, "lower"):
             return coefficients.to(dtype)
         weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True) / self.lengths[:, None]
+        if self.well_separated and self.columns.dtype == dtype:
+            return self.columns @ weights.to(dtype)
         # (k, p) @ (p, rows): several times faster than its transpose where the columns are stored one after the other
         across = weights.T.contiguous()
         parts = [(across @ rows.T.to(torch.float64)).to(dtype) for rows in self.columns.split(BLOCK_ROWS)]

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import Specialist, file_sha256
+from modalloy.checkpoints import Specialist, file_sha256, hub_commit
 from modalloy.plan import Plan
 
 SOURCES = "sources.json"  # where the inputs were on this machine; not hashed
@@ -16,10 +16,17 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
     from modalloy._version import __version__
 
     base: dict[str, Any] = {"name": planned.base_name, "header_sha256": planned.base.header_sha256()}
+    base |= _revision(planned.base_folder)
     if planned.recipe.output.form == "full" or not planned.base_is_portable:
         base["sha256"] = {file.path.name: file.sha256 for file in planned.base.files}
     inputs = {
-        s.label: {"layout": s.layout, "modality": s.modality, "sha256": input_sha256(s)} for s in planned.specialists
+        s.label: {
+            "layout": s.layout,
+            "modality": s.modality,
+            "sha256": input_sha256(s),
+            **_revision(s.checkpoint.folder),
+        }
+        for s in planned.specialists
     }
     whole: dict[str, Any] = {"surveys": planned.surveys} if planned.surveys else {}
     if planned.compression:
@@ -42,6 +49,12 @@ def input_sha256(specialist: Specialist) -> dict[str, str]:
     configs = [name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
     return weights | {name: file_sha256(folder / name) for name in configs}
+
+
+def _revision(folder: Path) -> dict[str, str]:
+    """The commit of an input that came from the hub."""
+    commit = hub_commit(folder)
+    return {"revision": commit} if commit else {}
 
 
 def hashed_files(folder: Path) -> list[str]:

@@ -56,6 +56,7 @@ class MergeReport:
     merge_s: float
     total_s: float
     peak_bytes: int
+    predicted_peak_bytes: int
 
     @property
     def compression_error(self) -> float | None:
@@ -70,6 +71,7 @@ class MergeReport:
             "merge_seconds": round(self.merge_s, 3),
             "total_seconds": round(self.total_s, 3),
             "peak_bytes": self.peak_bytes,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
             "compression_error": self.compression_error,
             "verify": self.verification.to_dict(),
         }
@@ -110,12 +112,13 @@ def merge(
     chosen_device = resolve_device(device)
     n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    predicted = planned.peak_bytes(n_workers)
     _check_memory(planned, n_workers, max_memory)
     fingerprint = planned.fingerprint
     if resume and out.exists() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
         staging.clean()
-        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, _peak_bytes())
+        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, _peak_bytes(), predicted)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         _check_disk(planned, staging)
@@ -130,7 +133,7 @@ def merge(
         sources = _sources(planned) | {"fingerprint": fingerprint}
         (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
         verification = verify_folder(folder, planned, manifest, rehash=False)
-    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, _peak_bytes())
+    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, _peak_bytes(), predicted)
 
 
 def resolve_device(device: str) -> str:
@@ -165,7 +168,7 @@ def _check_memory(planned: Plan, n_workers: int, limit: int | None) -> None:
 
 def _check_disk(planned: Plan, staging: Staging) -> None:
     there = sum(path.stat().st_size for path in staging.folder.iterdir())
-    free, needed = shutil.disk_usage(staging.folder).free, planned.write_bytes - there
+    free, needed = shutil.disk_usage(staging.folder).free, planned.disk_bytes - there
     if free < needed:
         raise OutputError(
             f"{staging.out}: the disk is full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
@@ -290,9 +293,14 @@ def survey(planned: Plan) -> dict[str, dict[str, Any]]:
             groups.setdefault(job.group, []).append(job)
     found = {}
     for group, jobs in groups.items():
-        model = partial(map, partial(specialists_deltas, planned, read=planned.read), jobs)
-        found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
+        model = partial(map, partial(_slot_and_deltas, planned), jobs)
+        with local.one_thread():
+            found[group] = survey_model(jobs[0].method, model, jobs[0].parameters) or {}
     return found
+
+
+def _slot_and_deltas(planned: Plan, job: Job) -> tuple[str, list[Delta]]:
+    return job.slot, specialists_deltas(planned, job, planned.read)
 
 
 def _write_weights(

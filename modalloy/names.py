@@ -1,8 +1,10 @@
-"""Modality names: one spelling inside, the ModelCompose spelling on disk, and the aliases that are read."""
+"""Names: modalities (one spelling inside, the ModelCompose spelling on disk, aliases that are read), and embeddings."""
 
 MODALITIES = ("image", "audio", "video", "point")
 ALIASES = {"vision": "image", "point_cloud": "point", "pointcloud": "point"}
 ON_DISK = {"image": "vision"}
+# input and output embeddings, whose rows belong to tokens: kept as the base has them, never merged
+EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
 
 
 def modality_name(name: str) -> str:

@@ -31,10 +31,11 @@ from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.methods import METHODS, resolve
+from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
-NOT_MERGED = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight", "embed_out.weight")
+SAMPLED_LAYERS = 12  # merged again to verify a result
 BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
@@ -73,6 +74,11 @@ class Job:
         return sum(ref.n_bytes for ref in self.reads)
 
     @property
+    def write_bytes(self) -> int:
+        """Size of the tensors that it writes."""
+        return sum(spec.n_bytes for spec in self.outputs)
+
+    @property
     def group(self) -> str:
         """Jobs of one group share what their method must know of the whole model."""
         return json.dumps([self.method, self.parameters], sort_keys=True)
@@ -109,15 +115,31 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Size of the tensors that will be written."""
-        return sum(spec.n_bytes for job in self.jobs for spec in job.outputs)
+        return sum(job.write_bytes for job in self.jobs)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of tensor data that the jobs read; a survey of the whole model reads the merged ones again."""
+        """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
+        files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
+        if self.recipe.output.form == "full" or not self.base_is_portable:
+            files += self.base.files
+        once = sum(file.path.stat().st_size for file in files)
         surveyed = [
             job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
         ]
-        return sum(job.read_bytes for job in self.jobs) + sum(job.read_bytes for job in surveyed)
+        again = [*surveyed, *self.sample()]
+        return once + sum(job.read_bytes for job in again) + sum(job.write_bytes for job in self.sample())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room that the result takes: the tensors, and a copy of the base where only this machine would find it."""
+        copied = self.recipe.output.form == "omni" and not self.base_is_portable
+        return self.write_bytes + (sum(file.path.stat().st_size for file in self.base.files) if copied else 0)
+
+    def sample(self) -> list[Job]:
+        """The merged weights that are computed again to verify the result."""
+        merges = [job for job in self.jobs if job.kind == "merge"]
+        return merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +168,7 @@ class Plan:
     def peak_bytes(self, n_workers: int) -> int:
         """Memory that a merge with `n_workers` holds at its peak, with what the process holds now."""
         sizes = [self._job_bytes(job) for job in self.jobs]
-        held = [job.read_bytes + sum(spec.n_bytes for spec in job.outputs) for job in self.jobs]
+        held = [job.read_bytes + job.write_bytes for job in self.jobs]
         window = n_workers + AHEAD
         waiting = max((sum(held[i : i + window]) for i in range(len(held))), default=0)
         working = max((sum(sorted(sizes[i : i + window])[-n_workers:]) for i in range(len(sizes))), default=0)
@@ -179,6 +201,7 @@ class Plan:
             "counts": self.counts(),
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
+            "disk_bytes": self.disk_bytes,
             "peak_bytes": self.peak_bytes(default_workers()),
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         }
@@ -218,14 +241,16 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     base_config = read_json(base_folder / "config.json")
     for specialist in specialists:
         check_base(specialist, recipe, base_config, allow_base_mismatch)
-        check_shapes(specialist, base)
+        check_shapes(specialist, base, base_config)
     form, compress = recipe.output.form, recipe.output.compress_rank
-    if form != "full" and compress is None and any(s.full for s in specialists):
-        label = next(s.label for s in specialists if s.full)
-        raise RecipeError(
-            f"output.form '{form}' needs low-rank specialists, but '{label}' has fully trained weights; write form: full, "
-            "or output.compress_rank: k to approximate what is merged"
-        )
+    if form != "full" and compress is None:
+        for specialist in specialists:
+            if whole := next((ref for name, ref in specialist.full.items() if not name.endswith(EMBEDDINGS)), None):
+                holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
+                raise RecipeError(
+                    f"output.form '{form}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
+                    "or output.compress_rank: k to approximate what is merged"
+                )
     encoders = choose_encoders(recipe, specialists) if form == "omni" else {}
     for specialist in specialists:
         if specialist.modality in encoders:
@@ -315,8 +340,8 @@ class _Planner:
             jobs.append(self._merge_job(slot, specs))
         if omni:
             for specialist in self.specialists:
-                for ref in _modality_refs(specialist):
-                    jobs.append(Job("carry", ref.name, (TensorSpec(ref.name, ref.dtype, ref.shape),), (ref,)))
+                for name, ref in specialist.carried().items():
+                    jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), (ref,)))
         return jobs
 
     def full_jobs(self) -> list[Job]:
@@ -359,7 +384,7 @@ class _Planner:
                 if slot in of_slot:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
                 result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
-            result += [TensorFate(label, ref.name, *carried) for ref in _modality_refs(specialist)]
+            result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
             for name, ref in specialist.full.items():
                 unused: tuple[Fate, str] = ("left out", kept.get(name, "the base's is kept"))
                 result.append(TensorFate(label, ref.name, *of_slot.get(name, unused)))
@@ -485,14 +510,8 @@ class _Planner:
         return widest
 
 
-def _modality_refs(specialist: Specialist) -> list[TensorRef]:
-    """A specialist's modality-specific tensors in a fixed order: its own adapter, projector, extra tokens."""
-    refs = [ref for factors in specialist.own.values() for ref in (factors.a, factors.b)]
-    return [*refs, *specialist.projector.values(), *specialist.tokens.values()]
-
-
 def _is_linear(ref: TensorRef) -> bool:
-    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(NOT_MERGED)
+    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(EMBEDDINGS)
 
 
 def _check_all_accounted(result: Plan) -> None:

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from modalloy.checkpoints import Checkpoint, file_sha256, read_json
-from modalloy.delta import LowRank
+from modalloy.delta import Delta, LowRank, compressed, norm
+from modalloy.engines import local
 from modalloy.errors import CheckpointError
 from modalloy.manifest import SOURCES, hashed_files, input_sha256
+from modalloy.methods import METHODS
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from modalloy.plan import Job, Plan
 
-SAMPLED_LAYERS = 12
-LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices, larger ones on cores
+BLOCK_ENTRIES = 1 << 20  # of a full weight that are compared at once
+LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 TOLERANCE = {
     torch.float64: 1e-6,
     torch.float32: 1e-5,
@@ -80,6 +82,7 @@ def verify(out: str | Path) -> Verification:
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
     planned = plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
+    planned.compression = manifest.get("compression", {})
     # by the labels of the recipe as written: those of the local folders differ where it names hub models
     for label, specialist in zip(labels(recipe), planned.specialists, strict=True):
         recorded = manifest.get("inputs", {}).get(label, {}).get("sha256")
@@ -118,12 +121,14 @@ def verify_folder(
                 raise CheckpointError(
                     f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
                 )
-    merges = [job for job in planned.jobs if job.kind == "merge"]
-    sample = merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+    sample = planned.sample()
     worst = 0.0
-    for job in sample:
+    errors = local.run(
+        sample, lambda _: None, lambda job, _: _layer_error(weights, planned, job), local.default_workers()
+    )
+    for job, error in errors:
         tolerance = TOLERANCE if len(job.outputs) == 2 else ROUNDED_TOLERANCE
-        error, limit = _layer_error(weights, planned, job), tolerance[job.outputs[0].dtype]
+        limit = tolerance[job.outputs[0].dtype]
         worst = max(worst, error)
         if not error <= limit:
             raise CheckpointError(
@@ -147,19 +152,37 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
     """Relative Frobenius distance between a written layer and its recomputation."""
     from modalloy.merge import merged_delta
 
-    literal = max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
-    expected = merged_delta(planned, job, planned.read, literal=literal)
-    wanted = (expected.dense() if isinstance(expected, LowRank) else expected).to(torch.float64)
-    written = [weights.read(weights.refs[spec.name]).to(torch.float64) for spec in job.outputs]
-    if len(written) == 2:
-        found = written[1] @ written[0]
-    else:
-        base = planned.base.read(planned.base.refs[job.slot]).to(torch.float64)
-        found, wanted = written[0], (base + wanted).to(job.outputs[0].dtype).to(torch.float64)
-    return _relative(found, wanted)
+    # what selects single entries may select others in another precision, so it is recomputed exactly as it was merged
+    method = METHODS[job.method]
+    equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
+    literal = equivalent and max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
+    wanted = merged_delta(planned, job, planned.read, literal=literal)
+    written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
+    if len(written) == 1:
+        return _weight_error(written[0], planned, job, wanted)
+    assert planned.rank is not None
+    if job.slot in planned.compression or (isinstance(wanted, LowRank) and wanted.rank > planned.rank):
+        wanted, _ = compressed(wanted, planned.rank)
+    found = LowRank(written[1], written[0]).to(torch.float64)
+    if isinstance(wanted, LowRank):
+        return _ratio(norm(found + -1.0 * wanted.to(torch.float64)), norm(wanted))
+    return _ratio(float((found.dense() - wanted).norm()), float(wanted.norm()))
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    size = float(wanted.norm())
-    distance = float((found - wanted).norm())
+def _weight_error(written: Tensor, planned: Plan, job: Job, wanted: Delta) -> float:
+    """The same for a whole weight, by blocks of rows: against base plus update, rounded to the type that is written."""
+    base = planned.read(planned.base.refs[job.slot])
+    step = max(1, BLOCK_ENTRIES // written.shape[1])
+    distance = size = 0.0
+    for start in range(0, len(written), step):
+        rows = slice(start, start + step)
+        update = wanted.up[rows] @ wanted.down if isinstance(wanted, LowRank) else wanted[rows]
+        exact = base[rows].to(torch.float64) + update.to(torch.float64)
+        rounded = exact.to(written.dtype).to(torch.float64)
+        distance += float((written[rows].to(torch.float64) - rounded).norm()) ** 2
+        size += float(rounded.norm()) ** 2
+    return _ratio(distance**0.5, size**0.5)
+
+
+def _ratio(distance: float, size: float) -> float:
     return distance / size if size else distance

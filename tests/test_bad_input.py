@@ -379,7 +379,7 @@ SPECIALISTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "lora_r of another adapter": (
         lambda folder: edit_config(folder, lora_r=8),
-        r"image specialist: \S+lora_A\S+ has rank 4, \S+config\.json says 8; the two files do not belong together",
+        r"image specialist: \S+lora_A\S+ has rank 4, \S+config\.json implies 8; the two files do not belong together",
     ),
     "strategy of another file": (
         lambda folder: edit_config(folder, lora_strategy="same"),
@@ -642,7 +642,7 @@ def test_two_specialists_of_one_modality(
 def test_full_model_in_an_adapter(base: Path, write_recipe: WriteRecipe, merge_refused: Refused) -> None:
     for form in ("adapter", "omni"):
         recipe = write_recipe(models=[{"model": str(base)}], output={"form": form})
-        message = rf"output\.form '{form}' needs low-rank specialists, but 'base#1' has fully trained weights; write form: full"
+        message = rf"output\.form '{form}' needs low-rank specialists, but 'base#1' is a full model; write form: full"
         assert_says(merge_refused(recipe), message)
         shutil.rmtree(recipe.parent / "out")
 
@@ -708,12 +708,12 @@ PEFT: dict[str, tuple[dict[str, Any], str]] = {
     "not LoRA": ({"peft_type": "IA3"}, r"adapter_config\.json: peft_type IA3 is not LoRA; only LoRA adapters"),
     "PiSSA": (
         {"init_lora_weights": "pissa_niter_4"},
-        r"init_lora_weights 'pissa_niter_4' changed the base .*; convert it",
+        r"init_lora_weights 'pissa_niter_4' is not known to leave the base as it was; convert",
     ),
     "transposed": ({"fan_in_fan_out": True}, r"adapter_config\.json: fan_in_fan_out stores transposed weights"),
     "rank of another adapter": (
         {"r": 16},
-        r"lora_A\.weight has rank 4, \S+adapter_config\.json says 16; the two files",
+        r"lora_A\.weight has rank 4, \S+adapter_config\.json implies 16; the two files",
     ),
     "rank 0": ({"r": 0}, r"adapter_config\.json: r is 0, not a positive number"),
     "pattern that is no table": (
@@ -740,7 +740,7 @@ def test_peft_adapter_with_other_tensors(tmp_path: Path, write_recipe: WriteReci
     folder = peft_folder(tmp_path / "peft")
     edit_tensors(folder, lambda stored: stored.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
     line = merge_refused(write_recipe(models=[{"model": str(folder)}]))
-    assert_says(line, r"peft specialist: no rule for tensor base_model\.model\.lm_head\.weight \(2, 2\) .*`ignore:`")
+    assert_says(line, r"peft specialist: base_model\.model\.lm_head\.weight \(.*\) is a head of its own, .*`ignore:`")
 
 
 def test_everything_ignored(tmp_path: Path, write_recipe: WriteRecipe, merge_refused: Refused) -> None:

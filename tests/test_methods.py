@@ -1,6 +1,7 @@
 """Methods as laws: agreement with a float64 NumPy reference, invariances, and every awkward input that is defined."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from modalloy.methods import METHODS, resolve
 from modalloy.methods.wudi import Interference
 
 OUT, IN = 60, 44
+ON_FACTORS = {"core_space", "factorwise"}  # defined on the factors of low-rank updates only
 
 
 def draw(
@@ -39,8 +41,17 @@ def dense(delta: LowRank | Tensor) -> Tensor:
 
 
 def relative(found: LowRank | Tensor, wanted: Tensor | np.ndarray) -> float:
+    """Frobenius distance, relative to the wanted matrix unless that is zero."""
     wanted = torch.as_tensor(wanted)
-    return float((dense(found) - wanted).norm() / wanted.norm())
+    return float((dense(found) - wanted).norm() / (wanted.norm() or 1.0))
+
+
+def extras(method: str, n: int, shape: tuple[int, int] = (OUT, IN)) -> dict[str, list[Tensor]]:
+    """What a method is given beside the updates and its parameters: Fisher matrices, some of whose entries are 0."""
+    if not METHODS[method].takes("fishers"):
+        return {}
+    generator = torch.Generator().manual_seed(7)
+    return {"fishers": [torch.randn(*shape, generator=generator, dtype=torch.float64).clamp(min=0) for _ in range(n)]}
 
 
 def alike(method: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,9 +61,11 @@ def alike(method: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
 
 def expected(method: str, deltas: list[LowRank], **parameters: Any) -> np.ndarray:
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(d.rank for d in deltas))
-    if METHODS[method].one_rank:
-        return getattr(reference, method)([(d.up.double().numpy(), d.down.double().numpy()) for d in deltas], **chosen)
-    return getattr(reference, method)([dense(delta).numpy() for delta in deltas], **chosen)
+    matrices: list[Any] = [dense(delta).numpy() for delta in deltas]
+    if method in ON_FACTORS:
+        matrices = [(delta.up.double().numpy(), delta.down.double().numpy()) for delta in deltas]
+    given = {name: [matrix.numpy() for matrix in value] for name, value in extras(method, len(deltas)).items()}
+    return getattr(reference, method)(matrices, **given, **chosen)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -63,16 +76,19 @@ def expected(method: str, deltas: list[LowRank], **parameters: Any) -> np.ndarra
 )
 def test_low_rank_and_dense_agree_with_the_reference(method: str, ranks: tuple[int, ...]) -> None:
     deltas = draw(alike(method, ranks))
-    wanted = expected(method, deltas)
-    low_rank = merge_deltas(deltas, method)
-    assert isinstance(low_rank, LowRank) and low_rank.up.dtype == torch.float32
+    wanted, given = expected(method, deltas), extras(method, len(deltas))
+    low_rank = merge_deltas(deltas, method, **given)
+    if METHODS[method].receives == "dense":
+        assert isinstance(low_rank, Tensor) and low_rank.dtype == torch.float32
+    else:
+        assert isinstance(low_rank, LowRank) and low_rank.up.dtype == torch.float32
     assert relative(low_rank, wanted) < 2e-5
-    if METHODS[method].one_rank:
-        assert low_rank.rank == max(ranks)
-        return  # no dense form: `test_factorwise_refuses`
-    full = merge_deltas(
-        [delta.dense() for delta in deltas], method, **resolve(method, {}, n=len(deltas), lora_rank=max(ranks))
-    )
+    given |= resolve(method, {}, n=len(deltas), lora_rank=max(ranks))
+    if method in ON_FACTORS:
+        with pytest.raises(MethodError, match="full matrix"):
+            merge_deltas([deltas[0].dense(), *deltas[1:]], method, **given)
+        return
+    full = merge_deltas([delta.dense() for delta in deltas], method, **given)
     assert isinstance(full, Tensor) and full.dtype == torch.float32
     assert relative(full, wanted) < 2e-5
 
@@ -98,10 +114,10 @@ def test_zero_updates_are_defined() -> None:
     empty = LowRank(torch.zeros(OUT, 0), torch.zeros(0, IN))
     blank = LowRank(torch.zeros(OUT, 4), torch.zeros(4, IN))
     for method in METHODS:
-        assert dense(merge_deltas([zero, zero], method)).norm() == 0
-        assert dense(merge_deltas([empty], method)).norm() == 0
+        assert dense(merge_deltas([zero, zero], method, **extras(method, 2))).norm() == 0
+        assert dense(merge_deltas([empty], method, **extras(method, 1))).norm() == 0
         for nothing, same in ((zero, zero), (empty, blank)):
-            found = merge_deltas([real, nothing], method)
+            found = merge_deltas([real, nothing], method, **extras(method, 2))
             assert relative(found, expected(method, [real, same])) < 2e-5
 
 
@@ -159,16 +175,19 @@ Q = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64, generator=torch.Gen
 
 
 def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
-    given = {"rank": K} if "rank" in METHODS[method].parameters else {}
+    given: dict[str, Any] = {"rank": K} if "rank" in METHODS[method].parameters else {}
+    others = extras(method, len(deltas))
 
-    def f(updates: list[LowRank]) -> Tensor:
-        return dense(merge_deltas(updates, method, **given))
+    def f(updates: list[LowRank], change: Callable[[list[Tensor]], list[Tensor]] = lambda matrices: matrices) -> Tensor:
+        """The merge. `change` does to what else is given (one matrix per specialist) what was done to the updates."""
+        changed = {name: change(matrices)[: len(updates)] for name, matrices in others.items()}
+        return dense(merge_deltas(updates, method, **given, **changed))
 
     merged = f(deltas)
     if law == "identity at n=1":
         return relative(f(deltas[:1]), dense(deltas[0])) < 1e-9
     if law == "permutation":
-        return relative(f(deltas[::-1]), merged) < 1e-9
+        return relative(f(deltas[::-1], lambda matrices: matrices[::-1]), merged) < 1e-9
     if law == "scaling":
         return relative(f([2.5 * delta for delta in deltas]), 2.5 * merged) < 1e-9
     if law == "rotation":
@@ -177,12 +196,13 @@ def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
         return relative(f([LowRank(P @ d.up, d.down) for d in deltas]), P @ merged) < 1e-9
     if law == "factored = dense":
         try:
-            full = merge_deltas([dense(d) for d in deltas], method, **given)
+            full = merge_deltas([dense(d) for d in deltas], method, **given, **others)
         except MethodError:
             return False
         return relative(full, merged) < 1e-9
     if law == "transpose":
-        return relative(f([LowRank(d.down.T, d.up.T) for d in deltas]), merged.T) < 1e-9
+        turned = [LowRank(d.down.T, d.up.T) for d in deltas]
+        return relative(f(turned, lambda matrices: [matrix.T for matrix in matrices]), merged.T) < 1e-9
     if law == "gauge":
         changed = []
         for index, delta in enumerate(deltas):
@@ -265,9 +285,9 @@ def test_values_that_are_not_finite_are_refused(method: str, value: float) -> No
     first, second = draw((3, 3))
     second.down[1, 2] = value
     with pytest.raises(MethodError, match="NaN or infinite"):
-        merge_deltas([first, second], method)
+        merge_deltas([first, second], method, **extras(method, 2))
     with pytest.raises(MethodError, match="NaN or infinite"):
-        merge_deltas([first.dense(), second.dense()], method)
+        merge_deltas([first.dense(), second.dense()], method, **extras(method, 2))
 
 
 @pytest.mark.parametrize(

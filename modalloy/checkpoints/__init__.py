@@ -1,7 +1,9 @@
 """Opening checkpoints (base, ModelCompose, PEFT, full) and writing new ones."""
 
-from modalloy.checkpoints.locate import is_hub_id, is_portable, locate, open_base
-from modalloy.checkpoints.specialist import Factors, Specialist, open_specialist
+from modalloy.checkpoints.full import place
+from modalloy.checkpoints.layouts import open_specialist
+from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
+from modalloy.checkpoints.specialist import Factors, Specialist
 from modalloy.checkpoints.tensors import (
     Buffers,
     Checkpoint,
@@ -27,10 +29,12 @@ __all__ = [
     "all_finite",
     "checked",
     "file_sha256",
+    "hub_commit",
     "is_hub_id",
     "is_portable",
     "locate",
     "open_base",
     "open_specialist",
+    "place",
     "read_json",
 ]

@@ -1,6 +1,7 @@
 """From what a recipe writes (folder, hub id, id@revision, builtin:name) to a local folder."""
 
 import os
+import re
 from pathlib import Path
 
 from modalloy import builtin
@@ -8,6 +9,9 @@ from modalloy.checkpoints.tensors import Checkpoint, reading
 from modalloy.errors import CheckpointError
 
 BASE_STEMS = ("model", "pytorch_model")
+# what is fetched from a repository: its top level's configs and tokenizer, and the weights in one format
+CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "non_lora_trainables.bin", "mm_projector.bin")
+WEIGHTS = (*BASE_STEMS, "adapter_model")
 
 
 def locate(location: str, relative_to: Path = Path()) -> Path:
@@ -36,6 +40,12 @@ def is_portable(location: str, relative_to: Path = Path()) -> bool:
     return is_hub_id(location) and not _local_path(location, relative_to).exists()
 
 
+def hub_commit(folder: Path) -> str | None:
+    """The commit that `locate` resolved a hub id to, from its folder in the hub's cache; None for any other folder."""
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if is_snapshot else None
+
+
 def open_base(folder: Path) -> Checkpoint:
     """The base model's tensors."""
     return Checkpoint(folder, BASE_STEMS)
@@ -47,13 +57,34 @@ def _local_path(location: str, relative_to: Path) -> Path:
 
 
 def _download(location: str) -> Path:
+    """The snapshot in the hub's cache, fetched as far as it is not there: `.bin` weights only where there are no others."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
+    http_error: type[Exception] = HfHubHTTPError.__bases__[
+        0
+    ]  # of the HTTP client that this version of the hub's library uses
     name, _, revision = location.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        for suffix in ("safetensors", "bin"):
+            weights = [f"{stem}*.{suffix}" for stem in WEIGHTS]
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision or None, allow_patterns=[*CONFIGS, *weights], ignore_patterns=["*/*"]
+                )
+            )
+            if any(path for pattern in weights for path in folder.glob(pattern)):
+                break
+        return folder
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"'{location}': the hub's '{name}' has no revision '{revision}'; correct what follows the @"
+        ) from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"'{location}': its authors grant access on the hub; accept their terms there and log in (hf auth login)"
+        ) from error
+    except (http_error, HFValidationError, OSError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(
             f"'{location}' is neither a folder here nor to be had from the hub ({reason}); "

@@ -14,7 +14,7 @@ import pickle
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -305,14 +305,19 @@ class Buffers:
 
 
 class Checkpoint:
-    """The tensors of a folder: one file, or the shards that its index names."""
+    """The tensors of a folder: one file, or the shards that its index names; and those of further files beside them."""
 
-    def __init__(self, folder: Path, stems: tuple[str, ...]) -> None:
-        """Open `folder`, looking for `STEM.safetensors`, `STEM.safetensors.index.json`, `STEM.bin`, … in that order."""
+    def __init__(self, folder: Path, stems: Sequence[str], extra: Sequence[str] = ()) -> None:
+        """Open `folder`, looking for `STEM.safetensors`, `STEM.safetensors.index.json`, `STEM.bin`, … in that order.
+
+        The files named by `extra` are opened too where they exist. No tensor may be in two files, and shards must hold
+        exactly what their index places in them.
+        """
         self.folder = folder
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; correct the path in the recipe")
-        self.files = [WeightFile(path) for path in self._paths(stems)]
+        paths, index = self._main_paths(stems)
+        self.files = [WeightFile(path) for path in (*paths, *(folder / name for name in present(folder, extra)))]
         self.refs: dict[str, TensorRef] = {}
         for file in self.files:
             for name, ref in file.refs.items():
@@ -322,11 +327,8 @@ class Checkpoint:
                     )
                 self.refs[name] = ref
         self._by_path = {file.path: file for file in self.files}
-        missing = sorted(self._indexed - self.refs.keys())
-        if missing:
-            raise CheckpointError(
-                f"{folder}: the index lists {missing[0]}, which no shard holds; download the folder again"
-            )
+        if index is not None:
+            self._check_index(index, paths)
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of one of this checkpoint's tensors, in a new tensor or in `buffer` (uint8)."""
@@ -341,27 +343,50 @@ class Checkpoint:
         rows = [f"{ref.name} {CODES.get(ref.dtype, ref.dtype)} {ref.shape}" for ref in self.refs.values()]
         return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
-    def _paths(self, stems: tuple[str, ...]) -> list[Path]:
-        self._indexed: set[str] = set()
+    def _main_paths(self, stems: Sequence[str]) -> tuple[list[Path], dict[str, str] | None]:
+        """The weight files, and the index (tensor name → file name) if they are shards."""
         for suffix in ("safetensors", "bin"):
             for stem in stems:
                 single, index = self.folder / f"{stem}.{suffix}", self.folder / f"{stem}.{suffix}.index.json"
                 if single.is_file():
-                    return [single]
+                    return [single], None
                 if index.is_file():
                     weight_map = read_json(index).get("weight_map")
-                    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+                    if not isinstance(weight_map, dict) or not weight_map:
                         raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
-                    self._indexed = set(weight_map)
-                    return [self._shard(name, index) for name in sorted(set(weight_map.values()))]
+                    for name in weight_map.values():
+                        self._check_shard(name, index)
+                    return [self.folder / name for name in sorted(set(weight_map.values()))], weight_map
         tried = ", ".join(f"{stem}.safetensors / .bin" for stem in stems)
         raise CheckpointError(f"{self.folder}: holds no weights (looked for {tried}); correct the path in the recipe")
 
-    def _shard(self, name: str, index: Path) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: listed in {index.name} but missing; download the folder again")
-        return path
+    def _check_shard(self, name: Any, index: Path) -> None:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
+        if name in ("", "..") or Path(name).name != name:
+            raise CheckpointError(
+                f"{index}: names the shard '{name}', which is no file of this folder; correct the index"
+            )
+        if not (self.folder / name).is_file():
+            raise CheckpointError(
+                f"{self.folder / name}: listed in {index.name} but missing; download the folder again"
+            )
+
+    def _check_index(self, index: dict[str, str], shards: list[Path]) -> None:
+        """A folder that mixes the shards of two versions shows in an index that disagrees with what they hold."""
+        if missing := sorted(index.keys() - self.refs.keys()):
+            raise CheckpointError(
+                f"{self.folder}: the index lists {missing[0]}, which no shard holds; download the folder again"
+            )
+        for name, ref in self.refs.items():
+            if ref.file in shards and index.get(name) != ref.file.name:
+                place = f"places in {index[name]}" if name in index else "does not list"
+                raise CheckpointError(f"{ref.file}: holds {name}, which the index {place}; download the folder again")
+
+
+def present(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of the named files that the folder has."""
+    return [name for name in names if (folder / name).is_file()]
 
 
 def checked(tensor: Tensor, ref: TensorRef, owner: str) -> Tensor:

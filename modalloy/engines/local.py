@@ -3,8 +3,9 @@
 import os
 import resource
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -24,26 +25,35 @@ def run(
     One thread fetches the inputs, in order; `n_workers` threads work. At most `n_workers + AHEAD` items are between the
     start of their fetch and the next request of the caller.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     reader, pool = (
         ThreadPoolExecutor(1),
         ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)),
     )
     waiting: deque[tuple[Item, Future[Result]]] = deque()
-    try:
-        for item in items:
-            if len(waiting) == n_workers + AHEAD:
+    with one_thread():
+        try:
+            for item in items:
+                if len(waiting) == n_workers + AHEAD:
+                    yield _first(waiting)
+                fetched = reader.submit(fetch, item)
+                waiting.append((item, pool.submit(lambda item, fetched: work(item, fetched.result()), item, fetched)))
+            while waiting:
                 yield _first(waiting)
-            fetched = reader.submit(fetch, item)
-            waiting.append((item, pool.submit(lambda item, fetched: work(item, fetched.result()), item, fetched)))
-        while waiting:
-            yield _first(waiting)
+        finally:
+            for executor in (reader, pool):
+                executor.shutdown(wait=False, cancel_futures=True)
+            for executor in (reader, pool):
+                executor.shutdown(wait=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs the block as the workers run a job, on one BLAS thread: the last bits of a product may depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
-        for executor in (reader, pool):
-            executor.shutdown(wait=False, cancel_futures=True)
-        for executor in (reader, pool):
-            executor.shutdown(wait=True)
         torch.set_num_threads(threads)
 
 

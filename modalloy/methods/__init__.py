@@ -4,6 +4,7 @@ A method is a function from one matrix per specialist to the merged update; its 
 `receives` says what it is called with when the specialists are low-rank:
 
 - "core": small matrices C_i with D_i = Q_B C_i Q_Aᵀ. For methods with f({P D_i Qᵀ}) = P f({D_i}) Qᵀ, which are then exact.
+- "factored_core": the same C_i as `LowRank`, for methods that gain by it.
 - "left_core": matrices L_i (p, in) with D_i = Q_B L_i. For methods with f({P D_i}) = P f({D_i}).
 - "factors": the `LowRank` updates themselves, for what is linear in every update, or defined on the factors.
 - "dense": the full matrices, for what works on single entries. Such a method returns a full matrix.
@@ -23,20 +24,26 @@ from modalloy.delta import Delta, LowRank, lift, lift_left
 from modalloy.errors import MethodError, RecipeError, nearest
 from modalloy.linalg import require_finite
 from modalloy.methods.average import average
+from modalloy.methods.consensus import consensus
+from modalloy.methods.core_space import core_space
 from modalloy.methods.damc import damc
+from modalloy.methods.dare import dare_linear, dare_ties, survey_dare_ties
 from modalloy.methods.factorwise import factorwise
+from modalloy.methods.fisher import fisher
 from modalloy.methods.iso import iso_c, iso_cts
+from modalloy.methods.knots import knots
 from modalloy.methods.linear import linear
 from modalloy.methods.optmerge import optmerge
 from modalloy.methods.parameters import check_value, documentation, parse_rank, schema
 from modalloy.methods.ssam import ssam
 from modalloy.methods.swudi import swudi
 from modalloy.methods.task_arithmetic import task_arithmetic
+from modalloy.methods.ties import survey_ties, ties
 from modalloy.methods.tsv import tsv
 from modalloy.methods.wudi import wudi
 
 DENSE_RANK = 128  # `rank: auto` when no specialist is low-rank (the paper's k)
-Receives = Literal["core", "left_core", "factors", "dense"]
+Receives = Literal["core", "factored_core", "left_core", "factors", "dense"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Method:
 
 
 ROTATION_LAWS = ("permutation", "scaling", "left rotation", "rotation", "transpose", "gauge", "factored = dense")
+ENTRY_LAWS = ("permutation", "scaling", "transpose", "gauge", "factored = dense")  # of what treats all entries alike
+MASK_LAWS = ("scaling", "gauge", "factored = dense")  # a mask belongs to one specialist and one place
 LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
 FLAT_LAWS = LINEAR_LAWS[1:]  # a given spectrum, or a given share, is no identity
 ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and columns of D_i play different parts
@@ -107,10 +116,28 @@ ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and c
 
 METHODS = {
     "average": Method(average, "factors", "arXiv 2203.05482", True, LINEAR_LAWS, rowwise=True),
+    "consensus": Method(consensus, "dense", "arXiv 2405.07813", False, ENTRY_LAWS, rowwise=True),
+    "core_space": Method(
+        core_space,
+        "factors",
+        "arXiv 2509.17786",
+        False,
+        ("permutation", "scaling", "left rotation", "rotation", "transpose", "rank ≤ Σ r_i"),
+    ),
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
+    "dare_linear": Method(dare_linear, "dense", "arXiv 2311.03099", False, MASK_LAWS),
+    "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties),
+    "fisher": Method(fisher, "dense", "arXiv 2111.09832", False, ("identity at n=1", *ENTRY_LAWS)),
+    "knots": Method(
+        knots,
+        "left_core",
+        "arXiv 2410.19735",
+        False,
+        ("permutation", "scaling", "left rotation", "gauge", "factored = dense", "rank ≤ Σ r_i"),
+    ),
     "ssam": Method(
         ssam,
-        "core",
+        "factored_core",
         "arXiv 2603.21584",
         True,
         (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
@@ -139,6 +166,7 @@ METHODS = {
         tuple(law for law in LINEAR_LAWS if law not in ("gauge", "factored = dense")),
         one_rank=True,
     ),
+    "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties),
 }
 
 
@@ -180,7 +208,7 @@ def merge_deltas(
         deltas = [delta if weight == 1 else weight * delta for delta, weight in zip(deltas, weights, strict=True)]
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(ranks, default=None))
-    whole = survey_model(method, lambda: [list(deltas)], chosen)
+    whole = survey_model(method, lambda: [(slot, list(deltas))], chosen)
     merged = apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
     return merged.dense() if isinstance(merged, LowRank) and len(ranks) < len(deltas) else merged
 
@@ -213,8 +241,12 @@ def apply(
             for factor in (merged.up, merged.down):
                 require_finite(factor)
             return merged
-        cores, restore = lift(factored) if gets == "core" else lift_left(factored)
-        return restore(entry.function(cores, **arguments), dtype)
+        if gets == "left_core":
+            matrices, restore = lift_left(factored)
+            return restore(entry.function(matrices, **arguments), dtype)
+        cores, restore = lift(factored)
+        small = [core.dense() for core in cores] if gets == "core" else cores
+        return restore(entry.function(small, **arguments), dtype)
     result: Delta = entry.function(dense_matrices(deltas), **arguments)
     return result.to(dtype)
 
@@ -229,19 +261,20 @@ def dense_matrices(deltas: list[Delta]) -> list[Tensor]:
 
 
 def survey_model(
-    method: str, model: Callable[[], Iterable[list[Delta]]], parameters: dict[str, Any]
+    method: str, model: Callable[[], Iterable[tuple[str, list[Delta]]]], parameters: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The whole-model numbers that a method needs before its first layer (a global threshold), None if it needs none.
 
     Args:
         method: a name in METHODS.
-        model: gives the updates of every merged weight, one list per weight; may be called several times.
+        model: gives the slot and the updates of every merged weight, always one update per specialist in the same
+            order (zeros where it has none); called several times.
         parameters: resolved parameters.
     """
     entry = METHODS[method]
     if entry.survey is None or not entry.needs_survey(parameters):
         return None
-    return entry.survey(lambda: (dense_matrices(deltas) for deltas in model()), **parameters)
+    return entry.survey(lambda: ((slot, dense_matrices(deltas)) for slot, deltas in model()), **parameters)
 
 
 def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = False) -> None:

@@ -1,13 +1,11 @@
 """SSAM: Singular Subspace Alignment and Merging (arXiv 2603.21584, Algorithm 1)."""
 
-from torch import Tensor
-
-from modalloy.delta import LowRank
-from modalloy.linalg import energy_rank, gram, top_subspace
+from modalloy.delta import Delta, LowRank, second_moment, shared_subspace
+from modalloy.linalg import energy_rank
 from modalloy.methods.parameters import Number, Rank
 
 
-def ssam(deltas: list[Tensor], *, rank: Rank, scale: Number, shape: tuple[int, int]) -> LowRank:
+def ssam(deltas: list[Delta], *, rank: Rank, scale: Number, shape: tuple[int, int]) -> LowRank:
     """λ Σ U Uᵀ D_i V Vᵀ as a rank-k update: every update projected onto the subspaces they share, then summed.
 
     A = Σ D_i D_iᵀ and B = Σ D_iᵀ D_i leave out the cross terms D_i D_jᵀ that a decomposition of Σ D_i would mix in.
@@ -25,11 +23,11 @@ def ssam(deltas: list[Tensor], *, rank: Rank, scale: Number, shape: tuple[int, i
     falls (see `top_subspace`); the engine calls it on cores of at most (n·r × n·r).
     """
     transposed = [D.T for D in deltas]
-    k = int(rank) if rank >= 1 else max(energy_rank(gram(*transposed), rank), energy_rank(gram(*deltas), rank))
-    U, V = top_subspace(deltas, k), top_subspace(transposed, k)  # of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i
-    total = deltas[0] * scale
-    for D in deltas[1:]:
-        total.add_(D, alpha=scale)
+    k = int(rank)
+    if rank < 1:
+        k = max(energy_rank(second_moment(transposed), rank), energy_rank(second_moment(deltas), rank))
+    U, V = shared_subspace(deltas, k), shared_subspace(transposed, k)  # of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i
+    total = scale * sum(deltas[1:], deltas[0])
     if U.shape[1] <= V.shape[1]:  # k is clipped on each side by itself; the narrower side carries the rank
-        return LowRank(U, (U.T @ total @ V) @ V.T)
-    return LowRank(U @ (U.T @ total @ V), V.T)
+        return LowRank(U, (U.T @ (total @ V)) @ V.T)
+    return LowRank(U @ (U.T @ (total @ V)), V.T)

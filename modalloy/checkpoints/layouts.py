@@ -1,0 +1,47 @@
+"""Opening a specialist: its layout is told by its files and tensor names, never by the folder's name.
+
+- ModelCompose (`adapter_model.{safetensors,bin}` + `config.json`): modelcompose.py
+- PEFT (`adapter_model.{safetensors,bin}` + `adapter_config.json`), also with LLaVA's `non_lora_trainables.bin`: peft.py
+- a full model (`model.safetensors`, sharded or `.bin`), also LLaVA's: full.py
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modalloy.checkpoints.full import open_full
+from modalloy.checkpoints.modelcompose import open_modelcompose
+from modalloy.checkpoints.peft import open_peft
+from modalloy.checkpoints.specialist import Specialist
+from modalloy.errors import CheckpointError
+
+
+def open_specialist(
+    folder: Path, *, modality: str | None = None, label: str | None = None, ignore: Sequence[str] = ()
+) -> Specialist:
+    """A specialist whose tensors are sorted; reads headers and configs only.
+
+    Args:
+        folder: local folder.
+        modality: what the recipe says it sees; checked against the tensor names.
+        label: how messages call it; default: the modality, else the folder's name.
+        ignore: name patterns of tensors to leave out.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor is one that no rule covers.
+    """
+    label = label or modality or folder.name
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; correct the path of the {label} specialist in the recipe")
+    if (folder / "adapter_config.json").is_file():
+        specialist = open_peft(folder, label, ignore)
+    elif any(folder.glob("adapter_model.*")):
+        specialist = open_modelcompose(folder, label, ignore)
+    else:
+        specialist = open_full(folder, label, ignore)
+    if specialist.modality is None:
+        specialist.modality = modality
+    elif modality is not None and modality != specialist.modality:
+        raise CheckpointError(
+            f"{folder}: its tensors belong to modality '{specialist.modality}', the recipe says '{modality}'; correct the recipe"
+        )
+    return specialist

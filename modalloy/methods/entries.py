@@ -1,0 +1,56 @@
+"""What the methods that work on single entries share: blocks of rows, and the exact k-th largest magnitude."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ENTRIES = 1 << 18  # of one matrix handled at once: temporaries stay small and near the processor
+DIGIT_BITS = 16
+
+
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Consecutive blocks of rows of `matrix`, about BLOCK_ENTRIES each."""
+    step = max(1, BLOCK_ENTRIES // max(1, matrix.shape[1]))
+    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
+
+
+def magnitude_cuts(
+    model: Callable[[], Iterable[list[Tensor]]], density: float, dtype: torch.dtype = torch.float32
+) -> list[float]:
+    """For every specialist, the magnitude of its max(1, round(density · N))-th largest entry, N entries in all.
+
+    A radix select: magnitudes are ordered as their IEEE 754 bit patterns, so every pass counts the next 16 bits of
+    those entries that share the bits found before. Nothing is sorted or copied whole.
+
+    Args:
+        model: gives one list of matrices (one per specialist) per weight; called once per pass.
+        density: share of the entries that are at least as large as the cut.
+        dtype: in which the entries are compared; when a wider matrix turns up, everything is compared in its type.
+
+    Cost: two passes over the entries in float32, four in float64; memory O(2¹⁶) per specialist.
+    """
+    integer, bits = (torch.int32, 32) if dtype == torch.float32 else (torch.int64, 64)
+    found: list[int] = []
+    missing: list[int] = []
+    for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
+        counts: list[Tensor] = []
+        for matrices in model():
+            if any(torch.promote_types(matrix.dtype, dtype) != dtype for matrix in matrices):
+                return magnitude_cuts(model, density, torch.float64)
+            counts = counts or [torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=m.device) for m in matrices]
+            for index, (matrix, count) in enumerate(zip(matrices, counts, strict=True)):
+                for rows in row_blocks(matrix):
+                    patterns = matrix[rows].to(dtype).abs().view(integer).flatten()
+                    if found:
+                        patterns = patterns[(patterns >> (shift + DIGIT_BITS)) == found[index]]
+                    count += torch.bincount((patterns >> shift) & ((1 << DIGIT_BITS) - 1), minlength=len(count))
+        missing = missing or [max(1, round(density * int(count.sum()))) for count in counts]
+        digits = []
+        for index, count in enumerate(counts):
+            at_least = count.flip(0).cumsum(0).flip(0)  # entries whose digit is this one or larger
+            digit = max(0, int((at_least >= missing[index]).sum()) - 1)
+            missing[index] -= int(at_least[digit] - count[digit])
+            digits.append(digit)
+        found = [high << DIGIT_BITS | digit for high, digit in zip(found or [0] * len(digits), digits, strict=True)]
+    return [float(torch.tensor(pattern, dtype=integer).view(dtype)) for pattern in found]
