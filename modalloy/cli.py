@@ -18,6 +18,13 @@ OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy mer
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
 Media = list[Path]
+RECEIVES = {
+    "core": "exact, on small cores",
+    "factored_core": "exact, on small cores",
+    "left_core": "exact, on small left cores",
+    "factors": "on their factors",
+    "dense": "on full matrices, which give a full matrix",
+}
 
 
 @app.command()
@@ -146,10 +153,11 @@ def methods(as_json: Json = False) -> None:
         print(json.dumps(rows))
         return
     for name, method in METHODS.items():
-        defaults = ", ".join(f"{key}={value}" for key, value in method.parameters.items())
         print(f"{name} ({method.paper})\n  {method.summary}")
-        print(f"  parameters: {defaults}" + (f"; scale auto = {method.auto_scale}" if method.auto_scale else ""))
-        print(f"  laws: {', '.join(method.laws)}\n")
+        for parameter, default in method.parameters.items():
+            shown = method.auto_scale if parameter == "scale" else default
+            print(f"  {parameter} ({shown}): {method.documentation[parameter]}")
+        print(f"  on low-rank updates: {RECEIVES[method.receives]}; laws: {', '.join(method.laws)}\n")
 
 
 @app.command()

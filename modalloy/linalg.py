@@ -7,8 +7,8 @@ from torch import Tensor
 
 from modalloy.errors import MethodError
 
-WELL_SEPARATED = 0.1  # sine of that angle from which on combinations of the columns lose little to rounding in float32
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
+WELL_SEPARATED = 0.1  # sine of that angle from which on combinations of the columns lose little to rounding in float32
 BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
 OVERSAMPLING = 2  # size of the iterated block, in ranks

@@ -26,88 +26,6 @@ def average(deltas: list[Matrix], scale: float) -> Matrix:
 task_arithmetic = damc = average
 
 
-def ties(deltas: list[Matrix], density: float, combine: str, scale: float, threshold: str = "tensor") -> Matrix:
-    return ties_model([deltas], density, combine, scale)[0]
-
-
-def ties_model(layers: list[list[Matrix]], density: float, combine: str, scale: float) -> list[Matrix]:
-    """Algorithm 1 of the paper on the flattened model: one list of updates per weight."""
-    vectors = [np.concatenate([layer[i].ravel() for layer in layers]) for i in range(len(layers[0]))]
-    kept = []
-    for vector in vectors:
-        largest = np.sort(np.abs(vector))[::-1][: max(1, round(density * len(vector)))]
-        kept.append(np.where(np.abs(vector) >= largest.min(initial=np.inf), vector, 0))
-    sign = np.sign(np.sum(kept, axis=0))
-    sign[sign == 0] = np.sign(np.sum(sign))
-    merged = np.zeros_like(vectors[0])
-    for entry, elected in enumerate(sign):
-        agreeing = [abs(v[entry]) for v in kept if v[entry] * elected > 0]
-        if agreeing:
-            merged[entry] = elected * {"mean": np.mean, "sum": np.sum, "max": np.max}[combine](agreeing)
-    sizes = np.cumsum([layer[0].size for layer in layers])[:-1]
-    return [scale * part.reshape(layer[0].shape) for part, layer in zip(np.split(merged, sizes), layers, strict=True)]
-
-
-def dare_mask(shape: tuple[int, int], density: float, seed: int, model: int, slot: str) -> Matrix:
-    rows = []
-    for tile, start in enumerate(range(0, shape[0], 128)):
-        n = min(128, shape[0] - start) * shape[1]
-        key = hashlib.sha256(json.dumps([seed, model, slot, tile]).encode()).digest()
-        stream = np.random.Philox(key=int.from_bytes(key[:16], "little"))
-        numbers = [half for word in stream.random_raw((n + 1) // 2).tolist() for half in (word % 2**32, word >> 32)]
-        rows.append(np.array(numbers[:n], dtype=np.float64).reshape(-1, shape[1]) < density * 2**32)
-    return np.concatenate(rows) if rows else np.zeros(shape, dtype=bool)
-
-
-def dare(deltas: list[Matrix], density: float, seed: int, slot: str) -> list[Matrix]:
-    return [dare_mask(d.shape, density, seed, i, slot) * d / density for i, d in enumerate(deltas)]
-
-
-def dare_linear(deltas: list[Matrix], density: float, seed: int, scale: float, slot: str = "") -> Matrix:
-    return scale * np.sum(dare(deltas, density, seed, slot), axis=0)
-
-
-def dare_ties(
-    deltas: list[Matrix],
-    density: float,
-    seed: int,
-    trim_density: float,
-    combine: str,
-    scale: float,
-    threshold: str = "tensor",
-    slot: str = "",
-) -> Matrix:
-    return ties(dare(deltas, density, seed, slot), trim_density, combine, scale)
-
-
-def consensus(deltas: list[Matrix], agreement: int, mask_scale: float, scale: float) -> Matrix:
-    tau = np.sum(deltas, axis=0)
-    masks = [np.abs(d) > mask_scale * np.abs(tau - d) for d in deltas]
-    return scale * np.where(np.sum(masks, axis=0) >= agreement, tau, 0)
-
-
-def fisher(deltas: list[Matrix], fishers: list[Matrix], floor: float, normalize: str, scale: float) -> Matrix:
-    floored = [np.maximum(f, floor) for f in fishers]
-    if normalize == "l2":
-        floored = [f / np.linalg.norm(f) for f in floored]
-    return scale * sum(f * d for f, d in zip(floored, deltas, strict=True)) / sum(floored)
-
-
-def knots(deltas: list[Matrix], density: float, combine: str, scale: float) -> Matrix:
-    u, s, vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
-    kept = s > 1e-5 * s.max(initial=0)
-    coordinates = np.split(s[kept, None] * vt[kept], len(deltas), axis=1)
-    return u[:, kept] @ ties(coordinates, density, combine, scale)
-
-
-def core_space(factors: list[tuple[Matrix, Matrix]], inner: str, density: float, combine: str, scale: float) -> Matrix:
-    u, s_u, _ = np.linalg.svd(np.concatenate([b for b, _ in factors], axis=1), full_matrices=False)
-    _, s_v, vt = np.linalg.svd(np.concatenate([a for _, a in factors], axis=0), full_matrices=False)
-    u, vt = u[:, s_u > 1e-12 * s_u.max(initial=0)], vt[s_v > 1e-12 * s_v.max(initial=0)]
-    cores = [u.T @ b @ a @ vt.T for b, a in factors]
-    return u @ (ties(cores, density, combine, scale) if inner == "ties" else scale * np.sum(cores, axis=0)) @ vt
-
-
 def linear(deltas: list[Matrix], alpha: float) -> Matrix:
     return alpha * np.mean(deltas, axis=0)
 
@@ -123,8 +41,8 @@ def polar(matrix: Matrix) -> Matrix:
     return u @ vt
 
 
-def tsv(deltas: list[Matrix], components: int | str, scale: float) -> Matrix:
-    k = max(min(deltas[0].shape) // len(deltas), 1) if components == "auto" else components
+def tsv(deltas: list[Matrix], rank: int | str, scale: float) -> Matrix:
+    k = max(min(deltas[0].shape) // len(deltas), 1) if rank == "auto" else rank
     parts = [triples(d, k) for d in deltas]
     values = np.concatenate([s for _, s, _ in parts])
     return (
@@ -227,10 +145,7 @@ Factors = list[tuple[Matrix, Matrix]]
 def factorwise(deltas: Factors, mode: str, adapter_scale: float, density: float, scale: float) -> Matrix:
     ups, downs = [up / adapter_scale for up, _ in deltas], [down for _, down in deltas]
     if mode == "ties":
-        merged = flat_ties(
-            np.array([np.hstack([up.ravel(), down.ravel()]) for up, down in zip(ups, downs, strict=True)]), density
-        )
-        up, down = merged[: ups[0].size].reshape(ups[0].shape), merged[ups[0].size :].reshape(downs[0].shape)
+        up, down = ties_model([ups, downs], density, "mean", 1)
     else:
         up, down = apart(ups, mode), apart(downs, mode)
     return scale * adapter_scale * up @ down
@@ -247,15 +162,83 @@ def apart(factors: list[Matrix], mode: str) -> Matrix:
     return {"sum": np.sum, "mean": np.mean}[mode](factors, axis=0)
 
 
-def flat_ties(vectors: Matrix, density: float) -> Matrix:
-    merged = np.zeros(vectors.shape[1])
-    kept = np.zeros_like(vectors)
-    for row, vector in zip(kept, vectors, strict=True):
-        least = np.sort(np.abs(vector))[max(len(vector) - int(len(vector) * density) - 1, 0)]
-        row[np.abs(vector) >= least] = vector[np.abs(vector) >= least]
-    signs = np.sign(kept.sum(axis=0))
-    signs[signs == 0] = np.sign(signs.sum())
-    for entry, sign in enumerate(signs):
-        voters = [v for v in kept[:, entry] if v * sign > 0]
-        merged[entry] = np.mean(voters) if voters else 0
-    return merged
+def ties(deltas: list[Matrix], density: float, combine: str, scale: float, threshold: str = "tensor") -> Matrix:
+    return ties_model([deltas], density, combine, scale)[0]
+
+
+def ties_model(layers: list[list[Matrix]], density: float, combine: str, scale: float) -> list[Matrix]:
+    """Algorithm 1 of the paper on the flattened model: one list of updates per weight."""
+    vectors = [np.concatenate([layer[i].ravel() for layer in layers]) for i in range(len(layers[0]))]
+    kept = []
+    for vector in vectors:
+        largest = np.sort(np.abs(vector))[::-1][: max(1, round(density * len(vector)))]
+        kept.append(np.where(np.abs(vector) >= largest.min(initial=np.inf), vector, 0))
+    sign = np.sign(np.sum(kept, axis=0))
+    sign[sign == 0] = np.sign(np.sum(sign))
+    merged = np.zeros_like(vectors[0])
+    for entry, elected in enumerate(sign):
+        agreeing = [abs(v[entry]) for v in kept if v[entry] * elected > 0]
+        if agreeing:
+            merged[entry] = elected * {"mean": np.mean, "sum": np.sum, "max": np.max}[combine](agreeing)
+    sizes = np.cumsum([layer[0].size for layer in layers])[:-1]
+    return [scale * part.reshape(layer[0].shape) for part, layer in zip(np.split(merged, sizes), layers, strict=True)]
+
+
+def dare_mask(shape: tuple[int, int], density: float, seed: int, model: int, slot: str) -> Matrix:
+    rows = []
+    for tile, start in enumerate(range(0, shape[0], 128)):
+        n = min(128, shape[0] - start) * shape[1]
+        key = hashlib.sha256(json.dumps([seed, model, slot, tile]).encode()).digest()
+        stream = np.random.Philox(key=int.from_bytes(key[:16], "little"))
+        numbers = [half for word in stream.random_raw((n + 1) // 2).tolist() for half in (word % 2**32, word >> 32)]
+        rows.append(np.array(numbers[:n], dtype=np.float64).reshape(-1, shape[1]) < density * 2**32)
+    return np.concatenate(rows) if rows else np.zeros(shape, dtype=bool)
+
+
+def dare(deltas: list[Matrix], density: float, seed: int, slot: str) -> list[Matrix]:
+    return [dare_mask(d.shape, density, seed, i, slot) * d / density for i, d in enumerate(deltas)]
+
+
+def dare_linear(deltas: list[Matrix], density: float, seed: int, scale: float, slot: str = "") -> Matrix:
+    return scale * np.sum(dare(deltas, density, seed, slot), axis=0)
+
+
+def dare_ties(
+    deltas: list[Matrix],
+    density: float,
+    seed: int,
+    trim_density: float,
+    combine: str,
+    scale: float,
+    threshold: str = "tensor",
+    slot: str = "",
+) -> Matrix:
+    return ties(dare(deltas, density, seed, slot), trim_density, combine, scale)
+
+
+def consensus(deltas: list[Matrix], agreement: int, mask_scale: float, scale: float) -> Matrix:
+    tau = np.sum(deltas, axis=0)
+    masks = [np.abs(d) > mask_scale * np.abs(tau - d) for d in deltas]
+    return scale * np.where(np.sum(masks, axis=0) >= agreement, tau, 0)
+
+
+def fisher(deltas: list[Matrix], fishers: list[Matrix], floor: float, normalize: str, scale: float) -> Matrix:
+    floored = [np.maximum(f, floor) for f in fishers]
+    if normalize == "l2":
+        floored = [f / np.linalg.norm(f) for f in floored]
+    return scale * sum(f * d for f, d in zip(floored, deltas, strict=True)) / sum(floored)
+
+
+def knots(deltas: list[Matrix], density: float, combine: str, scale: float) -> Matrix:
+    u, s, vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
+    kept = s > 1e-5 * s.max(initial=0)
+    coordinates = np.split(s[kept, None] * vt[kept], len(deltas), axis=1)
+    return u[:, kept] @ ties(coordinates, density, combine, scale)
+
+
+def core_space(factors: list[tuple[Matrix, Matrix]], inner: str, density: float, combine: str, scale: float) -> Matrix:
+    u, s_u, _ = np.linalg.svd(np.concatenate([b for b, _ in factors], axis=1), full_matrices=False)
+    _, s_v, vt = np.linalg.svd(np.concatenate([a for _, a in factors], axis=0), full_matrices=False)
+    u, vt = u[:, s_u > 1e-12 * s_u.max(initial=0)], vt[s_v > 1e-12 * s_v.max(initial=0)]
+    cores = [u.T @ b @ a @ vt.T for b, a in factors]
+    return u @ (ties(cores, density, combine, scale) if inner == "ties" else scale * np.sum(cores, axis=0)) @ vt

@@ -175,7 +175,7 @@ Q = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64, generator=torch.Gen
 
 
 def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
-    given: dict[str, Any] = {"rank": K} if "rank" in METHODS[method].parameters else {}
+    given: dict[str, Any] = {"rank": K} if "rank ≤ k" in METHODS[method].laws else {}
     others = extras(method, len(deltas))
 
     def f(updates: list[LowRank], change: Callable[[list[Tensor]], list[Tensor]] = lambda matrices: matrices) -> Tensor:
@@ -346,7 +346,7 @@ def test_linear_is_between_the_base_and_the_mean_of_the_donors() -> None:
 def test_tsv_has_the_updates_singular_values() -> None:
     deltas = draw((4, 6, 5), dtype=torch.float64)
     for components, kept in (("auto", (4, 6, 5)), (2, (2, 2, 2))):
-        found = torch.linalg.svdvals(dense(merge_deltas(deltas, "tsv", components=components)))[: sum(kept)]
+        found = torch.linalg.svdvals(dense(merge_deltas(deltas, "tsv", rank=components)))[: sum(kept)]
         wanted = torch.cat([torch.linalg.svdvals(dense(d))[:k] for d, k in zip(deltas, kept, strict=True)])
         assert torch.allclose(found, wanted.sort(descending=True).values, rtol=1e-9)
 
@@ -387,7 +387,7 @@ def test_iso_flattens_the_spectrum() -> None:
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
-        ("tsv", {"components": 2}),
+        ("tsv", {"rank": 2}),
         ("iso_c", {"mean_over": "support"}),
         ("iso_cts", {"mean_over": "support", "common": 0.3}),
         ("iso_cts", {"common": 0.0}),

@@ -34,7 +34,7 @@ from modalloy.methods.iso import iso_c, iso_cts
 from modalloy.methods.knots import knots
 from modalloy.methods.linear import linear
 from modalloy.methods.optmerge import optmerge
-from modalloy.methods.parameters import check_value, documentation, parse_rank, schema
+from modalloy.methods.parameters import Rank, check_value, documentation, parse_rank, schema
 from modalloy.methods.ssam import ssam
 from modalloy.methods.swudi import swudi
 from modalloy.methods.task_arithmetic import task_arithmetic
@@ -92,6 +92,11 @@ class Method:
         return {name: default for name, (_, default) in schema(self.function).items()}
 
     @property
+    def takes_k(self) -> bool:
+        """Whether its `rank` is that of the merged update, whose "auto" is the specialists' largest LoRA rank."""
+        return "rank" in self.parameters and schema(self.function)["rank"][0] is Rank
+
+    @property
     def documentation(self) -> dict[str, str]:
         """Name → meaning of every parameter."""
         return {name: text for name, text in documentation(self.function).items() if name in self.parameters}
@@ -127,7 +132,17 @@ METHODS = {
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
     "dare_linear": Method(dare_linear, "dense", "arXiv 2311.03099", False, MASK_LAWS),
     "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties),
+    "factorwise": Method(
+        factorwise,
+        "factors",
+        "arXiv 2402.12750",
+        False,
+        tuple(law for law in LINEAR_LAWS if law not in ("gauge", "factored = dense")),
+        one_rank=True,
+    ),
     "fisher": Method(fisher, "dense", "arXiv 2111.09832", False, ("identity at n=1", *ENTRY_LAWS)),
+    "iso_c": Method(iso_c, "core", "arXiv 2502.04959", False, FLAT_LAWS),
+    "iso_cts": Method(iso_cts, "core", "arXiv 2502.04959", False, ROW_LAWS[1:]),
     "knots": Method(
         knots,
         "left_core",
@@ -135,21 +150,7 @@ METHODS = {
         False,
         ("permutation", "scaling", "left rotation", "gauge", "factored = dense", "rank ≤ Σ r_i"),
     ),
-    "ssam": Method(
-        ssam,
-        "factored_core",
-        "arXiv 2603.21584",
-        True,
-        (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
-    ),
-    "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),
-    "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties),
     "linear": Method(linear, "factors", "arXiv 2503.23733", False, FLAT_LAWS, rowwise=True),
-    "tsv": Method(tsv, "core", "arXiv 2412.00081", False, LINEAR_LAWS),
-    "iso_c": Method(iso_c, "core", "arXiv 2502.04959", False, FLAT_LAWS),
-    "iso_cts": Method(iso_cts, "core", "arXiv 2502.04959", False, ROW_LAWS[1:]),
-    "wudi": Method(wudi, "core", "arXiv 2503.08099", False, ROW_LAWS, dense_when=("solver", "adam")),
-    "swudi": Method(swudi, "core", "arXiv 2606.07289", False, ROW_LAWS),
     "optmerge": Method(
         optmerge,
         "core",
@@ -159,14 +160,18 @@ METHODS = {
         dense_when=("variant", "full"),
         scale_when=("variant", "full", 0.1),
     ),
-    "factorwise": Method(
-        factorwise,
-        "factors",
-        "arXiv 2402.12750",
-        False,
-        tuple(law for law in LINEAR_LAWS if law not in ("gauge", "factored = dense")),
-        one_rank=True,
+    "ssam": Method(
+        ssam,
+        "factored_core",
+        "arXiv 2603.21584",
+        True,
+        (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
     ),
+    "swudi": Method(swudi, "core", "arXiv 2606.07289", False, ROW_LAWS),
+    "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),
+    "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties),
+    "tsv": Method(tsv, "core", "arXiv 2412.00081", False, LINEAR_LAWS),
+    "wudi": Method(wudi, "core", "arXiv 2503.08099", False, ROW_LAWS, dense_when=("solver", "adam")),
 }
 
 
@@ -298,7 +303,7 @@ def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int |
     chosen = entry.parameters | parameters
     if chosen.get("scale") == "auto":
         chosen["scale"] = entry.automatic_scale(n, chosen)
-    if "rank" in chosen:
+    if entry.takes_k:
         automatic = max(lora_rank, 1) if lora_rank is not None else DENSE_RANK
         chosen["rank"] = automatic if chosen["rank"] == "auto" else parse_rank(chosen["rank"])
     return chosen

@@ -10,6 +10,7 @@ from modalloy.errors import MethodError
 from modalloy.linalg import require_finite
 from modalloy.methods.optmerge import momentum_gain, truncate
 from modalloy.methods.parameters import Number, Positive, Share
+from modalloy.methods.ties import ties
 from modalloy.methods.tsv import tsv
 from modalloy.methods.wudi import Interference, wudi
 
@@ -28,7 +29,7 @@ def factorwise(
     Not a merge of the updates s B_i A_i: it makes cross terms B_i A_j, and depends on how an update is factored
     (B_i G and G⁻¹A_i are the same update). It is here to reproduce published results; the rank stays r.
     - sum, mean: of the factors. NaiveMC; a mean weighs each own term B_i A_i by 1/T².
-    - ties: trim, elect sign, disjoint mean over A and B together, per weight; the original trims over the whole adapter.
+    - ties: as the method of that name on A and B together, per weight; the original trims over the whole adapter.
     - tsv, wudi: as the methods of that name on each factor; wudi with Adam, 300 steps of 1e-5, as published.
     - optmerge: targets truncated to ⌊r/5⌋, projectors whole, 300 steps of 5e-2 with momentum 0.9 from the mean.
 
@@ -62,8 +63,9 @@ def factorwise(
     for factor in (*ups, *downs):
         require_finite(factor)
     if mode == "ties":
-        pairs = [torch.cat([down.flatten(), up.flatten()]) for down, up in zip(downs, ups, strict=True)]
-        flat_down, flat_up = _ties(torch.stack(pairs), density).split([downs[0].numel(), ups[0].numel()])
+        vectors = [torch.cat([down.flatten(), up.flatten()])[None] for down, up in zip(downs, ups, strict=True)]
+        merged = ties(vectors, density=density, scale=1.0, shape=(1, vectors[0].numel()))
+        flat_down, flat_up = merged[0].split([downs[0].numel(), ups[0].numel()])
         down, up = flat_down.view_as(downs[0]), flat_up.view_as(ups[0])
     else:
         down, up = _merge(downs, mode), _merge(ups, mode)
@@ -84,15 +86,3 @@ def _merge(factors: list[Tensor], mode: str) -> Tensor:
         return mean
     targets = [truncate(factor, max(1, min(shape) // 5))[0] for factor in factors]
     return Interference(mean, targets, factors, factors).relax(momentum_gain(300, 5e-2, 0.9))
-
-
-def _ties(vectors: Tensor, density: float) -> Tensor:
-    """TIES (Yadav et al., arXiv 2306.01708) of vectors (T, N): their mean where they are large and of the elected sign."""
-    dropped = vectors.shape[1] - int(vectors.shape[1] * density)
-    if dropped:  # the original keeps the last of these, too
-        least = vectors.abs().kthvalue(dropped, dim=1, keepdim=True).values
-        vectors = torch.where(vectors.abs() >= least, vectors, 0)
-    elected = vectors.sum(0).sign()
-    elected = torch.where(elected == 0, elected.sum().sign(), elected)
-    agreeing = torch.where(vectors.sign() == elected, vectors, 0)
-    return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)

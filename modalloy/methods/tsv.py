@@ -11,7 +11,7 @@ from modalloy.methods.parameters import Count, Number
 
 
 def tsv(
-    deltas: list[Tensor], *, components: Count | Literal["auto"] = "auto", scale: Number, shape: tuple[int, int]
+    deltas: list[Tensor], *, rank: Count | Literal["auto"] = "auto", scale: Number, shape: tuple[int, int]
 ) -> LowRank:
     """λ U_⊥ Σ V_⊥ᵀ: the leading singular triples of every update, their vectors made orthogonal across updates.
 
@@ -23,14 +23,14 @@ def tsv(
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        components: k, the most singular triples that one update contributes; "auto" is the paper's ⌊min(out, in)/T⌋
+        rank: k, the most singular triples that one update contributes; "auto" is the paper's ⌊min(out, in)/T⌋
             (at least 1), which on LoRA updates is seldom below their rank.
         scale: λ, 1 by default.
         shape: of the original weight (out, in).
 
     Cost: O(T mn·min(m, n)) for m × n matrices, and O((Σ k_i)³).
     """
-    k = max(1, min(shape) // len(deltas)) if components == "auto" else components
+    k = max(1, min(shape) // len(deltas)) if rank == "auto" else rank
     left, values, right = zip(*(singular_triples(D, k) for D in deltas), strict=True)
     U, V = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
     return LowRank(scale * U * torch.cat(values), V.T)

@@ -22,8 +22,9 @@ def wudi(
     """λ X with X minimising Σ ‖(X − D_i) D_iᵀ‖²/‖D_i‖²: no update disturbs what another does to its own inputs.
 
     The rows of D_i stand for the inputs of task i. The exact minimiser on the row space of the updates is
-    X = E C⁺ with C = Σ D_iᵀD_i/‖D_i‖² and E = Σ D_i D_iᵀD_i/‖D_i‖²; weak directions of C make it large. The published
-    method stops early instead: Adam from Σ D_i, whose steps have the size of `lr` however small the updates are.
+    X = E C⁺ with C = Σ D_iᵀD_i/‖D_i‖² and E = Σ D_i D_iᵀD_i/‖D_i‖², which solves the weak directions of C as fully as
+    the strong ones. The published method stops early instead: Adam from Σ D_i, whose steps have the size of `lr`
+    however small the updates are.
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in; a zero one contributes nothing.
@@ -34,7 +35,7 @@ def wudi(
         shape: of the original weight; unused.
 
     Cost: exact O(T mn·min(m, n) + n³) for m × n matrices. Adam O(mn²) per iteration (300 for 4096 × 4096: 4e13
-    operations, a quarter of an hour on one core) and about 4 (T + 10) mn + 12 n² bytes in float32.
+    operations, a quarter of an hour on one core) and, in float32, about 4 (T + 22) mn bytes at m = n.
     """
     problem = Interference(sum(deltas[1:], deltas[0]), deltas, deltas, deltas)
     if solver == "adam":
