@@ -88,9 +88,10 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
     for fate in planned.fates:
         print(f"{fate.source:12} {fate.fate:9} {fate.tensor}  ({fate.detail})")
     print(f"\n{planned.summary()}")
+    workers = default_workers()
     print(
-        f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB, "
-        f"about {planned.peak_bytes(default_workers()) / 1e6:.0f} MB of memory with {default_workers()} workers"
+        f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB ({planned.disk_bytes / 1e6:.1f} MB "
+        f"of disk), holds about {planned.peak_bytes(workers) / 1e6:.0f} MB in memory with {workers} workers"
     )
 
 

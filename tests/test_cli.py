@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from modalloy import builtin, cli
+from modalloy import builtin, cli, load_recipe
 from modalloy.methods import METHODS
 
 Run = Callable[..., str]
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture
@@ -77,3 +78,8 @@ def test_plan_lists_every_tensor(run: Run, write_recipe: Callable[..., Path]) ->
     assert len([line for line in lines if line.startswith(("base ", "image ", "audio "))]) == len(
         json.loads(run("plan", recipe, "--json"))["tensors"]
     )
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path).models
