@@ -17,7 +17,7 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
 
     base: dict[str, Any] = {"name": planned.base_name, "header_sha256": planned.base.header_sha256()}
     base |= _revision(planned.base_folder)
-    if planned.recipe.output.form == "full" or not planned.base_is_portable:
+    if planned.reads_base:
         base["sha256"] = {file.path.name: file.sha256 for file in planned.base.files}
     inputs = {
         s.label: {

@@ -359,7 +359,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(_omni_config(planned), indent=2) + "\n")
     if planned.chat_template is not None:
         (folder / "chat_template.jinja").write_text(planned.chat_template, encoding="utf-8")
-    if not planned.base_is_portable:
+    if planned.copies_base:
         (folder / "base").mkdir()
         for name in ["config.json", *(file.path.name for file in planned.base.files)]:
             shutil.copyfile(base / name, folder / "base" / name)

@@ -113,6 +113,16 @@ class Plan:
         return self.recipe.base_model if self.base_is_portable else self.base_folder.name
 
     @property
+    def copies_base(self) -> bool:
+        """Whether the result holds a copy of the base: an omni folder does, where only this machine would find it."""
+        return self.recipe.output.form == "omni" and not self.base_is_portable
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the base's files are read as a whole, and so hashed; else their headers identify it."""
+        return self.recipe.output.form == "full" or self.copies_base
+
+    @property
     def write_bytes(self) -> int:
         """Size of the tensors that will be written."""
         return sum(job.write_bytes for job in self.jobs)
@@ -121,7 +131,7 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
         files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
-        if self.recipe.output.form == "full" or not self.base_is_portable:
+        if self.reads_base:
             files += self.base.files
         once = sum(file.path.stat().st_size for file in files)
         surveyed = [
@@ -133,8 +143,8 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Room that the result takes: the tensors, and a copy of the base where only this machine would find it."""
-        copied = self.recipe.output.form == "omni" and not self.base_is_portable
-        return self.write_bytes + (sum(file.path.stat().st_size for file in self.base.files) if copied else 0)
+        copied = self.base.files if self.copies_base else []
+        return self.write_bytes + sum(file.path.stat().st_size for file in copied)
 
     def sample(self) -> list[Job]:
         """The merged weights that are computed again to verify the result."""
