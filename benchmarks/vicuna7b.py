@@ -246,7 +246,11 @@ def _write_factors(
 
 
 def _write_tensors(path: Path, shapes: Shapes, dtype: torch.dtype, draw: Draw) -> None:
-    """A safetensors file, written block by block: the length of the header, the header, then the tensors."""
+    """A safetensors file, written block by block: the length of the header, the header, then the tensors by name.
+
+    The library's own writer sorts them so too: `layers.10` comes before `layers.2`, and a reader has to cope with it.
+    """
+    shapes = dict(sorted(shapes.items()))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
