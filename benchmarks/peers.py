@@ -15,11 +15,12 @@ Two merges by task arithmetic of weight 1/4, both computed in float32 and writte
 - full models: a base and four full fine-tunes of it. modalloy keeps the base's embeddings and lm_head, mergekit also
   merges those.
 
-The model has true Vicuna-7B layers, 4 of them by default, and a vocabulary reduced in proportion, so that the embeddings
-have the share that they have in the whole model. The two alternate; inputs are dropped from the page cache before each
-run, the clock stops when everything is on the disk, and bytes are those of the storage layer (/proc/PID/io). The results
-are compared: the distance between both merged weights, relative to the update, over one layer. The inputs are made by
-`vicuna7b.py` in DIR (11 GB for 4 layers) and kept. Prints a table, then one JSON document as its last line.
+The model has true Vicuna-7B layers, 4 of them by default, and a vocabulary reduced in proportion, so that the
+embeddings have the share that they have in the whole model. The two alternate; inputs are dropped from the page cache
+before each run, the clock stops when everything is on the disk, and bytes are those of the storage layer
+(/proc/PID/io). Memory is resident, which counts the pages of mapped files (mergekit maps its inputs). The results are
+compared: the distance between both merged weights, relative to the update, over one layer. The inputs are made by
+`vicuna7b.py` in DIR (9 GB for 4 layers) and kept. Prints a table, then one JSON document as its last line.
 """
 
 import argparse
