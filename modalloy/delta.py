@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, gram, require_finite, top_eigenvectors, top_subspace
+from modalloy.linalg import Basis, frobenius, gram, require_finite, top_eigenvectors, top_subspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def norm(delta: Delta) -> float:
     if isinstance(delta, LowRank):
         (core,), _ = lift([delta])
         return float(core.dense().norm())
-    return float(delta.to(torch.float64).norm())
+    return frobenius(delta)
 
 
 def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
@@ -153,5 +153,5 @@ def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
         return restore(cut, delta.up.dtype), float((s[rank:].norm() / s.norm()).nan_to_num(0))
     u = top_subspace([delta], rank)
     cut = LowRank(u.to(delta.dtype), u.T.to(delta.dtype) @ delta)
-    size = float(delta.norm())
-    return cut, float((delta - cut.dense()).norm()) / size if size else 0.0
+    size = frobenius(delta)
+    return cut, frobenius(delta - cut.dense()) / size if size else 0.0
