@@ -312,6 +312,7 @@ def _write_weights(
     limit = planned.recipe.output.max_shard_size if form == "full" else None  # adapters are always one file (PEFT)
     writer = WeightWriter(staging.folder, STEMS[form], specs, limit)
     kept = writer.keep(staging.finished)
+    planned.compression |= staging.facts if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
     buffers = Buffers()
 
@@ -326,7 +327,7 @@ def _write_weights(
         for done, (job, (tensors, inputs)) in enumerate(results, len(planned.jobs) - len(remaining) + 1):
             for spec, tensor in zip(job.outputs, tensors, strict=True):
                 if finished := writer.add(spec.name, tensor):
-                    staging.note(finished, writer.sha256[finished])
+                    staging.note(finished, writer.sha256[finished], planned.compression)
             for tensor in inputs:
                 buffers.give(tensor)
             if on_job is not None:
@@ -360,7 +361,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     if planned.chat_template is not None:
         (folder / "chat_template.jinja").write_text(planned.chat_template, encoding="utf-8")
     if not planned.base_is_portable:
-        (folder / "base").mkdir()
+        (folder / "base").mkdir(exist_ok=True)
         for name in ["config.json", *(file.path.name for file in planned.base.files)]:
             shutil.copyfile(base / name, folder / "base" / name)
         for index in base.glob("*.index.json"):

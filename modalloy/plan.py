@@ -25,6 +25,7 @@ from modalloy.checkpoints import (
     locate,
     open_base,
     open_specialist,
+    present,
     read_json,
 )
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
@@ -146,6 +147,8 @@ class Plan:
         """Hash of what is made from what: recipe, program, jobs, and every input file's name, size and time of change."""
         files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
         files += [file.path for file in self.fishers if file is not None]
+        configs = ("config.json", "adapter_config.json")  # which set the updates' scale, and are copied
+        files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         jobs = [(job.kind, job.slot, job.group, job.weights, str(job.outputs)) for job in self.jobs]
         made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]
