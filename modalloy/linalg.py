@@ -15,6 +15,7 @@ MAX_WEIGHTS = (
     10.0  # a combination Xw of unit columns in float32 loses 6e-8 · ‖w‖ / ‖Xw‖ (times √n at worst) to rounding
 )
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
+BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
 OVERSAMPLING = 2  # size of the iterated block, in ranks

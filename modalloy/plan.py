@@ -31,13 +31,13 @@ from modalloy.checkpoints import (
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS, resolve
 from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 SAMPLED_LAYERS = 12  # merged again to verify a result
-BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 
@@ -140,7 +140,9 @@ class Plan:
     def sample(self) -> list[Job]:
         """The merged weights that are computed again to verify the result."""
         merges = [job for job in self.jobs if job.kind == "merge"]
-        return merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+        last = SAMPLED_LAYERS - 1
+        spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
+        return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
 
     @property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -337,7 +338,8 @@ class Staging:
 
     def _continues(self) -> bool:
         """Whether an interrupted run was found to go on from; one of something else is refused."""
-        lines, whole = [], 0
+        records: list[dict[str, Any]] = []
+        whole = 0
         for line in self.log.read_bytes().splitlines(keepends=True):
             try:
                 record = json.loads(line)
@@ -345,20 +347,20 @@ class Staging:
                 break
             if not line.endswith(b"\n") or not isinstance(record, dict):
                 break
-            lines.append(record)
+            records.append(record)
             whole += len(line)
-        if not lines or not self.folder.is_dir():
+        if not records or not self.folder.is_dir():
             return False
-        if lines[0].get("fingerprint") != self.fingerprint:
+        if records[0].get("fingerprint") != self.fingerprint:
             raise OutputError(
                 f"{self.out}: the interrupted merge was of another recipe or of inputs that changed since; "
                 "start again without --resume"
             )
         os.ftruncate(self.lock, whole)  # what the kill cut would spoil the next record
-        self.overwrite = lines[0]["overwrite"]
-        for line in lines[1:]:
-            self.finished[line["file"]] = line["sha256"]
-            self.facts |= line["facts"]
+        self.overwrite = records[0]["overwrite"]
+        for record in records[1:]:
+            self.finished[record["file"]] = record["sha256"]
+            self.facts |= record["facts"]
         return True
 
     def _start_again(self) -> None:
