@@ -136,6 +136,16 @@ def shared_subspace(deltas: Sequence[Delta], rank: int) -> Tensor:
     return top_eigenvectors(second_moment([delta.T for delta in deltas]), rank)
 
 
+def thin_svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors U (out, r), values (r,) in descending order and V (in, r); factors are decomposed at their rank."""
+    if isinstance(delta, Tensor):
+        u, values, vh = torch.linalg.svd(delta, full_matrices=False)
+        return u, values, vh.T
+    left, right = Basis(delta.up), Basis(delta.down.T)
+    u, values, vh = torch.linalg.svd(left.triangle @ right.triangle.T, full_matrices=False)
+    return left.times(u, torch.float64), values, right.times(vh.T, torch.float64)
+
+
 def norm(delta: Delta) -> float:
     """Frobenius norm; of factors without forming the matrix, O((out + in) r²)."""
     if isinstance(delta, LowRank):

@@ -197,7 +197,7 @@ class WeightFile:
             with zipfile.ZipFile(self.path) as archive:
                 entries = archive.infolist()
                 order = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, zlib.error) as error:
+        except (zipfile.BadZipFile, zlib.error, *DAMAGED_PICKLE) as error:
             raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
         odd = "compressed" if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) else ""
         if odd := odd or ("stored with the highest byte first" if b"big" in order else ""):
@@ -211,7 +211,7 @@ class WeightFile:
             tensor.untyped_storage(), "_checkpoint_offset", None
         )  # None as torch < 1.6 wrote it
         if start is not None:
-            size = records[bisect.bisect_left(records, (start, 0)) - 1][1]
+            size = records[bisect.bisect_left(records, (start, 0)) - 1][1] if records else 0
             if size != tensor.untyped_storage().nbytes():
                 raise CheckpointError(
                     f"{self.path}: {name} is damaged ({tensor.untyped_storage().nbytes()} bytes by its header, {size} stored); "
