@@ -75,6 +75,9 @@ def verify(out: str | Path) -> Verification:
     if gone:
         return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
     entries = [entry.model_dump() | {"model": path} for entry, path in zip(recipe.models, models, strict=True)]
+    fishers = read_json(folder / SOURCES).get("fishers", [None] * len(entries))
+    for entry, place in zip(entries, fishers, strict=True):
+        entry["parameters"]["fisher"] = place
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
     planned = plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})

@@ -334,6 +334,16 @@ def test_verify_allows_for_rounding_where_updates_nearly_cancel(
     assert error is not None and error > 10 * torch.finfo(getattr(torch, dtype)).eps / 4
 
 
+def test_verify_finds_fisher_files_that_are_named_from_the_recipe(
+    write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
+) -> None:
+    save_file({f"{stem}.weight": torch.ones(shape) for stem, shape in SLOTS.items()}, tmp_path / "ones.safetensors")
+    models = [{"model": str(path), "parameters": {"fisher": "ones.safetensors"}} for path in specialists.values()]
+    recipe = write_recipe(models=models, merge_method="fisher", output={"form": "full"})
+    modalloy.merge(recipe, tmp_path / "out")
+    assert verify(tmp_path / "out").layers == 12
+
+
 @pytest.mark.gpu
 def test_cuda_gives_what_the_cpu_gives(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
