@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, gram, require_finite, top_eigenvectors, top_subspace
+from modalloy.linalg import Basis, frobenius, gram, require_finite, top_eigenvectors, top_subspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +136,22 @@ def shared_subspace(deltas: Sequence[Delta], rank: int) -> Tensor:
     return top_eigenvectors(second_moment([delta.T for delta in deltas]), rank)
 
 
+def thin_svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors U (out, r), values (r,) in descending order and V (in, r); factors are decomposed at their rank."""
+    if isinstance(delta, Tensor):
+        u, values, vh = torch.linalg.svd(delta, full_matrices=False)
+        return u, values, vh.T
+    left, right = Basis(delta.up), Basis(delta.down.T)
+    u, values, vh = torch.linalg.svd(left.triangle @ right.triangle.T, full_matrices=False)
+    return left.times(u, torch.float64), values, right.times(vh.T, torch.float64)
+
+
 def norm(delta: Delta) -> float:
     """Frobenius norm; of factors without forming the matrix, O((out + in) r²)."""
     if isinstance(delta, LowRank):
         (core,), _ = lift([delta])
         return float(core.dense().norm())
-    return float(delta.to(torch.float64).norm())
+    return frobenius(delta)
 
 
 def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
@@ -153,5 +163,5 @@ def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
         return restore(cut, delta.up.dtype), float((s[rank:].norm() / s.norm()).nan_to_num(0))
     u = top_subspace([delta], rank)
     cut = LowRank(u.to(delta.dtype), u.T.to(delta.dtype) @ delta)
-    size = float(delta.norm())
-    return cut, float((delta - cut.dense()).norm()) / size if size else 0.0
+    size = frobenius(delta)
+    return cut, frobenius(delta - cut.dense()) / size if size else 0.0

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, norm
+from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
@@ -238,7 +238,7 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     norms = products.diagonal().sqrt().tolist()
     sum_norm = math.sqrt(max(float(products.sum()), 0.0))  # rounding may leave a cancelled sum just below zero
     decomposed = max(cores[0].shape) <= DENSE_LIMIT or len(factored) == len(deltas)
-    spectra = [_svd(delta) if decomposed else None for delta in small]
+    spectra = [thin_svd(delta) if decomposed else None for delta in small]
     kept = _Kept(cores, rank) if decomposed else None
     merged_norm = None
     if decomposed:
@@ -292,16 +292,6 @@ def _in_common_bases(deltas: list[LowRank]) -> list[LowRank]:
     left = Basis(torch.cat([delta.up for delta in deltas], 1)).triangle.split(splits, 1)
     right = Basis(torch.cat([delta.down for delta in deltas], 0).T).triangle.split(splits, 1)
     return [LowRank(up, down.T) for up, down in zip(left, right, strict=True)]
-
-
-def _svd(delta: Delta) -> Svd:
-    """The thin SVD of an update; a low-rank one is decomposed at the size of its rank."""
-    if isinstance(delta, Tensor):
-        u, values, vh = torch.linalg.svd(delta, full_matrices=False)
-        return u, values, vh.T
-    left, right = Basis(delta.up), Basis(delta.down.T)
-    u, values, vh = torch.linalg.svd(left.triangle @ right.triangle.T, full_matrices=False)
-    return left.times(u, torch.float64), values, right.times(vh.T, torch.float64)
 
 
 class _Kept:

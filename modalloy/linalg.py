@@ -1,5 +1,6 @@
 """The only place that decomposes a matrix. Grams and cores are float64: a Gram squares the condition number."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -7,22 +8,30 @@ from torch import Tensor
 
 from modalloy.errors import MethodError
 
+MAX_INVERSE = (
+    3e3  # norm of L⁻¹ up to which Q = X̂ L⁻ᵀ is orthonormal to 1e-9: rounding in the Gram grows with its square
+)
+MAX_WEIGHTS = (
+    10.0  # a combination Xw of unit columns in float32 loses 6e-8 · ‖w‖ / ‖Xw‖ (times √n at worst) to rounding
+)
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
-WELL_SEPARATED = 0.1  # sine of that angle from which on combinations of the columns lose little to rounding in float32
+BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
 OVERSAMPLING = 2  # size of the iterated block, in ranks
 MAX_ITERATIONS = 30
-SUBSPACE_TOLERANCE = 3e-6  # of the projected updates, relative
-MIN_PIVOT = (
-    1e-7  # squared sine of the smallest angle between a column and those before it that Cholesky is trusted with
-)
+SUBSPACE_TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-10}  # of the projected updates, relative
 
 
 def require_finite(values: Tensor) -> None:
     """Refuse NaN and infinity: both show in the extremes, which are many times faster than `isfinite`."""
     if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         raise MethodError("an update holds NaN or infinite values; the file is damaged or its training diverged")
+
+
+def frobenius(matrix: Tensor) -> float:
+    """Frobenius norm, summed in float64: squares of small or large float32 values would leave its range."""
+    return math.hypot(*(float(rows.to(torch.float64).norm()) for rows in matrix.split(BLOCK_ROWS)))
 
 
 def gram(*matrices: Tensor) -> Tensor:
@@ -72,40 +81,55 @@ def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
 
 
 def _iterated_subspace(matrices: list[Tensor], rank: int) -> Tensor | None:
-    """`top_subspace` by iteration, None if it converges too slowly (no gap in the spectrum) to be worth it."""
-    m, device = matrices[0].shape[0], matrices[0].device
-    energy = sum(float(matrix.norm()) ** 2 for matrix in matrices)
-    if not energy:
-        return torch.eye(m, rank, device=device)
+    """`top_subspace` by iteration, None if it converges too slowly (no gap in the spectrum) to be worth it.
+
+    Two errors are bounded. What leaves the span of X: a residual r_j over the distance of θ_j from the last Ritz value.
+    What is exchanged inside it at the cut, between the vectors j ≤ k and k + 1: the coupling of the two, by their
+    residuals and by rounding, over θ_j − θ_{k+1}; where these are nearly equal only float64 can tell them apart.
+    """
+    (m, _), dtype, device = matrices[0].shape, matrices[0].dtype, matrices[0].device
+    size = math.hypot(*(frobenius(matrix) for matrix in matrices))
+    if not size:
+        return torch.eye(m, rank, dtype=dtype, device=device)
+    eps, tolerance = torch.finfo(dtype).eps, SUBSPACE_TOLERANCE[dtype]
     generator = torch.Generator().manual_seed(0)  # any start converges; one seed, so that the bytes are the same
-    X = torch.randn(m, OVERSAMPLING * rank, generator=generator).to(device, matrices[0].dtype)
+    X = torch.randn(m, OVERSAMPLING * rank, generator=generator).to(device, dtype)
     error = 0.0
     for step in range(1, MAX_ITERATIONS + 1):
-        X = Basis(X).q_in(X.dtype)
+        X = Basis(X).q_in(dtype)
+        if X.shape[1] <= rank:
+            return None
         H = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=device)
         AX = torch.zeros_like(X)
         for D in matrices:
-            Y = D.T @ X  # (n, b)
+            Y = (D.T @ X).div_(size)  # (n, b); so A is scaled to trace 1, out of reach of over- and underflow
             H += gram(Y)
             AX.addmm_(D, Y)
+        AX /= size
         theta, W = torch.linalg.eigh(H)  # Rayleigh–Ritz: the best approximations inside the span of X
-        theta, W = theta.flip(0), W.flip(1).to(X.dtype)
+        theta, W = theta.flip(0).clamp(min=0), W.flip(1).to(dtype)
         X, AX = X @ W, AX @ W
-        top = theta[:rank]
-        residual = torch.linalg.norm((AX[:, :rank] - X[:, :rank] * top.to(X.dtype)).to(torch.float64), dim=0)
-        distance = (top - theta[-1]).clamp(
-            min=1e-300
-        )  # what is missed lies outside the span: below the last Ritz value
-        before, error = error, float(((residual / distance) ** 2 * top).sum() / energy) ** 0.5
-        settled = (
-            float((residual**2 / distance).max()) <= float(top[-1] - theta[rank]) or float(top[-1]) < 1e-12 * energy
-        )
-        if error <= SUBSPACE_TOLERANCE and settled:
+        top, beyond = theta[:rank], theta[rank]
+        residuals = torch.linalg.norm((AX - X * theta.to(dtype))[:, : rank + 1].to(torch.float64), dim=0)
+        distances = (theta[: rank + 1] - theta[-1]).clamp(min=1e-300)  # what is outside lies below the last Ritz value
+        outside = residuals / distances
+        rounding = eps * (top * (top + 1 / m)).sqrt()  # of the products with D, whose mean squared value is 1 / m
+        exchanged = (residuals[:rank] * outside[rank] + rounding) / (top - beyond).clamp(min=1e-300)
+        before, error = error, _lost(outside[:rank], top)
+        lost = _lost(exchanged, top)
+        if error <= tolerance and lost <= tolerance:
             return X[:, :rank]
-        if step > 2 and error * (error / before) ** (MAX_ITERATIONS - step) > SUBSPACE_TOLERANCE:
+        if _lost(rounding / (top - beyond).clamp(min=1e-300), top) > tolerance and error <= tolerance:
             return None
-        X = AX / theta.clamp(min=float(theta[0]) * 1e-12).to(X.dtype)
+        if step > 2 and error * (error / before) ** (MAX_ITERATIONS - step) > tolerance:
+            return None
+        X = AX / theta.clamp(min=float(theta[0]) * 1e-12).to(dtype)
     return None
+
+
+def _lost(sines: Tensor, energies: Tensor) -> float:
+    """Relative error of updates whose directions, of these shares of their energy, are off by these sines."""
+    return float((sines.clamp(max=1) ** 2 * energies).sum() / energies.sum()) ** 0.5
 
 
 def energy_rank(symmetric: Tensor, fraction: float) -> int:
@@ -164,7 +188,7 @@ class Basis:
     """An orthonormal basis Q (m, p) of the columns of a tall X = Q @ triangle, p ≤ min(m, n), all in float64.
 
     Q is not formed: `times(c)` gives Q @ c. With columns scaled to unit length, X̂ᵀX̂ = L Lᵀ gives Q = X̂ L⁻ᵀ, at a tenth
-    of the cost of a QR of the tall matrix. Where a pivot of L says that the columns are close to dependent, a
+    of the cost of a QR of the tall matrix. Where L⁻¹ is large, which says that the columns are close to dependent, a
     Householder QR is taken instead; where X is not tall, Q is the identity.
     """
 
@@ -173,32 +197,36 @@ class Basis:
         squares = gram(columns) if m > n else None
         require_finite(columns if squares is None else squares.diagonal())
         self.q: Tensor | None = None
+        self.inverse: Tensor | None = None
         if squares is None:
             self.triangle = columns.to(torch.float64)
             return
         lengths = squares.diagonal().sqrt()
-        self.kept = lengths > 0
-        self.columns = columns if bool(self.kept.all()) else columns[:, self.kept]
-        lengths, squares = lengths[self.kept], squares[self.kept][:, self.kept]
-        self.triangle = torch.zeros(len(lengths), n, dtype=torch.float64, device=columns.device)
-        lower, failed = torch.linalg.cholesky_ex(squares / lengths.outer(lengths))
-        if not int(failed) and (not len(lengths) or float(lower.diagonal().min()) ** 2 > MIN_PIVOT):
-            self.triangle[:, self.kept] = lower.T * lengths
-            self.lower, self.lengths = lower, lengths
-            self.well_separated = not len(lengths) or float(lower.diagonal().min()) > WELL_SEPARATED
-            return
-        self.q, upper = torch.linalg.qr(self.columns.to(torch.float64) / lengths)
-        self.triangle = self.triangle[: len(upper)]
-        self.triangle[:, self.kept] = upper * lengths
+        kept = lengths > 0
+        self.columns = columns if bool(kept.all()) else columns[:, kept]
+        self.lengths, squares = lengths[kept], squares[kept][:, kept]
+        p = len(self.lengths)
+        self.triangle = torch.zeros(p, n, dtype=torch.float64, device=columns.device)
+        lower, failed = torch.linalg.cholesky_ex(squares / self.lengths.outer(self.lengths))
+        if not int(failed):
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(p).to(lower), upper=False)
+            if float(inverse.norm()) <= MAX_INVERSE:
+                self.triangle[:, kept] = lower.T * self.lengths
+                self.inverse = inverse
+                return
+        self.q, upper = torch.linalg.qr(self.columns.to(torch.float64) / self.lengths)
+        self.triangle[:, kept] = upper * self.lengths
 
     def times(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """Q @ coefficients: (m, k) in `dtype` from (p, k) in float64."""
         if self.q is not None:
             return (self.q @ coefficients).to(dtype)
-        if not hasattr(self, "lower"):
+        if self.inverse is None:
             return coefficients.to(dtype)
-        weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True) / self.lengths[:, None]
-        if self.well_separated and self.columns.dtype == dtype:
+        weights = self.inverse.T @ coefficients  # of the columns at unit length
+        well_separated = float(weights.norm()) <= MAX_WEIGHTS * float(coefficients.norm())
+        weights /= self.lengths[:, None]
+        if well_separated and self.columns.dtype == dtype:
             return self.columns @ weights.to(dtype)
         # (k, p) @ (p, rows): several times faster than its transpose where the columns are stored one after the other
         across = weights.T.contiguous()

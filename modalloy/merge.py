@@ -1,7 +1,6 @@
 """merge(recipe, out): plan → run → write → verify → card. Read this file first."""
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -19,9 +18,10 @@ from modalloy.delta import Delta, LowRank, compressed
 from modalloy.encoders import encoder_sizes
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
-from modalloy.plan import BLOCK_ENTRIES, Job, Plan, plan
+from modalloy.plan import Job, Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
 from modalloy.verify import Verification, verify, verify_folder
@@ -118,7 +118,7 @@ def merge(
     if resume and out.exists() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
         staging.clean()
-        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, _peak_bytes(), predicted)
+        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, local.peak_bytes(), predicted)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         _check_disk(planned, staging)
@@ -133,7 +133,7 @@ def merge(
         sources = _sources(planned) | {"fingerprint": fingerprint}
         (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
         verification = verify_folder(folder, planned, manifest, rehash=False)
-    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, _peak_bytes(), predicted)
+    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, local.peak_bytes(), predicted)
 
 
 def resolve_device(device: str) -> str:
@@ -141,10 +141,6 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise OutputError("--device cuda: no CUDA device is available here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _finished_before(out: Path, fingerprint: str) -> Verification:
@@ -312,6 +308,7 @@ def _write_weights(
     limit = planned.recipe.output.max_shard_size if form == "full" else None  # adapters are always one file (PEFT)
     writer = WeightWriter(staging.folder, STEMS[form], specs, limit)
     kept = writer.keep(staging.finished)
+    planned.compression |= staging.facts if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
     buffers = Buffers()
 
@@ -326,7 +323,7 @@ def _write_weights(
         for done, (job, (tensors, inputs)) in enumerate(results, len(planned.jobs) - len(remaining) + 1):
             for spec, tensor in zip(job.outputs, tensors, strict=True):
                 if finished := writer.add(spec.name, tensor):
-                    staging.note(finished, writer.sha256[finished])
+                    staging.note(finished, writer.sha256[finished], planned.compression)
             for tensor in inputs:
                 buffers.give(tensor)
             if on_job is not None:
@@ -360,7 +357,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     if planned.chat_template is not None:
         (folder / "chat_template.jinja").write_text(planned.chat_template, encoding="utf-8")
     if planned.copies_base:
-        (folder / "base").mkdir()
+        (folder / "base").mkdir(exist_ok=True)
         for name in ["config.json", *(file.path.name for file in planned.base.files)]:
             shutil.copyfile(base / name, folder / "base" / name)
         for index in base.glob("*.index.json"):
@@ -409,4 +406,5 @@ def _sources(planned: Plan) -> dict[str, Any]:
     return {
         "base": str(planned.base_folder.resolve()),
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
+        "fishers": [file and str(file.path.resolve()) for file in planned.fishers],
     }

@@ -25,18 +25,19 @@ from modalloy.checkpoints import (
     locate,
     open_base,
     open_specialist,
+    present,
     read_json,
 )
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS, resolve
 from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 SAMPLED_LAYERS = 12  # merged again to verify a result
-BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 
@@ -149,13 +150,17 @@ class Plan:
     def sample(self) -> list[Job]:
         """The merged weights that are computed again to verify the result."""
         merges = [job for job in self.jobs if job.kind == "merge"]
-        return merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+        last = SAMPLED_LAYERS - 1
+        spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
+        return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
 
     @property
     def fingerprint(self) -> str:
         """Hash of what is made from what: recipe, program, jobs, and every input file's name, size and time of change."""
         files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
         files += [file.path for file in self.fishers if file is not None]
+        configs = ("config.json", "adapter_config.json")  # which set the updates' scale, and are copied
+        files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         jobs = [(job.kind, job.slot, job.group, job.weights, str(job.outputs)) for job in self.jobs]
         made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]

@@ -266,6 +266,84 @@ def test_verify_merges_sampled_layers_again(write_recipe: WriteRecipe, tmp_path:
         verify(out)
 
 
+def forged(out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a result, and its manifest with them, so that only its layers can tell."""
+    weights = next(out.glob("*model.safetensors"))
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["outputs"][weights.name] = file_sha256(weights)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("form", ["adapter", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_verify_finds_an_update_that_is_one_percent_too_large(
+    dtype: str, form: str, base: Path, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """In the last layer, and in any precision."""
+    out, stem = tmp_path / "out", "model.layers.1.self_attn.v_proj"  # the last by name
+    recipe = write_recipe(output={"form": form, "dtype": dtype})
+    modalloy.merge(recipe, out)
+    if form == "adapter":
+        forged(out, lambda tensors: tensors[f"base_model.model.{stem}.lora_B.weight"].mul_(1.01))
+    else:
+        stem = "model.layers.1.mlp.down_proj"  # the last in the base
+        original = load_file(base / "model.safetensors")[f"{stem}.weight"].double()
+        modalloy.merge(write_recipe(), tmp_path / "exact")
+        factors = load_file(tmp_path / "exact" / "adapter_model.safetensors")
+        up, down = (factors[f"base_model.model.{stem}.lora_{side}.weight"].double() for side in "BA")
+        update = 1.01 * up @ down
+        forged(out, lambda tensors: tensors[f"{stem}.weight"].copy_(original + update))
+    with pytest.raises(CheckpointError, match=f"{stem}.weight differs from what the recipe gives"):
+        verify(out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_verify_finds_a_small_update_that_was_left_out(
+    size: float, dtype: str, base: Path, specialists: dict[str, Path], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    for folder in specialists.values():
+        edit_tensors(folder, lambda tensors: [t.mul_(size / 100) for n, t in tensors.items() if "lora_B" in n])
+    out, name = tmp_path / "out", "model.layers.1.mlp.down_proj.weight"
+    modalloy.merge(write_recipe(output={"form": "full", "dtype": dtype}), out)
+    original = load_file(base / "model.safetensors")[name]
+    assert not torch.equal(load_file(out / "model.safetensors")[name], original.to(getattr(torch, dtype)))
+    forged(out, lambda tensors: tensors[name].copy_(original))
+    with pytest.raises(CheckpointError, match=f"{name} differs from what the recipe gives"):
+        verify(out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_verify_allows_for_rounding_where_updates_nearly_cancel(
+    dtype: str, specialists: dict[str, Path], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    image = load_file(specialists["image"] / "adapter_model.safetensors")
+    edit_tensors(
+        specialists["audio"],
+        lambda tensors: [
+            tensors[name].copy_(-0.95 * tensor if "lora_B" in name else tensor)
+            for name, tensor in image.items()
+            if ".default." in name
+        ],
+    )
+    recipe = write_recipe(merge_method="task_arithmetic", output={"form": "adapter", "dtype": dtype})
+    error = modalloy.merge(recipe, tmp_path / "out").verification.worst_error
+    assert error is not None and error > 10 * torch.finfo(getattr(torch, dtype)).eps / 4
+
+
+def test_verify_finds_fisher_files_that_are_named_from_the_recipe(
+    write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
+) -> None:
+    save_file({f"{stem}.weight": torch.ones(shape) for stem, shape in SLOTS.items()}, tmp_path / "ones.safetensors")
+    models = [{"model": str(path), "parameters": {"fisher": "ones.safetensors"}} for path in specialists.values()]
+    recipe = write_recipe(models=models, merge_method="fisher", output={"form": "full"})
+    modalloy.merge(recipe, tmp_path / "out")
+    assert verify(tmp_path / "out").layers == 12
+
+
 @pytest.mark.gpu
 def test_cuda_gives_what_the_cpu_gives(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):

@@ -1,14 +1,21 @@
 """Killed at any moment (really, by SIGKILL), a merge goes on where it stopped and ends with the same bytes."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import SLOTS
+from safetensors.torch import load_file, save_file
 
 import modalloy
 from modalloy.checkpoints.writer import Staging
@@ -162,6 +169,145 @@ def test_resume_of_something_else_is_refused(
         modalloy.merge(write_recipe(output=FULL, parameters={"rank": 2}), out, resume=True)
     with pytest.raises(OutputError, match="give one of them"):
         modalloy.merge(recipe, out, resume=True, overwrite=True)
+
+
+def test_a_log_cut_at_any_byte_is_gone_on_with(tmp_path: Path) -> None:
+    """What is whole counts, and what is noted after the cut counts too."""
+    killed = Staging(tmp_path / "out").begin("same")
+    with killed:
+        killed.note("first", "1", {})
+        killed.note("second", "2", {"slot": 0.5})
+        whole = killed.log.read_bytes()
+        for name in ("first", "second"):
+            (killed.folder / name).write_text(name)
+    head, first, _ = whole.splitlines(keepends=True)
+    for cut in range(len(head), len(whole) + 1):
+        killed.folder.mkdir()
+        killed.log.write_bytes(whole[:cut])
+        for extra in ("third", "fourth"):
+            staging = Staging(tmp_path / "out", resume=True).begin("same")
+            staging.__enter__()
+            expected = ["first"] * (cut >= len(head + first)) + ["second"] * (cut == len(whole))
+            assert list(staging.finished) == expected + ["third"] * (extra == "fourth")
+            assert staging.facts == ({"slot": 0.5} if cut == len(whole) else {})
+            staging.note(extra, "3", {})
+            os.close(staging.lock)  # as a kill does
+        killed._remove()
+
+
+@pytest.mark.parametrize("log", [b"", b"{}\n", b"7\n", b"\x00\x00\xff", b'{"made": "by another version"}\n'])
+def test_a_log_of_something_else_is_refused_or_started_over(log: bytes, tmp_path: Path) -> None:
+    Path(tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial.log").write_bytes(log)
+    staging = Staging(tmp_path / "out", resume=True).begin("same")
+    if log.startswith(b"{"):
+        with pytest.raises(OutputError, match="the interrupted merge was of another recipe"):
+            staging.__enter__()
+    else:
+        with staging:
+            assert staging.finished == {}
+
+
+def test_a_resumed_run_that_fails_brings_back_what_it_was_to_replace(tmp_path: Path) -> None:
+    """Killed between the two renames, then resumed and interrupted."""
+    out = tmp_path / "out"
+    staging = Staging(out).begin("same")
+    with staging as folder:
+        (folder / "manifest.json").write_text("old")
+    staging = Staging(out, overwrite=True).begin("same")
+    staging.__enter__()
+    os.close(staging.lock)
+    out.rename(staging.replaced)
+    with pytest.raises(KeyboardInterrupt), Staging(out, resume=True).begin("same"):
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "manifest.json").read_text() == "old"
+
+
+def test_a_refused_run_leaves_no_log(tmp_path: Path) -> None:
+    staging = Staging(tmp_path / "out").begin("same")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="already exists"):
+        staging.__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_log_that_another_process_removes_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, staging = fcntl.flock, Staging(tmp_path / "out").begin("same")
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        staging.log.unlink()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with staging, pytest.raises(OutputError, match="another merge is writing it now"):
+        Staging(tmp_path / "out").begin("same").__enter__()
+
+
+def test_a_finished_adapter_is_kept_with_its_compression_error(
+    write_recipe: WriteRecipe, base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tuned").mkdir()
+    tensors = load_file(base / "model.safetensors")
+    for stem in SLOTS:
+        tensors[f"{stem}.weight"] += torch.randn(SLOTS[stem], generator=torch.Generator().manual_seed(0))
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "tuned" / "config.json").write_text((base / "config.json").read_text())
+    modules = {"*norm.weight": {"policy": "keep"}}
+    models, output = [{"model": str(tmp_path / "tuned")}], {"form": "adapter", "compress_rank": 3}
+    recipe = write_recipe(models=models, output=output, merge_method="average", modules=modules)
+    modalloy.merge(recipe, tmp_path / "undisturbed")
+    states = killed_at(range(1, 60), recipe, tmp_path / "out", cycle=True)
+    assert states[-1][0] == "finished" and ["killed", "1"] in states
+    for point in range(1, len(states) + 1):
+        assert contents(tmp_path / f"out.{point}") == contents(tmp_path / "undisturbed"), f"killed at change {point}"
+
+
+def test_killed_while_the_base_is_copied(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(output={"form": "omni"})
+    modalloy.merge(recipe, tmp_path / "undisturbed")
+    states = killed_at(range(1, 60), recipe, tmp_path / "out", cycle=True)
+    assert states[-1][0] == "finished"
+    for point in range(1, len(states) + 1):
+        assert contents(tmp_path / f"out.{point}") == contents(tmp_path / "undisturbed"), f"killed at change {point}"
+
+
+def test_another_scale_is_another_merge(
+    write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    assert killed_at([30], recipe, out)[0][0] == "killed"
+    config = specialists["audio"] / "config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
+    with pytest.raises(OutputError, match="of inputs that changed since"):
+        modalloy.merge(recipe, out, resume=True)
+
+
+@pytest.mark.parametrize("step", ["write", "fsync"])
+def test_a_disk_that_fills_up_leaves_nothing(
+    step: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the thread that writes, and in what follows it."""
+    recipe, before = write_recipe(output=FULL), set(tmp_path.iterdir())
+    done, count = getattr(os, step), 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return done(*arguments)
+
+    monkeypatch.setattr(os, step, failing)
+    descriptors, threads = set(os.listdir("/proc/self/fd")), threading.active_count()
+    with pytest.raises(OutputError, match="the disk is full"):
+        modalloy.merge(recipe, tmp_path / "out")
+    assert count >= 8 and set(tmp_path.iterdir()) == before | {recipe}
+    assert len(set(os.listdir("/proc/self/fd")) - descriptors) <= 1  # the list's own
+    assert threading.active_count() == threads
 
 
 def test_two_merges_into_one_folder_are_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:

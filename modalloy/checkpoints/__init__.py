@@ -12,6 +12,7 @@ from modalloy.checkpoints.tensors import (
     all_finite,
     checked,
     file_sha256,
+    present,
     read_json,
 )
 from modalloy.checkpoints.writer import Staging, TensorSpec, WeightWriter
@@ -36,5 +37,6 @@ __all__ = [
     "open_base",
     "open_specialist",
     "place",
+    "present",
     "read_json",
 ]

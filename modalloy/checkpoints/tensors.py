@@ -4,6 +4,7 @@ Data is read with `pread`, so no mapped page counts as memory: what the page cac
 it, straight from the disk. `.bin` files are unpickled with torch's weights-only loader, which runs no code from the file.
 """
 
+import bisect
 import errno
 import hashlib
 import json
@@ -14,6 +15,8 @@ import pickle
 import struct
 import threading
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +46,7 @@ BLOCK_BYTES = 8 << 20  # what is read or written at once
 MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
 MIN_BUFFER_BYTES = 8 << 20  # of a tensor whose memory is used again
 PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
+DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 # what torch's weights-only unpickler is seen to raise on damaged bytes, beside UnpicklingError
 DAMAGED_PICKLE = (RuntimeError, EOFError, ValueError, OSError, AssertionError, LookupError, TypeError, struct.error)
@@ -75,6 +79,7 @@ class WeightFile:
         with reading(path):
             if not path.is_file():
                 raise CheckpointError(f"{path}: no such file; download it again or correct the path")
+            self._source = _Source(path)
             self.refs = self._bin_refs() if path.suffix in (".bin", ".pt", ".pth") else self._safetensors_refs()
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
@@ -94,12 +99,8 @@ class WeightFile:
         with reading(self.path):
             return self._source.sha256()
 
-    @cached_property
-    def _source(self) -> "_Source":
-        return _Source(self.path)
-
     def _safetensors_refs(self) -> dict[str, TensorRef]:
-        size = self.path.stat().st_size
+        size = self._source.size
         with self.path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
@@ -183,14 +184,39 @@ class WeightFile:
     def _bin_refs(self) -> dict[str, TensorRef]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        records = self._bin_records()
         with FakeTensorMode():  # tensors without data, whose storages say where their bytes are in the file
             loaded = self._unpickle()
-        return {name: self._bin_ref(name, tensor) for name, tensor in loaded.items()}
+        return {name: self._bin_ref(name, tensor, records) for name, tensor in loaded.items()}
 
-    def _bin_ref(self, name: str, tensor: Tensor) -> TensorRef:
+    def _bin_records(self) -> list[tuple[int, int]]:
+        """Begin (of its own header) and size of every record, in order; as torch < 1.6 wrote it, the file has none."""
+        if not zipfile.is_zipfile(self.path):
+            return []
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                entries = archive.infolist()
+                order = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
+        except (zipfile.BadZipFile, zlib.error, *DAMAGED_PICKLE) as error:
+            raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
+        odd = "compressed" if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) else ""
+        if odd := odd or ("stored with the highest byte first" if b"big" in order else ""):
+            raise CheckpointError(
+                f"{self.path}: its tensors are {odd}, which is not read; save it again with torch.save"
+            )
+        return sorted((entry.header_offset, entry.file_size) for entry in entries)
+
+    def _bin_ref(self, name: str, tensor: Tensor, records: list[tuple[int, int]]) -> TensorRef:
         start: int | None = getattr(
             tensor.untyped_storage(), "_checkpoint_offset", None
         )  # None as torch < 1.6 wrote it
+        if start is not None:
+            size = records[bisect.bisect_left(records, (start, 0)) - 1][1] if records else 0
+            if size != tensor.untyped_storage().nbytes():
+                raise CheckpointError(
+                    f"{self.path}: {name} is damaged ({tensor.untyped_storage().nbytes()} bytes by its header, {size} stored); "
+                    "download it again"
+                )
         in_one_piece = start is not None and tensor.is_contiguous()
         begin = int((start or 0) + tensor.storage_offset() * tensor.element_size()) if in_one_piece else -1
         return TensorRef(name, tensor.dtype, tuple(tensor.shape), self.path, begin)
@@ -200,51 +226,51 @@ class _Source:
     """The bytes of one file, for several threads, and their hash taken on the way.
 
     What is read in the file's order is hashed as it passes, with what little lies between; the rest is read again when
-    the hash is asked for.
+    the hash is asked for. The file is opened for each read: a model of hundreds of shards would run out of descriptors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = path.stat().st_size
-        self.cached = os.open(path, os.O_RDONLY)
-        try:
-            self.direct = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        except OSError:  # a file system without O_DIRECT
-            self.direct = self.cached
+        found = path.stat()
+        self.size, self.changed_ns = found.st_size, found.st_mtime_ns
         self.lock = threading.Lock()
         self.digest = hashlib.sha256()
         self.hashed = 0
-        self.bounce = threading.local()
-
-    def __del__(self) -> None:
-        for descriptor in {self.cached, self.direct}:
-            os.close(descriptor)
 
     def read_into(self, target: memoryview, begin: int, what: str) -> None:
         """Fill `target` with the bytes from `begin` on."""
-        done = 0
-        while done < len(target):
-            count = self._read_some(target[done : done + BLOCK_BYTES], begin + done)
-            if not count:
-                raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
-            done += count
-        with self.lock:
-            if begin <= self.hashed < begin + len(target):
-                self._hash(target[self.hashed - begin :])
-            elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
-                self._catch_up(begin)
-                self._hash(target)
+        with self._opened() as file:
+            done = 0
+            while done < len(target):
+                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done)
+                if not count:
+                    raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
+                done += count
+            with self.lock:
+                if begin <= self.hashed < begin + len(target):
+                    self._hash(target[self.hashed - begin :])
+                elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
+                    self._catch_up(file, begin)
+                    self._hash(target)
 
     def sha256(self) -> str:
         """Hash of the whole file."""
-        with self.lock:
-            self._catch_up(self.size)
+        with self._opened() as file, self.lock:
+            self._catch_up(file, self.size)
             return self.digest.hexdigest()
 
-    def _catch_up(self, end: int) -> None:
+    @contextmanager
+    def _opened(self) -> Iterator["_Opened"]:
+        with _Opened(self.path) as file:
+            found = os.fstat(file.cached)
+            if (found.st_size, found.st_mtime_ns) != (self.size, self.changed_ns):
+                raise CheckpointError(f"{self.path}: was changed while being read; start again")
+            yield file
+
+    def _catch_up(self, file: "_Opened", end: int) -> None:
         block = memoryview(bytearray(min(BLOCK_BYTES, max(end - self.hashed, 0))))
         while self.hashed < end:
-            count = self._read_some(block[: end - self.hashed], self.hashed)
+            count = file.read_some(block[: end - self.hashed], self.hashed)
             if not count:
                 raise CheckpointError(f"{self.path}: was cut while being read; download or copy it again")
             self._hash(block[:count])
@@ -253,9 +279,28 @@ class _Source:
         self.digest.update(data)
         self.hashed += len(data)
 
-    def _read_some(self, target: memoryview, begin: int) -> int:
-        """Some of the bytes from `begin` on: from the page cache if they are there, else past it."""
-        if self.direct == self.cached or len(target) < 16 * PAGE_BYTES:
+
+class _Opened:
+    """A file opened to read through the page cache, and past it where that is possible and needed."""
+
+    bounce = threading.local()  # a block of memory as the disk wants it, one for each thread
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cached = os.open(path, os.O_RDONLY)
+        self.direct: int | None = None
+
+    def __enter__(self) -> "_Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.cached)
+        if self.direct is not None:
+            os.close(self.direct)
+
+    def read_some(self, target: memoryview, begin: int) -> int:
+        """Some of the bytes from `begin` on: from the page cache if they are there, else past it; 0 at the end."""
+        if len(target) < 16 * PAGE_BYTES or not DIRECT_READS:
             return os.preadv(self.cached, [target], begin)
         try:
             if count := os.preadv(self.cached, [target], begin, os.RWF_NOWAIT):
@@ -263,20 +308,34 @@ class _Source:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise
-        if not hasattr(self.bounce, "block"):
-            self.bounce.block = mmap.mmap(-1, BLOCK_BYTES + 2 * PAGE_BYTES)  # aligned to a page, as the disk wants it
         skip = begin % PAGE_BYTES
         wanted = -(-(skip + len(target)) // PAGE_BYTES) * PAGE_BYTES
-        with memoryview(self.bounce.block) as block:
+        with memoryview(self._block()) as block:
             try:
-                count = os.preadv(self.direct, [block[:wanted]], begin - skip) - skip
+                count = os.preadv(self._past_cache(), [block[:wanted]], begin - skip) - skip
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                return os.preadv(self.cached, [target], begin)  # a disk with larger sectors
+                return os.preadv(self.cached, [target], begin)  # no O_DIRECT here, or a disk with larger sectors
             count = max(0, min(count, len(target)))
             target[:count] = block[skip : skip + count]
             return count
+
+    def _past_cache(self) -> int:
+        if self.direct is None:
+            self.direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        return self.direct
+
+    def _block(self) -> mmap.mmap:
+        if not hasattr(self.bounce, "block"):
+            self.bounce.block = aligned_block(BLOCK_BYTES + 2 * PAGE_BYTES)
+        block: mmap.mmap = self.bounce.block
+        return block
+
+
+def aligned_block(n_bytes: int) -> mmap.mmap:
+    """Memory aligned to a page, as a disk wants it; private, so that a forked process does not share it."""
+    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class Buffers:

@@ -15,11 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints.tensors import BLOCK_BYTES, CODES, PAGE_BYTES, file_sha256
+from modalloy.checkpoints.tensors import BLOCK_BYTES, CODES, PAGE_BYTES, aligned_block, file_sha256
 from modalloy.errors import OutputError
 
 DIRECT_BYTES = 64 << 20  # files from this size on are written past the page cache
@@ -95,8 +96,8 @@ class WeightWriter:
         self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         if self._expected and self._expected[0][0] == index:
             return None
-        file, self._file = self._file, None
-        self.sha256[self._name(index)] = file.close()
+        self.sha256[self._name(index)] = self._file.close()
+        self._file = None
         return self._name(index)
 
     def close(self) -> None:
@@ -135,10 +136,10 @@ class _HashedFile:
         self.digest = hashlib.sha256()
         self.empty: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         for _ in range(min(3, size // BLOCK_BYTES + 1)):
-            self.empty.put(mmap.mmap(-1, BLOCK_BYTES))  # aligned to a page, as the disk wants it
+            self.empty.put(aligned_block(BLOCK_BYTES))
         self.full: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
         self.block, self.filled = self.empty.get(), 0
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self._drain, name=f"write {path.name}", daemon=True)
         self.thread.start()
 
@@ -153,20 +154,19 @@ class _HashedFile:
                 self._send()
 
     def close(self) -> str:
-        """The file's hash, once every byte is on the disk."""
-        self._send()
-        try:
-            self._stop()
-            os.fsync(self.descriptor)
-        finally:
-            os.close(self.descriptor)
+        """The file's hash, once every byte is on the disk. After an error, `abort` is still to be called."""
+        self.full.put((self.block, self.filled))
+        self._stop()
+        os.fsync(self.descriptor)
+        os.close(self.descriptor)
         return self.digest.hexdigest()
 
     def abort(self) -> None:
-        """Give up, after another failure."""
-        with suppress(OSError):
+        """Give up, after a failure."""
+        with suppress(Exception):  # the writer's own, which is known or follows from the first
             self._stop()
-        os.close(self.descriptor)
+        with suppress(OSError):  # that of a failed close
+            os.close(self.descriptor)
 
     def _send(self) -> None:
         self.full.put((self.block, self.filled))
@@ -187,7 +187,7 @@ class _HashedFile:
                 try:
                     with memoryview(block) as data:
                         self._put(data[:filled])
-                except OSError as error:
+                except Exception as error:  # of any kind: the caller waits for the block and raises it
                     self.error = error
             self.empty.put(block)
 
@@ -234,13 +234,14 @@ class Staging:
 
     A process that is killed leaves `.OUT.partial` and its log `.OUT.partial.log` (JSON lines: what was being made, then
     every finished file with its hash). With `resume` the next run goes on from there, if it makes the same
-    (`fingerprint`); without, it starts again. `finished` then holds the hashes of the finished files. The log is locked
-    while a process works on it.
+    (`fingerprint`); without, it starts again. `finished` then holds the hashes of the finished files, and `facts` what
+    was noted with them. The log is locked while a process works on it.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.out, self.overwrite, self.resume = out, overwrite, resume
         self.finished: dict[str, str] = {}
+        self.facts: dict[str, float] = {}
         if out.name in ("", ".."):
             raise OutputError(f"{out}: cannot be replaced as a whole; name a folder in it")
         if overwrite and resume:
@@ -259,9 +260,9 @@ class Staging:
         self.fingerprint = fingerprint
         return self
 
-    def note(self, name: str, sha256: str) -> None:
-        """Record a finished file, so that a resumed run keeps it."""
-        os.write(self.lock, (json.dumps({"file": name, "sha256": sha256}) + "\n").encode())
+    def note(self, name: str, sha256: str, facts: dict[str, float]) -> None:
+        """Record a finished file, and what is known of its making, so that a resumed run keeps both."""
+        os.write(self.lock, (json.dumps({"file": name, "sha256": sha256, "facts": facts}) + "\n").encode())
         os.fsync(self.lock)
 
     def clean(self) -> None:
@@ -273,19 +274,17 @@ class Staging:
         with disk_errors(self.out):
             try:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-                self.lock = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                while not self._locked():
+                    pass
             except OSError:
                 self._remove_parents()
                 raise
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(self.lock)
-                raise OutputError(f"{self.out}: another merge is writing it now; wait for it or stop it") from error
-            try:
                 if not (self.resume and self._continues()):
                     self._start_again()
             except OutputError:
+                if not os.fstat(self.lock).st_size:  # nobody's log, opened just now
+                    self.log.unlink()
                 os.close(self.lock)
                 raise
             except BaseException:
@@ -307,13 +306,26 @@ class Staging:
                         self.out.rename(self.replaced)
                     self.folder.rename(self.out)
                 finally:  # both renames, or neither
-                    if self.replaced.exists() and not self.out.exists():
-                        self.replaced.rename(self.out)
                     if self.folder.exists():
                         self._remove()
             self.clean()
         finally:
             os.close(self.lock)
+
+    def _locked(self) -> bool:
+        """Lock the log; not if another process removed it meanwhile, whose successor would lock a new one."""
+        self.lock = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.lock)
+            if isinstance(error, BlockingIOError):
+                raise OutputError(f"{self.out}: another merge is writing it now; wait for it or stop it") from error
+            raise
+        if self.log.exists() and os.path.samestat(os.fstat(self.lock), self.log.stat()):
+            return True
+        os.close(self.lock)
+        return False
 
     def _check_target(self) -> None:
         out = self.out
@@ -326,26 +338,33 @@ class Staging:
 
     def _continues(self) -> bool:
         """Whether an interrupted run was found to go on from; one of something else is refused."""
-        lines = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        records: list[dict[str, Any]] = []
+        whole = 0
+        for line in self.log.read_bytes().splitlines(keepends=True):
             try:
-                lines.append(json.loads(line))
-            except ValueError:  # cut by the kill
+                record = json.loads(line)
+            except ValueError:
                 break
-        if not lines or not self.folder.is_dir():
+            if not line.endswith(b"\n") or not isinstance(record, dict):
+                break
+            records.append(record)
+            whole += len(line)
+        if not records or not self.folder.is_dir():
             return False
-        if lines[0]["fingerprint"] != self.fingerprint:
+        if records[0].get("fingerprint") != self.fingerprint:
             raise OutputError(
                 f"{self.out}: the interrupted merge was of another recipe or of inputs that changed since; "
                 "start again without --resume"
             )
-        self.overwrite = lines[0]["overwrite"]
-        self.finished = {line["file"]: line["sha256"] for line in lines[1:]}
+        os.ftruncate(self.lock, whole)  # what the kill cut would spoil the next record
+        self.overwrite = records[0]["overwrite"]
+        for record in records[1:]:
+            self.finished[record["file"]] = record["sha256"]
+            self.facts |= record["facts"]
         return True
 
     def _start_again(self) -> None:
-        if self.replaced.exists() and not self.out.exists():
-            self.replaced.rename(self.out)  # killed between the two renames
+        self._put_back()
         shutil.rmtree(self.replaced, ignore_errors=True)
         self._check_target()
         if self.folder.exists():
@@ -356,10 +375,16 @@ class Staging:
         self.folder.mkdir()
 
     def _remove(self) -> None:
-        """Remove the unfinished folder, its log, and the parents that were made for it."""
+        """Leave everything as it was: without the unfinished folder, its log, and the parents that were made for it."""
+        self._put_back()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.log.unlink(missing_ok=True)
         self._remove_parents()
+
+    def _put_back(self) -> None:
+        """Undo the first of the two renames, if this process or one that was killed came no further."""
+        if self.replaced.exists() and not self.out.exists():
+            self.replaced.rename(self.out)
 
     def _remove_parents(self) -> None:
         for parent in self.new_parents:
@@ -376,6 +401,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         reasons = {
             errno.ENOSPC: "the disk is full; free space or choose another folder",
             errno.EDQUOT: "your disk quota is used up; free space or choose another folder",
+            errno.ENOLCK: "the file system cannot lock files; choose another folder",
+            errno.EFBIG: "the file system takes no file this large; set output.max_shard_size or choose another folder",
             errno.EACCES: "permission denied; choose another folder",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENAMETOOLONG: "the name is too long; choose another folder",

@@ -1,0 +1,135 @@
+"""Reading from the disk and writing to it: bytes, hashes and descriptors, whatever the order, the file system and the threads."""
+
+import hashlib
+import json
+import os
+import resource
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modalloy.checkpoints import Checkpoint, WeightFile, tensors
+from modalloy.checkpoints.writer import DIRECT_BYTES, TensorSpec, WeightWriter, _header
+from modalloy.errors import CheckpointError
+
+MEMORY = Path("/dev/shm")  # a file system without O_DIRECT on many kernels
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder on the disk, and one in memory."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    if not os.access(MEMORY, os.W_OK):
+        pytest.skip(f"{MEMORY} is not there")
+    path = MEMORY / f"modalloy-{os.getpid()}"
+    path.mkdir()
+    yield path
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def drop_from_cache(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def odd_sizes() -> dict[str, torch.Tensor]:
+    """Tensors that begin and end anywhere in a page."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 70_001, 1, 0, 2_000_003, 65_537, 5_000_000, 11)
+    return {
+        f"{i}": torch.randint(-128, 128, (size,), dtype=torch.int8, generator=generator) for i, size in enumerate(sizes)
+    }
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "every third", "side by side"])
+def test_any_order_gives_the_same_bytes_and_hash(order: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(tensors, "MAX_SKIPPED_BYTES", 1 << 17)
+    monkeypatch.setattr(tensors._Opened, "bounce", threading.local())
+    path, wanted = folder / "model.safetensors", odd_sizes()
+    save_file(wanted, path)
+    drop_from_cache(path)
+    file = WeightFile(path)
+    refs = list(file.refs.values())
+    chosen = {"forward": refs, "backward": refs[::-1], "every third": refs[::3]}.get(order, refs * 4)
+    with ThreadPoolExecutor(4 if order == "side by side" else 1) as pool:
+        for ref, found in zip(chosen, pool.map(file.read, chosen), strict=True):
+            assert torch.equal(found, wanted[ref.name])
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_hundreds_of_shards_need_few_descriptors(tmp_path: Path) -> None:
+    names = {f"{index}": f"model-{index:05d}.safetensors" for index in range(300)}
+    for name, file in names.items():
+        save_file({name: torch.full((2,), float(name))}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        checkpoint = Checkpoint(tmp_path, ("model",))
+        assert all(float(checkpoint.read(ref)[0]) == float(ref.name) for ref in checkpoint.refs.values())
+        assert len({file.sha256 for file in checkpoint.files}) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_changes_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(5)}, path)
+    file = WeightFile(path)
+    save_file({"a": torch.ones(5)}, path)
+    os.utime(path, ns=(1, 1))  # even if within the clock's resolution
+    with pytest.raises(CheckpointError, match="was changed while being read; start again"):
+        file.read(file.refs["a"])
+    with pytest.raises(CheckpointError, match="was changed while being read; start again"):
+        _ = file.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("compressed", "its tensors are compressed"), ("big", "the highest byte first"), ("short", "a is damaged")],
+)
+def test_a_bin_file_whose_bytes_are_not_the_tensors_is_refused(change: str, message: str, tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain.bin", tmp_path / "adapter_model.bin"
+    torch.save({"a": torch.arange(4000.0), "b": torch.zeros(3000)}, plain)
+    compression = zipfile.ZIP_DEFLATED if change == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(plain) as given, zipfile.ZipFile(path, "w") as changed:
+        for name in given.namelist():
+            data = given.read(name)
+            if change == "big" and name.endswith("byteorder"):
+                data = b"big"
+            if change == "short" and name.endswith("data/0"):
+                data = data[:1000]
+            changed.writestr(name, data, compression)
+    with pytest.raises(CheckpointError, match=message):
+        WeightFile(path)
+
+
+@pytest.mark.parametrize("blocks", ["whole blocks", "an odd end"])
+def test_large_files_are_written_past_the_cache_and_hashed(blocks: str, folder: Path) -> None:
+    header = len(_header([TensorSpec("a", torch.uint8, (DIRECT_BYTES,))]))
+    size = DIRECT_BYTES + tensors.BLOCK_BYTES - (header if blocks == "whole blocks" else 12_345)
+    path = write(folder, size)
+    assert int(load_file(path)["a"].sum(dtype=torch.int64)) == sum(range(251)) * (size // 251) + sum(range(size % 251))
+    assert path.stat().st_size % tensors.BLOCK_BYTES == 0 or blocks == "an odd end"
+
+
+def write(folder: Path, size: int) -> Path:
+    data = torch.arange(251, dtype=torch.uint8).repeat(size // 251 + 1)[:size]
+    writer = WeightWriter(folder, "model", [TensorSpec("a", torch.uint8, (size,))])
+    name = writer.add("a", data)
+    writer.close()
+    assert name and writer.sha256[name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return folder / name
