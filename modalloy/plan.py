@@ -80,8 +80,8 @@ class Job:
 
     @property
     def group(self) -> str:
-        """Jobs of one group share what their method must know of the whole model."""
-        return json.dumps([self.method, self.parameters], sort_keys=True)
+        """Jobs of one group share what their method must know of the whole model, which λ, applied last, does not change."""
+        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Plan:
         files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
         files += [file.path for file in self.fishers if file is not None]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        jobs = [(job.kind, job.slot, job.group, job.weights, str(job.outputs)) for job in self.jobs]
+        jobs = [(job.kind, job.slot, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]
         made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
@@ -403,7 +403,8 @@ class _Planner:
                 reads.append(specialist.full[slot])
             if METHODS[method].takes("fishers"):
                 reads.append(self._fisher_ref(fisher, slot, specialist))
-        weights = tuple(self._at(entry.parameters.weight, slot, "weight") for entry in self.recipe.models)
+        remedy = "give one number, or keep the base's by `modules:` with policy: keep"
+        weights = tuple(self._at(entry.parameters.weight, slot, "weight", remedy) for entry in self.recipe.models)
         return Job("merge", slot, specs, tuple(reads), method, self._resolved(method, parameters, slot), weights)
 
     def _rule(self, slot: str) -> tuple[str, Rule | None]:
@@ -428,24 +429,23 @@ class _Planner:
         lists = {name: value for name, value in parameters.items() if isinstance(value, list)}
         single = {name: value for name, value in parameters.items() if name not in lists}
         if slot is not None:
-            single |= {name: self._at(value, slot, name) for name, value in lists.items()}
+            for name, value in lists.items():
+                at = self._at(value, slot, name, "give it a value of its own under `modules:`")
+                single[name] = round(at) if METHODS[method].is_whole(name) else at
             return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank)
         return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank) | lists
 
-    def _at(self, value: Any, slot: str, name: str) -> Any:
+    def _at(self, value: Any, slot: str, name: str, remedy: str) -> float:
         """A number, or a list of them interpolated linearly from the first layer to the last."""
         if not isinstance(value, (list, tuple)):
             return value
         layer = _layer(slot)
         if layer is None:
-            raise RecipeError(
-                f"{name}: {list(value)} goes over the layers, but {slot} is in none; give it a value of its own under `modules:`"
-            )
+            raise RecipeError(f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}")
         position = layer / max(1, self.depth - 1) * (len(value) - 1)
         below = min(int(position), len(value) - 1)
         above = min(below + 1, len(value) - 1)
-        between = value[below] + (position - below) * (value[above] - value[below])
-        return round(between) if all(isinstance(number, int) for number in value) else between
+        return value[below] + (position - below) * (value[above] - value[below])
 
     def _fisher(self, location: str | None) -> WeightFile | None:
         return None if location is None else WeightFile(self.recipe.folder / Path(location).expanduser())
@@ -528,10 +528,10 @@ def _check_all_accounted(result: Plan) -> None:
 
 def _check_patterns(recipe: Recipe, result: Plan) -> None:
     """A pattern that matches nothing is a mistake in writing."""
-    written = [fate.tensor for fate in result.fates]
+    theirs = [name for specialist in result.specialists for name in specialist.checkpoint.refs]
     for key, patterns, names in (
         ("modules", recipe.modules, list(result.base.refs)),
-        ("ignore", recipe.ignore, written),
+        ("ignore", recipe.ignore, theirs),
     ):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
