@@ -409,4 +409,5 @@ def _sources(planned: Plan) -> dict[str, Any]:
     return {
         "base": str(planned.base_folder.resolve()),
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
+        "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],
     }
