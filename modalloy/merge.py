@@ -1,7 +1,6 @@
 """merge(recipe, out): plan → run → write → verify → card. Read this file first."""
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -118,7 +117,7 @@ def merge(
     if resume and out.exists() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
         staging.clean()
-        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, _peak_bytes(), predicted)
+        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, local.peak_bytes(), predicted)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         _check_disk(planned, staging)
@@ -132,8 +131,8 @@ def merge(
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         sources = _sources(planned) | {"fingerprint": fingerprint}
         (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
-        verification = verify_folder(folder, planned, manifest, rehash=False)
-    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, _peak_bytes(), predicted)
+        verification = verify_folder(folder, planned, manifest, rehash=False, n_workers=n_workers)
+    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, local.peak_bytes(), predicted)
 
 
 def resolve_device(device: str) -> str:
@@ -141,10 +140,6 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise OutputError("--device cuda: no CUDA device is available here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _finished_before(out: Path, fingerprint: str) -> Verification:

@@ -27,16 +27,24 @@ from modalloy.checkpoints import (
     open_specialist,
     read_json,
 )
+from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.methods import METHODS, resolve
+from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 SAMPLED_LAYERS = 12  # merged again to verify a result
+LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
+WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
+LIBRARY_BYTES = 16 << 20  # of BLAS and LAPACK, which the first product and decomposition bring in
+# float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
+EIGEN_COPIES = 5
+SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projection, factors, a workspace
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 
@@ -127,8 +135,12 @@ class Plan:
         surveyed = [
             job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
         ]
-        again = [*surveyed, *self.sample()]
-        return once + sum(job.read_bytes for job in again) + sum(job.write_bytes for job in self.sample())
+        again = sum(job.read_bytes for job in [*surveyed, *self.sample()])
+        for job in self.sample():
+            again += job.write_bytes
+            if len(job.outputs) == 1 and any(job.slot in s.full for s in self.specialists):
+                again += self.base.refs[job.slot].n_bytes  # for the update, and again to add it
+        return once + again
 
     @property
     def disk_bytes(self) -> int:
@@ -140,6 +152,15 @@ class Plan:
         """The merged weights that are computed again to verify the result."""
         merges = [job for job in self.jobs if job.kind == "merge"]
         return merges[:: max(1, len(merges) // SAMPLED_LAYERS)][:SAMPLED_LAYERS]
+
+    def is_recomputed_literally(self, job: Job) -> bool:
+        """Whether a merged weight is verified on dense float64 matrices.
+
+        What selects single entries may select others in another precision, so it is recomputed exactly as it was merged.
+        """
+        method = METHODS[job.method]
+        equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
+        return equivalent and max(self.base.refs[job.slot].shape) <= LITERAL_LIMIT
 
     @property
     def fingerprint(self) -> str:
@@ -166,13 +187,15 @@ class Plan:
         return file.read(ref, buffer)
 
     def peak_bytes(self, n_workers: int) -> int:
-        """Memory that a merge with `n_workers` holds at its peak, with what the process holds now."""
+        """Memory that a merge with `n_workers` holds at its peak, while merging or verifying, with what the process holds now."""
         sizes = [self._job_bytes(job) for job in self.jobs]
         held = [job.read_bytes + job.write_bytes for job in self.jobs]
         window = n_workers + AHEAD
         waiting = max((sum(held[i : i + window]) for i in range(len(held))), default=0)
         working = max((sum(sorted(sizes[i : i + window])[-n_workers:]) for i in range(len(sizes))), default=0)
-        return resident_bytes() + waiting + working
+        verifying = sum(sorted(self._check_bytes(job) for job in self.sample())[-n_workers:])
+        writing = min(WRITE_BYTES, self.write_bytes)
+        return resident_bytes() + LIBRARY_BYTES + max(waiting + working + writing, verifying)
 
     def counts(self) -> dict[str, int]:
         """Number of input tensors by fate."""
@@ -206,21 +229,44 @@ class Plan:
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         }
 
-    def _job_bytes(self, job: Job) -> int:
+    def _job_bytes(self, job: Job, *, literal: bool = False) -> int:
         """What working on a job takes beside its inputs and outputs."""
         if job.kind == "average":
             return 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
         if job.kind != "merge":
             return 0
         rows, columns = self.base.refs[job.slot].shape
-        factors = [s.text[job.slot] for s in self.specialists if job.slot in s.text]
-        full = sum(job.slot in s.full for s in self.specialists)
-        if not full and METHODS[job.method].gets(job.parameters) != "dense":
-            stacked = sum(f.rank for f in factors)
-            return 4 * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + 2 * 8 * 4096 * stacked
-        if full and not factors and METHODS[job.method].rowwise:
-            return 4 * 4 * BLOCK_ENTRIES
-        return 4 * rows * columns * (len(factors) + full + 2)
+        method, n = METHODS[job.method], len(self.specialists)
+        gets = method.gets(job.parameters)
+        wide = 8 if literal or self.recipe.dtype == "float64" else 4
+        stacked = sum(s.text[job.slot].rank for s in self.specialists if job.slot in s.text)
+        full = any(job.slot in s.full for s in self.specialists)
+        if not full and gets != "dense" and not literal:
+            blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
+            return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
+        if full and not stacked and method.rowwise and not literal:
+            return wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
+        taken = wide * rows * columns * (n + 2 + n * method.copies)  # the updates, the merged one, and one on the way
+        if gets == "dense":
+            return taken + wide * 4 * n * ENTRIES_AT_ONCE
+        if method.rowwise:
+            return taken
+        # where both sides play one part, the Gram is that of the shorter
+        side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
+        own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
+        return taken + 8 * EIGEN_COPIES * side**2 + 8 * own * rows * columns
+
+    def _check_bytes(self, job: Job) -> int:
+        """What verifying a merged weight takes: reading it, merging it again, and their difference."""
+        rows, columns = self.base.refs[job.slot].shape
+        literal = self.is_recomputed_literally(job)
+        whole = len(job.outputs) == 1
+        entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
+        merging = self._job_bytes(job, literal=literal)
+        if whole and METHODS[job.method].rowwise and any(job.slot in s.full for s in self.specialists):
+            wide = 8 if literal or self.recipe.dtype == "float64" else 4
+            merging = wide * rows * columns * (len(self.specialists) + 2)
+        return job.read_bytes + job.write_bytes + merging + 2 * 8 * entries
 
 
 def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:

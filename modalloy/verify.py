@@ -14,14 +14,12 @@ from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.engines import local
 from modalloy.errors import CheckpointError
 from modalloy.manifest import SOURCES, hashed_files, input_sha256
-from modalloy.methods import METHODS
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from modalloy.plan import Job, Plan
 
 BLOCK_ENTRIES = 1 << 20  # of a full weight that are compared at once
-LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 TOLERANCE = {
     torch.float64: 1e-6,
     torch.float32: 1e-5,
@@ -98,7 +96,13 @@ def verify(out: str | Path) -> Verification:
 
 
 def verify_folder(
-    folder: Path, planned: Plan | None, manifest: dict[str, Any], *, rehash: bool = True, note: str = ""
+    folder: Path,
+    planned: Plan | None,
+    manifest: dict[str, Any],
+    *,
+    rehash: bool = True,
+    note: str = "",
+    n_workers: int | None = None,
 ) -> Verification:
     """Check `folder`; without a plan no layer is recomputed. `rehash=False` trusts hashes that were just taken."""
     listed, present = manifest["outputs"], hashed_files(folder)
@@ -127,7 +131,10 @@ def verify_folder(
     sample = planned.sample()
     worst = 0.0
     errors = local.run(
-        sample, lambda _: None, lambda job, _: _layer_error(weights, planned, job), local.default_workers()
+        sample,
+        lambda _: None,
+        lambda job, _: _layer_error(weights, planned, job),
+        n_workers or local.default_workers(),
     )
     for job, error in errors:
         tolerance = TOLERANCE if len(job.outputs) == 2 else ROUNDED_TOLERANCE
@@ -160,11 +167,7 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> float:
     """Relative Frobenius distance between a written layer and its recomputation."""
     from modalloy.merge import merged_delta
 
-    # what selects single entries may select others in another precision, so it is recomputed exactly as it was merged
-    method = METHODS[job.method]
-    equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
-    literal = equivalent and max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
-    wanted = merged_delta(planned, job, planned.read, literal=literal)
+    wanted = merged_delta(planned, job, planned.read, literal=planned.is_recomputed_literally(job))
     written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
     if len(written) == 1:
         return _weight_error(written[0], planned, job, wanted)

@@ -67,6 +67,12 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def peak_bytes() -> int:
+    """The most that the process held in memory so far; unlike getrusage's, not the peak of what started it."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
 def resident_bytes() -> int:
     """What the process holds in memory now."""
     with open("/proc/self/statm", encoding="ascii") as file:

@@ -60,6 +60,7 @@ class Method:
     one_rank: bool = False  # takes only LoRA factors, all of one rank, which its result has too
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
     survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
+    copies: bool = False  # holds a second copy of every update
     rowwise: bool = False  # every row of the result depends on that row of the updates only
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
@@ -131,7 +132,7 @@ METHODS = {
     ),
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
     "dare_linear": Method(dare_linear, "dense", "arXiv 2311.03099", False, MASK_LAWS),
-    "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties),
+    "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties, copies=True),
     "fisher": Method(fisher, "dense", "arXiv 2111.09832", False, ("identity at n=1", *ENTRY_LAWS)),
     "knots": Method(
         knots,
