@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, frobenius, gram, require_finite, top_eigenvectors, top_subspace
+from modalloy.linalg import Basis, approximate_range, frobenius, gram, require_finite, top_eigenvectors, top_subspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,13 +155,16 @@ def norm(delta: Delta) -> float:
 
 
 def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
-    """The best approximation of `delta` of rank at most `rank` that the top of its spectrum gives, and its relative error."""
+    """An approximation of `delta` of rank at most `rank`, and its relative Frobenius error.
+
+    The best there is for factors and small matrices; close to it for large ones (`linalg.approximate_range`).
+    """
     if isinstance(delta, LowRank):
         (core,), restore = lift([delta])
         u, s, vh = torch.linalg.svd(core.dense(), full_matrices=False)
         cut = LowRank(u[:, :rank] * s[:rank], vh[:rank])
         return restore(cut, delta.up.dtype), float((s[rank:].norm() / s.norm()).nan_to_num(0))
-    u = top_subspace([delta], rank)
+    u = approximate_range(delta, rank)
     cut = LowRank(u.to(delta.dtype), u.T.to(delta.dtype) @ delta)
     size = frobenius(delta)
     return cut, frobenius(delta - cut.dense()) / size if size else 0.0

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy import builtin
+from modalloy.engines import local
 from modalloy.merge import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
@@ -58,7 +58,7 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
     _print_table(answers)
     result = {
         "merge_seconds": round(report.merge_s, 3),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": local.peak_bytes(),
         "answer_seconds": seconds,
         "out": str(out),
         "questions": [

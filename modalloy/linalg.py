@@ -132,6 +132,22 @@ def _lost(sines: Tensor, energies: Tensor) -> float:
     return float((sines.clamp(max=1) ** 2 * energies).sum() / energies.sum()) ** 0.5
 
 
+def approximate_range(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal columns (m, rank) that span nearly as much of D (m, n) as its leading singular vectors do.
+
+    Exact up to `EXACT_SIZE` rows. Above, a randomised range finder with two power iterations (Halko, Martinsson and Tropp,
+    arXiv 0909.4061, algorithm 4.4), whose seed is fixed; made for matrices whose spectrum hardly falls. O(m n · rank).
+    """
+    if matrix.shape[0] <= EXACT_SIZE:
+        return top_subspace([matrix], rank)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], OVERSAMPLING * rank, generator=generator).to(matrix.device, matrix.dtype)
+    Q = Basis(matrix @ start).q_in(matrix.dtype)
+    for _ in range(2):
+        Q = Basis(matrix @ (matrix.T @ Q)).q_in(matrix.dtype)
+    return Q @ top_eigenvectors(gram(matrix.T @ Q), rank).to(matrix.dtype)
+
+
 def energy_rank(symmetric: Tensor, fraction: float) -> int:
     """How many of the largest eigenvalues of a positive semidefinite matrix make up `fraction` of their sum."""
     values = torch.linalg.eigvalsh(symmetric).clamp(min=0).flip(0)

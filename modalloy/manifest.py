@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import Specialist, file_sha256, hub_commit
+from modalloy.checkpoints import Specialist, WeightFile, file_sha256, hub_commit
 from modalloy.plan import Plan
 
 SOURCES = "sources.json"  # where the inputs were on this machine; not hashed
@@ -23,10 +23,10 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
         s.label: {
             "layout": s.layout,
             "modality": s.modality,
-            "sha256": input_sha256(s),
+            "sha256": input_sha256(s, fisher),
             **_revision(s.checkpoint.folder),
         }
-        for s in planned.specialists
+        for s, fisher in zip(planned.specialists, planned.fishers, strict=True)
     }
     whole: dict[str, Any] = {"surveys": planned.surveys} if planned.surveys else {}
     if planned.compression:
@@ -43,11 +43,12 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
     }
 
 
-def input_sha256(specialist: Specialist) -> dict[str, str]:
-    """Hashes of a specialist's files that its merge depends on: weights, and the config that sets their scaling."""
+def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str, str]:
+    """Hashes of the files that a specialist's part depends on: weights, the config that sets their scaling, Fisher file."""
     folder = specialist.checkpoint.folder
     configs = [name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
+    weights |= {} if fisher is None else {"fisher": fisher.sha256}
     return weights | {name: file_sha256(folder / name) for name in configs}
 
 

@@ -132,7 +132,7 @@ def merge(
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         sources = _sources(planned) | {"fingerprint": fingerprint}
         (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
-        verification = verify_folder(folder, planned, manifest, rehash=False)
+        verification = verify_folder(folder, planned, manifest, rehash=False, n_workers=n_workers)
     return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, local.peak_bytes(), predicted)
 
 
@@ -406,5 +406,5 @@ def _sources(planned: Plan) -> dict[str, Any]:
     return {
         "base": str(planned.base_folder.resolve()),
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
-        "fishers": [file and str(file.path.resolve()) for file in planned.fishers],
+        "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],
     }

@@ -28,16 +28,24 @@ from modalloy.checkpoints import (
     present,
     read_json,
 )
+from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS, resolve
+from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 SAMPLED_LAYERS = 12  # merged again to verify a result
+LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
+WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
+LIBRARY_BYTES = 16 << 20  # of BLAS and LAPACK, which the first product and decomposition bring in
+# float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
+EIGEN_COPIES = 5
+SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projection, factors, a workspace
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 
@@ -81,8 +89,8 @@ class Job:
 
     @property
     def group(self) -> str:
-        """Jobs of one group share what their method must know of the whole model."""
-        return json.dumps([self.method, self.parameters], sort_keys=True)
+        """Jobs of one group share what their method must know of the whole model, which λ, applied last, does not change."""
+        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
 
 
 @dataclass
@@ -138,8 +146,12 @@ class Plan:
         surveyed = [
             job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
         ]
-        again = [*surveyed, *self.sample()]
-        return once + sum(job.read_bytes for job in again) + sum(job.write_bytes for job in self.sample())
+        again = sum(job.read_bytes for job in [*surveyed, *self.sample()])
+        for job in self.sample():
+            again += job.write_bytes
+            if len(job.outputs) == 1 and any(job.slot in s.full for s in self.specialists):
+                again += self.base.refs[job.slot].n_bytes  # for the update, and again to add it
+        return once + again
 
     @property
     def disk_bytes(self) -> int:
@@ -154,6 +166,15 @@ class Plan:
         spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
         return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
 
+    def is_recomputed_literally(self, job: Job) -> bool:
+        """Whether a merged weight is verified on dense float64 matrices.
+
+        What selects single entries may select others in another precision, so it is recomputed exactly as it was merged.
+        """
+        method = METHODS[job.method]
+        equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
+        return equivalent and max(self.base.refs[job.slot].shape) <= LITERAL_LIMIT
+
     @property
     def fingerprint(self) -> str:
         """Hash of what is made from what: recipe, program, jobs, and every input file's name, size and time of change."""
@@ -162,7 +183,7 @@ class Plan:
         configs = ("config.json", "adapter_config.json")  # which set the updates' scale, and are copied
         files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        jobs = [(job.kind, job.slot, job.group, job.weights, str(job.outputs)) for job in self.jobs]
+        jobs = [(job.kind, job.slot, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]
         made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
@@ -181,13 +202,15 @@ class Plan:
         return file.read(ref, buffer)
 
     def peak_bytes(self, n_workers: int) -> int:
-        """Memory that a merge with `n_workers` holds at its peak, with what the process holds now."""
+        """Memory that a merge with `n_workers` holds at its peak, while merging or verifying, with what the process holds now."""
         sizes = [self._job_bytes(job) for job in self.jobs]
         held = [job.read_bytes + job.write_bytes for job in self.jobs]
         window = n_workers + AHEAD
         waiting = max((sum(held[i : i + window]) for i in range(len(held))), default=0)
         working = max((sum(sorted(sizes[i : i + window])[-n_workers:]) for i in range(len(sizes))), default=0)
-        return resident_bytes() + waiting + working
+        verifying = sum(sorted(self._check_bytes(job) for job in self.sample())[-n_workers:])
+        writing = min(WRITE_BYTES, self.write_bytes)
+        return resident_bytes() + LIBRARY_BYTES + max(waiting + working + writing, verifying)
 
     def counts(self) -> dict[str, int]:
         """Number of input tensors by fate."""
@@ -221,21 +244,44 @@ class Plan:
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         }
 
-    def _job_bytes(self, job: Job) -> int:
+    def _job_bytes(self, job: Job, *, literal: bool = False) -> int:
         """What working on a job takes beside its inputs and outputs."""
         if job.kind == "average":
             return 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
         if job.kind != "merge":
             return 0
         rows, columns = self.base.refs[job.slot].shape
-        factors = [s.text[job.slot] for s in self.specialists if job.slot in s.text]
-        full = sum(job.slot in s.full for s in self.specialists)
-        if not full and METHODS[job.method].gets(job.parameters) != "dense":
-            stacked = sum(f.rank for f in factors)
-            return 4 * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + 2 * 8 * 4096 * stacked
-        if full and not factors and METHODS[job.method].rowwise:
-            return 4 * 4 * BLOCK_ENTRIES
-        return 4 * rows * columns * (len(factors) + full + 2)
+        method, n = METHODS[job.method], len(self.specialists)
+        gets = method.gets(job.parameters)
+        wide = 8 if literal or self.recipe.dtype == "float64" else 4
+        stacked = sum(s.text[job.slot].rank for s in self.specialists if job.slot in s.text)
+        full = any(job.slot in s.full for s in self.specialists)
+        if not full and gets != "dense" and not literal:
+            blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
+            return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
+        if full and not stacked and method.rowwise and not literal:
+            return wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
+        taken = wide * rows * columns * (n + 2 + n * method.copies)  # the updates, the merged one, and one on the way
+        if gets == "dense":
+            return taken + wide * 4 * n * ENTRIES_AT_ONCE
+        if method.rowwise:
+            return taken
+        # where both sides play one part, the Gram is that of the shorter
+        side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
+        own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
+        return taken + 8 * EIGEN_COPIES * side**2 + 8 * own * rows * columns
+
+    def _check_bytes(self, job: Job) -> int:
+        """What verifying a merged weight takes: reading it, merging it again, and their difference."""
+        rows, columns = self.base.refs[job.slot].shape
+        literal = self.is_recomputed_literally(job)
+        whole = len(job.outputs) == 1
+        entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
+        merging = self._job_bytes(job, literal=literal)
+        if whole and METHODS[job.method].rowwise and any(job.slot in s.full for s in self.specialists):
+            wide = 8 if literal or self.recipe.dtype == "float64" else 4
+            merging = wide * rows * columns * (len(self.specialists) + 2)
+        return job.read_bytes + job.write_bytes + merging + 2 * 8 * entries
 
 
 def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
@@ -418,7 +464,8 @@ class _Planner:
                 reads.append(specialist.full[slot])
             if METHODS[method].takes("fishers"):
                 reads.append(self._fisher_ref(fisher, slot, specialist))
-        weights = tuple(self._at(entry.parameters.weight, slot, "weight") for entry in self.recipe.models)
+        remedy = "give one number, or keep the base's by `modules:` with policy: keep"
+        weights = tuple(self._at(entry.parameters.weight, slot, "weight", remedy) for entry in self.recipe.models)
         return Job("merge", slot, specs, tuple(reads), method, self._resolved(method, parameters, slot), weights)
 
     def _rule(self, slot: str) -> tuple[str, Rule | None]:
@@ -443,24 +490,23 @@ class _Planner:
         lists = {name: value for name, value in parameters.items() if isinstance(value, list)}
         single = {name: value for name, value in parameters.items() if name not in lists}
         if slot is not None:
-            single |= {name: self._at(value, slot, name) for name, value in lists.items()}
+            for name, value in lists.items():
+                at = self._at(value, slot, name, "give it a value of its own under `modules:`")
+                single[name] = round(at) if METHODS[method].is_whole(name) else at
             return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank)
         return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank) | lists
 
-    def _at(self, value: Any, slot: str, name: str) -> Any:
+    def _at(self, value: Any, slot: str, name: str, remedy: str) -> float:
         """A number, or a list of them interpolated linearly from the first layer to the last."""
         if not isinstance(value, (list, tuple)):
             return value
         layer = _layer(slot)
         if layer is None:
-            raise RecipeError(
-                f"{name}: {list(value)} goes over the layers, but {slot} is in none; give it a value of its own under `modules:`"
-            )
+            raise RecipeError(f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}")
         position = layer / max(1, self.depth - 1) * (len(value) - 1)
         below = min(int(position), len(value) - 1)
         above = min(below + 1, len(value) - 1)
-        between = value[below] + (position - below) * (value[above] - value[below])
-        return round(between) if all(isinstance(number, int) for number in value) else between
+        return value[below] + (position - below) * (value[above] - value[below])
 
     def _fisher(self, location: str | None) -> WeightFile | None:
         return None if location is None else WeightFile(self.recipe.folder / Path(location).expanduser())
@@ -543,10 +589,10 @@ def _check_all_accounted(result: Plan) -> None:
 
 def _check_patterns(recipe: Recipe, result: Plan) -> None:
     """A pattern that matches nothing is a mistake in writing."""
-    written = [fate.tensor for fate in result.fates]
+    theirs = [name for specialist in result.specialists for name in specialist.checkpoint.refs]
     for key, patterns, names in (
         ("modules", recipe.modules, list(result.base.refs)),
-        ("ignore", recipe.ignore, written),
+        ("ignore", recipe.ignore, theirs),
     ):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):

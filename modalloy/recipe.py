@@ -128,6 +128,8 @@ class Recipe(_Strict):
             raise ValueError(
                 f"out_dtype {self.out_dtype} contradicts output.dtype {self.output.dtype}; write one of them"
             )
+        if self.output.form == "full" and self.output.compress_rank is not None:
+            raise ValueError("output.compress_rank is of adapters, but form: full holds full matrices; remove it")
         return self
 
     @property

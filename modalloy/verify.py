@@ -17,13 +17,11 @@ from modalloy.engines import local
 from modalloy.errors import CheckpointError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, hashed_files, input_sha256
-from modalloy.methods import METHODS
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from modalloy.plan import Job, Plan
 
-LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 COMPUTED = 1e-5  # relative error of an update that was merged in float32
 SUMMED = 1e-7  # and of its sum with the base
 
@@ -70,22 +68,22 @@ def verify(out: str | Path) -> Verification:
         return verify_folder(folder, None, manifest, note=f"layers not recomputed: no {SOURCES}")
     checked = verify_folder(folder, None, manifest)  # before anything in the folder is believed
     recipe = load_recipe(folder / "recipe.yaml")
-    base, models = _at_sources(folder / SOURCES, len(recipe.models))
-    gone = [path for path in (base, *models) if not Path(path).is_dir()]
+    base, models, fishers = _at_sources(folder / SOURCES, recipe)
+    gone = [path for path in (base, *models, *fishers) if path is not None and not Path(path).exists()]
     if gone:
         return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
-    entries = [entry.model_dump() | {"model": path} for entry, path in zip(recipe.models, models, strict=True)]
-    fishers = read_json(folder / SOURCES).get("fishers", [None] * len(entries))
-    for entry, place in zip(entries, fishers, strict=True):
-        entry["parameters"]["fisher"] = place
+    entries = [
+        entry.model_dump() | {"model": path, "parameters": entry.parameters.model_dump() | {"fisher": fisher}}
+        for entry, path, fisher in zip(recipe.models, models, fishers, strict=True)
+    ]
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
     planned = plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
     planned.compression = manifest.get("compression", {})
     # by the labels of the recipe as written: those of the local folders differ where it names hub models
-    for label, specialist in zip(labels(recipe), planned.specialists, strict=True):
+    for label, specialist, fisher in zip(labels(recipe), planned.specialists, planned.fishers, strict=True):
         recorded = manifest.get("inputs", {}).get(label, {}).get("sha256")
-        if recorded != input_sha256(specialist):
+        if recorded != input_sha256(specialist, fisher):
             raise CheckpointError(
                 f"{specialist.checkpoint.folder}: the {label} specialist has changed since the merge (its sha256 is "
                 "not the one in manifest.json); merge again"
@@ -94,7 +92,13 @@ def verify(out: str | Path) -> Verification:
 
 
 def verify_folder(
-    folder: Path, planned: Plan | None, manifest: dict[str, Any], *, rehash: bool = True, note: str = ""
+    folder: Path,
+    planned: Plan | None,
+    manifest: dict[str, Any],
+    *,
+    rehash: bool = True,
+    note: str = "",
+    n_workers: int | None = None,
 ) -> Verification:
     """Check `folder`; without a plan no layer is recomputed. `rehash=False` trusts hashes that were just taken."""
     listed, present = manifest["outputs"], hashed_files(folder)
@@ -123,7 +127,10 @@ def verify_folder(
     sample = planned.sample()
     worst = 0.0
     errors = local.run(
-        sample, lambda _: None, lambda job, _: _layer_error(weights, planned, job), local.default_workers()
+        sample,
+        lambda _: None,
+        lambda job, _: _layer_error(weights, planned, job),
+        n_workers or local.default_workers(),
     )
     with closing(errors):
         for job, (error, allowed) in errors:
@@ -136,26 +143,27 @@ def verify_folder(
     return Verification(len(listed), len(weights.refs), len(sample), worst)
 
 
-def _at_sources(path: Path, n: int) -> tuple[str, list[str]]:
-    """Where the base and the `n` specialists were when the result was merged."""
-    sources = read_json(path)
-    base, models = sources.get("base"), sources.get("specialists")
-    if not isinstance(models, list) or len(models) != n or not all(isinstance(place, str) for place in (base, *models)):
-        raise CheckpointError(
-            f"{path}: does not name a base and {n} specialists; merge again, or remove the file to check hashes only"
-        )
-    return str(base), models
+def _at_sources(path: Path, recipe: Recipe) -> tuple[str, list[str], list[str | None]]:
+    """Where the base, the specialists, and those of their Fisher files that there are, were when the result was merged."""
+    sources, n = read_json(path), len(recipe.models)
+    base, models, fishers = sources.get("base"), sources.get("specialists"), sources.get("fishers")
+    if (
+        isinstance(models, list)
+        and isinstance(fishers, list)
+        and len(models) == len(fishers) == n
+        and all(isinstance(place, str) for place in (base, *models, *filter(None, fishers)))
+    ):
+        return str(base), models, fishers
+    raise CheckpointError(
+        f"{path}: does not name a base and {n} specialists; merge again, or remove the file to check hashes only"
+    )
 
 
 def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, float]:
     """Relative Frobenius distance between a written layer and its recomputation, and how large rounding may make it."""
     from modalloy.merge import merged_delta
 
-    # what selects single entries may select others in another precision, so it is recomputed exactly as it was merged
-    method = METHODS[job.method]
-    equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
-    literal = equivalent and max(planned.base.refs[job.slot].shape) <= LITERAL_LIMIT
-    wanted = merged_delta(planned, job, planned.read, literal=literal)
+    wanted = merged_delta(planned, job, planned.read, literal=planned.is_recomputed_literally(job))
     written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
     if len(written) == 1:
         return _weight_error(written[0], planned, job, wanted)

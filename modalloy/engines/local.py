@@ -68,6 +68,15 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def peak_bytes() -> int:
+    """The most that the process held in memory so far; outside Linux, that or what the process that started it held."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def resident_bytes() -> int:
     """What the process holds in memory now; its peak so far where only that is known."""
     try:
@@ -75,9 +84,3 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except FileNotFoundError:  # not Linux
         return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """The most that the process has held in memory so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -34,7 +34,7 @@ from modalloy.methods.iso import iso_c, iso_cts
 from modalloy.methods.knots import knots
 from modalloy.methods.linear import linear
 from modalloy.methods.optmerge import optmerge
-from modalloy.methods.parameters import Rank, check_value, documentation, parse_rank, schema
+from modalloy.methods.parameters import Rank, check_value, documentation, is_whole, parse_rank, schema
 from modalloy.methods.ssam import ssam
 from modalloy.methods.swudi import swudi
 from modalloy.methods.task_arithmetic import task_arithmetic
@@ -60,6 +60,7 @@ class Method:
     one_rank: bool = False  # takes only LoRA factors, all of one rank, which its result has too
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
     survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
+    copies: bool = False  # holds a second copy of every update
     rowwise: bool = False  # every row of the result depends on that row of the updates only
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
@@ -90,6 +91,11 @@ class Method:
     def parameters(self) -> dict[str, Any]:
         """Name → default of every parameter that a recipe may set; "auto" where the caller works it out."""
         return {name: default for name, (_, default) in schema(self.function).items()}
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a parameter is a whole number."""
+        annotation, _ = schema(self.function)[name]
+        return is_whole(annotation)
 
     @property
     def takes_k(self) -> bool:
@@ -131,7 +137,7 @@ METHODS = {
     ),
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
     "dare_linear": Method(dare_linear, "dense", "arXiv 2311.03099", False, MASK_LAWS),
-    "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties),
+    "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties, copies=True),
     "factorwise": Method(
         factorwise,
         "factors",
@@ -292,8 +298,11 @@ def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = F
             raise RecipeError(f"method '{method}' has no parameter '{name}'; {nearest(name, known)}")
         if gradients and isinstance(value, list) and not value:
             raise RecipeError(f"{name}: an empty list; give one value, or one or more over the depth of the model")
-        for single in value if gradients and isinstance(value, list) else [value]:
+        several = gradients and isinstance(value, list)
+        for single in value if several else [value]:
             check_value(name, single, *known[name])
+            if several and (isinstance(single, bool) or not isinstance(single, (int, float))):
+                raise RecipeError(f"{name}: {single!r} cannot be in a list over the depth; it must hold numbers only")
 
 
 def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int | None) -> dict[str, Any]:

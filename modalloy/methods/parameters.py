@@ -43,6 +43,11 @@ def documentation(function: Callable[..., Any]) -> dict[str, str]:
     return {name: " ".join(meaning.split()) for name, meaning in entries}
 
 
+def is_whole(annotation: Any) -> bool:
+    """Whether an annotation allows whole numbers only (a rank's share of the energy is no plain number)."""
+    return annotation is Rank or typing.get_args(annotation)[:1] == (int,)
+
+
 def check_value(name: str, value: Any, annotation: Any, default: Any) -> None:
     """Refuse a value that its annotation does not allow."""
     if value == "auto" and default == "auto":
