@@ -311,6 +311,8 @@ def _write_weights(
     planned.compression |= staging.facts if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
     buffers = Buffers()
+    for file in planned.hashed_files():
+        file.hash_reads()
 
     def fetch(job: Job) -> dict[TensorRef, Tensor]:
         return {ref: planned.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}

@@ -139,10 +139,7 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
-        files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
-        if self.reads_base:
-            files += self.base.files
-        once = sum(file.path.stat().st_size for file in files)
+        once = sum(file.path.stat().st_size for file in self.hashed_files())
         surveyed = [
             job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
         ]
@@ -152,6 +149,11 @@ class Plan:
             if len(job.outputs) == 1 and any(job.slot in s.full for s in self.specialists):
                 again += self.base.refs[job.slot].n_bytes  # for the update, and again to add it
         return once + again
+
+    def hashed_files(self) -> list[WeightFile]:
+        """The weight files that the merge reads as a whole, once, and hashes on the way."""
+        files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
+        return files + (self.base.files if self.reads_base else [])
 
     @property
     def disk_bytes(self) -> int:

@@ -93,9 +93,13 @@ class WeightFile:
             self._source.read_into(data.numpy().data, ref.begin, ref.name)
         return data.view(ref.dtype).reshape(ref.shape)
 
+    def hash_reads(self) -> None:
+        """From now on, hash what is read in the file's order, so that `sha256` need not read it again."""
+        self._source.hashes_reads = True
+
     @property
     def sha256(self) -> str:
-        """Hash of the whole file; bytes that were read in the file's order are not read again."""
+        """Hash of the whole file."""
         with reading(self.path):
             return self._source.sha256()
 
@@ -225,8 +229,8 @@ class WeightFile:
 class _Source:
     """The bytes of one file, for several threads, and their hash taken on the way.
 
-    What is read in the file's order is hashed as it passes, with what little lies between; the rest is read again when
-    the hash is asked for. The file is opened for each read: a model of hundreds of shards would run out of descriptors.
+    With `hashes_reads`, what is read in the file's order is hashed as it passes, with what little lies between; the rest
+    is read again when the hash is asked for. The file is opened for each read: a model of hundreds of shards would run out of descriptors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -236,6 +240,7 @@ class _Source:
         self.lock = threading.Lock()
         self.digest = hashlib.sha256()
         self.hashed = 0
+        self.hashes_reads = False
 
     def read_into(self, target: memoryview, begin: int, what: str) -> None:
         """Fill `target` with the bytes from `begin` on."""
@@ -246,6 +251,8 @@ class _Source:
                 if not count:
                     raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
                 done += count
+            if not self.hashes_reads:
+                return
             with self.lock:
                 if begin <= self.hashed < begin + len(target):
                     self._hash(target[self.hashed - begin :])
