@@ -230,7 +230,8 @@ class _Source:
     """The bytes of one file, for several threads, and their hash taken on the way.
 
     With `hashes_reads`, what is read in the file's order is hashed as it passes, with what little lies between; the rest
-    is read again when the hash is asked for. The file is opened for each read: a model of hundreds of shards would run out of descriptors.
+    is read again when the hash is asked for. The file is opened for each read: a model of hundreds of shards would run
+    out of descriptors.
     """
 
     def __init__(self, path: Path) -> None:
