@@ -335,6 +335,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
         template,
     )
     _check_all_accounted(result)
+    _check_fishers(recipe, result)
     _check_patterns(recipe, result)
     return result
 
@@ -372,8 +373,8 @@ class _Planner:
         kept = {name for name, (_, rule) in self.rules.items() if rule.policy == "keep"}
         asked = {name for name, (_, rule) in self.rules.items() if rule.policy == "average"}
         self.merged = [name for name in base.refs if name in linear - kept]
-        vectors = {name for name in full if len(base.refs[name].shape) == 1}
-        self.averaged = [name for name in base.refs if name in (vectors | asked & full) - linear - kept]
+        others = {n for n in full if base.refs[n].dtype.is_floating_point and len(base.refs[n].shape) != 2}
+        self.averaged = [name for name in base.refs if name in (others | asked & full) - linear - kept]
         self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
         self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
         self._check_complete()
@@ -599,6 +600,21 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
+    merged = [job.slot for job in result.jobs if job.kind == "merge"]
+    for pattern, rule in recipe.modules.items():
+        if rule.policy is None and not fnmatch.filter(merged, pattern):
+            raise RecipeError(
+                f"modules: '{pattern}' names a method, but no weight that it matches is merged; write policy: keep or average"
+            )
+
+
+def _check_fishers(recipe: Recipe, result: Plan) -> None:
+    """A Fisher file that nothing reads is a mistake."""
+    if any(result.fishers) and not any(job.method and METHODS[job.method].takes("fishers") for job in result.jobs):
+        raise RecipeError(
+            f"parameters.fisher: {recipe.merge_method} does not weigh by Fisher information; write merge_method: fisher, "
+            "or remove the file"
+        )
 
 
 def _layer(name: str) -> int | None:

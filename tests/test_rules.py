@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "full matrices of one rule in an adapter": (
         {"modules": {"*v_proj*": {"merge_method": "fisher"}}, "output": {"form": "adapter"}},
         r"fisher gives a full matrix for model\.layers\.0\.self_attn\.v_proj\.weight",
+    ),
+    "a method for norms": (
+        {"modules": {"*norm*": {"merge_method": "ties"}}},
+        r"modules: '\*norm\*' names a method, but no weight that it matches is merged; write policy: keep or average",
     ),
     "no Fisher file": (
         {"merge_method": "fisher"},
@@ -680,3 +685,28 @@ def test_memory_limit(
         assert re.search(message, line), line
         assert bool(message) == (sorted(tmp_path.rglob("*")) == files)
     assert verify(out).layers
+
+
+def test_tensors_of_more_dimensions_are_averaged_and_integers_kept(small: Path, tmp_path: Path) -> None:
+    """A convolution of a tower, and a buffer of positions."""
+    shutil.copytree(small / "base", tmp_path / "base")
+    models = []
+    for seed, folder in enumerate(("base", "tuned1", "tuned2")):
+        shutil.copytree(small / folder, tmp_path / folder, dirs_exist_ok=True)
+        path = tmp_path / folder / "model.safetensors"
+        extra = {"tower.conv.weight": torch.full((2, 3, 4, 4), float(seed)), "tower.positions": torch.arange(5) + seed}
+        save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+        models.append({"model": folder})
+    content = {"base_model": "base", "merge_method": "average", "models": models[1:], "output": {"form": "full"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    modalloy.merge(tmp_path / "recipe.yaml", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["tower.conv.weight"], torch.full((2, 3, 4, 4), 1.5))
+    assert torch.equal(found["tower.positions"], torch.arange(5))
+
+
+def test_a_fisher_file_that_nothing_reads_is_refused(recipe: WriteRecipe, small: Path, tmp_path: Path) -> None:
+    file = write_fisher(tmp_path / "fisher.safetensors", 1)
+    models = [{"model": str(small / "lora1"), "parameters": {"fisher": str(file)}}]
+    with pytest.raises(RecipeError, match=r"parameters\.fisher: ssam does not weigh by Fisher information"):
+        plan(recipe(merge_method="ssam", models=models))
