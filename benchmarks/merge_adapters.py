@@ -24,7 +24,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import measuring
 import torch
@@ -47,13 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     size = vicuna7b.Size(args.layers)
     base, adapters = vicuna7b.base(args.data, size), vicuna7b.adapters(args.data, size)
-    recipe: dict[str, Any] = {
-        "base_model": str(base.resolve()),
-        "merge_method": "ssam",
-        "parameters": {"rank": K},
-        "models": [{"model": str(adapter.resolve()), "modality": adapter.name} for adapter in adapters],
-        "output": {"form": "adapter", "dtype": "float16"},
-    }
+    recipe = vicuna7b.ssam_recipe(base, adapters, K, {"form": "adapter", "dtype": "float16"})
     out = args.data / "merged-adapter"
     ours, floors = [], []
     for number in range(args.repeats):

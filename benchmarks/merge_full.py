@@ -17,7 +17,6 @@ import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import measuring
 import vicuna7b
@@ -35,13 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     size = vicuna7b.Size(args.layers)
     base, adapters = vicuna7b.base(args.data, size), vicuna7b.adapters(args.data, size)
-    recipe: dict[str, Any] = {
-        "base_model": str(base.resolve()),
-        "merge_method": "ssam",
-        "parameters": {"rank": K},
-        "models": [{"model": str(adapter.resolve()), "modality": adapter.name} for adapter in adapters],
-        "output": {"form": "full"},
-    }
+    recipe = vicuna7b.ssam_recipe(base, adapters, K, {"form": "full"})
     out = args.data / "merged-full"
     runs: dict[str, list[Usage]] = {"cp -r, sync": [], "modalloy merge": []}
     for number in range(args.repeats):

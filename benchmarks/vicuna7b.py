@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,17 @@ def adapters(root: Path, size: Size, layout: str = "peft") -> list[Path]:
     write = {"peft": _write_peft, "modelcompose": _write_modelcompose}[layout]
     folders = [root / f"{layout}-{size.layers}" / name for name in MODALITIES]
     return [_made(folder, functools.partial(write, index, size)) for index, folder in enumerate(folders)]
+
+
+def ssam_recipe(base: Path, adapters: list[Path], rank: int, output: dict[str, str]) -> dict[str, Any]:
+    """A recipe that merges the adapters by SSAM with k = `rank`."""
+    return {
+        "base_model": str(base.resolve()),
+        "merge_method": "ssam",
+        "parameters": {"rank": rank},
+        "models": [{"model": str(adapter.resolve()), "modality": adapter.name} for adapter in adapters],
+        "output": output,
+    }
 
 
 def fine_tunes(root: Path, size: Size, spectrum: str, dtype: torch.dtype = torch.float16) -> list[Path]:

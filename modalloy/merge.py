@@ -113,7 +113,7 @@ def merge(
     n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     predicted = planned.peak_bytes(n_workers)
-    _check_memory(planned, n_workers, max_memory)
+    _check_memory(planned, predicted, n_workers, max_memory)
     fingerprint = planned.fingerprint
     if resume and out.exists() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
@@ -152,8 +152,7 @@ def _finished_before(out: Path, fingerprint: str) -> Verification:
     return verify(out)
 
 
-def _check_memory(planned: Plan, n_workers: int, limit: int | None) -> None:
-    needed = planned.peak_bytes(n_workers)
+def _check_memory(planned: Plan, needed: int, n_workers: int, limit: int | None) -> None:
     if limit is not None and needed > limit:
         fewer = [n for n in range(1, n_workers) if planned.peak_bytes(n) <= limit]
         remedy = f"use --jobs {fewer[-1]}" if fewer else "allow more"
@@ -284,9 +283,8 @@ def _does_not_fit(spec: TensorSpec) -> MethodError:
 def survey(planned: Plan) -> dict[str, dict[str, Any]]:
     """What methods must know of the whole model before its first weight, by group of jobs."""
     groups: dict[str, list[Job]] = {}
-    for job in planned.jobs:
-        if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters):
-            groups.setdefault(job.group, []).append(job)
+    for job in planned.surveyed():
+        groups.setdefault(job.group, []).append(job)
     found = {}
     for group, jobs in groups.items():
         model = partial(map, partial(_slot_and_deltas, planned), jobs)

@@ -66,7 +66,7 @@ class Job:
     - merge: the specialists' updates of a linear weight, by the recipe's method
     - average: plain mean over the specialists that have the tensor
     - keep: the base's tensor, unchanged
-    - carry: a specialist's tensor, bit for bit (`ref` of `specialist`)
+    - carry: a specialist's tensor, bit for bit
     """
 
     kind: Literal["merge", "average", "keep", "carry"]
@@ -140,15 +140,16 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
         once = sum(file.path.stat().st_size for file in self.hashed_files())
-        surveyed = [
-            job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)
-        ]
-        again = sum(job.read_bytes for job in [*surveyed, *self.sample()])
+        again = sum(job.read_bytes for job in [*self.surveyed(), *self.sample()])
         for job in self.sample():
             again += job.write_bytes
             if len(job.outputs) == 1 and any(job.slot in s.full for s in self.specialists):
                 again += self.base.refs[job.slot].n_bytes  # for the update, and again to add it
         return once + again
+
+    def surveyed(self) -> list[Job]:
+        """The merged weights whose method must see the whole model first."""
+        return [job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)]
 
     def hashed_files(self) -> list[WeightFile]:
         """The weight files that the merge reads as a whole, once, and hashes on the way."""

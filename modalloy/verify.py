@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, file_sha256, read_json
+from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, read_json
 from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.engines import local
 from modalloy.errors import CheckpointError
@@ -113,7 +113,7 @@ def verify_folder(
             )
     weights = Checkpoint(folder, ("adapter_model", "model"))
     for ref in weights.refs.values():
-        if rehash and ref.dtype.is_floating_point and not bool(torch.isfinite(weights.read(ref)).all()):
+        if rehash and not all_finite(weights.read(ref)):
             raise CheckpointError(f"{folder}: {ref.name} holds NaN or infinite values; merge again")
     if planned is None:
         return Verification(len(listed), len(weights.refs), 0, None, note)

@@ -86,7 +86,7 @@ class Interference:
         if not self.few:
             return self.start + self.force @ spectral_function(self.curvature, gain)
         basis = Basis(self.rows.T)
-        Q = basis.times(torch.eye(len(basis.triangle), dtype=torch.float64, device=self.rows.device), torch.float64)
+        Q = basis.q_in(torch.float64)
         return self.start + (self.force @ Q) @ spectral_function(gram(basis.triangle.T), gain) @ Q.T
 
     def adam(self, iterations: int, lr: float, dtype: torch.dtype) -> Tensor:
