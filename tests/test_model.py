@@ -269,7 +269,8 @@ def test_import_is_cheap() -> None:
     import subprocess
     import sys
 
-    code = "import sys, modalloy; print([m for m in ('transformers', 'ray', 'PIL', 'scipy') if m in sys.modules])"
+    heavy = ("transformers", "ray", "PIL", "av", "soundfile", "soxr", "scipy")
+    code = f"import sys, modalloy.media; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
