@@ -70,7 +70,7 @@ class PointBert(Encoder):
         self.norm = nn.LayerNorm(dim)
 
     @classmethod
-    def settings(cls, location: Path) -> dict[str, Any]:
+    def settings(cls, location: Path | None) -> dict[str, Any]:
         """The sizes that the published tensors show; `heads`, `groups` and `group_size` are recorded nowhere."""
         shapes = {name: tensor.shape for name, tensor in _published(location).items()}
         try:
@@ -84,7 +84,7 @@ class PointBert(Encoder):
             raise CheckpointError(f"{location}: no PointBERT ({error} is missing or damaged); give {FILE}") from error
 
     @classmethod
-    def weights(cls, location: Path) -> dict[str, Tensor]:
+    def weights(cls, location: Path | None) -> dict[str, Tensor]:
         """The encoder's tensors in `location`: the published file, or a folder that holds it."""
         with torch.device("meta"):
             known = cls(**cls.settings(location), heads=1).state_dict()
@@ -223,11 +223,15 @@ def nearest_points(xyz: Tensor, centres: Tensor, count: int) -> Tensor:
     return distance.topk(count, largest=False, sorted=False).indices
 
 
-def _published(location: Path) -> dict[str, Tensor]:
+def _published(location: Path | None) -> dict[str, Tensor]:
     """All tensors of the published file, under our names.
 
     PointLLM loads {"state_dict": {"module.point_encoder.cls_token": …}}, ModelCompose {"cls_token": …}: both are read.
     """
+    if location is None:
+        raise CheckpointError(
+            f"the encoder PointBERT has no built-in weights; give the path of {FILE} as its `encoder:`"
+        )
     path = location / FILE if location.is_dir() else location
     with torch.serialization.safe_globals([argparse.Namespace]):  # the training's options, beside the state
         stored = unpickle(path)
