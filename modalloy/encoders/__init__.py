@@ -23,9 +23,11 @@ from modalloy.names import MODALITIES
 ENCODERS = {
     "builtin:efficientnet-lite0": "modalloy.encoders.efficientnet_lite0:EfficientNetLite0",
     "builtin:whisper-tiny.en": "modalloy.encoders.whisper_tiny:WhisperTiny",
+    "clip": "modalloy.encoders.clip:Clip",
+    "languagebind": "modalloy.encoders.languagebind:LanguageBindVideo",
 }
 # what opens a path or hub id that no name stands before: the encoders of the paper (SSAM; ModelCompose)
-PUBLISHED: dict[str, str] = {}
+PUBLISHED: dict[str, str] = {"image": "clip", "video": "languagebind"}
 
 
 class Encoder(nn.Module):
