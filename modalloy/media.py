@@ -26,6 +26,14 @@ MAX_FRAMES = 500_000
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 ANIMATED = ("GIF", "PNG", "WEBP")  # the formats whose further pictures are frames, not pages, layers or previews
 
+# the modality that a file's ending tells; an animated picture is an image unless its user says otherwise
+ENDINGS = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"), "audio"),
+    **dict.fromkeys((".mp4", ".webm", ".mov", ".mkv", ".avi"), "video"),
+    **dict.fromkeys((".npy", ".npz", ".ply"), "point"),
+}
+
 
 def load_image(path: str | Path) -> "Image":
     """RGB image, turned upright by its EXIF tag; transparency is laid over white. The first frame of an animation."""
