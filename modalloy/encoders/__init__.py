@@ -23,10 +23,12 @@ from modalloy.names import MODALITIES
 ENCODERS = {
     "builtin:efficientnet-lite0": "modalloy.encoders.efficientnet_lite0:EfficientNetLite0",
     "builtin:whisper-tiny.en": "modalloy.encoders.whisper_tiny:WhisperTiny",
+    "clip": "modalloy.encoders.clip:Clip",
+    "languagebind": "modalloy.encoders.languagebind:LanguageBindVideo",
     "pointbert": "modalloy.encoders.pointbert:PointBert",
 }
 # what opens a path or hub id that no name stands before: the encoders of the paper (SSAM; ModelCompose)
-PUBLISHED: dict[str, str] = {"point": "pointbert"}
+PUBLISHED: dict[str, str] = {"image": "clip", "video": "languagebind", "point": "pointbert"}
 
 
 class Encoder(nn.Module):
