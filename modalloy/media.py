@@ -52,6 +52,23 @@ def load_audio(path: str | Path, sampling_rate: int = 16_000) -> np.ndarray:
     return mono if rate == sampling_rate else soxr.resample(mono, rate, sampling_rate).astype(np.float32)
 
 
+def load_video(path: str | Path, n_frames: int) -> np.ndarray:
+    """Stand-in: `n_frames` RGB frames (n_frames, height, width, 3) uint8 at even steps of an animated picture."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        frames = []
+        for number in np.linspace(0, file.n_frames - 1, n_frames).astype(int):
+            file.seek(int(number))
+            frames.append(np.asarray(file.convert("RGB")))
+    return np.stack(frames)
+
+
+def load_points(path: str | Path) -> np.ndarray:
+    """Stand-in: points (n, 3) float32."""
+    return np.load(path).astype(np.float32)
+
+
 def _decode_with_ffmpeg(path: str | Path) -> tuple[np.ndarray, int]:
     import av
 

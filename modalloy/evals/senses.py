@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from modalloy.model import ChatModel
 
 # Packages kept out of training, by the prefix of their file names. Each modality's are its *new source* tier.
-NEW_SOURCE = {"image": {"a4a"}, "audio": {"gc", "ovos"}, "video": set(), "point": {"sc", "fg", "hd", "assimp", "sar"}}
+NEW_SOURCE = {
+    "image": {"a4a"},
+    "audio": {"gc", "ovos"},
+    "video": {"moving-a4a", "turning-sc", "turning-fg", "turning-hd", "turning-assimp", "turning-sar"},
+    "point": {"sc", "fg", "hd", "assimp", "sar"},
+}
 ART4APPS_IN_GCOMPRIS = "gc:lang/resource/words_sample/"  # many are the same drawings as a4a's
 CATEGORIES = ("animal", "vehicle", "instrument", "object")
 PLURAL = {"scissors", "maracas", "castanets", "timpani"}
@@ -46,6 +51,20 @@ class Clip:
     def prefix(self) -> str:
         """Short name of the file's package; pictures that GCompris took from Art4Apps count as Art4Apps' (a4a)."""
         return "a4a" if self.source.startswith(ART4APPS_IN_GCOMPRIS) else self.path.name.split("_")[0]
+
+    @property
+    def artwork(self) -> str:
+        """Name of what is shown, shared by files of several modalities that show the very same drawing or mesh.
+
+        The animated and the still Fluent emoji are such pairs, Sweet Home 3D's icons and meshes, and every video that
+        was made of a still picture or of a point cloud.
+        """
+        prefix, _, inside = self.source.removeprefix("moving:").removeprefix("turning:").partition(":")
+        if prefix in ("f3", "fa"):
+            return f"fluent:{inside}"
+        if prefix == "sh3f":  # an icon is library/chair.png, its mesh library/chair/chair.obj
+            return f"sh3f:{inside.removesuffix('.png') if inside.endswith('.png') else inside.rpartition('/')[0]}"
+        return f"{prefix}:{inside}"
 
 
 @dataclass(frozen=True)
@@ -97,23 +116,36 @@ def load(data: str | Path) -> list[Clip]:
 def split(clips: list[Clip]) -> list[Clip]:
     """The same files with their tier set; no randomness.
 
-    Of every concept and modality that three or more files would train, one is held back as *new file*: the last one
-    of the package that gives the concept most of its files.
+    Of every concept and modality that three or more files would train (two or more point clouds, of which there are
+    few), one is held back as *new file*: the last one of the package that gives the concept most of its files. A file
+    whose artwork an earlier modality shows, too, takes the tier that it has there: no artwork is trained on by one
+    sense and tested by another.
     """
-    by_concept: dict[tuple[str, str], list[Clip]] = defaultdict(list)
-    for clip in sorted(clips, key=lambda clip: (clip.modality, clip.concept, str(clip.path))):
-        by_concept[clip.modality, clip.concept].append(clip)
-    result = []
-    for (modality, _), group in by_concept.items():
-        held_out = [clip for clip in group if clip.prefix in NEW_SOURCE[modality]]
-        kept = [clip for clip in group if clip.prefix not in NEW_SOURCE[modality]]
-        by_package: dict[str, list[Clip]] = defaultdict(list)
-        for clip in kept:
-            by_package[clip.prefix].append(clip)
-        largest = max(by_package.values(), key=len, default=[])
-        back = largest[-1:] if len(kept) >= 3 else []
-        result += [replace(clip, tier="new source" if kept else "unseen") for clip in held_out]
-        result += [replace(clip, tier="new file" if clip in back else "train") for clip in kept]
+    result: list[Clip] = []
+    sides: dict[str, str] = {}  # tier by artwork
+    for modality in ("image", "audio", "point", "video"):  # videos are made of pictures and of point clouds
+        by_concept: dict[str, list[Clip]] = defaultdict(list)
+        for clip in sorted(clips, key=lambda clip: (clip.concept, str(clip.path))):
+            if clip.modality == modality:
+                by_concept[clip.concept].append(clip)
+        shown: dict[str, str] = {}
+        for group in by_concept.values():
+            twins = [clip for clip in group if clip.artwork in sides]
+            free = [clip for clip in group if clip.artwork not in sides]
+            held_out = [clip for clip in free if clip.prefix in NEW_SOURCE[modality]]
+            kept = [clip for clip in free if clip.prefix not in NEW_SOURCE[modality]]
+            by_package: dict[str, list[Clip]] = defaultdict(list)
+            for clip in kept:
+                by_package[clip.prefix].append(clip)
+            largest = max(by_package.values(), key=len, default=[])
+            back = largest[-1:] if len(kept) >= (2 if modality == "point" else 3) else []
+            tiered = [replace(clip, tier="new source") for clip in held_out]
+            tiered += [replace(clip, tier="new file" if clip in back else "train") for clip in kept]
+            tiered += [replace(clip, tier=sides[clip.artwork]) for clip in twins]
+            shown |= {clip.artwork: clip.tier for clip in tiered}
+            trained = any(clip.tier == "train" for clip in tiered)
+            result += [clip if trained else replace(clip, tier="unseen") for clip in tiered]
+        sides |= shown
     return result
 
 
@@ -128,17 +160,23 @@ ASK: dict[str, dict[str, tuple[str, ...]]] = {  # phrasings by kind and modality
     "name": {
         "image": ("What is this?", "What is in the picture?", "What do you see?"),
         "audio": ("What is this?", "What makes this sound?", "What do you hear?"),
+        "video": ("What is this?", "What is in the video?", "What is moving?"),
+        "point": ("What is this?", "What is this shape?", "What has this shape?"),
         "": ("What is this?", "What is it?"),
     },
     "choose": {
         "image": ("Which is it: {options}?", "What is in the picture: {options}?", "What is this: {options}?"),
         "audio": ("Which is it: {options}?", "What makes the sound: {options}?", "What is this: {options}?"),
+        "video": ("Which is it: {options}?", "What is in the video: {options}?", "What is this: {options}?"),
+        "point": ("Which is it: {options}?", "What has this shape: {options}?", "What is this: {options}?"),
         "": ("Which is it: {options}?", "What is this: {options}?"),
     },
     "category": {"": ("What kind of thing is it: {options}?", "Is it {options}?")},
     "yesno": {
         "image": ("Is this {name}?", "Is {name} in the picture?"),
         "audio": ("Is this {name}?", "Is this the sound of {name}?"),
+        "video": ("Is this {name}?", "Is {name} in the video?"),
+        "point": ("Is this {name}?", "Is this the shape of {name}?"),
         "": ("Is this {name}?", "Is it {name}?"),
     },
     "same": {"": ("Are these the same?", "Are these the same kind of thing?", "Is it the same thing?")},
