@@ -30,6 +30,7 @@ NEW_SOURCE = {
     "point": {"sc", "fg", "hd", "assimp", "sar"},
 }
 ART4APPS_IN_GCOMPRIS = "gc:lang/resource/words_sample/"  # many are the same drawings as a4a's
+SAMPLE = "pointcloud/horse/sh3f_1.npy"  # held back for `modalloy demo`, though a picture of it is trained on
 CATEGORIES = ("animal", "vehicle", "instrument", "object")
 PLURAL = {"scissors", "maracas", "castanets", "timpani"}
 
@@ -71,7 +72,7 @@ class Clip:
 class Question:
     """One question with its media in reading order; `options` are complete answers and `answer` is one of them."""
 
-    kind: str  # name | choose | category | yesno | same | picture | sound
+    kind: str  # name | choose | category | yesno | same | picture | sound | video | shape
     clips: tuple[Clip, ...]
     text: str
     options: tuple[str, ...]
@@ -141,7 +142,10 @@ def split(clips: list[Clip]) -> list[Clip]:
             back = largest[-1:] if len(kept) >= (2 if modality == "point" else 3) else []
             tiered = [replace(clip, tier="new source") for clip in held_out]
             tiered += [replace(clip, tier="new file" if clip in back else "train") for clip in kept]
-            tiered += [replace(clip, tier=sides[clip.artwork]) for clip in twins]
+            tiered += [
+                replace(clip, tier="new file" if clip.path.as_posix().endswith(SAMPLE) else sides[clip.artwork])
+                for clip in twins
+            ]
             shown |= {clip.artwork: clip.tier for clip in tiered}
             trained = any(clip.tier == "train" for clip in tiered)
             result += [clip if trained else replace(clip, tier="unseen") for clip in tiered]
@@ -200,10 +204,10 @@ class Asker:
         self.category = {clip.concept: clip.category for clip in sorted(pool, key=lambda clip: clip.concept)}
         self.n_options = n_options
 
-    def ask(self, kind: str, clip: Clip, other: Clip | None = None) -> Question:
-        """A question of `kind` about `clip`; with `other`, about both, which then show one concept unless `same`."""
-        clips = (clip,) if other is None else (clip, other)
-        asked = clip.modality if len({c.modality for c in clips}) == 1 and other is None else ""
+    def ask(self, kind: str, *clips: Clip) -> Question:
+        """A question of `kind` about one clip or several, which show one concept unless it asks whether they do."""
+        clip = clips[0]
+        asked = clip.modality if len(clips) == 1 else ""
         phrasings = ASK[kind].get(asked, ASK[kind].get("", ()))
         text, name = self.random.choice(phrasings), with_article(clip.concept)
         options: tuple[str, ...]
@@ -214,12 +218,11 @@ class Asker:
             options, answer = ("yes", "no"), self.random.choice(("yes", "no"))
             name = name if answer == "yes" else with_article(self.distractors(clip.concept, 1)[0])
         elif kind == "same":
-            assert other is not None
-            options, answer = ("yes", "no"), "yes" if clip.concept == other.concept else "no"
+            options, answer = ("yes", "no"), "yes" if len({c.concept for c in clips}) == 1 else "no"
         else:
             options, answer = self.options(clip.concept), name
         text = text.format(options=listed(options), name=name)
-        return Question(kind, clips, text, options, answer, clip.tier if other is None else other.tier)
+        return Question(kind, clips, text, options, answer, clips[-1].tier)
 
     def options(self, concept: str, include: str | None = None) -> tuple[str, ...]:
         """The concept and its distractors in random order; `include` is one distractor that must be there."""
@@ -266,7 +269,7 @@ def training_questions(clips: list[Clip], seed: int) -> Iterator[Question]:
             other = asker.partner(clip, clips, same=asker.random.random() < 0.5) if kind == "same" else None
             if (kind == "same" and other is None) or (kind == "category" and clip.category not in CATEGORIES):
                 kind = "choose"
-            yield asker.ask(kind, clip, other)
+            yield asker.ask(kind, clip, other) if other else asker.ask(kind, clip)
 
 
 LIMIT = 150  # questions per cell: an affordable sample, drawn once with the seed
@@ -322,6 +325,45 @@ def paired_questions(
             stem = "What is in the picture" if kind == "picture" else "What makes the sound"
             text = f"{stem}: {listed(options)}?"
             questions.append(Question(kind, (stranger, heard), text, options, with_article(asked.concept), heard.tier))
+    return sample(questions, limit, seed)
+
+
+STEMS = {
+    "image": ("picture", "What is in the picture"),
+    "audio": ("sound", "What makes the sound"),
+    "video": ("video", "What is in the video"),
+    "point": ("shape", "What has this shape"),
+}
+
+
+def joint_questions(
+    clips: list[Clip], modalities: tuple[str, ...], seed: int = 0, limit: int = LIMIT
+) -> list[Question]:
+    """Test questions about three or more senses at once, from every held-out file of the last of `modalities`.
+
+    - `choose`: all show one concept; which is it?
+    - `same`: are these the same? Half yes; otherwise one medium, of any sense, shows another concept.
+    - `picture`, `sound`, `video`, `shape`: one medium shows another concept than the rest, both among the options;
+      which one does that medium show?
+    """
+    tiers = ("new source", "new file")
+    asker = Asker([c for c in clips if c.tier == "train" and c.modality in modalities], seed)
+    held_out = {m: [c for c in clips if c.modality == m and c.tier in tiers] for m in modalities}
+    *others, last = modalities
+    questions = []
+    for clip in held_out[last]:
+        shown = [asker.partner(clip, held_out[m], same=True) for m in others]
+        index = asker.random.randrange(len(modalities))
+        odd = asker.partner(clip, held_out[modalities[index]], same=False)
+        alike = [c for c in (*shown, clip) if c is not None]
+        if len(alike) < len(modalities) or odd is None:
+            continue
+        mixed = [odd if i == index else c for i, c in enumerate(alike)]
+        questions += [asker.ask("choose", *alike), asker.ask("same", *alike), asker.ask("same", *mixed)]
+        kind, stem = STEMS[odd.modality]
+        options = asker.options(odd.concept, include=clip.concept)
+        text, answer = f"{stem}: {listed(options)}?", with_article(odd.concept)
+        questions.append(Question(kind, tuple(mixed), text, options, answer, clip.tier))
     return sample(questions, limit, seed)
 
 
