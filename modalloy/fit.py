@@ -3,9 +3,8 @@
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
-from modalloy.encoders import ENCODERS, encoder_sizes
-from modalloy.errors import CheckpointError, RecipeError, nearest
-from modalloy.names import EMBEDDINGS, disk_name
+from modalloy.errors import CheckpointError
+from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe
 
 
@@ -66,56 +65,6 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
             f"{specialist.label} specialist: {own.name} is {own.shape}, the base's is {wanted.shape} ({own.file}); "
             "use the base it was trained from"
         )
-
-
-def choose_encoders(recipe: Recipe, specialists: list[Specialist]) -> dict[str, str]:
-    """Encoder of each modality, for `omni`: the recipe's, else one that the specialist names and that is built in."""
-    encoders: dict[str, str] = {}
-    for entry, specialist in zip(recipe.models, specialists, strict=True):
-        modality = specialist.modality
-        if modality is None:
-            raise RecipeError(
-                f"output.form 'omni' needs the modality of every specialist, but '{specialist.label}' records none; "
-                "add `modality:` to it"
-            )
-        if not specialist.projector:
-            raise RecipeError(
-                f"output.form 'omni' needs a projector from every specialist, but '{specialist.label}' has none; "
-                "write form: adapter or full, or leave it out"
-            )
-        if modality in encoders:
-            raise RecipeError(
-                f"two specialists claim modality '{modality}' ({specialist.label}); 'omni' takes one of each: remove one, "
-                "or write form: adapter or full"
-            )
-        recorded = specialist.config.get(f"mm_{disk_name(modality)}_encoder")
-        location = entry.encoder or (recorded if recorded in ENCODERS else None)
-        if location is None:
-            raise RecipeError(
-                f"no encoder for modality '{modality}'; add `encoder:` to the {specialist.label} specialist"
-            )
-        if location not in ENCODERS:
-            raise RecipeError(f"no encoder '{location}'; {nearest(location, ENCODERS)}")
-        encoders[modality] = location
-    return encoders
-
-
-def check_path(specialist: Specialist, encoder: str, width: int | None) -> None:
-    """For `omni`: projector and extra tokens must lead from the encoder's features to the decoder's width."""
-    dim, _ = encoder_sizes(encoder)
-    first = specialist.projector.get("0.weight")
-    if first is None or first.shape != (width, dim):
-        found = "has no 0.weight" if first is None else f"takes {first.shape[-1]} features to {first.shape[0]}"
-        raise CheckpointError(
-            f"{specialist.label} specialist: its projector {found}, but the encoder '{encoder}' gives {dim} and the base "
-            f"takes {width}; set the `encoder:` it was trained with"
-        )
-    for ref in specialist.tokens.values():
-        if len(ref.shape) != 3 or ref.shape[0] != 1 or ref.shape[2] != width:
-            raise CheckpointError(
-                f"{specialist.label} specialist: {ref.name} is {ref.shape}, not (1, tokens, {width}) ({ref.file}); "
-                "use the base it was trained from"
-            )
 
 
 def common_chat_template(specialists: list[Specialist]) -> str | None:

@@ -12,15 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Buffers, Staging, TensorRef, TensorSpec, WeightWriter, all_finite, read_json
+from modalloy.checkpoints import (
+    Buffers,
+    Specialist,
+    Staging,
+    TensorRef,
+    TensorSpec,
+    WeightWriter,
+    all_finite,
+    read_json,
+)
 from modalloy.checkpoints.writer import disk_errors
 from modalloy.delta import Delta, LowRank, compressed
-from modalloy.encoders import encoder_sizes
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
+from modalloy.omni import write_omni
 from modalloy.plan import Job, Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
@@ -173,7 +182,7 @@ def _check_disk(planned: Plan, staging: Staging) -> None:
 
 def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Tensor]:
     """The tensors that one job writes, in the order and type of `job.outputs`; the memory of its inputs may be reused."""
-    if job.kind == "merge" and planned.recipe.output.form == "full":
+    if job.kind == "merge" and len(job.outputs) == 1:
         return [_merged_weight(planned, job, read, device)]
     if job.kind == "merge":
         assert planned.rank is not None
@@ -303,7 +312,7 @@ def _write_weights(
     """Run all jobs and stream their tensors to disk; returns the sha256 of every file written."""
     specs = [spec for job in planned.jobs for spec in job.outputs]
     form = planned.recipe.output.form
-    limit = planned.recipe.output.max_shard_size if form == "full" else None  # adapters are always one file (PEFT)
+    limit = None if form == "adapter" else planned.recipe.output.max_shard_size  # PEFT wants one file
     writer = WeightWriter(staging.folder, STEMS[form], specs, limit)
     kept = writer.keep(staging.finished)
     planned.compression |= staging.facts if kept else {}
@@ -353,15 +362,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
             config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return
-    (folder / "config.json").write_text(json.dumps(_omni_config(planned), indent=2) + "\n")
-    if planned.chat_template is not None:
-        (folder / "chat_template.jinja").write_text(planned.chat_template, encoding="utf-8")
-    if planned.copies_base:
-        (folder / "base").mkdir(exist_ok=True)
-        for name in ["config.json", *(file.path.name for file in planned.base.files)]:
-            shutil.copyfile(base / name, folder / "base" / name)
-        for index in base.glob("*.index.json"):
-            shutil.copyfile(index, folder / "base" / index.name)
+    write_omni(planned, folder)
 
 
 def _peft_config(planned: Plan) -> dict[str, Any]:
@@ -385,26 +386,19 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _omni_config(planned: Plan) -> dict[str, Any]:
-    """config.json of the merged model (see `modalloy.model.config.ModalloyConfig`)."""
-    modalities = {}
-    for specialist in planned.specialists:
-        encoder = planned.encoders[specialist.modality or ""]
-        modalities[specialist.modality] = specialist.modality_settings(encoder, *encoder_sizes(encoder))
-    return {
-        "architectures": ["ModalloyForConditionalGeneration"],
-        "model_type": "modalloy",
-        "base_model": planned.base_name if planned.base_is_portable else "base",
-        "text_config": read_json(planned.base_folder / "config.json"),
-        "text_rank": planned.rank,
-        "modalities": modalities,
-    }
-
-
 def _sources(planned: Plan) -> dict[str, Any]:
     """Where the inputs were on this machine, so that `verify` can merge again; not part of what is hashed."""
     return {
         "base": str(planned.base_folder.resolve()),
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
+        "encoders": [_encoder_source(planned, s) for s in planned.specialists],
         "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],
     }
+
+
+def _encoder_source(planned: Plan, specialist: Specialist) -> str | None:
+    """Where an encoder that only this machine would find is, as a recipe says it."""
+    sense = planned.senses.get(specialist.modality or "")
+    if sense is None or sense.path is None or sense.is_portable:
+        return None
+    return f"{sense.choice.name}:{sense.path.resolve()}"

@@ -31,11 +31,12 @@ from modalloy.checkpoints import (
 from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
-from modalloy.fit import check_base, check_path, check_shapes, choose_encoders, common_chat_template
+from modalloy.fit import check_base, check_shapes, common_chat_template
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS, resolve
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.names import EMBEDDINGS
+from modalloy.omni import Sense, choose_senses
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
@@ -106,7 +107,7 @@ class Plan:
     fates: list[TensorFate]
     rank: int | None  # of the written adapter
     fishers: list[WeightFile | None]
-    encoders: dict[str, str] = field(default_factory=dict)  # by modality, for `omni`
+    senses: dict[str, Sense] = field(default_factory=dict)  # by modality, for `omni`
     chat_template: str | None = None
     surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
     compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
@@ -158,9 +159,10 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Room that the result takes: the tensors, and a copy of the base where only this machine would find it."""
-        copied = self.base.files if self.copies_base else []
-        return self.write_bytes + sum(file.path.stat().st_size for file in copied)
+        """Room that the result takes: the tensors, and copies of the base and encoders that only this machine would find."""
+        copied = [file.path for file in self.base.files] if self.copies_base else []
+        copied += [path for sense in self.senses.values() for path in sense.files()]
+        return self.write_bytes + sum(path.stat().st_size for path in copied)
 
     def sample(self) -> list[Job]:
         """The merged weights that are computed again to verify the result."""
@@ -307,18 +309,15 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
         check_base(specialist, recipe, base_config, allow_base_mismatch)
         check_shapes(specialist, base, base_config)
     form, compress = recipe.output.form, recipe.output.compress_rank
-    if form != "full" and compress is None:
+    if form == "adapter" and compress is None:
         for specialist in specialists:
             if whole := next((ref for name, ref in specialist.full.items() if not name.endswith(EMBEDDINGS)), None):
                 holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
                 raise RecipeError(
-                    f"output.form '{form}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
+                    f"output.form 'adapter' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
                     "or output.compress_rank: k to approximate what is merged"
                 )
-    encoders = choose_encoders(recipe, specialists) if form == "omni" else {}
-    for specialist in specialists:
-        if specialist.modality in encoders:
-            check_path(specialist, encoders[specialist.modality], base_config.get("hidden_size"))
+    senses = choose_senses(recipe, specialists, base_config["hidden_size"]) if form == "omni" else {}
     template = common_chat_template(specialists) if form == "omni" else None
     planner = _Planner(recipe, base, specialists)
     jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
@@ -332,7 +331,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
         planner.fates(),
         planner.rank,
         planner.fishers,
-        encoders,
+        senses,
         template,
     )
     _check_all_accounted(result)
@@ -381,7 +380,10 @@ class _Planner:
         self._check_complete()
 
     def adapter_jobs(self) -> list[Job]:
-        """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried."""
+        """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried.
+
+        A method that gives full matrices gives `omni` a second weight for its text tokens.
+        """
         if self.averaged:
             raise RecipeError(
                 f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
@@ -390,10 +392,14 @@ class _Planner:
         omni = self.recipe.output.form == "omni"
         dtype = self._dtype()
         slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
-        bounds = {slot: self._rank_bound(slot) for slot in slots}
+        whole = {slot for slot in slots if omni and self.recipe.output.compress_rank is None and self._is_full(slot)}
+        bounds = {slot: self._rank_bound(slot) for slot in slots if slot not in whole}
         self.rank = max(1, max(bounds.values(), default=1))  # PEFT takes no rank 0
         jobs = []
         for slot in slots:
+            if slot in whole:
+                jobs.append(self._merge_job(slot, (self._like_base(slot),)))
+                continue
             rows, columns = self.base.refs[slot].shape
             stem = slot.removesuffix(".weight")
             names = [
@@ -411,11 +417,10 @@ class _Planner:
 
     def full_jobs(self) -> list[Job]:
         """For `full`: every tensor of the base, in its order, in the output type."""
-        chosen, jobs = self.recipe.written_dtype, []
+        jobs = []
         merged, averaged = set(self.merged), set(self.averaged)
         for name, ref in self.base.refs.items():
-            dtype = ref.dtype if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
-            spec = TensorSpec(name, dtype, ref.shape)
+            spec = self._like_base(name)
             if name in merged:
                 jobs.append(self._merge_job(name, (spec,)))
             elif name in averaged:
@@ -459,7 +464,7 @@ class _Planner:
     def _merge_job(self, slot: str, specs: tuple[TensorSpec, ...]) -> Job:
         method, parameters = self._method(slot)
         reads: list[TensorRef] = []
-        if self.recipe.output.form == "full" or any(slot in s.full for s in self.specialists):
+        if len(specs) == 1 or any(slot in s.full for s in self.specialists):
             reads.append(self.base.refs[slot])
         for specialist, fisher in zip(self.specialists, self.fishers, strict=True):
             if slot in specialist.text:
@@ -548,7 +553,7 @@ class _Planner:
         compress = self.recipe.output.compress_rank
         rows, columns = self.base.refs[slot].shape
         entry = METHODS[method]
-        if any(slot in s.full for s in self.specialists) or entry.gets(parameters) == "dense":
+        if self._is_full(slot):
             if compress is None:
                 raise RecipeError(
                     f"{method} gives a full matrix for {slot}, which an adapter cannot hold; write form: full, or "
@@ -562,6 +567,18 @@ class _Planner:
         if "rank ≤ k" in entry.laws and parameters["rank"] >= 1:
             bound = min(bound, int(parameters["rank"]))
         return bound if compress is None else min(bound, compress)
+
+    def _is_full(self, slot: str) -> bool:
+        """Whether the method's result for this weight is a full matrix."""
+        method, written = self._method(slot)
+        gets = METHODS[method].gets(self._resolved(method, written, slot))
+        return gets == "dense" or any(slot in s.full for s in self.specialists)
+
+    def _like_base(self, name: str) -> TensorSpec:
+        """The base's tensor in the output type."""
+        ref, chosen = self.base.refs[name], self.recipe.written_dtype
+        dtype = ref.dtype if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
+        return TensorSpec(name, dtype, ref.shape)
 
     def _dtype(self) -> torch.dtype:
         chosen = self.recipe.written_dtype

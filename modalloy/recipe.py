@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from modalloy.encoders import modalities
 from modalloy.errors import RecipeError
 from modalloy.methods import check_method
-from modalloy.names import MODALITIES, modality_name
+from modalloy.names import modality_name
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -51,18 +52,22 @@ class SpecialistParameters(_Strict):
 
 
 class SpecialistEntry(_Strict):
-    """One specialist: where it is, what it senses, and where its encoder is (for `form: omni`)."""
+    """One specialist: where it is, what it senses, and where its encoder is (for `form: omni`; see `encoders.choose`)."""
 
     model: str
     modality: str | None = None
-    encoder: str | None = None
+    encoder: str | dict[str, Any] | None = None
     parameters: SpecialistParameters = SpecialistParameters()
+
+    def encoder_at(self, place: str) -> dict[str, Any]:
+        """`encoder` with its location replaced, and its options kept."""
+        return (self.encoder if isinstance(self.encoder, dict) else {}) | {"path": place}
 
     @field_validator("modality")
     @classmethod
     def _known_modality(cls, value: str | None) -> str | None:
-        if value is not None and modality_name(value) not in MODALITIES:
-            raise ValueError(f"unknown modality '{value}'; known: {', '.join(MODALITIES)}")
+        if value is not None and modality_name(value) not in modalities():
+            raise ValueError(f"unknown modality '{value}'; known: {', '.join(modalities())}")
         return None if value is None else modality_name(value)
 
 

@@ -68,13 +68,16 @@ def verify(out: str | Path) -> Verification:
         return verify_folder(folder, None, manifest, note=f"layers not recomputed: no {SOURCES}")
     checked = verify_folder(folder, None, manifest)  # before anything in the folder is believed
     recipe = load_recipe(folder / "recipe.yaml")
-    base, models, fishers = _at_sources(folder / SOURCES, recipe)
-    gone = [path for path in (base, *models, *fishers) if path is not None and not Path(path).exists()]
+    base, models, fishers, encoders = _at_sources(folder / SOURCES, recipe)
+    places = [base, *models, *fishers, *(place and place.partition(":")[2] for place in encoders)]
+    gone = [path for path in places if path is not None and not Path(path).exists()]
     if gone:
         return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
     entries = [
-        entry.model_dump() | {"model": path, "parameters": entry.parameters.model_dump() | {"fisher": fisher}}
-        for entry, path, fisher in zip(recipe.models, models, fishers, strict=True)
+        entry.model_dump()
+        | {"model": path, "parameters": entry.parameters.model_dump() | {"fisher": fisher}}
+        | ({"encoder": entry.encoder_at(encoder)} if encoder else {})
+        for entry, path, fisher, encoder in zip(recipe.models, models, fishers, encoders, strict=True)
     ]
     found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
     planned = plan(found, allow_base_mismatch=True)
@@ -143,17 +146,19 @@ def verify_folder(
     return Verification(len(listed), len(weights.refs), len(sample), worst)
 
 
-def _at_sources(path: Path, recipe: Recipe) -> tuple[str, list[str], list[str | None]]:
-    """Where the base, the specialists, and those of their Fisher files that there are, were when the result was merged."""
+def _at_sources(path: Path, recipe: Recipe) -> tuple[str, list[str], list[str | None], list[str | None]]:
+    """Where the base, the specialists, and those Fisher files and encoders that there are, were when the result was merged."""
     sources, n = read_json(path), len(recipe.models)
-    base, models, fishers = sources.get("base"), sources.get("specialists"), sources.get("fishers")
+    base = sources.get("base")
+    models, fishers, encoders = (sources.get(key) for key in ("specialists", "fishers", "encoders"))
     if (
         isinstance(models, list)
         and isinstance(fishers, list)
-        and len(models) == len(fishers) == n
-        and all(isinstance(place, str) for place in (base, *models, *filter(None, fishers)))
+        and isinstance(encoders, list)
+        and len(models) == len(fishers) == len(encoders) == n
+        and all(isinstance(place, str) for place in (base, *models, *filter(None, fishers), *filter(None, encoders)))
     ):
-        return str(base), models, fishers
+        return str(base), models, fishers, encoders
     raise CheckpointError(
         f"{path}: does not name a base and {n} specialists; merge again, or remove the file to check hashes only"
     )

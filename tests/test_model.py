@@ -14,6 +14,7 @@ import modalloy
 from modalloy import builtin
 from modalloy.errors import CheckpointError, MediaError
 from modalloy.model import ChatModel
+from modalloy.model.config import tokens_per_medium
 from modalloy.model.routing import TEXT
 
 WriteRecipe = Callable[..., Path]
@@ -129,19 +130,23 @@ def test_single_path_specialists_use_the_text_weights_everywhere(
     update = updates_of(tmp_path / "omni", {"default": (0, 1.0)})
     wanted = dense_forward(base_weights(base), update, embeds, torch.zeros_like(owners))
     assert (routed_logits(chat, embeds, owners, mask) - wanted).abs().max() <= 1e-10 * wanted.abs().max()
-    assert chat.model.config.tokens_per_medium("image") == 4  # no prefix, no suffix
+    assert tokens_per_medium(chat.model.config.modalities["image"]) == 4  # no prefix, no suffix
 
 
 def test_text_only_prompts_touch_only_the_text_path(chat: ChatModel) -> None:
     clean = chat.ask("what is this", max_new_tokens=5)
     for linear in chat.model.linears.values():
         for owner in ("image", "audio"):
-            linear.up[owner].data.fill_(torch.nan)
-    inputs = chat.processor.apply_chat_template([{"role": "user", "content": "what is this"}])
+            getattr(linear, f"up_{owner}").data.fill_(torch.nan)
+    inputs = prompt(chat, [{"role": "user", "content": "what is this"}])
     assert chat.ask("what is this", max_new_tokens=5) == clean
     assert bool(torch.isfinite(chat.model(**inputs).logits).all())
-    with_image = chat.processor.apply_chat_template(question("image"))
+    with_image = prompt(chat, question("image"))
     assert bool(torch.isnan(chat.model(**with_image).logits).any())  # the poison works
+
+
+def prompt(chat: ChatModel, messages: list[dict[str, Any]]) -> Any:
+    return chat.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
 
 
 def question(*modalities: str) -> list[dict[str, Any]]:
@@ -151,7 +156,7 @@ def question(*modalities: str) -> list[dict[str, Any]]:
 
 
 def test_generated_tokens_use_the_text_path_and_the_cache_changes_nothing(chat: ChatModel) -> None:
-    inputs = chat.processor.apply_chat_template(question("image", "audio"))
+    inputs = prompt(chat, question("image", "audio"))
     length = inputs["input_ids"].shape[1]
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
     seen = []
@@ -176,7 +181,7 @@ def test_generated_tokens_use_the_text_path_and_the_cache_changes_nothing(chat: 
 def test_score_options_equals_full_forwards(chat: ChatModel) -> None:
     messages, options = question("image"), ["a dog", "yes", "the cat are you"]
     found = chat.score_options(messages, options)
-    inputs = chat.processor.apply_chat_template(messages)
+    inputs = prompt(chat, messages)
     features = {"image": chat.model.encode("image", inputs["media"]["image"])}
     for option, score in zip(options, found, strict=True):
         answer = torch.tensor([chat.processor.tokenizer.encode(option + "</s>", add_special_tokens=False)])
@@ -189,14 +194,17 @@ def test_score_options_equals_full_forwards(chat: ChatModel) -> None:
 
 
 def test_batches_of_media_are_embedded_in_reading_order(chat: ChatModel) -> None:
-    inputs = chat.processor.apply_chat_template(question("image", "audio", "image"))
+    inputs = prompt(chat, question("image", "audio", "image"))
     owners = inputs["owners"][0].tolist()
-    image, audio = (chat.model.config.tokens_per_medium(modality) for modality in ("image", "audio"))
+    image, audio = (tokens_per_medium(chat.model.config.modalities[modality]) for modality in ("image", "audio"))
     runs = [owner for owner, before in zip(owners, [None, *owners], strict=False) if owner != before]
     assert [run for run in runs if run] == [1, 2, 1]
     assert owners.count(1) == 2 * image and owners.count(2) == audio == 6
     features = torch.randn(2, 4, 1280, dtype=torch.float64)
-    embeds = chat.model.embed(inputs["input_ids"], inputs["owners"], {"image": features})
+    with pytest.raises(ValueError, match="6 tokens belong to audio, but 0 media of 6 tokens"):
+        chat.model.embed(inputs["input_ids"], inputs["owners"], {"image": features})
+    sound = torch.randn(1, 4, 3840, dtype=torch.float64)
+    embeds = chat.model.embed(inputs["input_ids"], inputs["owners"], {"image": features, "audio": sound})
     for index, start in enumerate([owners.index(1), len(owners) - owners[::-1].index(1) - image]):
         projected = chat.model.projectors["image"](features[index])
         assert torch.equal(embeds[0, start], chat.model.prefix_tokens["image"][0, 0])
@@ -227,7 +235,7 @@ def test_base_weights_stay_bit_exact(chat: ChatModel, base: Path) -> None:
     weights = load_file(base / "model.safetensors")
     for slot, linear in chat.model.linears.items():
         assert torch.equal(linear.weight.float(), weights[slot])
-        assert set(linear.up.keys()) == {TEXT, "image", "audio"}
+        assert set(linear.scales) == {TEXT, "image", "audio"}
 
 
 def test_specialists_with_different_chat_templates_are_refused(
@@ -243,9 +251,12 @@ def test_specialists_with_different_chat_templates_are_refused(
 @pytest.mark.parametrize(
     ("remove", "message"),
     [
-        ("model.modal_projectors.audio.2.bias", "projectors.audio.2.bias is missing"),
-        ("prefix_tokens.vision", "prefix_tokens.vision is missing"),
-        ("model.layers.0.mlp.up_proj.lora_A.vision.weight", "incomplete"),
+        ("model.modal_projectors.audio.2.bias", "missing tensor projectors.audio.2.bias"),
+        ("prefix_tokens.vision", "missing tensor prefix_tokens.image"),
+        (
+            "model.layers.0.mlp.up_proj.lora_A.vision.weight",
+            "missing tensor decoder.model.layers.0.mlp.up_proj.down_image",
+        ),
     ],
 )
 def test_an_incomplete_model_is_refused(omni: Path, remove: str, message: str) -> None:

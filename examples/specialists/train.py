@@ -88,26 +88,28 @@ def parse() -> argparse.Namespace:
 
 def build(modality: str) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
     """The untrained specialist: the base decoder with zero updates, and a randomly initialised projector."""
-    decoder = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
+    pretrained = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(builtin.base())
     tokenizer.chat_template = CHAT_TEMPLATE.read_text()
-    encoder = load_encoder(ENCODER[modality])
+    encoder, width = load_encoder(ENCODER[modality]), pretrained.config.hidden_size
+    update = {"rank": RANK, "scale": 1.0, "linears": None}
     sizes = {
-        "encoder": ENCODER[modality],
-        "dim": encoder.dim,
+        "encoder": {"name": ENCODER[modality], "settings": {}},
+        "projector": {"type": "mlp", "widths": [encoder.dim, width, width]},
         "n_tokens": encoder.n_tokens,
         "n_prefix": PREFIX,
         "n_suffix": SUFFIX,
-        "rank": RANK,
+        "update": update,
     }
-    config = ModalloyConfig(decoder.config, {modality: sizes}, text_rank=RANK)
-    model = ModalloyForConditionalGeneration(config, decoder)
+    model = ModalloyForConditionalGeneration(ModalloyConfig(pretrained.config, {modality: sizes}, update))
+    for name, parameter in pretrained.named_parameters():
+        model.decoder.get_parameter(name).data.copy_(parameter)
     model.encoders[modality] = encoder
     generator = torch.Generator().manual_seed(zlib.crc32(modality.encode()))
     for linear in model.linears.values():
         for owner in (TEXT, modality):
             linear.add(owner, low_rank_zeros(linear, RANK, generator))
-    return model, ModalloyProcessor(tokenizer, config, {modality: encoder.preprocess})
+    return model, ModalloyProcessor(tokenizer, {modality: sizes})
 
 
 def cached_features(
@@ -123,7 +125,7 @@ def cached_features(
         rng = np.random.default_rng([args.seed, zlib.crc32(str(clip.path.name + clip.concept).encode())])
         views = range(args.views if clip.tier == "train" else 1)
         media = [VIEWS[args.modality](clip.path, view, rng) for view in views]
-        stack = torch.stack([processor.preprocess[args.modality](medium) for medium in media])
+        stack = torch.stack([processor.preprocess(args.modality, medium) for medium in media])
         features[key(clip)] = model.encode(args.modality, stack).contiguous()
         log(
             args,
@@ -231,8 +233,8 @@ class Trainer:
             groups: list[dict[str, Any]] = [{"params": list(model.projectors[modality].parameters()), "lr": 2e-4}]
         else:
             linears = model.linears.values()
-            own = [p for linear in linears for p in (linear.up[modality], linear.down[modality])]
-            text = [p for linear in linears for p in (linear.up[TEXT], linear.down[TEXT])]
+            own = [getattr(linear, f"{side}_{modality}") for linear in linears for side in ("up", "down")]
+            text = [getattr(linear, f"{side}_{TEXT}") for linear in linears for side in ("up", "down")]
             extra = [model.prefix_tokens[modality], model.suffix_tokens[modality]]
             groups = [{"params": [*own, *extra], "lr": 1e-3}, {"params": text, "lr": 5e-4}]
         for group in groups:
@@ -310,8 +312,8 @@ def trained(model: ModalloyForConditionalGeneration, modality: str) -> dict[str,
     for name, linear in model.linears.items():
         stem = name.removesuffix(".weight")
         for owner, adapter in ((TEXT, "default"), (modality, disk)):
-            tensors[f"{stem}.lora_A.{adapter}.weight"] = linear.down[owner].data
-            tensors[f"{stem}.lora_B.{adapter}.weight"] = linear.up[owner].data
+            for side, stored in (("down", "A"), ("up", "B")):
+                tensors[f"{stem}.lora_{stored}.{adapter}.weight"] = getattr(linear, f"{side}_{owner}").data
     for name, tensor in model.projectors[modality].state_dict().items():
         tensors[f"model.modal_projectors.{disk}.{name}"] = tensor
     tensors[f"prefix_tokens.{disk}"] = model.prefix_tokens[modality].data
@@ -342,7 +344,7 @@ def save_specialist(model: ModalloyForConditionalGeneration, args: argparse.Name
         "local_prefix_tokens": PREFIX,
         "local_suffix_tokens": SUFFIX,
         f"mm_{disk}_encoder": ENCODER[args.modality],
-        f"mm_{disk}_hidden_size": model.config.modalities[args.modality]["dim"],
+        f"mm_{disk}_hidden_size": model.projectors[args.modality].dim,
         f"mm_{disk}_projector_type": "mlp2x_gelu",
     }
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

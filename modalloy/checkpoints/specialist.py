@@ -16,8 +16,9 @@ from torch import Tensor
 
 from modalloy.checkpoints.tensors import Checkpoint, TensorRef, checked
 from modalloy.delta import LowRank
+from modalloy.encoders import modalities
 from modalloy.errors import CheckpointError
-from modalloy.names import MODALITIES, disk_name, modality_name
+from modalloy.names import disk_name, modality_name
 
 ADAPTER_STEMS = ("adapter_model",)
 # what training scripts of LLaVA and ModelCompose save beside an adapter: other trained tensors, a pretrained projector
@@ -91,19 +92,6 @@ class Specialist:
         refs |= {f"model.modal_projectors.{disk}.{rest}": ref for rest, ref in self.projector.items()}
         return refs | {f"{side}_tokens.{disk}": ref for side, ref in self.tokens.items()}
 
-    def modality_settings(self, encoder: str, dim: int, n_tokens: int) -> dict[str, Any]:
-        """What `ModalloyConfig.modalities` holds of this specialist, with its encoder's name and sizes."""
-        own = list(self.own.values())
-        return {
-            "encoder": encoder,
-            "dim": dim,
-            "n_tokens": n_tokens,
-            "n_prefix": self.tokens["prefix"].shape[1] if "prefix" in self.tokens else 0,
-            "n_suffix": self.tokens["suffix"].shape[1] if "suffix" in self.tokens else 0,
-            "rank": max((factors.rank for factors in own), default=0),
-            "scale": own[0].scale if own else 1.0,
-        }
-
 
 def not_ignored(specialist: Specialist, ignore: Sequence[str]) -> Iterator[tuple[str, TensorRef]]:
     """Name and place of every tensor that no pattern of `ignore` names; the others are entered as dropped."""
@@ -175,8 +163,8 @@ def check_rank(specialist: Specialist, factors: Factors, recorded: float, path: 
 def set_modality(specialist: Specialist, disk: str, tensor: str) -> None:
     """Note the modality that a tensor's name holds, in the spelling on disk; a specialist has one."""
     modality = modality_name(disk)
-    if modality not in MODALITIES:
-        known = ", ".join(disk_name(m) for m in MODALITIES)
+    if modality not in modalities():
+        known = ", ".join(disk_name(m) for m in modalities())
         raise CheckpointError(f"{specialist.checkpoint.folder}: {tensor} names modality '{disk}'; known: {known}")
     if specialist.modality not in (None, modality):
         raise CheckpointError(

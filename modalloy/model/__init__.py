@@ -1,6 +1,9 @@
-"""The merged model under Hugging Face names: config, processor, routed decoder, loading."""
+"""The merged model under Hugging Face names: config, processor, routed decoder, loading.
 
-from transformers import AutoConfig
+Importing this registers them with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor
 
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
@@ -9,5 +12,8 @@ from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 
 AutoConfig.register("modalloy", ModalloyConfig)
+AutoModelForCausalLM.register(ModalloyConfig, ModalloyForConditionalGeneration)
+AutoModelForMultimodalLM.register(ModalloyConfig, ModalloyForConditionalGeneration)
+AutoProcessor.register(ModalloyConfig, ModalloyProcessor)
 
 __all__ = ["ChatModel", "ModalloyConfig", "ModalloyForConditionalGeneration", "ModalloyProcessor", "load_model"]

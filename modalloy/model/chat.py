@@ -34,7 +34,7 @@ class ChatModel:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return self.processor.decode(output[0, length:])
+        return self.processor.answer(output[0, length:])
 
     def ask(self, question: str, *, max_new_tokens: int = 64, **media: Any) -> str:
         """The answer to one question about media given by modality: `ask("What is this?", image="dog.png")`.
@@ -55,9 +55,8 @@ class ChatModel:
 
     def _inputs(self, messages: list[Message]) -> dict[str, Any]:
         """The processor's output, on the model's device."""
-        inputs, device = self.processor.apply_chat_template(messages), self.model.device
-        media = {modality: stack.to(device) for modality, stack in inputs.pop("media").items()}
-        return {name: tensor.to(device) for name, tensor in inputs.items()} | {"media": media}
+        inputs = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        return dict(inputs.to(self.model.device))
 
 
 def user_message(question: str, media: dict[str, Any]) -> list[Message]:

@@ -1,5 +1,6 @@
-"""Configuration of the merged model: a decoder, and per modality its encoder, projector sizes and extra tokens."""
+"""Configuration of the merged model: a decoder, and per modality its encoder, projector and extra tokens."""
 
+import copy
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -7,43 +8,80 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from modalloy.model.routing import TEXT
 
+REMOTE_CODE = "modeling_modalloy"  # the module beside a model's config that imports these classes from the package
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE_CODE}.ModalloyConfig",
+    "AutoModelForCausalLM": f"{REMOTE_CODE}.ModalloyForConditionalGeneration",
+    "AutoProcessor": f"{REMOTE_CODE}.ModalloyProcessor",
+}
+
 
 class ModalloyConfig(PreTrainedConfig):
     """`text_config` is the decoder's own config. `modalities` maps a name to a dictionary with
 
-    - `encoder`: where its encoder is (a name in `modalloy.encoders.ENCODERS`)
-    - `dim`, `n_tokens`: width and number of the encoder's features per medium
+    - `encoder`: {"name": in `modalloy.encoders.ENCODERS`, "settings": its constructor's keywords}
+    - `projector`: {"type": in `modalloy.projectors.PROJECTORS`, and its constructor's keywords}
+    - `n_tokens`: number of projected features per medium
     - `n_prefix`, `n_suffix`: trained tokens around them, owned by the modality
-    - `rank`: rank of its own low-rank update, 0 if its tokens use the text path (ModelCompose's `lora_strategy: same`)
+    - `update`: as `text_update`, or null if its tokens use the text path (ModelCompose's `lora_strategy: same`)
 
-    `text_rank` is the rank of the text path's update, 0 for none.
+    `text_update` describes the text path's low-rank update: {"rank", "scale", and "linears" (names of the decoder's weights
+    that it changes; null: all)}; null if there is none. `text_linears` names the decoder's weights that text tokens use
+    another dense matrix for. `folded`: the text path's update is part of the decoder's weights already.
+
+    A folder that `modalloy merge` wrote says in `base_model` where the decoder is, and in each modality's `source` where
+    its encoder is; a model saved by `save_pretrained` holds them itself.
     """
 
     model_type = "modalloy"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True
 
     def __init__(
         self,
         text_config: Any = None,
         modalities: dict[str, dict[str, Any]] | None = None,
-        text_rank: int = 0,
+        text_update: dict[str, Any] | None = None,
+        text_linears: list[str] | None = None,
+        folded: bool = False,
+        base_model: str | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
             text_config = CONFIG_MAPPING[text_config["model_type"]](**text_config)
         self.text_config = text_config if text_config is not None else CONFIG_MAPPING["llama"]()
         self.modalities = modalities or {}
-        self.text_rank = text_rank
+        self.text_update = text_update
+        self.text_linears = text_linears or []
+        self.folded = folded
+        self.base_model = base_model
         # transformers hands its choice of attention down to sub-configs, also when it has none yet: keep the decoder's
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
-        super().__init__(**kwargs)
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(token, getattr(self.text_config, token, None))
+        super().__init__(**{"auto_map": AUTO_MAP} | kwargs)
 
     @property
     def owners(self) -> tuple[str, ...]:
         """Names that an owner index stands for: 0 is text, then the modalities in order."""
         return (TEXT, *self.modalities)
 
-    def tokens_per_medium(self, modality: str) -> int:
-        """Length that one medium takes in the decoder's sequence: prefix, features and suffix."""
-        sizes = self.modalities[modality]
-        return int(sizes["n_prefix"] + sizes["n_tokens"] + sizes["n_suffix"])
+    def self_contained(self) -> "ModalloyConfig":
+        """A copy that refers to no other model: its weights hold the decoder and the encoders."""
+        config = copy.deepcopy(self)
+        config.base_model = None
+        for sizes in config.modalities.values():
+            sizes.pop("source", None)
+        return config
+
+    @property
+    def updates(self) -> dict[str, dict[str, Any]]:
+        """Rank, scale and linears of every owner that has a low-rank update of its own."""
+        found = {TEXT: self.text_update} | {name: sizes["update"] for name, sizes in self.modalities.items()}
+        return {owner: update for owner, update in found.items() if update}
+
+
+def tokens_per_medium(sizes: dict[str, Any]) -> int:
+    """Length that one medium of a modality takes in the decoder's sequence: prefix, features and suffix."""
+    return int(sizes["n_prefix"] + sizes["n_tokens"] + sizes["n_suffix"])

@@ -1,138 +1,227 @@
-"""Loading something that answers: a merged `omni` folder, or a single specialist."""
+"""Loading something that answers: a merged `omni` folder, a model that `save_pretrained` wrote, or a single specialist."""
 
+import re
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, locate, open_specialist, read_json
-from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR
-from modalloy.delta import LowRank
-from modalloy.encoders import ENCODERS, encoder_sizes, load_encoder
+from modalloy.checkpoints import Checkpoint, Specialist, locate, open_base, open_specialist, read_json
+from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, Factors
+from modalloy.encoders import build, encoder_weights
 from modalloy.errors import CheckpointError
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
-from modalloy.names import disk_name, modality_name
+from modalloy.names import modality_name
+from modalloy.omni import specialist_config
+from modalloy.projectors import projector_class
+
+# of old checkpoints: a table that transformers computes itself
+COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
-def load_model(path: str | Path, *, base: str | None = None, device: str = "cpu", dtype: str = "float32") -> ChatModel:
-    """A model that answers questions about media, from an `omni` folder or a ModelCompose specialist's folder.
+def load_model(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    fold: bool = False,
+    encoder: str | None = None,
+) -> ChatModel:
+    """A model that answers questions about media, from an `omni` folder or a specialist's folder.
 
     Args:
-        path: folder written by `modalloy merge` with `output.form: omni`, or a specialist.
+        path: folder written by `modalloy merge` with `output.form: omni` or by `save_pretrained`, its hub id, or a
+            ModelCompose specialist.
         base: base model, for a specialist whose config records none that can be found.
-        device: "cpu" or "cuda".
-        dtype: type that everything is computed in.
+        device: "cpu", "cuda", or "auto" for transformers' `device_map="auto"`.
+        dtype: type of the weights, or "auto" for the base's. On a CPU, 16-bit weights are computed with in float32.
+        fold: fold the text adapter into the base weights; what that costs the other paths is printed on stderr.
+        encoder: encoder of a specialist, as a recipe names it, where its config names no built-in one.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is unknown or missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = Path(path)
+    folder = locate(str(path))
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: has no config.json; give a folder written with output.form: omni, or a specialist"
         )
-    settings = read_json(folder / "config.json")
-    if settings.get("model_type") == "multimodal":
-        settings = _specialist_settings(folder, settings, base)
-    elif settings.get("model_type") != "modalloy":
+    kind = read_json(folder / "config.json").get("model_type")
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if device == "auto":
+        options["device_map"] = "auto"
+    if kind == "multimodal":
+        specialist = open_specialist(folder)
+        config, base_folder = _specialist_config(specialist, base, encoder)
+        if dtype == "auto":
+            options["dtype"] = config.text_config.dtype
+        weights = _base_weights(base_folder) | _specialist_weights(specialist, config) | _encoders(config, folder)
+        model = ModalloyForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, **options)
+        tokenizer = AutoTokenizer.from_pretrained(base_folder)
+        if (folder / "chat_template.jinja").is_file():
+            tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        processor = ModalloyProcessor(tokenizer, config.modalities)
+    elif kind == "modalloy":
+        model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
+        processor = ModalloyProcessor.from_pretrained(folder)
+    else:
         raise CheckpointError(
-            f"{folder}: is a {settings.get('model_type')} model, which takes no media; merge with output.form: omni to chat"
+            f"{folder}: is a {kind} model, which takes no media; merge with output.form: omni to chat"
         )
-    base_folder = locate(settings["base_model"], folder)
-    decoder = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, dtype))
-    config = ModalloyConfig(decoder.config, settings["modalities"], settings["text_rank"])
-    model = ModalloyForConditionalGeneration(config, decoder)
-    preprocess = {}
-    for modality, sizes in config.modalities.items():
-        encoder = load_encoder(sizes["encoder"])
-        model.encoders[modality], preprocess[modality] = encoder, encoder.preprocess
-    _load_weights(model, folder, settings)
-    tokens_from = folder if (folder / "tokenizer_config.json").is_file() else base_folder
-    tokenizer = AutoTokenizer.from_pretrained(tokens_from)
-    if (folder / "chat_template.jinja").is_file():
-        tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
-    processor = ModalloyProcessor(tokenizer, config, preprocess)
-    return ChatModel(model.to(device).eval(), processor)
+    if fold:
+        _report(model.fold())
+    return ChatModel(model if device == "auto" else model.to(device), processor)
 
 
-def _specialist_settings(folder: Path, config: dict[str, Any], base: str | None) -> dict[str, Any]:
-    """The settings of an omni model that holds one specialist alone."""
-    specialist = open_specialist(folder)
-    assert specialist.modality is not None
-    recorded = config.get(f"mm_{disk_name(specialist.modality)}_encoder")
-    if recorded not in ENCODERS:
-        raise CheckpointError(
-            f"{folder}: its encoder '{recorded}' is not built in; merge it with `encoder:` set in a recipe"
-        )
-    location = base or specialist.base_name
-    if location is None:
-        raise CheckpointError(f"{folder}: records no base model; name one with base=")
-    sizes = specialist.modality_settings(recorded, *encoder_sizes(recorded))
-    scale = next(iter(specialist.text.values())).scale
+def local_folder(where: Any, options: dict[str, Any]) -> Path:
+    """The folder of a model that transformers is asked to load: local, or fetched from the hub."""
+    if Path(where).is_dir():
+        return Path(where)
+    from huggingface_hub import snapshot_download
+
+    known = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    return Path(snapshot_download(str(where), **{key: options[key] for key in known if options.get(key) is not None}))
+
+
+def composed_weights(config: ModalloyConfig, folder: Path) -> dict[str, "Stored"]:
+    """Every tensor of an `omni` folder's model by the model's own names, to be read when it is wanted."""
+    assert config.base_model is not None
+    base = locate(config.base_model, folder)
+    return _base_weights(base) | _omni_weights(folder, config) | _encoders(config, folder)
+
+
+class Stored:
+    """A tensor in a file, read at `[...]`: what transformers' loader takes in place of one."""
+
+    def __init__(self, read: Callable[[], Tensor], dtype: torch.dtype) -> None:
+        self.read, self.dtype = read, dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.read()
+
+
+class _EncoderWeights:
+    """An encoder's weights, read when the first of them is wanted, and each let go when it was given."""
+
+    def __init__(self, name: str, path: Path | None, keys: set[str]) -> None:
+        self.name, self.path, self.keys = name, path, keys
+        self.lock = threading.Lock()
+        self.tensors: dict[str, Tensor] | None = None
+
+    def take(self, key: str) -> Tensor:
+        with self.lock:
+            if self.tensors is None:
+                self.tensors = encoder_weights(self.name, self.path)
+                if wrong := sorted(self.keys ^ self.tensors.keys()):
+                    state = "is missing" if wrong[0] in self.keys else "is unknown"
+                    raise CheckpointError(
+                        f"{self.path or self.name}: {wrong[0]} {state} ({len(wrong)} tensors in all); give the encoder's own files"
+                    )
+            return self.tensors.pop(key)
+
+
+def _base_weights(folder: Path) -> dict[str, Stored]:
+    checkpoint = open_base(folder)
     return {
-        "base_model": location,
-        "text_rank": specialist.rank,
-        "text_scale": scale,
-        "modalities": {specialist.modality: sizes},
+        f"decoder.{name}": _stored(checkpoint, ref)
+        for name, ref in checkpoint.refs.items()
+        if not COMPUTED.fullmatch(name)
     }
 
 
-def _load_weights(model: ModalloyForConditionalGeneration, folder: Path, settings: dict[str, Any]) -> None:
-    """Adapters, projectors and extra tokens from the folder's one file of weights; every tensor must find its place."""
-    weights = Checkpoint(folder, ("adapter_model",))
-    modalities = model.config.modalities
-    scales = {TEXT: settings.get("text_scale", 1.0)} | {name: sizes["scale"] for name, sizes in modalities.items()}
-    parameter = next(model.decoder.parameters())
-    expected = {
-        f"{side}_tokens.{disk_name(m)}"
-        for m, s in modalities.items()
-        for side in ("prefix", "suffix")
-        if s[f"n_{side}"]
-    }
-    for modality in modalities:
-        expected |= {
-            f"model.modal_projectors.{disk_name(modality)}.{name}" for name in model.projectors[modality].state_dict()
-        }
-    pairs: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    for name, ref in weights.refs.items():
-        tensor = weights.read(ref).to(parameter.dtype)
-        expected.discard(name)
-        if lora := COMPOSE_LORA.fullmatch(name):
-            owner = TEXT if lora["adapter"] == "default" else modality_name(lora["adapter"])
-            pairs.setdefault((lora["stem"] + ".weight", owner), {})[lora["side"]] = tensor
-            continue
-        if (tokens := LOCAL_TOKENS.fullmatch(name)) and tokens["adapter"] == "default":
-            continue  # nothing reads these
-        projector = PROJECTOR.fullmatch(name)
-        owner = modality_name(projector["modality"] if projector else tokens["adapter"] if tokens else "?")
-        if owner not in modalities:
+def _stored(checkpoint: Checkpoint, ref: Any) -> Stored:
+    return Stored(partial(checkpoint.read, ref), ref.dtype)
+
+
+def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
+    """Adapters, projectors and extra tokens from the folder's file of weights, which has ModelCompose's names."""
+    checkpoint = Checkpoint(folder, ("adapter_model",))
+    found = {}
+    for name, ref in checkpoint.refs.items():
+        own = _own_name(name, config)
+        if own is None:
             raise CheckpointError(
                 f"{ref.file}: {name} belongs to no modality of config.json; the folder mixes two models"
             )
-        if projector:
-            target = model.projectors[owner].state_dict().get(projector["rest"])
-        else:
-            assert tokens is not None
-            target = (model.prefix_tokens if tokens["side"] == "prefix" else model.suffix_tokens)[owner].data
-        if target is None or target.shape != tensor.shape:
-            found = "does not exist" if target is None else f"is {tuple(target.shape)}"
-            raise CheckpointError(
-                f"{ref.file}: {name} is {tuple(tensor.shape)}, in the model it {found}; use matching files"
-            )
-        target.copy_(tensor)
-    if expected:
-        raise CheckpointError(f"{weights.folder}: {sorted(expected)[0]} is missing; merge or download it again")
-    for (slot, owner), pair in pairs.items():
-        if slot not in model.linears or len(pair) < 2:
-            raise CheckpointError(
-                f"{weights.folder}: the update of {slot} ({owner}) is incomplete or fits no linear of the decoder"
-            )
-        model.linears[slot].add(owner, LowRank(pair["B"] * scales[owner], pair["A"]))
+        found[own] = _stored(checkpoint, ref)
+    return found
+
+
+def _own_name(name: str, config: ModalloyConfig) -> str | None:
+    """The model's name of a tensor in an omni folder; None if config.json has no place for it."""
+    if lora := COMPOSE_LORA.fullmatch(name):
+        owner = TEXT if lora["adapter"] == "default" else modality_name(lora["adapter"])
+        return f"decoder.{lora['stem']}.{'down' if lora['side'] == 'A' else 'up'}_{owner}"
+    if tokens := LOCAL_TOKENS.fullmatch(name):
+        return f"{tokens['side']}_tokens.{modality_name(tokens['adapter'])}"
+    if projector := PROJECTOR.fullmatch(name):
+        modality = modality_name(projector["modality"])
+        if modality not in config.modalities:
+            return None
+        kind = projector_class(config.modalities[modality]["projector"]["type"])
+        return f"projectors.{modality}.{kind.own_name(projector['rest'])}"
+    return f"decoder.{name.removesuffix('.weight')}.text_weight" if name in config.text_linears else None
+
+
+def _specialist_config(specialist: Specialist, base: str | None, encoder: str | None) -> tuple[ModalloyConfig, Path]:
+    location = base or specialist.base_name
+    if location is None:
+        raise CheckpointError(f"{specialist.checkpoint.folder}: records no base model; name one with base=")
+    folder = locate(location, specialist.checkpoint.folder)
+    checkpoint = open_base(folder)
+    return ModalloyConfig(**specialist_config(specialist, checkpoint, encoder)), folder
+
+
+def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
+    """The text and modality adapters, projector and extra tokens of one specialist."""
+    checkpoint, modality = specialist.checkpoint, specialist.modality
+    found = {}
+
+    def put(updates: dict[str, Factors], owner: str | None) -> None:
+        for slot, factors in updates.items():
+            for side, ref in (("down", factors.a), ("up", factors.b)):
+                found[f"decoder.{slot.removesuffix('.weight')}.{side}_{owner}"] = _stored(checkpoint, ref)
+
+    put(specialist.text, TEXT)
+    put(specialist.own, modality)
+    for side, ref in specialist.tokens.items():
+        found[f"{side}_tokens.{modality}"] = _stored(checkpoint, ref)
+    projector = projector_class(config.modalities[modality or ""]["projector"]["type"])
+    for rest, ref in specialist.projector.items():
+        found[f"projectors.{modality}.{projector.own_name(rest)}"] = _stored(checkpoint, ref)
+    return found
+
+
+def _encoders(config: ModalloyConfig, folder: Path) -> dict[str, Stored]:
+    """The encoders' tensors, from where each modality's `source` says."""
+    found: dict[str, Stored] = {}
+    for modality, sizes in config.modalities.items():
+        name, source = sizes["encoder"]["name"], sizes.get("source")
+        path = None if source is None else locate(source, folder)
+        built = build(name, sizes["encoder"]["settings"], meta=True).state_dict()
+        weights = _EncoderWeights(name, path, set(built))
+        for key, tensor in built.items():
+            found[f"encoders.{modality}.{key}"] = Stored(partial(weights.take, key), tensor.dtype)
+    return found
+
+
+def _report(errors: dict[str, float]) -> None:
+    shown = ", ".join(f"{owner} {error:.2%}" for owner, error in errors.items())
+    print(
+        f"fold     rounding of the folded weights, relative to each path's own update (worst linear): {shown}",
+        file=sys.stderr,
+    )

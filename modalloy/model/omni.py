@@ -1,14 +1,24 @@
 """The merged model: any Llama-shaped decoder of transformers, routed, with one projector and encoder per modality."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
-from modalloy.model.config import ModalloyConfig
-from modalloy.model.routing import TEXT, Routes, route_linears
+from modalloy.delta import LowRank, norm
+from modalloy.encoders import build
+from modalloy.errors import CheckpointError
+from modalloy.model.config import REMOTE_CODE, ModalloyConfig, tokens_per_medium
+from modalloy.model.routing import TEXT, RoutedLinear, Routes, route_linears
+from modalloy.projectors import build_projector
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -17,16 +27,22 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     Inputs carry `owners` (batch, tokens): 0 for text, i for the i-th modality of the config. A medium's positions
     (prefix, features, suffix) belong to its modality and use that modality's own low-rank update; every other token,
     and every generated one, uses the text path. One causal attention runs over all of them.
+
+    On a CPU, weights stored in 16 bits stay so, and everything is computed in float32.
     """
 
+    config: ModalloyConfig
     config_class = ModalloyConfig
     base_model_prefix = "decoder"
     main_input_name = "input_ids"
+    input_modalities = ("text", "image", "audio", "video", "point")
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
 
-    def __init__(self, config: ModalloyConfig, decoder: Any = None) -> None:
+    def __init__(self, config: ModalloyConfig) -> None:
         super().__init__(config)
-        self.decoder: Any = decoder if decoder is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config)
         self.routes = Routes()
         self.linears = route_linears(self.decoder, self.routes)
         self.encoders = nn.ModuleDict()
@@ -35,41 +51,122 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.suffix_tokens = nn.ParameterDict()
         width = config.text_config.hidden_size
         for modality, sizes in config.modalities.items():
-            self.projectors[modality] = nn.Sequential(
-                nn.Linear(sizes["dim"], width), nn.GELU(), nn.Linear(width, width)
-            )
-            self.prefix_tokens[modality] = nn.Parameter(torch.zeros(1, sizes["n_prefix"], width))
-            self.suffix_tokens[modality] = nn.Parameter(torch.zeros(1, sizes["n_suffix"], width))
-        dtype = self.decoder.get_input_embeddings().weight.dtype
-        for part in (self.projectors, self.prefix_tokens, self.suffix_tokens):
-            part.to(dtype)  # encoders stay in float32
+            encoder = sizes["encoder"]
+            self.encoders[modality] = build(encoder["name"], encoder["settings"])
+            self.projectors[modality] = build_projector(sizes["projector"])
+            for side, tokens in (("prefix", self.prefix_tokens), ("suffix", self.suffix_tokens)):
+                if sizes[f"n_{side}"]:
+                    tokens[modality] = nn.Parameter(torch.zeros(1, sizes[f"n_{side}"], width))
+        for owner, update in config.updates.items():
+            for slot in self.linears if update["linears"] is None else update["linears"]:
+                linear = self._linear(slot, config)
+                up = torch.zeros(linear.out_features, update["rank"])
+                down = torch.zeros(update["rank"], linear.in_features)
+                linear.add(owner, LowRank(up, down), scale=update["scale"])
+        for slot in config.text_linears:
+            linear = self._linear(slot, config)
+            linear.text_weight = nn.Parameter(torch.zeros(linear.out_features, linear.in_features))
+        for linear in self.linears.values():
+            linear.folded = config.folded
+        self._no_split_modules = [type(encoder).__name__ for encoder in self.encoders.values()]
+        self.post_init()
         self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model of an `omni` folder (whose decoder and encoders may be elsewhere) or of `save_pretrained`'s.
+
+        Takes transformers' options (`dtype`, `device_map`, `config`, …).
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown, or of another shape; never filled in.
+        """
+        from modalloy.model.load import composed_weights, local_folder
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        config, where = kwargs.get("config"), pretrained_model_name_or_path
+        if where is not None and "state_dict" not in kwargs:
+            folder = local_folder(where, kwargs)
+            config = config or ModalloyConfig.from_pretrained(folder)
+            if config.base_model is not None:
+                for key in ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only"):
+                    kwargs.pop(key, None)
+                kwargs |= {"config": config, "state_dict": composed_weights(config, folder)}
+                where = None
+        with _quiet():  # what it would report is refused below
+            model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if names := sorted(map(str, info[problem])):
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
+                    "the files do not belong together, or are incomplete: merge or download them again"
+                )
+        model.requires_grad_(False)
+        if model.config.base_model is not None:
+            model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the whole model, decoder and encoders included, as one checkpoint of transformers."""
+        config = self.config
+        self.config = config.self_contained()
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config = config
+        write_remote_code(Path(save_directory))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of the activations: that of the weights, but float32 for 16-bit weights on a CPU."""
+        weight = self.get_input_embeddings().weight
+        return torch.float32 if weight.dtype in HALF and weight.device.type == "cpu" else weight.dtype
 
     def get_input_embeddings(self) -> Any:
         return self.decoder.get_input_embeddings()
 
+    def get_output_embeddings(self) -> Any:
+        return self.decoder.get_output_embeddings()
+
+    @torch.no_grad()
     def encode(self, modality: str, media: Tensor) -> Tensor:
-        """Features (media, n_tokens, dim) of a stack of preprocessed media, from the frozen encoder."""
-        with torch.no_grad():
-            features: Tensor = self.encoders[modality](media)
+        """Features (media, n_features, dim) of a stack of preprocessed media, from the frozen encoder, in float32."""
+        encoder: Any = self.encoders[modality]
+        with _in_full_precision(encoder) as to:
+            features: Tensor = encoder(media.to(**to))
         return features
 
     def embed(self, input_ids: Tensor, owners: Tensor, features: dict[str, Tensor]) -> Tensor:
         """Input embeddings (batch, tokens, width): text looked up, media projected into the positions they own.
 
-        `features[modality]` is (media, n_tokens, dim), in reading order over the batch.
+        `features[modality]` is (media, n_features, dim), in reading order over the batch.
         """
-        embeddings = self.get_input_embeddings()(input_ids)
-        for index, modality in enumerate(self.config.owners):
-            if modality == TEXT or modality not in features:
-                continue
-            projected = self.projectors[modality](features[modality].to(embeddings.dtype))
-            media = len(projected)
-            prefix = self.prefix_tokens[modality].expand(media, -1, -1)
-            suffix = self.suffix_tokens[modality].expand(media, -1, -1)
-            tokens = torch.cat([prefix, projected, suffix], 1).flatten(0, 1)
-            embeddings = embeddings.masked_scatter((owners == index).unsqueeze(-1), tokens)
+        embeddings = self.get_input_embeddings()(input_ids).to(self.compute_dtype)
+        for index, (modality, sizes) in enumerate(self.config.modalities.items(), 1):
+            own = owners == index
+            media, length = len(features.get(modality, ())), tokens_per_medium(sizes)
+            if int(own.sum()) != media * length:
+                raise ValueError(
+                    f"{int(own.sum())} tokens belong to {modality}, but {media} media of {length} tokens are given"
+                )
+            if media:
+                tokens = self.project(modality, features[modality]).flatten(0, 1)
+                embeddings = embeddings.masked_scatter(
+                    own.unsqueeze(-1), tokens.to(embeddings.device, embeddings.dtype)
+                )
         return embeddings
+
+    def project(self, modality: str, features: Tensor) -> Tensor:
+        """Tokens (media, tokens, width) of media: the prefix, the projected features, the suffix."""
+        projector: Any = self.projectors[modality]
+        with _in_full_precision(projector) as to:
+            parts = [projector(features.to(**to))]
+        count = len(features)
+        if modality in self.prefix_tokens:
+            parts.insert(0, self.prefix_tokens[modality].to(parts[0]).expand(count, -1, -1))
+        if modality in self.suffix_tokens:
+            parts.append(self.suffix_tokens[modality].to(parts[0]).expand(count, -1, -1))
+        return torch.cat(parts, 1)
 
     def forward(
         self,
@@ -77,30 +174,67 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         owners: Tensor | None = None,
         media: dict[str, Tensor] | None = None,
+        features: dict[str, Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the decoder. Without `owners` every token is text; `media` holds preprocessed media by modality."""
-        if inputs_embeds is None and owners is not None and media:
+        """Logits of the decoder. Without `owners` every token is text.
+
+        `media` holds preprocessed media by modality, stacked in reading order over the batch; `features` may hold what
+        the encoders made of them instead.
+        """
+        if inputs_embeds is None:
             assert input_ids is not None
-            features = {modality: self.encode(modality, stack) for modality, stack in media.items()}
-            inputs_embeds, input_ids = self.embed(input_ids, owners, features), None
+            if features is None:
+                features = {modality: self.encode(modality, stack) for modality, stack in (media or {}).items()}
+            if owners is None and features:
+                raise ValueError(
+                    "media are given without `owners`, which say where their tokens are; use the processor"
+                )
+            if owners is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids).to(self.compute_dtype)
+            else:
+                inputs_embeds = self.embed(input_ids, owners, features)
         with self.routes.use(self._path(owners), self.config.owners):
             output: CausalLMOutputWithPast = self.decoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+                attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
         return output
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
-        owners, media = kwargs.pop("owners", None), kwargs.pop("media", None)
+        routed = {name: kwargs.pop(name, None) for name in ("owners", "media", "features")}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
-        if is_first_iteration:  # generated tokens are text; the cache keeps what the media contributed
-            inputs |= {"owners": owners, "media": media}
+        # generated tokens are text; the cache keeps what the media contributed
+        if is_first_iteration:
+            return inputs | routed
+        if not kwargs.get("use_cache", True) and routed["owners"] is not None:
+            grown = input_ids.shape[1] - routed["owners"].shape[1]
+            inputs |= routed | {"owners": nn.functional.pad(routed["owners"], (0, grown))}
         return inputs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Beams and several answers: media are encoded once, and their features repeated in the rows' new order."""
+        owners, media = kwargs.get("owners"), kwargs.pop("media", None)
+        features = kwargs.pop("features", None)
+        if media is not None and features is None:
+            features = {modality: self.encode(modality, stack) for modality, stack in media.items()}
+        if features and expand_size > 1:
+            assert owners is not None
+            features = {
+                modality: self._expanded(modality, stack, owners, expand_size) for modality, stack in features.items()
+            }
+        ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return ids, expanded | {"features": features}
+
+    def _expanded(self, modality: str, features: Tensor, owners: Tensor, times: int) -> Tensor:
+        length = tokens_per_medium(self.config.modalities[modality])
+        counts = (owners == self.config.owners.index(modality)).sum(1) // length  # media in each row
+        rows = features.split(counts.tolist())
+        return torch.cat([row for row in rows for _ in range(times)])
 
     @torch.no_grad()
     def score_options(self, inputs: dict[str, Any], options: list[Tensor]) -> Tensor:
@@ -117,11 +251,78 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         real = torch.arange(length, device=device) < lengths
         return (picked * real).sum(1)
 
+    @torch.no_grad()
+    def fold(self) -> dict[str, float]:
+        """Fold the text update into the base weights, so that text tokens cost what the plain decoder's do.
+
+        The base weight becomes round(W_0 + Δ_text). A modality's own tokens still use W_0 + Δ_m = W_0 + Δ_text + Δ_m − Δ_text,
+        but for that rounding. Returns what it costs, for text and each modality that has an update of its own: the largest
+        ‖error of the effective weight‖ / ‖its update‖ (Frobenius) over the linears.
+        """
+        if self.config.text_update is None or self.config.folded:
+            raise ValueError("the text path has no low-rank update left to fold; load the model without fold")
+        errors: dict[str, float] = {}
+        for linear in self.linears.values():
+            if TEXT not in linear.scales:
+                continue
+            lost = linear.fold()
+            for owner in linear.scales:
+                size = norm(linear.update(owner))
+                errors[owner] = max(errors.get(owner, 0.0), lost / size if size else 0.0)
+        self.config.folded = True
+        return errors
+
     def _path(self, owners: Tensor | None) -> Tensor | None:
         """Owners by the weights they use: a modality without an update of its own uses the text path."""
         if owners is None:
             return None
-        shared = [i for i, name in enumerate(self.config.owners) if i and not self.config.modalities[name]["rank"]]
+        shared = [i for i, name in enumerate(self.config.owners) if i and not self.config.modalities[name]["update"]]
         for index in shared:
             owners = owners.masked_fill(owners == index, 0)
         return owners
+
+    def _linear(self, slot: str, config: ModalloyConfig) -> RoutedLinear:
+        if slot not in self.linears:
+            raise CheckpointError(
+                f"{slot} is to be updated, but is no linear of a {config.text_config.model_type} decoder's blocks; "
+                "use the base that the specialists were trained from"
+            )
+        return self.linears[slot]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of transformers while the block runs."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def _in_full_precision(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """16-bit weights as float32 while the block runs (which is exact, both ways); gives the device and type of inputs."""
+    weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    if weight is None:
+        yield {"dtype": torch.float32}
+    elif weight.dtype not in HALF:
+        yield {"device": weight.device, "dtype": weight.dtype}
+    else:
+        stored = weight.dtype
+        module.float()
+        try:
+            yield {"device": weight.device, "dtype": torch.float32}
+        finally:
+            module.to(stored)
+
+
+def write_remote_code(folder: Path) -> None:
+    """The module that `auto_map` names, for `trust_remote_code`: it finds everything in the installed package."""
+    (folder / f"{REMOTE_CODE}.py").write_text(
+        '"""Classes of this folder\'s model, from the package modalloy."""\n\n'
+        "from modalloy.model import ModalloyConfig, ModalloyForConditionalGeneration, ModalloyProcessor\n\n"
+        '__all__ = ["ModalloyConfig", "ModalloyForConditionalGeneration", "ModalloyProcessor"]\n',
+        encoding="utf-8",
+    )

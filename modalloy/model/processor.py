@@ -2,88 +2,297 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
 
+from modalloy.encoders import Encoder, build
 from modalloy.errors import MediaError
-from modalloy.model.config import ModalloyConfig
+from modalloy.model.config import AUTO_MAP, tokens_per_medium
+from modalloy.model.omni import write_remote_code
 from modalloy.names import modality_name
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")
+PLACEHOLDER = re.compile(r"<(\w+)>")
 
 Message = dict[str, Any]  # {"role": "user", "content": "text" or a list of parts}; a part is {"type": …, …}
+Conversation = list[Message]
 
 
-@dataclass
-class ModalloyProcessor:
-    """Turns chat messages into the inputs of `ModalloyForConditionalGeneration`."""
+class ModalloyProcessor(ProcessorMixin):
+    """Turns chat messages into the inputs of `ModalloyForConditionalGeneration`.
 
-    tokenizer: Any
-    config: ModalloyConfig
-    preprocess: dict[str, Callable[[Any], Tensor]]  # by modality, from the encoders
+    Args:
+        tokenizer: the decoder's.
+        modalities: as in `ModalloyConfig`.
+        labels: write a medium's modality before it ("image: "), as ModelCompose's prompts do, where the text itself has no
+            placeholders (`<image>`, `<audio>`, `<video>`, `<point>`) for the media.
+    """
 
-    def apply_chat_template(self, messages: list[Message], *, add_generation_prompt: bool = True) -> dict[str, Any]:
-        """Model inputs of one conversation: `input_ids`, `attention_mask`, `owners` (1, tokens), and `media`.
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        modalities: dict[str, dict[str, Any]] | None = None,
+        labels: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.modalities = modalities or {}
+        self.labels = labels
+        super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
 
-        A content part is {"type": "text", "text": …} or {"type": modality, "path" or modality: medium}.
-        """
-        media: list[tuple[str, Any]] = []
-        ids, owners = self.render(messages, media, add_generation_prompt=add_generation_prompt)
-        stacks: dict[str, list[Tensor]] = defaultdict(list)
-        for modality, medium in media:
-            stacks[modality].append(self.preprocess[modality](medium))
+    @cached_property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoders without weights, for `preprocess`."""
+        chosen = {modality: sizes["encoder"] for modality, sizes in self.modalities.items()}
         return {
-            "input_ids": torch.tensor([ids]),
-            "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-            "owners": torch.tensor([owners]),
-            "media": {modality: torch.stack(stack) for modality, stack in stacks.items()},
+            modality: build(encoder["name"], encoder["settings"], meta=True) for modality, encoder in chosen.items()
         }
 
-    def render(
-        self, messages: list[Message], media: list[tuple[str, Any]] | None = None, *, add_generation_prompt: bool = True
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and owners of one conversation; the media found are appended to `media` as (modality, medium)."""
-        found = [] if media is None else media
-        plain = [{**message, "content": self._flatten(message["content"], found)} for message in messages]
-        text = self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return self.tokenize(text)
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Names that an owner index stands for: 0 is text, then the modalities in order."""
+        return ("text", *self.modalities)
+
+    def apply_chat_template(
+        self,
+        conversation: Conversation | list[Conversation],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> Any:
+        """The prompt of one conversation or of several; with `tokenize`, all inputs of the model as a BatchFeature.
+
+        A content part is {"type": "text", "text": …} or {"type": modality, "path" or modality: medium}, in any number and
+        order; modalities have aliases (`vision`, `point_cloud`). Several conversations are padded on the left.
+
+        Raises:
+            MediaError: a medium cannot be read, is of a modality that the model lacks, or has no placeholder.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors='{return_tensors}': only PyTorch tensors ('pt') are made")
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        conversations: list[Any] = list(conversation) if batched else [conversation]
+        media: list[tuple[str, Any]] = []
+        texts = [
+            self._rendered(messages, media, chat_template or self.chat_template, add_generation_prompt, kwargs)
+            for messages in conversations
+        ]
+        if not tokenize:
+            shown = [MARKED.sub(lambda mark: f"<{mark[1]}>", text) for text in texts]
+            return shown if batched else shown[0]
+        inputs = self._inputs(texts, media)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        point_clouds: Any = None,
+        media: dict[str, Any] | None = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs of rendered prompts in which placeholders stand for the media, in reading order over the batch.
+
+        `media` takes further modalities by name. Each medium is a file or an object in memory.
+        """
+        if return_tensors != "pt" or kwargs:
+            raise ValueError(f"only return_tensors='pt' is made, and there are no options {', '.join(kwargs) or '…'}")
+        texts = [text] if isinstance(text, str) else list(text)
+        given = {"image": images, "video": videos, "audio": audio, "point": point_clouds} | (media or {})
+        queues = {name: _listed(found) for name, found in given.items() if found is not None}
+        marked, used = zip(*(self._placed(one, queues, whole=False) for one in texts), strict=True)
+        for name, left in queues.items():
+            if left:
+                raise MediaError(
+                    f"{len(left)} more {name} media are given than the text has <{name}>; add placeholders"
+                )
+        return self._inputs(list(marked), [medium for found in used for medium in found])
 
     def tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids and owners of a rendered prompt whose media are marked; a medium's ids are padding."""
+        """Token ids and owners of a rendered prompt whose media are marked; a medium's ids are padding.
+
+        Each chunk of text between media is tokenised by itself, as ModelCompose does; a first token that the tokenizer
+        puts before every text stands before the first chunk only.
+        """
         ids: list[int] = []
         owners: list[int] = []
         for index, chunk in enumerate(MARKED.split(text)):
             if index % 2:  # a modality's name
-                length = self.config.tokens_per_medium(chunk)
-                ids += [self.tokenizer.pad_token_id or 0] * length
-                owners += [self.config.owners.index(chunk)] * length
-            elif chunk:
-                tokens = self.tokenizer.encode(chunk, add_special_tokens=False)
-                ids += tokens
-                owners += [0] * len(tokens)
+                length = tokens_per_medium(self.modalities[chunk])
+                ids += [self.padding_id] * length
+                owners += [self.owners.index(chunk)] * length
+                continue
+            bos = self.tokenizer.bos_token or ""
+            tokens: list[int] = []
+            if index == 0 and bos and chunk.startswith(bos):
+                # apart from what follows: sentencepiece tokenizers see the start of a text there
+                tokens, chunk = [self.tokenizer.bos_token_id], chunk.removeprefix(bos)
+            if chunk:
+                tokens += self.tokenizer.encode(chunk, add_special_tokens=False)
+            ids += tokens
+            owners += [0] * len(tokens)
         return ids, owners
 
-    def decode(self, ids: Tensor) -> str:
+    def render(
+        self, messages: Conversation, media: list[tuple[str, Any]] | None = None, *, add_generation_prompt: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and owners of one conversation; the media found are appended to `media` as (modality, medium)."""
+        found = [] if media is None else media
+        return self.tokenize(self._rendered(messages, found, self.chat_template, add_generation_prompt, {}))
+
+    def preprocess(self, modality: str, medium: Any) -> Tensor:
+        """What the modality's encoder takes of one medium, a file or an object in memory."""
+        return self.encoders[modality].preprocess(medium)
+
+    def answer(self, ids: Tensor) -> str:
         """The answer's text without special tokens and surrounding space."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write the tokenizer and what `from_pretrained` needs besides."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        write_remote_code(Path(save_directory))
+        return saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """What processor_config.json holds."""
+        return processor_config(self.modalities, self.labels)
+
+    @property
+    def padding_id(self) -> int:
+        """Id at positions that hold no text."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the model's inputs."""
+        return ["input_ids", "attention_mask", "owners", "media"]
+
+    def _inputs(self, texts: list[str], media: list[tuple[str, Any]]) -> BatchFeature:
+        rows = [self.tokenize(text) for text in texts]
+        length = max(len(ids) for ids, _ in rows)
+        stacks: dict[str, list[Tensor]] = defaultdict(list)
+        for modality, medium in media:
+            stacks[modality].append(self.preprocess(modality, medium))
+        inputs = {
+            "input_ids": torch.tensor([[self.padding_id] * (length - len(ids)) + ids for ids, _ in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
+            "owners": torch.tensor([[0] * (length - len(ids)) + owners for ids, owners in rows]),
+            "media": _Media({modality: torch.stack(stack) for modality, stack in stacks.items()}),
+        }
+        return BatchFeature(inputs)
+
+    def _rendered(
+        self,
+        messages: Conversation,
+        media: list[tuple[str, Any]],
+        template: str | None,
+        add_generation_prompt: bool,
+        options: dict[str, Any],
+    ) -> str:
+        """The prompt with marks where media go; the media are appended to `media` in that order."""
+        plain = [{**message, "content": self._flatten(message["content"], media)} for message in messages]
+        return str(
+            self.tokenizer.apply_chat_template(
+                plain, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
+        )
+
     def _flatten(self, content: str | list[dict[str, Any]], media: list[tuple[str, Any]]) -> str:
+        """The text of one message; text that has a placeholder for each medium says where they go, else each has a line."""
         if isinstance(content, str):
-            return content
-        text = ""
+            return MARKED.sub("", content)
+        parts: list[tuple[str, Any]] = []
         for part in content:
-            if part["type"] == "text":
-                text += MARKED.sub("", part["text"])
-                continue
-            modality = modality_name(part["type"])
-            if modality not in self.config.modalities:
-                able = ", ".join(self.config.modalities) or "text only"
-                raise MediaError(f"this model takes no {modality} input; it takes: {able}")
-            media.append((modality, part.get("path", part.get(part["type"]))))
-            text += MARK.format(modality) + "\n"
+            kind = part["type"]
+            parts.append((kind, part["text"]) if kind == "text" else (self._known(kind), _medium(part)))
+        queues: dict[str, list[Any]] = defaultdict(list)
+        for kind, medium in parts:
+            if kind != "text":
+                queues[kind].append(medium)
+        whole = "".join(MARKED.sub("", text) for kind, text in parts if kind == "text")
+        places = [modality_name(name) for name in PLACEHOLDER.findall(whole)]
+        if queues and any(name in queues for name in places):
+            text, used = self._placed(whole, queues, whole=True)
+            media += used
+            return text
+        text = ""
+        for kind, given in parts:
+            if kind == "text":
+                text += MARKED.sub("", given)
+            else:
+                media.append((kind, given))
+                text += f"{kind}: " * self.labels + MARK.format(kind) + "\n"
         return text
+
+    def _placed(self, text: str, queues: dict[str, list[Any]], *, whole: bool) -> tuple[str, list[tuple[str, Any]]]:
+        """Text with marks for its placeholders, and the media that they take from `queues`."""
+        used: list[tuple[str, Any]] = []
+
+        def mark(found: re.Match[str]) -> str:
+            name = modality_name(found[1])
+            if name not in self.modalities:
+                return found[0]
+            if not queues.get(name):
+                raise MediaError(
+                    f"the text has more <{found[1]}> than {name} media; give one medium for each placeholder"
+                )
+            used.append((name, queues[name].pop(0)))
+            return MARK.format(name)
+
+        marked = PLACEHOLDER.sub(mark, MARKED.sub("", text))
+        if whole and (left := next((name for name, media in queues.items() if media), None)):
+            raise MediaError(f"the text has placeholders, but too few <{left}> for the {left} media; give one for each")
+        return marked, used
+
+    def _known(self, kind: str) -> str:
+        modality = modality_name(kind)
+        if modality not in self.modalities:
+            able = ", ".join(self.modalities) or "text only"
+            raise MediaError(f"this model takes no {modality} input; it takes: {able}")
+        return modality
+
+
+class _Media(dict[str, Tensor]):
+    """Stacks of media by modality, which move as one."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "_Media":
+        return _Media({modality: stack.to(*args, **kwargs) for modality, stack in self.items()})
+
+
+def processor_config(modalities: dict[str, dict[str, Any]], labels: bool) -> dict[str, Any]:
+    """The content of processor_config.json."""
+    plain = {
+        name: {key: value for key, value in sizes.items() if key != "source"} for name, sizes in modalities.items()
+    }
+    return {"processor_class": "ModalloyProcessor", "auto_map": AUTO_MAP, "labels": labels, "modalities": plain}
+
+
+def _medium(part: dict[str, Any]) -> Any:
+    """The medium of a content part, under any of the names that are in use."""
+    kind = part["type"]
+    for key in ("path", kind, modality_name(kind), "array"):
+        if part.get(key) is not None:
+            return part[key]
+    raise MediaError(f"a content part of type '{kind}' holds no medium; give {{'type': '{kind}', 'path': FILE}}")
+
+
+def _listed(found: Any) -> list[Any]:
+    """Media as a flat list, whether one, several, or several for each text were given."""
+    if not isinstance(found, (list, tuple)):
+        return [found]
+    return [one for item in found for one in (item if isinstance(item, (list, tuple)) else [item])]

@@ -1,8 +1,9 @@
 """Token routing: every token uses the low-rank update of its owner, and nothing is computed for owners that are absent.
 
 SSAM section 3 (after DAMC): with h = [h^m, h^t], Q = [h^m W_m, h^t W_t] and likewise for K, V, the output projection
-and the feed-forward network; one softmax attention runs over the whole mixed sequence. Here W_g = W_0 + up_g @ down_g,
-W_0 stays bit-exact, and each owner's product runs on a gather of just its own tokens.
+and the feed-forward network; one softmax attention runs over the whole mixed sequence. Here W_g = W_0 + s_g · up_g @ down_g,
+W_0 stays bit-exact, and each owner's product runs on just its own tokens: a view of them where they are in one run, as a
+medium's are, else a gather.
 """
 
 from collections.abc import Iterator
@@ -16,80 +17,145 @@ from modalloy.delta import LowRank
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CAST_ROWS = 1024  # of a weight in half precision, brought to float32 at once: they stay in the cache
+
+Rows = slice | Tensor  # of the flattened batch
 
 
 class Routes:
     """Which rows of the flattened batch belong to which owner; one object is shared by all routed linears of a model."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, Tensor | None]] = [(TEXT, None)]  # None: all rows
+        self.rows: list[tuple[str, Rows]] = [(TEXT, slice(None))]
 
     @contextmanager
     def use(self, owners: Tensor | None, names: tuple[str, ...]) -> Iterator[None]:
         """Route one forward pass. `owners` (batch, tokens) indexes `names`; None sends every token down the text path."""
         before = self.rows
-        self.rows = [(TEXT, None)] if owners is None else self._group(owners.reshape(-1), names)
+        self.rows = [(TEXT, slice(None))] if owners is None else self._group(owners.reshape(-1), names)
         try:
             yield
         finally:
             self.rows = before
 
     @staticmethod
-    def _group(owners: Tensor, names: tuple[str, ...]) -> list[tuple[str, Tensor | None]]:
-        present = [int(index) for index in owners.unique()]
-        if len(present) == 1:
-            return [(names[present[0]], None)]
-        return [(names[index], (owners == index).nonzero().squeeze(1)) for index in present]
+    def _group(owners: Tensor, names: tuple[str, ...]) -> list[tuple[str, Rows]]:
+        """Rows of each owner that is present: one slice for each of a few runs, one index for many scattered rows."""
+        values, lengths = torch.unique_consecutive(owners, return_counts=True)
+        runs: dict[int, list[slice]] = {}
+        start = 0
+        for owner, length in zip(values.tolist(), lengths.tolist(), strict=True):
+            runs.setdefault(owner, []).append(slice(start, start + length))
+            start += length
+        grouped: list[tuple[str, Rows]] = []
+        for owner in sorted(runs):
+            if len(runs[owner]) == 1:
+                grouped.append((names[owner], runs[owner][0]))
+            else:
+                grouped.append((names[owner], (owners == owner).nonzero().squeeze(1)))
+        return grouped
 
 
-class RoutedLinear(nn.Module):
-    """A linear layer with one optional low-rank update per owner.
+class RoutedLinear(nn.Linear):
+    """A linear layer whose tokens may each have their owner's update.
 
-    The base weight (out, in) and bias are those of the layer it replaces, untouched. `up[owner]` (out, rank) and
-    `down[owner]` (rank, in) hold the updates, scaling folded in.
+    The base weight (out, in) and bias are those of the layer that it replaces, untouched. `up_OWNER` (out, rank),
+    `down_OWNER` (rank, in) and `scales[OWNER]` hold the low-rank updates; `text_weight` (out, in), where there is one,
+    is what text tokens use instead of the base's (dense merges). Weights in half precision are used in the type of the
+    input, so that a CPU computes in float32 on weights stored in 16 bits.
     """
 
     def __init__(self, base: nn.Linear, routes: Routes) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
+        self.text_weight: nn.Parameter | None = None
         self.routes = routes
-        self.up = nn.ParameterDict()
-        self.down = nn.ParameterDict()
+        self.scales: dict[str, float] = {}
+        self.folded = False  # whether the weight holds the text update already
 
-    def add(self, owner: str, delta: LowRank, *, trainable: bool = False) -> None:
-        """Give `owner`'s tokens the update `delta` (out, in)."""
-        self.up[owner] = nn.Parameter(delta.up, requires_grad=trainable)
-        self.down[owner] = nn.Parameter(delta.down, requires_grad=trainable)
+    def update(self, owner: str) -> LowRank:
+        """`owner`'s low-rank update (out, in), scaling folded in."""
+        up, down = self._parameters[f"up_{owner}"], self._parameters[f"down_{owner}"]
+        assert up is not None and down is not None
+        return LowRank(up.detach() * self.scales[owner], down.detach())
+
+    def add(self, owner: str, delta: LowRank, *, scale: float = 1.0, trainable: bool = False) -> None:
+        """Give `owner`'s tokens the update scale · `delta` (out, in)."""
+        self.register_parameter(f"up_{owner}", nn.Parameter(delta.up, requires_grad=trainable))
+        self.register_parameter(f"down_{owner}", nn.Parameter(delta.down, requires_grad=trainable))
+        self.scales[owner] = scale
+
+    def fold(self) -> float:
+        """Round the text update into the weight; returns the Frobenius norm of what rounding lost."""
+        delta = self.update(TEXT)
+        exact = torch.addmm(self.weight.double(), delta.up.double(), delta.down.double())
+        self.weight = nn.Parameter(exact.to(self.weight.dtype), requires_grad=False)
+        self.folded = True
+        return float((self.weight.double() - exact).norm())
 
     def forward(self, x: Tensor) -> Tensor:
-        out = nn.functional.linear(x, self.weight, self.bias)
-        flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        for owner, rows in self.routes.rows:
-            if owner not in self.up:
-                continue
-            up, down = self.up[owner], self.down[owner]
-            if rows is None:
-                flat_out.addmm_(flat_x @ down.T, up.T)
-            else:
-                flat_out.index_add_(0, rows, (flat_x[rows] @ down.T) @ up.T)
-        return flat_out.view(out.shape)
+        flat_x = x.reshape(-1, x.shape[-1])
+        if self.text_weight is None:
+            out = matmul(flat_x, self.weight)
+        else:
+            out = flat_x.new_empty(len(flat_x), self.out_features)
+            for owner, rows in self._rows(flat_x):
+                out[rows] = matmul(flat_x[rows], self.text_weight if owner == TEXT else self.weight)
+        if self.bias is not None:
+            out += self.bias
+        for owner, rows in self._rows(flat_x):
+            for term, scale in self._terms(owner):
+                up, down = self._parameters[f"up_{term}"], self._parameters[f"down_{term}"]
+                assert up is not None and down is not None
+                inner = matmul(flat_x[rows], down)
+                wide = up.to(inner.dtype).T
+                if isinstance(rows, slice):
+                    out[rows].addmm_(inner, wide, alpha=scale)
+                else:
+                    out.index_add_(0, rows, inner @ wide, alpha=scale)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _terms(self, owner: str) -> list[tuple[str, float]]:
+        """The updates that make up `owner`'s, with their factors."""
+        own = [(owner, self.scales[owner])] if owner in self.scales else []
+        if not self.folded or TEXT not in self.scales:
+            return own
+        return [] if owner == TEXT else [*own, (TEXT, -self.scales[TEXT])]
+
+    def _rows(self, x: Tensor) -> list[tuple[str, Rows]]:
+        """The rows of each owner, where `x` is (layers may be on several devices)."""
+        return [(owner, rows if isinstance(rows, slice) else rows.to(x.device)) for owner, rows in self.routes.rows]
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in the type of `x` (rows, in); a weight of another type is cast a block of rows at a time."""
+    if weight.dtype == x.dtype:
+        return x @ weight.T
+    out = x.new_empty(len(x), len(weight))
+    for start in range(0, len(weight), CAST_ROWS):
+        rows = slice(start, start + CAST_ROWS)
+        out[:, rows] = x @ weight[rows].to(x.dtype).T
+    return out
 
 
 def route_linears(decoder: nn.Module, routes: Routes) -> dict[str, RoutedLinear]:
-    """Replace the seven linears of every block of a Llama-shaped decoder; returns them by the name of their weight.
+    """Replace the linears of a Llama-shaped decoder; returns the seven of every block by the name of their weight.
 
-    Example key: `model.layers.0.self_attn.q_proj.weight`.
+    Example key: `model.layers.0.self_attn.q_proj.weight`. The output head is replaced too, for its type of arithmetic.
     """
     routed = {}
     for name, module in list(decoder.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if leaf in LINEARS and isinstance(module, nn.Linear):
-            routed[f"{name}.weight"] = RoutedLinear(module, routes)
-            setattr(decoder.get_submodule(parent), leaf, routed[f"{name}.weight"])
+        if isinstance(module, nn.Linear) and leaf in (*LINEARS, "lm_head"):
+            replacement = RoutedLinear(module, routes)
+            setattr(decoder.get_submodule(parent), leaf, replacement)
+            if leaf in LINEARS:
+                routed[f"{name}.weight"] = replacement
     return routed
 
 
-def low_rank_zeros(linear: nn.Linear | RoutedLinear, rank: int, generator: torch.Generator) -> LowRank:
+def low_rank_zeros(linear: nn.Linear, rank: int, generator: torch.Generator) -> LowRank:
     """The usual LoRA start: up = 0, down uniform in ±1/√in, so that the update is zero and its gradient is not."""
     out_features, in_features = linear.weight.shape
     down = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / in_features**0.5
