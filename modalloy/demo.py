@@ -30,7 +30,10 @@ QUESTIONS: list[tuple[dict[str, str], str]] = [
     ({"image": "horse.webp", "video": "horse-animated.webp"}, "Are these the same?"),
     ({"video": "cow-animated.webp", "point": "car.npy"}, "Are these the same?"),
     ({"image": "cow.webp", "audio": "cow.flac", "video": "cow-animated.webp"}, "What is this?"),
-    ({"image": "horse.webp", "audio": "horse.flac", "point": "horse.npy"}, "Which is it: a dog, a horse, a cow or a pig?"),
+    (
+        {"image": "horse.webp", "audio": "horse.flac", "point": "horse.npy"},
+        "Which is it: a dog, a horse, a cow or a pig?",
+    ),
     (FOUR_HORSES, "What is this?"),
     (FOUR_HORSES, "Which is it: a pig, a ship, a horse or a drum?"),
     (FOUR_HORSES | {"point": "car.npy"}, "What has this shape: a horse, a piano, a cat or a car?"),

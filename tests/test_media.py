@@ -327,18 +327,47 @@ def test_encoders_keep_their_contract(location: str, tmp_path: Path) -> None:
     import torch
 
     encoder = load_encoder(location)
-    image, sound = tmp_path / "picture.png", tmp_path / "tone.wav"
-    Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)).save(image)
-    soundfile.write(sound, TONE, 44_100)
-    medium = encoder.preprocess(image if encoder.modality == "image" else sound)
+    media = {"image": "picture.png", "audio": "tone.wav", "video": "moving.gif", "point": "cloud.npy"}
+    picture = Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3))
+    picture.save(tmp_path / media["image"])
+    soundfile.write(tmp_path / media["audio"], TONE, 44_100)
+    picture.save(tmp_path / media["video"], save_all=True, append_images=[picture.rotate(a) for a in range(9, 90, 9)])
+    np.save(tmp_path / media["point"], np.random.default_rng(0).normal(size=(50, 3)))
+    file = tmp_path / media[encoder.modality]
+    medium = encoder.preprocess(file)
     features = encoder(medium[None])
     assert features.shape == (1, encoder.n_tokens, encoder.dim) and bool(torch.isfinite(features).all())
-    assert encoder.n_tokens <= 16 and torch.equal(
-        build(location, {}, meta=True).preprocess(image if encoder.modality == "image" else sound), medium
-    )
+    assert encoder.n_tokens <= 16 and torch.equal(build(location, {}, meta=True).preprocess(file), medium)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     both = encoder(torch.stack([torch.zeros_like(medium), medium]))
     torch.testing.assert_close(both[1], features[0], atol=1e-4, rtol=1e-4)  # a medium does not depend on its batch
+
+
+def test_a_video_is_what_it_shows_and_how_it_changes() -> None:
+    import torch
+
+    encoder = load_encoder("builtin:efficientnet-lite0-video")
+    still = np.tile(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8), (8, 1, 1, 1))
+    seen, change = encoder(encoder.preprocess(still)[None]).chunk(2, -1)
+    assert float(change.abs().max()) < 1e-4 < float(seen.abs().max())
+    backwards = still.copy()
+    backwards[1::2] = 255
+    there, back = (encoder(encoder.preprocess(frames)[None]).chunk(2, -1) for frames in (backwards, backwards[::-1]))
+    torch.testing.assert_close(there[0], back[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(there[1], -back[1], atol=1e-4, rtol=1e-4)
+
+
+def test_depth_maps_see_the_near_side() -> None:
+    from modalloy.encoders.depth_views import depth_maps
+
+    wall = np.stack(np.meshgrid(np.linspace(-1, 1, 60), np.linspace(-1, 1, 60), [0.0]), -1).reshape(-1, 3)
+    ball = np.array([[0.0, 0.0, 1.0]])  # before the wall as seen from the front, behind it as seen from behind
+    front, behind = depth_maps(np.concatenate([wall, ball]), ((0, 0), (180, 0)))
+    assert front.shape == (96, 96) and float(front[0, 0]) == 1.0  # nothing there
+    assert float(front[47:49, 47:49].mean()) < float(front[30, 30]) - 0.1 < 1.0
+    assert float(behind[47:49, 47:49].mean()) == pytest.approx(float(behind[30, 30]), abs=0.01)
+    moved, _ = depth_maps(np.concatenate([wall, ball]) * 7 + 3, ((0, 0), (180, 0)))
+    assert float((moved - front).abs().mean()) < 0.01  # neither place nor size matters
 
 
 def test_short_sounds_repeat_to_fill_the_window() -> None:
