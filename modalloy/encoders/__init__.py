@@ -25,9 +25,12 @@ ENCODERS = {
     "builtin:efficientnet-lite0-video": "modalloy.encoders.efficientnet_lite0_video:EfficientNetLite0Video",
     "builtin:depth-views": "modalloy.encoders.depth_views:DepthViews",
     "builtin:whisper-tiny.en": "modalloy.encoders.whisper_tiny:WhisperTiny",
+    "clip": "modalloy.encoders.clip:Clip",
+    "languagebind": "modalloy.encoders.languagebind:LanguageBindVideo",
+    "pointbert": "modalloy.encoders.pointbert:PointBert",
 }
 # what opens a path or hub id that no name stands before: the encoders of the paper (SSAM; ModelCompose)
-PUBLISHED: dict[str, str] = {}
+PUBLISHED: dict[str, str] = {"image": "clip", "video": "languagebind", "point": "pointbert"}
 
 
 class Encoder(nn.Module):

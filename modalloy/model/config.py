@@ -1,19 +1,14 @@
 """Configuration of the merged model: a decoder, and per modality its encoder, projector and extra tokens."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from modalloy.model.routing import TEXT
-
-REMOTE_CODE = "modeling_modalloy"  # the module beside a model's config that imports these classes from the package
-AUTO_MAP = {
-    "AutoConfig": f"{REMOTE_CODE}.ModalloyConfig",
-    "AutoModelForCausalLM": f"{REMOTE_CODE}.ModalloyForConditionalGeneration",
-    "AutoProcessor": f"{REMOTE_CODE}.ModalloyProcessor",
-}
+from modalloy.omni import AUTO_MAP
 
 
 class ModalloyConfig(PreTrainedConfig):
@@ -62,10 +57,14 @@ class ModalloyConfig(PreTrainedConfig):
             kwargs.setdefault(token, getattr(self.text_config, token, None))
         super().__init__(**{"auto_map": AUTO_MAP} | kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: `auto_map` names a module that imports the package, so that no source is copied beside a saved model."""
+
     @property
     def owners(self) -> tuple[str, ...]:
-        """Names that an owner index stands for: 0 is text, then the modalities in order."""
-        return (TEXT, *self.modalities)
+        """Names that an owner index stands for: 0 is text, then the modalities by name (files of JSON keep no order)."""
+        return owner_names(self.modalities)
 
     def self_contained(self) -> "ModalloyConfig":
         """A copy that refers to no other model: its weights hold the decoder and the encoders."""
@@ -80,6 +79,11 @@ class ModalloyConfig(PreTrainedConfig):
         """Rank, scale and linears of every owner that has a low-rank update of its own."""
         found = {TEXT: self.text_update} | {name: sizes["update"] for name, sizes in self.modalities.items()}
         return {owner: update for owner, update in found.items() if update}
+
+
+def owner_names(modalities: Iterable[str]) -> tuple[str, ...]:
+    """Names that an owner index stands for: 0 is text, then the modalities in alphabetical order."""
+    return (TEXT, *sorted(modalities))
 
 
 def tokens_per_medium(sizes: dict[str, Any]) -> int:

@@ -113,6 +113,10 @@ class Stored:
     def __getitem__(self, index: Any) -> Tensor:
         return self.read()
 
+    def is_floating_point(self) -> bool:
+        """Whether its type is, for the loader's choice of the model's."""
+        return self.dtype.is_floating_point
+
 
 class _EncoderWeights:
     """An encoder's weights, read when the first of them is wanted, and each let go when it was given."""

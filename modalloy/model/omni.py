@@ -14,8 +14,9 @@ from transformers.utils import logging
 from modalloy.delta import LowRank, norm
 from modalloy.encoders import build
 from modalloy.errors import CheckpointError
-from modalloy.model.config import REMOTE_CODE, ModalloyConfig, tokens_per_medium
+from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.routing import TEXT, RoutedLinear, Routes, route_linears
+from modalloy.omni import write_remote_code
 from modalloy.projectors import build_projector
 
 HALF = (torch.float16, torch.bfloat16)
@@ -142,9 +143,9 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `features[modality]` is (media, n_features, dim), in reading order over the batch.
         """
         embeddings = self.get_input_embeddings()(input_ids).to(self.compute_dtype)
-        for index, (modality, sizes) in enumerate(self.config.modalities.items(), 1):
+        for index, modality in enumerate(self.config.owners[1:], 1):
             own = owners == index
-            media, length = len(features.get(modality, ())), tokens_per_medium(sizes)
+            media, length = len(features.get(modality, ())), tokens_per_medium(self.config.modalities[modality])
             if int(own.sum()) != media * length:
                 raise ValueError(
                     f"{int(own.sum())} tokens belong to {modality}, but {media} media of {length} tokens are given"
@@ -316,13 +317,3 @@ def _in_full_precision(module: nn.Module) -> Iterator[dict[str, Any]]:
             yield {"device": weight.device, "dtype": torch.float32}
         finally:
             module.to(stored)
-
-
-def write_remote_code(folder: Path) -> None:
-    """The module that `auto_map` names, for `trust_remote_code`: it finds everything in the installed package."""
-    (folder / f"{REMOTE_CODE}.py").write_text(
-        '"""Classes of this folder\'s model, from the package modalloy."""\n\n'
-        "from modalloy.model import ModalloyConfig, ModalloyForConditionalGeneration, ModalloyProcessor\n\n"
-        '__all__ = ["ModalloyConfig", "ModalloyForConditionalGeneration", "ModalloyProcessor"]\n',
-        encoding="utf-8",
-    )

@@ -13,9 +13,9 @@ from transformers import BatchFeature, ProcessorMixin
 
 from modalloy.encoders import Encoder, build
 from modalloy.errors import MediaError
-from modalloy.model.config import AUTO_MAP, tokens_per_medium
-from modalloy.model.omni import write_remote_code
+from modalloy.model.config import owner_names, tokens_per_medium
 from modalloy.names import modality_name
+from modalloy.omni import processor_config, write_remote_code
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")
@@ -57,8 +57,8 @@ class ModalloyProcessor(ProcessorMixin):
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Names that an owner index stands for: 0 is text, then the modalities in order."""
-        return ("text", *self.modalities)
+        """Names that an owner index stands for, as in `ModalloyConfig`."""
+        return owner_names(self.modalities)
 
     def apply_chat_template(
         self,
@@ -272,14 +272,6 @@ class _Media(dict[str, Tensor]):
 
     def to(self, *args: Any, **kwargs: Any) -> "_Media":
         return _Media({modality: stack.to(*args, **kwargs) for modality, stack in self.items()})
-
-
-def processor_config(modalities: dict[str, dict[str, Any]], labels: bool) -> dict[str, Any]:
-    """The content of processor_config.json."""
-    plain = {
-        name: {key: value for key, value in sizes.items() if key != "source"} for name, sizes in modalities.items()
-    }
-    return {"processor_class": "ModalloyProcessor", "auto_map": AUTO_MAP, "labels": labels, "modalities": plain}
 
 
 def _medium(part: dict[str, Any]) -> Any:
