@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.encoders.efficientnet_lite0 import MEAN, STD, EfficientNetLite0
-from modalloy.media import load_points
+from modalloy.media import check_points, load_points
 
 VIEWS = ((0, 10), (40, 20), (90, 10), (140, 20), (180, 10), (0, 75))  # degrees: around the vertical axis, from above
 
@@ -25,7 +25,7 @@ class DepthViews(EfficientNetLite0):
 
     def preprocess(self, points: Any) -> Tensor:
         """A file name or points (n, 3 or more), y up, as depth maps (6, 96, 96): near is dark."""
-        points = load_points(points) if isinstance(points, (str, Path)) else np.asarray(points, np.float32)
+        points = load_points(points) if isinstance(points, (str, Path)) else check_points(np.asarray(points))
         return depth_maps(points[:, :3], VIEWS)
 
     def forward(self, depths: Tensor) -> Tensor:
