@@ -41,14 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with grouped-query attention, tied embeddings and a word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "base"
     torch.manual_seed(0)
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=3 + len(WORDS),
         hidden_size=WIDTH,
         intermediate_size=FFN,
         num_hidden_layers=LAYERS,
@@ -61,14 +59,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    base_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def base_tokenizer() -> Any:
+    """A tokenizer of WORDS with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    return folder
+    return fast
 
 
 def compose_tensors(

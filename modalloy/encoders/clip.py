@@ -105,9 +105,8 @@ class Clip(Encoder):
         square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.image_mean))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         resized = square.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(
-            (np.asarray(resized) * (1 / 255)).astype(np.float32)
-        )  # rounded as CLIPImageProcessor does
+        # multiplied in float64 and rounded once, as CLIPImageProcessor does
+        pixels = torch.from_numpy((np.asarray(resized) * (1 / 255)).astype(np.float32))
         return ((pixels - torch.tensor(self.image_mean)) / torch.tensor(self.image_std)).permute(2, 0, 1).contiguous()
 
     def forward(self, images: Tensor) -> Tensor:
