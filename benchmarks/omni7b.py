@@ -22,7 +22,9 @@ from measuring import Usage, folder_bytes, machine, merge, run, table
 from PIL import Image
 from vicuna7b import Size, adapters, base, made, ssam_recipe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # whose small published checkpoints are made full-size here
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "tests")
+)  # whose small published checkpoints are made full-size here
 from published_beats import write_beats
 from published_clip import write_clip
 from published_languagebind import write_languagebind

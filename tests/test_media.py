@@ -313,6 +313,33 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             load(video)
 
 
+def test_a_video_is_what_it_shows_and_how_it_changes() -> None:
+    import torch
+
+    encoder = load_encoder("builtin:efficientnet-lite0-video")
+    still = np.tile(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8), (8, 1, 1, 1))
+    seen, change = encoder(encoder.preprocess(still)[None]).chunk(2, -1)
+    assert float(change.abs().max()) < 1e-4 < float(seen.abs().max())
+    backwards = still.copy()
+    backwards[1::2] = 255
+    there, back = (encoder(encoder.preprocess(frames)[None]).chunk(2, -1) for frames in (backwards, backwards[::-1]))
+    torch.testing.assert_close(there[0], back[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(there[1], -back[1], atol=1e-4, rtol=1e-4)
+
+
+def test_depth_maps_see_the_near_side() -> None:
+    from modalloy.encoders.depth_views import depth_maps
+
+    wall = np.stack(np.meshgrid(np.linspace(-1, 1, 60), np.linspace(-1, 1, 60), [0.0]), -1).reshape(-1, 3)
+    ball = np.array([[0.0, 0.0, 1.0]])  # before the wall as seen from the front, behind it as seen from behind
+    front, behind = depth_maps(np.concatenate([wall, ball]), ((0, 0), (180, 0)))
+    assert front.shape == (96, 96) and float(front[0, 0]) == 1.0  # nothing there
+    assert float(front[47:49, 47:49].mean()) < float(front[30, 30]) - 0.1 < 1.0
+    assert float(behind[47:49, 47:49].mean()) == pytest.approx(float(behind[30, 30]), abs=0.01)
+    moved, _ = depth_maps(np.concatenate([wall, ball]) * 7 + 3, ((0, 0), (180, 0)))
+    assert float((moved - front).abs().mean()) < 0.01  # neither place nor size matters
+
+
 def test_short_sounds_repeat_to_fill_the_window() -> None:
     import torch
 

@@ -95,7 +95,12 @@ def write_damc(folder: Path, modality: str, dim: int, seed: int) -> Path:
     if modality == "audio":
         projector = {name: tensor.bfloat16() for name, tensor in qformer_tensors(dim=dim, width=WIDTH).items()}
     else:
-        projector = {"0.weight": draw(WIDTH, dim), "0.bias": draw(WIDTH), "2.weight": draw(WIDTH, WIDTH), "2.bias": draw(WIDTH)}
+        projector = {
+            "0.weight": draw(WIDTH, dim),
+            "0.bias": draw(WIDTH),
+            "2.weight": draw(WIDTH, WIDTH),
+            "2.bias": draw(WIDTH),
+        }
     tensors |= {f"model.modal_projectors.{disk}.{name}": tensor for name, tensor in projector.items()}
     torch.save(tensors, folder / "adapter_model.bin")
     config = {"model_type": "multimodal", "lora_strategy": "modal+language", "lora_r": RANK, "lora_alpha": 2 * RANK}
@@ -176,7 +181,9 @@ def test_every_tensor_is_where_it_was_published(chat: ChatModel, omni: Path, rec
     stored = load_file(omni / "adapter_model.safetensors")
     for modality, disk in DISK.items():
         theirs = torch.load(recipe.parent / f"{modality}-damc" / "adapter_model.bin", weights_only=True)
-        own = {name: tensor for name, tensor in theirs.items() if f".{disk}." in name or name.endswith(f"_tokens.{disk}")}
+        own = {
+            name: tensor for name, tensor in theirs.items() if f".{disk}." in name or name.endswith(f"_tokens.{disk}")
+        }
         assert len(own) > 30 and all(torch.equal(stored[name], tensor) for name, tensor in own.items())
         prefix = chat.model.prefix_tokens[modality]
         assert torch.equal(prefix, own[f"prefix_tokens.{disk}"].float())
@@ -267,4 +274,8 @@ def test_encoders_that_do_not_fit_are_refused(recipe: Path, tmp_path: Path) -> N
     refused(RecipeError, "has no option 'random_flop'", encoder={"path": "clip", "random_flop": True})
     refused(CheckpointError, "no such folder", encoder="nowhere/clip/model")
     write_clip(tmp_path / "wider", hidden_size=64)
-    refused(CheckpointError, "projector takes 32 features to 32, but the encoder .* gives 64", encoder=str(tmp_path / "wider"))
+    refused(
+        CheckpointError,
+        "projector takes 32 features to 32, but the encoder .* gives 64",
+        encoder=str(tmp_path / "wider"),
+    )
