@@ -22,7 +22,7 @@ NEEDS = {
     "rcc": ("zstandard",),
     "tables": ("yaml",),
     "fetch": ("zstandard", "yaml"),
-    "motion": ("PIL", "resvg_py", "scipy", "soundfile", "tinysoundfont"),
+    "footage": ("PIL", "resvg_py", "scipy", "soundfile", "tinysoundfont"),
     "build": ("zstandard", "yaml", "scipy", "soundfile", "PIL", "resvg_py", "tinysoundfont"),
 }
 
@@ -334,7 +334,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.
 
 
 def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    motion = load("motion")
+    footage = load("footage")
     from PIL import Image
 
     rows = []
@@ -348,8 +348,8 @@ def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, m
         Image.linear_gradient("L").save(file.with_suffix(".webp"))
     np.save(tmp_path / "pointcloud/owl/0ad_0.npy", np.random.default_rng(0).normal(size=(50, 3)))
     (tmp_path / "manifest.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(sys, "argv", ["motion.py", "--data", str(tmp_path)])
-    motion.main()
+    monkeypatch.setattr(sys, "argv", ["footage.py", "--data", str(tmp_path)])
+    footage.main()
     made = json.loads((tmp_path / "manifest.json").read_text())[len(rows) :]
     names = [Path(row["file"]).name for row in made]  # the animations of f3's artwork are there already
     assert names == ["moving-a4a_2.webp", "moving-om_0.webp", "moving-tux_3.webp", "turning-0ad_0.webp"]
@@ -365,5 +365,5 @@ def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, m
         assert hashlib.sha256(content).hexdigest() == row["sha256"]
         with Image.open(tmp_path / row["file"]) as video:
             assert video.size == (128, 128) and 12 <= video.n_frames <= 16  # WebP joins equal frames
-    motion.main()
+    footage.main()
     assert len(json.loads((tmp_path / "manifest.json").read_text())) == len(rows) + len(made)

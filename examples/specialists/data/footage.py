@@ -1,6 +1,6 @@
 """Adds videos made of other media to the data set 'senses': pictures that move, and point clouds that turn.
 
-    python examples/specialists/data/motion.py --data data/senses
+    python examples/specialists/data/footage.py --data data/senses
 
 The animations come from one collection; these give the videos other sources. A still picture is panned, zoomed, swung
 or bobbed, with a seed of its own; a point cloud is shown on a turntable, as depth maps. Each keeps the licence, package
