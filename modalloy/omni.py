@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modalloy.checkpoints import Checkpoint, Factors, Specialist, is_portable, locate, read_json
-from modalloy.encoders import EncoderChoice, build, choose, registered
+from modalloy.encoders import EncoderChoice, choose, registered, sizes
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.names import disk_name
 from modalloy.projectors import build_projector, recognise
@@ -112,13 +112,13 @@ def open_sense(given: str | dict[str, Any], specialist: Specialist, width: int, 
     choice = choose(given, modality)
     path = None if choice.location is None else locate(choice.location, folder)
     settings = choice.settings(path)
-    encoder = build(choice.name, settings, meta=True)
+    dim, n_features = sizes(choice.name, settings)
     projector = recognise({name: ref.shape for name, ref in specialist.projector.items()}, specialist.label)
     built = build_projector(projector, meta=True)
-    if (built.dim, built.width) != (encoder.dim, width):
+    if (built.dim, built.width) != (dim, width):
         raise CheckpointError(
             f"{specialist.label} specialist: its projector takes {built.dim} features to {built.width}, but the encoder "
-            f"'{given}' gives {encoder.dim} and the base takes {width}; set the `encoder:` it was trained with"
+            f"'{given}' gives {dim} and the base takes {width}; set the `encoder:` it was trained with"
         )
     for ref in specialist.tokens.values():
         if len(ref.shape) != 3 or ref.shape[0] != 1 or ref.shape[2] != width:
@@ -126,7 +126,7 @@ def open_sense(given: str | dict[str, Any], specialist: Specialist, width: int, 
                 f"{specialist.label} specialist: {ref.name} is {ref.shape}, not (1, tokens, {width}) ({ref.file}); "
                 "use the base it was trained from"
             )
-    n_tokens = built.n_tokens(encoder.n_tokens)
+    n_tokens = built.n_tokens(n_features)
     portable = choice.location is None or is_portable(choice.location, folder)
     return Sense(choice, path, settings, projector, n_tokens, portable)
 

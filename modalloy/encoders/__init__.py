@@ -113,6 +113,14 @@ def build(name: str, settings: dict[str, Any], *, meta: bool = False) -> Encoder
     return encoder.requires_grad_(False).eval()
 
 
+def sizes(name: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """(dim, n_tokens) of an encoder; it is built only if these depend on its settings."""
+    found: Any = encoder_class(name)
+    if not (hasattr(found, "dim") and hasattr(found, "n_tokens")):
+        found = build(name, settings, meta=True)
+    return found.dim, found.n_tokens
+
+
 def load_encoder(location: str, path: Path | None = None) -> Encoder:
     """A built-in encoder, or one with its files at `path`, with its weights: frozen, in eval mode, float32."""
     encoder = build(location, EncoderChoice(location).settings(path))
