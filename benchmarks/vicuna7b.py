@@ -96,14 +96,14 @@ def main() -> None:
 
 def base(root: Path, size: Size, dtype: torch.dtype = torch.float16) -> Path:
     """The folder of the base model."""
-    return _made(root / f"base-{size}-{CODES[dtype]}", functools.partial(_write_model, size, dtype, draw_base))
+    return made(root / f"base-{size}-{CODES[dtype]}", functools.partial(_write_model, size, dtype, draw_base))
 
 
 def adapters(root: Path, size: Size, layout: str = "peft") -> list[Path]:
     """Folders of four fp16 adapters of rank 128, `layout` "peft" or "modelcompose"; norms differ by up to 2 ×."""
     write = {"peft": _write_peft, "modelcompose": _write_modelcompose}[layout]
     folders = [root / f"{layout}-{size.layers}" / name for name in MODALITIES]
-    return [_made(folder, functools.partial(write, index, size)) for index, folder in enumerate(folders)]
+    return [made(folder, functools.partial(write, index, size)) for index, folder in enumerate(folders)]
 
 
 def ssam_recipe(base: Path, adapters: list[Path], rank: int, output: dict[str, str]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def fine_tunes(root: Path, size: Size, spectrum: str, dtype: torch.dtype = torch
 
     label = {"1/j": "decaying", "flat": "flat"}[spectrum]
     folders = [root / f"{label}-{size}-{CODES[dtype]}" / name for name in MODALITIES]
-    return [_made(folder, functools.partial(write, index)) for index, folder in enumerate(folders)]
+    return [made(folder, functools.partial(write, index)) for index, folder in enumerate(folders)]
 
 
 def draw_base(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -176,7 +176,7 @@ def _hartley(matrix: Tensor) -> Tensor:
     return spectrum.real - spectrum.imag
 
 
-def _made(folder: Path, write: Callable[[Path], None]) -> Path:
+def made(folder: Path, write: Callable[[Path], None]) -> Path:
     """`folder`, written first if it is not there; a folder that is there is complete."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")

@@ -232,7 +232,7 @@ def chat(
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
 ) -> None:
-    """Merge the built-in specialists and ask the result about pictures and sounds."""
+    """Merge the built-in specialists and ask the result about pictures, sounds, videos and shapes."""
     from modalloy.demo import demo as run
 
     with progress("merge") as on_job:

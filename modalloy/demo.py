@@ -13,17 +13,32 @@ from modalloy.engines import local
 from modalloy.merge import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
+FOUR_HORSES = {"image": "horse.webp", "audio": "horse.flac", "video": "horse-animated.webp", "point": "horse.npy"}
 # (media by modality, question). No sample was trained on (see builtin/samples/LICENSES.md); they were picked to show what
 # such small specialists get right and what they get wrong, so they say nothing about how often: benchmarks/senses.py does.
 QUESTIONS: list[tuple[dict[str, str], str]] = [
     ({"image": "violin.webp"}, "What is this?"),
     ({"image": "camera.webp"}, "Which is it: a ship, a camera, an owl or a hammer?"),
-    ({"image": "dog.webp"}, "What do you see?"),
     ({"audio": "rooster.flac"}, "What makes this sound?"),
     ({"audio": "dog.flac"}, "Which is it: a harp, a car, a dog or a duck?"),
+    ({"video": "umbrella-animated.webp"}, "What is in the video?"),
+    ({"video": "elephant-animated.webp"}, "What is moving?"),
+    ({"video": "elephant-animated.webp"}, "Is it an instrument, an animal, a vehicle or an object?"),
+    ({"point": "car.npy"}, "What is this shape?"),
+    ({"point": "horse.npy"}, "Which is it: a horse, a bottle, a truck or a whale?"),
     ({"image": "cow.webp", "audio": "cow.flac"}, "What is this?"),
-    ({"image": "horse.webp", "audio": "horse.flac"}, "Are these the same?"),
     ({"image": "horse.webp", "audio": "dog.flac"}, "What is in the picture: a dog, a cat, a horse or a cow?"),
+    ({"image": "horse.webp", "video": "horse-animated.webp"}, "Are these the same?"),
+    ({"video": "cow-animated.webp", "point": "car.npy"}, "Are these the same?"),
+    ({"image": "cow.webp", "audio": "cow.flac", "video": "cow-animated.webp"}, "What is this?"),
+    (
+        {"image": "horse.webp", "audio": "horse.flac", "point": "horse.npy"},
+        "Which is it: a dog, a horse, a cow or a pig?",
+    ),
+    (FOUR_HORSES, "What is this?"),
+    (FOUR_HORSES, "Which is it: a pig, a ship, a horse or a drum?"),
+    (FOUR_HORSES | {"point": "car.npy"}, "What has this shape: a horse, a piano, a cat or a car?"),
+    (FOUR_HORSES | {"image": "dog.webp"}, "Are these the same?"),
 ]
 
 
@@ -74,10 +89,10 @@ def _files(media: dict[str, str]) -> dict[str, Any]:
 
 
 def _print_table(answers: dict[str, list[str]]) -> None:
-    """One row a question, one column for its media, itself, and each model's answer."""
-    header = ["picture", "sound", "question", *answers]
+    """One row a question: its media, itself, and each model's answer."""
+    header = ["media", "question", *answers]
     rows = [
-        [media.get("image", ""), media.get("audio", ""), question, *(given[index] for given in answers.values())]
+        [" + ".join(media.values()), question, *(given[index] for given in answers.values())]
         for index, (media, question) in enumerate(QUESTIONS)
     ]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

@@ -22,6 +22,7 @@ NEEDS = {
     "rcc": ("zstandard",),
     "tables": ("yaml",),
     "fetch": ("zstandard", "yaml"),
+    "footage": ("PIL", "resvg_py", "scipy", "soundfile", "tinysoundfont"),
     "build": ("zstandard", "yaml", "scipy", "soundfile", "PIL", "resvg_py", "tinysoundfont"),
 }
 
@@ -330,3 +331,39 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.
     assert load("build").main(["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 2
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    footage = load("footage")
+    from PIL import Image
+
+    rows = []
+    for name, source in (("om_0", "om:1.svg"), ("f3_1", "f3:1.webp"), ("a4a_2", "a4a:1.jpg"), ("tux_3", "tux:1.png")):
+        rows.append({"file": f"image/owl/{name}.webp", "source": source, "modality": "image", "licence": name})
+    rows.append({"file": "pointcloud/owl/0ad_0.npy", "source": "0ad:1.pmd", "modality": "pointcloud", "licence": "0ad"})
+    for row in rows:
+        row |= {"concept": "owl", "category": "animal", "package": row["source"]}
+        file = tmp_path / row["file"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").save(file.with_suffix(".webp"))
+    np.save(tmp_path / "pointcloud/owl/0ad_0.npy", np.random.default_rng(0).normal(size=(50, 3)))
+    (tmp_path / "manifest.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(sys, "argv", ["footage.py", "--data", str(tmp_path)])
+    footage.main()
+    made = json.loads((tmp_path / "manifest.json").read_text())[len(rows) :]
+    names = [Path(row["file"]).name for row in made]  # the animations of f3's artwork are there already
+    assert names == ["moving-a4a_2.webp", "moving-om_0.webp", "moving-tux_3.webp", "turning-0ad_0.webp"]
+    assert [row["source"] for row in made] == [
+        "moving:a4a:1.jpg",
+        "moving:om:1.svg",
+        "moving:tux:1.png",
+        "turning:0ad:1.pmd",
+    ]
+    assert [row["licence"] for row in made] == ["a4a_2", "om_0", "tux_3", "0ad"]
+    for row in made:
+        content = (tmp_path / row["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == row["sha256"]
+        with Image.open(tmp_path / row["file"]) as video:
+            assert video.size == (128, 128) and 12 <= video.n_frames <= 16  # WebP joins equal frames
+    footage.main()
+    assert len(json.loads((tmp_path / "manifest.json").read_text())) == len(rows) + len(made)

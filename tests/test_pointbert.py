@@ -49,7 +49,7 @@ def test_features_are_those_of_the_published_code(encoder: PointBert) -> None:
     torch.testing.assert_close(features, golden, atol=1e-5, rtol=0)
 
 
-def test_every_published_tensor_of_the_full_size_has_its_place(tmp_path: Path) -> None:
+def test_every_published_tensor_of_the_full_size_has_its_place() -> None:
     """The list: state_dict() of the same class, built by the authors' code with PointTransformer_8192point_2layer.yaml and
     point_dims 6, the blocks folded into {i}."""
     listed = json.loads((GOLDEN / "pointbert_keys.json").read_text())
@@ -61,7 +61,6 @@ def test_every_published_tensor_of_the_full_size_has_its_place(tmp_path: Path) -
     assert published == published_shapes(**FULL)
     with torch.device("meta"):
         encoder = PointBert()
-        torch.save({key: torch.empty(shape) for key, shape in published.items()}, tmp_path / FILE)
     assert (encoder.dim, encoder.n_tokens, encoder.points) == (384, 513, 8192)
     ours = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     assert {key.replace("blocks.blocks.", "blocks."): shape for key, shape in published.items()} == ours

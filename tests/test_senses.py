@@ -95,6 +95,72 @@ def test_paired_questions_need_both_senses(data: Path) -> None:
     assert same["yes"] == same["no"]
 
 
+@pytest.fixture
+def four(tmp_path: Path) -> list[Clip]:
+    """Clips of four senses: animated and still artwork, icons and meshes, and videos made of other media."""
+    shown = {
+        "image": ("f3:1.webp", "f3:2.webp", "om:3.svg", "a4a:4.jpg", "sh3f:L.sh3f!l/it.png"),
+        "audio": ("tux:1.ogg", "gc:2.ogg"),
+        "point": ("sh3f:L.sh3f!l/it/it.obj", "0ad:1.pmd", "0ad:2.pmd", "sar:3.3d"),
+        "video": (
+            "fa:1.webp",
+            "fa:2.webp",
+            "moving:om:3.svg",
+            "moving:a4a:4.jpg",
+            "turning:0ad:1.pmd",
+            "turning:sar:3.3d",
+        ),
+    }
+    clips = []
+    for modality, sources in shown.items():
+        for concept in CONCEPTS:
+            for index, name in enumerate(sources):
+                source = name.replace(".", f"-{concept}.", 1) if "sh3f" not in name else name.replace("it", concept)
+                prefix = "-".join(name.split(":")[:-1])
+                path = tmp_path / modality / concept / f"{prefix}_{index}.bin"
+                clips.append(Clip(path, concept, CONCEPTS[concept], modality, source, prefix, "MIT", "train"))
+    return senses.split(clips)
+
+
+def test_no_artwork_is_trained_by_one_sense_and_tested_by_another(four: list[Clip]) -> None:
+    sides: dict[str, set[bool]] = {}
+    for clip in four:
+        sides.setdefault(clip.artwork, set()).add(clip.tier == "train")
+    assert all(len(side) == 1 for side in sides.values())
+    assert len(sides) == (5 + 2 + 3) * len(
+        CONCEPTS
+    )  # animations, meshes and videos share the artwork of what they show
+    tiers = {
+        (c.modality, c.source.replace("-dog", "").replace("dog", "it")): c.tier for c in four if c.concept == "dog"
+    }
+    assert tiers["image", "f3:2.webp"] == tiers["video", "fa:2.webp"] == "new file"
+    assert tiers["image", "sh3f:L.sh3f!l/it.png"] == tiers["point", "sh3f:L.sh3f!l/it/it.obj"] == "train"
+    assert tiers["point", "0ad:2.pmd"] == "new file" and tiers["video", "turning:0ad:1.pmd"] == "train"
+    assert tiers["video", "moving:a4a:4.jpg"] == tiers["video", "turning:sar:3.3d"] == "new source"
+
+
+@pytest.mark.parametrize("modalities", [("image", "audio", "video"), ("image", "audio", "video", "point")])
+def test_joint_questions_need_every_sense(four: list[Clip], modalities: tuple[str, ...]) -> None:
+    questions = senses.joint_questions(four, modalities)
+    assert questions and questions == senses.joint_questions(four, modalities)
+    for question in questions:
+        assert tuple(clip.modality for clip in question.clips) == modalities
+        assert all(clip.tier in ("new source", "new file") for clip in question.clips)
+        concepts = Counter(clip.concept for clip in question.clips)
+        if question.kind == "choose":
+            assert len(concepts) == 1
+        elif question.kind == "same":
+            assert question.answer == ("yes" if len(concepts) == 1 else "no")
+        else:
+            (odd,) = [clip for clip in question.clips if concepts[clip.concept] == 1]
+            assert question.kind == senses.STEMS[odd.modality][0] and question.answer == senses.with_article(
+                odd.concept
+            )
+            assert {senses.with_article(concept) for concept in concepts} <= set(question.options)
+    same = Counter(question.answer for question in questions if question.kind == "same")
+    assert same["yes"] == same["no"]
+
+
 def test_samples_are_seeded_and_bounded(data: Path) -> None:
     clips = senses.load(data)
     everything = senses.single_questions(clips, "image", limit=10_000)

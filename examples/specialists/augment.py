@@ -8,14 +8,19 @@ import numpy as np
 import soxr
 from PIL import Image, ImageEnhance
 
-from modalloy.media import load_audio, load_image
+from modalloy.encoders.depth_views import rotation
+from modalloy.encoders.efficientnet_lite0_video import FRAMES
+from modalloy.media import load_audio, load_image, load_points, load_video
 
 
 def image_view(path: Path, view: int, rng: np.random.Generator) -> Image.Image:
     """View 0 is the picture itself; others are flipped, turned, cropped or shrunk, and changed in colour."""
     image = load_image(path)
-    if view == 0:
-        return image
+    return image if view == 0 else changed(image, rng)
+
+
+def changed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The picture flipped, turned, cropped or shrunk, and changed in colour; the same seed makes the same change."""
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     background = (255, 255, 255) if rng.random() < 0.6 else tuple(int(c) for c in rng.integers(0, 256, 3))
@@ -50,4 +55,32 @@ def audio_view(path: Path, view: int, rng: np.random.Generator, sampling_rate: i
     return samples.astype(np.float32)
 
 
-VIEWS: dict[str, Callable[[Path, int, np.random.Generator], Any]] = {"image": image_view, "audio": audio_view}
+def video_view(path: Path, view: int, rng: np.random.Generator) -> np.ndarray:
+    """View 0 is the video itself; others start elsewhere, may run backwards, and every frame is changed alike."""
+    frames = load_video(path, FRAMES)
+    if view == 0:
+        return frames
+    frames = np.roll(frames, int(rng.integers(FRAMES)), axis=0)[:: rng.choice([-1, 1])]
+    seed = int(rng.integers(2**32))
+    changes = [changed(Image.fromarray(frame), np.random.default_rng(seed)) for frame in frames]
+    return np.stack([np.asarray(frame) for frame in changes])
+
+
+def point_view(path: Path, view: int, rng: np.random.Generator) -> np.ndarray:
+    """View 0 is the cloud itself; others are turned, mirrored, stretched, thinned and shaken."""
+    points = load_points(path)[:, :3]
+    if view == 0:
+        return points
+    around = rng.uniform(-180, 180) if rng.random() < 0.4 else rng.uniform(-25, 25)
+    points = points @ rotation(around, rng.uniform(-12, 12)).numpy().T
+    points = points * rng.uniform(0.8, 1.25, 3) * [rng.choice([-1, 1]), 1, 1]
+    points = rng.permutation(points)[: int(rng.uniform(0.5, 1) * len(points))]
+    return (points + rng.normal(0, rng.uniform(0, 0.015), points.shape)).astype(np.float32)
+
+
+VIEWS: dict[str, Callable[[Path, int, np.random.Generator], Any]] = {
+    "image": image_view,
+    "audio": audio_view,
+    "video": video_view,
+    "point": point_view,
+}

@@ -39,7 +39,12 @@ from modalloy.names import disk_name
 RANK = 8
 ALPHA = 16
 PREFIX = SUFFIX = 1
-ENCODER = {"image": "builtin:efficientnet-lite0", "audio": "builtin:whisper-tiny.en"}
+ENCODER = {
+    "image": "builtin:efficientnet-lite0",
+    "audio": "builtin:whisper-tiny.en",
+    "video": "builtin:efficientnet-lite0-video",
+    "point": "builtin:depth-views",
+}
 CARD = Path(__file__).with_name("card.md")
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 

@@ -23,6 +23,8 @@ from modalloy.names import MODALITIES
 ENCODERS = {
     "beats": "modalloy.encoders.beats:Beats",
     "builtin:efficientnet-lite0": "modalloy.encoders.efficientnet_lite0:EfficientNetLite0",
+    "builtin:efficientnet-lite0-video": "modalloy.encoders.efficientnet_lite0_video:EfficientNetLite0Video",
+    "builtin:depth-views": "modalloy.encoders.depth_views:DepthViews",
     "builtin:whisper-tiny.en": "modalloy.encoders.whisper_tiny:WhisperTiny",
     "clip": "modalloy.encoders.clip:Clip",
     "languagebind": "modalloy.encoders.languagebind:LanguageBindVideo",

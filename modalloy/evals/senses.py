@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from modalloy.model import ChatModel
 
 # Packages kept out of training, by the prefix of their file names. Each modality's are its *new source* tier.
-NEW_SOURCE = {"image": {"a4a"}, "audio": {"gc", "ovos"}, "video": set(), "point": {"sc", "fg", "hd", "assimp", "sar"}}
+NEW_SOURCE = {
+    "image": {"a4a"},
+    "audio": {"gc", "ovos"},
+    "video": {"moving-a4a", "turning-sc", "turning-fg", "turning-hd", "turning-assimp", "turning-sar"},
+    "point": {"sc", "fg", "hd", "assimp", "sar"},
+}
 ART4APPS_IN_GCOMPRIS = "gc:lang/resource/words_sample/"  # many are the same drawings as a4a's
+SAMPLE = "pointcloud/horse/sh3f_1.npy"  # held back for `modalloy demo`, though a picture of it is trained on
 CATEGORIES = ("animal", "vehicle", "instrument", "object")
 PLURAL = {"scissors", "maracas", "castanets", "timpani"}
 
@@ -47,12 +53,26 @@ class Clip:
         """Short name of the file's package; pictures that GCompris took from Art4Apps count as Art4Apps' (a4a)."""
         return "a4a" if self.source.startswith(ART4APPS_IN_GCOMPRIS) else self.path.name.split("_")[0]
 
+    @property
+    def artwork(self) -> str:
+        """Name of what is shown, shared by files of several modalities that show the very same drawing or mesh.
+
+        The animated and the still Fluent emoji are such pairs, Sweet Home 3D's icons and meshes, and every video that
+        was made of a still picture or of a point cloud.
+        """
+        prefix, _, inside = self.source.removeprefix("moving:").removeprefix("turning:").partition(":")
+        if prefix in ("f3", "fa"):
+            return f"fluent:{inside}"
+        if prefix == "sh3f":  # an icon is library/chair.png, its mesh library/chair/chair.obj
+            return f"sh3f:{inside.removesuffix('.png') if inside.endswith('.png') else inside.rpartition('/')[0]}"
+        return f"{prefix}:{inside}"
+
 
 @dataclass(frozen=True)
 class Question:
     """One question with its media in reading order; `options` are complete answers and `answer` is one of them."""
 
-    kind: str  # name | choose | category | yesno | same | picture | sound
+    kind: str  # name | choose | category | yesno | same | picture | sound | video | shape
     clips: tuple[Clip, ...]
     text: str
     options: tuple[str, ...]
@@ -97,23 +117,39 @@ def load(data: str | Path) -> list[Clip]:
 def split(clips: list[Clip]) -> list[Clip]:
     """The same files with their tier set; no randomness.
 
-    Of every concept and modality that three or more files would train, one is held back as *new file*: the last one
-    of the package that gives the concept most of its files.
+    Of every concept and modality that three or more files would train (two or more point clouds, of which there are
+    few), one is held back as *new file*: the last one of the package that gives the concept most of its files. A file
+    whose artwork an earlier modality shows, too, takes the tier that it has there: no artwork is trained on by one
+    sense and tested by another.
     """
-    by_concept: dict[tuple[str, str], list[Clip]] = defaultdict(list)
-    for clip in sorted(clips, key=lambda clip: (clip.modality, clip.concept, str(clip.path))):
-        by_concept[clip.modality, clip.concept].append(clip)
-    result = []
-    for (modality, _), group in by_concept.items():
-        held_out = [clip for clip in group if clip.prefix in NEW_SOURCE[modality]]
-        kept = [clip for clip in group if clip.prefix not in NEW_SOURCE[modality]]
-        by_package: dict[str, list[Clip]] = defaultdict(list)
-        for clip in kept:
-            by_package[clip.prefix].append(clip)
-        largest = max(by_package.values(), key=len, default=[])
-        back = largest[-1:] if len(kept) >= 3 else []
-        result += [replace(clip, tier="new source" if kept else "unseen") for clip in held_out]
-        result += [replace(clip, tier="new file" if clip in back else "train") for clip in kept]
+    result: list[Clip] = []
+    sides: dict[str, str] = {}  # tier by artwork
+    for modality in ("image", "audio", "point", "video"):  # videos are made of pictures and of point clouds
+        by_concept: dict[str, list[Clip]] = defaultdict(list)
+        for clip in sorted(clips, key=lambda clip: (clip.concept, str(clip.path))):
+            if clip.modality == modality:
+                by_concept[clip.concept].append(clip)
+        shown: dict[str, str] = {}
+        for group in by_concept.values():
+            twins = [clip for clip in group if clip.artwork in sides]
+            free = [clip for clip in group if clip.artwork not in sides]
+            held_out = [clip for clip in free if clip.prefix in NEW_SOURCE[modality]]
+            kept = [clip for clip in free if clip.prefix not in NEW_SOURCE[modality]]
+            by_package: dict[str, list[Clip]] = defaultdict(list)
+            for clip in kept:
+                by_package[clip.prefix].append(clip)
+            largest = max(by_package.values(), key=len, default=[])
+            back = largest[-1:] if len(kept) >= (2 if modality == "point" else 3) else []
+            tiered = [replace(clip, tier="new source") for clip in held_out]
+            tiered += [replace(clip, tier="new file" if clip in back else "train") for clip in kept]
+            tiered += [
+                replace(clip, tier="new file" if clip.path.as_posix().endswith(SAMPLE) else sides[clip.artwork])
+                for clip in twins
+            ]
+            shown |= {clip.artwork: clip.tier for clip in tiered}
+            trained = any(clip.tier == "train" for clip in tiered)
+            result += [clip if trained else replace(clip, tier="unseen") for clip in tiered]
+        sides |= shown
     return result
 
 
@@ -128,17 +164,23 @@ ASK: dict[str, dict[str, tuple[str, ...]]] = {  # phrasings by kind and modality
     "name": {
         "image": ("What is this?", "What is in the picture?", "What do you see?"),
         "audio": ("What is this?", "What makes this sound?", "What do you hear?"),
+        "video": ("What is this?", "What is in the video?", "What is moving?"),
+        "point": ("What is this?", "What is this shape?", "What has this shape?"),
         "": ("What is this?", "What is it?"),
     },
     "choose": {
         "image": ("Which is it: {options}?", "What is in the picture: {options}?", "What is this: {options}?"),
         "audio": ("Which is it: {options}?", "What makes the sound: {options}?", "What is this: {options}?"),
+        "video": ("Which is it: {options}?", "What is in the video: {options}?", "What is this: {options}?"),
+        "point": ("Which is it: {options}?", "What has this shape: {options}?", "What is this: {options}?"),
         "": ("Which is it: {options}?", "What is this: {options}?"),
     },
     "category": {"": ("What kind of thing is it: {options}?", "Is it {options}?")},
     "yesno": {
         "image": ("Is this {name}?", "Is {name} in the picture?"),
         "audio": ("Is this {name}?", "Is this the sound of {name}?"),
+        "video": ("Is this {name}?", "Is {name} in the video?"),
+        "point": ("Is this {name}?", "Is this the shape of {name}?"),
         "": ("Is this {name}?", "Is it {name}?"),
     },
     "same": {"": ("Are these the same?", "Are these the same kind of thing?", "Is it the same thing?")},
@@ -162,10 +204,10 @@ class Asker:
         self.category = {clip.concept: clip.category for clip in sorted(pool, key=lambda clip: clip.concept)}
         self.n_options = n_options
 
-    def ask(self, kind: str, clip: Clip, other: Clip | None = None) -> Question:
-        """A question of `kind` about `clip`; with `other`, about both, which then show one concept unless `same`."""
-        clips = (clip,) if other is None else (clip, other)
-        asked = clip.modality if len({c.modality for c in clips}) == 1 and other is None else ""
+    def ask(self, kind: str, *clips: Clip) -> Question:
+        """A question of `kind` about one clip or several, which show one concept unless it asks whether they do."""
+        clip = clips[0]
+        asked = clip.modality if len(clips) == 1 else ""
         phrasings = ASK[kind].get(asked, ASK[kind].get("", ()))
         text, name = self.random.choice(phrasings), with_article(clip.concept)
         options: tuple[str, ...]
@@ -176,12 +218,11 @@ class Asker:
             options, answer = ("yes", "no"), self.random.choice(("yes", "no"))
             name = name if answer == "yes" else with_article(self.distractors(clip.concept, 1)[0])
         elif kind == "same":
-            assert other is not None
-            options, answer = ("yes", "no"), "yes" if clip.concept == other.concept else "no"
+            options, answer = ("yes", "no"), "yes" if len({c.concept for c in clips}) == 1 else "no"
         else:
             options, answer = self.options(clip.concept), name
         text = text.format(options=listed(options), name=name)
-        return Question(kind, clips, text, options, answer, clip.tier if other is None else other.tier)
+        return Question(kind, clips, text, options, answer, clips[-1].tier)
 
     def options(self, concept: str, include: str | None = None) -> tuple[str, ...]:
         """The concept and its distractors in random order; `include` is one distractor that must be there."""
@@ -228,7 +269,7 @@ def training_questions(clips: list[Clip], seed: int) -> Iterator[Question]:
             other = asker.partner(clip, clips, same=asker.random.random() < 0.5) if kind == "same" else None
             if (kind == "same" and other is None) or (kind == "category" and clip.category not in CATEGORIES):
                 kind = "choose"
-            yield asker.ask(kind, clip, other)
+            yield asker.ask(kind, clip, other) if other else asker.ask(kind, clip)
 
 
 LIMIT = 150  # questions per cell: an affordable sample, drawn once with the seed
@@ -284,6 +325,45 @@ def paired_questions(
             stem = "What is in the picture" if kind == "picture" else "What makes the sound"
             text = f"{stem}: {listed(options)}?"
             questions.append(Question(kind, (stranger, heard), text, options, with_article(asked.concept), heard.tier))
+    return sample(questions, limit, seed)
+
+
+STEMS = {
+    "image": ("picture", "What is in the picture"),
+    "audio": ("sound", "What makes the sound"),
+    "video": ("video", "What is in the video"),
+    "point": ("shape", "What has this shape"),
+}
+
+
+def joint_questions(
+    clips: list[Clip], modalities: tuple[str, ...], seed: int = 0, limit: int = LIMIT
+) -> list[Question]:
+    """Test questions about three or more senses at once, from every held-out file of the last of `modalities`.
+
+    - `choose`: all show one concept; which is it?
+    - `same`: are these the same? Half yes; otherwise one medium, of any sense, shows another concept.
+    - `picture`, `sound`, `video`, `shape`: one medium shows another concept than the rest, both among the options;
+      which one does that medium show?
+    """
+    tiers = ("new source", "new file")
+    asker = Asker([c for c in clips if c.tier == "train" and c.modality in modalities], seed)
+    held_out = {m: [c for c in clips if c.modality == m and c.tier in tiers] for m in modalities}
+    *others, last = modalities
+    questions = []
+    for clip in held_out[last]:
+        shown = [asker.partner(clip, held_out[m], same=True) for m in others]
+        index = asker.random.randrange(len(modalities))
+        odd = asker.partner(clip, held_out[modalities[index]], same=False)
+        alike = [c for c in (*shown, clip) if c is not None]
+        if len(alike) < len(modalities) or odd is None:
+            continue
+        mixed = [odd if i == index else c for i, c in enumerate(alike)]
+        questions += [asker.ask("choose", *alike), asker.ask("same", *alike), asker.ask("same", *mixed)]
+        kind, stem = STEMS[odd.modality]
+        options = asker.options(odd.concept, include=clip.concept)
+        text, answer = f"{stem}: {listed(options)}?", with_article(odd.concept)
+        questions.append(Question(kind, tuple(mixed), text, options, answer, clip.tier))
     return sample(questions, limit, seed)
 
 

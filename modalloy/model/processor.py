@@ -141,6 +141,8 @@ class ModalloyProcessor(ProcessorMixin):
             if index == 0 and bos and chunk.startswith(bos):
                 # apart from what follows: sentencepiece tokenizers see the start of a text there
                 tokens, chunk = [self.tokenizer.bos_token_id], chunk.removeprefix(bos)
+            if chunk.startswith(" ") and self._swallows_a_space:
+                chunk = " " + chunk
             if chunk:
                 tokens += self.tokenizer.encode(chunk, add_special_tokens=False)
             ids += tokens
@@ -171,6 +173,15 @@ class ModalloyProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds."""
         return processor_config(self.modalities, self.labels)
+
+    @cached_property
+    def _swallows_a_space(self) -> bool:
+        """Whether the tokenizer takes a text's first space for the one that sentencepiece puts before every text.
+
+        Sentencepiece itself, which ModelCompose tokenises chunks with, puts its own before that space.
+        """
+        with_space, without = (self.tokenizer.encode(text, add_special_tokens=False) for text in (" a", "a"))
+        return bool(with_space == without)
 
     @property
     def padding_id(self) -> int:
