@@ -21,6 +21,7 @@ from modalloy.names import MODALITIES
 
 # name → module:class
 ENCODERS = {
+    "beats": "modalloy.encoders.beats:Beats",
     "builtin:efficientnet-lite0": "modalloy.encoders.efficientnet_lite0:EfficientNetLite0",
     "builtin:efficientnet-lite0-video": "modalloy.encoders.efficientnet_lite0_video:EfficientNetLite0Video",
     "builtin:depth-views": "modalloy.encoders.depth_views:DepthViews",
@@ -30,7 +31,7 @@ ENCODERS = {
     "pointbert": "modalloy.encoders.pointbert:PointBert",
 }
 # what opens a path or hub id that no name stands before: the encoders of the paper (SSAM; ModelCompose)
-PUBLISHED: dict[str, str] = {"image": "clip", "video": "languagebind", "point": "pointbert"}
+PUBLISHED: dict[str, str] = {"image": "clip", "audio": "beats", "video": "languagebind", "point": "pointbert"}
 
 
 class Encoder(nn.Module):

@@ -16,6 +16,7 @@ from modalloy.errors import CheckpointError
 # type → module:class, tried in this order
 PROJECTORS = {
     "mlp": "modalloy.projectors.mlp:Mlp",
+    "qformer": "modalloy.projectors.qformer:QFormer",
 }
 
 
