@@ -59,14 +59,11 @@ def random_tensor(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def write_pointbert(location: Path, *, seed: int = 0, as_trained: bool = False, **settings: int) -> Path:
-    """Write `point_bert_v1.2.pt` into the folder: flat, as ModelCompose loads it; or as its training saved it, for PointLLM."""
+    """Write the file (or `point_bert_v1.2.pt` in a folder): flat, as ModelCompose loads it, or as trained, for PointLLM."""
     shapes = published_shapes(**{**TINY, **settings})
     tensors = {key: random_tensor(key, shape, seed) for key, shape in sorted(shapes.items())}
-    location.mkdir(parents=True, exist_ok=True)
-    if as_trained:
-        torch.save(
-            {"state_dict": {f"module.point_encoder.{key}": value for key, value in tensors.items()}}, location / FILE
-        )
-    else:
-        torch.save(tensors, location / FILE)
-    return location / FILE
+    path = location if location.suffix == ".pt" else location / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {"state_dict": {f"module.point_encoder.{key}": value for key, value in tensors.items()}}
+    torch.save(stored if as_trained else tensors, path)
+    return path

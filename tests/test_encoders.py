@@ -28,7 +28,7 @@ BUILTIN = [name for name in NAMES if name.startswith("builtin:") or name == TOY]
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the example's package were installed."""
-    point = importlib.metadata.EntryPoint(TOY, "motion:MotionSpectrum", "modalloy.encoders")
+    point = importlib.metadata.EntryPoint(TOY, "motion_spectrum:MotionSpectrum", "modalloy.encoders")
     monkeypatch.setattr(encoders, "_entry_points", lambda: (point,))
     monkeypatch.syspath_prepend(EXAMPLE)
 

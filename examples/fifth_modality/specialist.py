@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from motion import CHANNELS, RATE, MotionSpectrum
+from motion_spectrum import CHANNELS, RATE, MotionSpectrum
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
