@@ -25,9 +25,10 @@ from vicuna7b import Size, adapters, base, made, ssam_recipe
 sys.path.insert(
     0, str(Path(__file__).parents[1] / "tests")
 )  # whose small published checkpoints are made full-size here
-from published_beats import write_beats
+from published_beats import CFG, write_beats
 from published_clip import write_clip
 from published_languagebind import write_languagebind
+from published_pointbert import FULL as POINTBERT
 from published_pointbert import write_pointbert
 
 LIMIT_BYTES = 22e9
@@ -40,12 +41,13 @@ def encoders(root: Path) -> dict[str, Path]:
     }  # fmt: skip
     folder = root / "encoders"
     return {
-        "image": made(folder / "clip", lambda path: write_clip(path, **vit, image_size=336)),
-        "audio": made(folder / "beats", lambda path: write_beats(path / "BEATs_iter3_plus_AS2M.pt", **BEATS)),
+        "image": made(folder / "image", lambda to: write_clip(to / "clip", **vit, image_size=336)) / "clip",
+        "audio": made(folder / "audio", lambda to: write_beats(to, **CFG)),
         "video": made(
-            folder / "languagebind", lambda path: write_languagebind(path, **vit, image_size=224, num_frames=8)
-        ),
-        "point": made(folder / "pointbert", lambda path: write_pointbert(path / "point_bert_v1.2.pt", **POINTBERT)),
+            folder / "video", lambda to: write_languagebind(to / "languagebind", **vit, image_size=224, num_frames=8)
+        )
+        / "languagebind",
+        "point": made(folder / "point", lambda to: write_pointbert(to, **POINTBERT)),
     }
 
 
@@ -79,10 +81,9 @@ def main() -> None:
         128,
         {"form": "omni", "dtype": "bfloat16"},
     )
+    places = encoders(args.root)
     for entry in recipe["models"]:
-        folder = encoders(args.root)[entry["modality"]]
-        files = sorted(folder.glob("*.pt"))
-        entry["encoder"] = str((files[0] if files else folder).resolve())
+        entry["encoder"] = str(places[entry["modality"]].resolve())
     out = args.root / "omni7b"
     merging, report = merge(recipe, out)
     files_of = [option for kind, path in media(args.root / "media").items() for option in (f"--{kind}", str(path))]

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalloy.projectors.qformer import QFormer, published_name
+
 WIDTH, FFN, HEADS = 4096, 11008, 32
 LINEARS = {
     "self_attn.q_proj": (WIDTH, WIDTH),
@@ -176,7 +178,7 @@ def _hartley(matrix: Tensor) -> Tensor:
     return spectrum.real - spectrum.imag
 
 
-def made(folder: Path, write: Callable[[Path], None]) -> Path:
+def made(folder: Path, write: Callable[[Path], object]) -> Path:
     """`folder`, written first if it is not there; a folder that is there is complete."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
@@ -226,13 +228,16 @@ def _write_peft(index: int, size: Size, folder: Path) -> None:
 
 def _write_modelcompose(index: int, size: Size, folder: Path) -> None:
     disk = list(MODALITIES.values())[index]
-    projector = f"model.modal_projectors.{disk}"
-    others: dict[str, tuple[int, ...]] = {
-        f"{projector}.0.weight": (WIDTH, FEATURES[disk]),
-        f"{projector}.0.bias": (WIDTH,),
-        f"{projector}.2.weight": (WIDTH, WIDTH),
-        f"{projector}.2.bias": (WIDTH,),
+    projector: dict[str, tuple[int, ...]] = {
+        "0.weight": (WIDTH, FEATURES[disk]),
+        "0.bias": (WIDTH,),
+        "2.weight": (WIDTH, WIDTH),
+        "2.bias": (WIDTH,),
     }
+    if disk == "audio":
+        with torch.device("meta"):
+            projector = {published_name(name): tuple(tensor.shape) for name, tensor in QFormer().state_dict().items()}
+    others = {f"model.modal_projectors.{disk}.{name}": shape for name, shape in projector.items()}
     for side in ("prefix", "suffix"):
         others |= {f"{side}_tokens.{adapter}": (1, LOCAL_TOKENS, WIDTH) for adapter in ("default", disk)}
     _write_factors(folder, index, size, "{stem}.lora_{side}.{adapter}.weight", ["default", disk], others)

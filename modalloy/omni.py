@@ -62,6 +62,8 @@ class Sense:
             return []
         if self.path.is_file():
             return [self.path]
+        if pickled := sorted(self.path.glob("*.pt")):  # of encoders that are published as a single file
+            return pickled
         weights = [file.path for file in Checkpoint(self.path, ("model", "pytorch_model")).files]
         configs = [self.path / name for name in ENCODER_CONFIGS if (self.path / name).is_file()]
         return [*configs, *weights, *sorted(self.path.glob("*.index.json"))]

@@ -12,11 +12,10 @@ import soundfile
 import torch
 import yaml
 from PIL import Image
-from published_beats import write_beats
+from published_beats import qformer_tensors, write_beats
 from published_clip import write_clip
 from published_languagebind import write_languagebind
 from published_pointbert import write_pointbert
-from published_qformer import qformer_tensors
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,10 +114,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     write_vicuna(folder / "vicuna")
     places = {
-        "image": write_clip(folder / "clip"),
-        "audio": write_beats(folder / "BEATs_iter3_plus_AS2M.pt"),
+        "image": write_clip(folder / "clip-vit-large-patch14-336"),
+        "audio": write_beats(folder / "beats"),
         "video": write_languagebind(folder / "LanguageBind_Video_merge"),
-        "point": write_pointbert(folder / "pointbert"),
+        "point": write_pointbert(folder / "point"),
     }
     options = {"point": {"heads": 2, "groups": 5, "group_size": 4, "points": 64}}
     models = []
@@ -167,7 +166,7 @@ def test_four_senses_answer_together(chat: ChatModel, media: dict[str, Path], om
     assert set(chat.modalities) == set(DISK)
     inputs = ask(chat, media)
     counts = {m: int((inputs["owners"] == chat.processor.owners.index(m)).sum()) for m in DISK}
-    features = {"image": 9, "audio": 32, "video": 3 * 5, "point": 6}
+    features = {"image": 9, "audio": 4, "video": 3 * 5, "point": 6}
     assert counts == {m: features[m] + 2 * LOCAL for m in DISK}
     logits = chat.model(**inputs).logits
     assert bool(torch.isfinite(logits).all())
@@ -271,7 +270,9 @@ def test_encoders_that_do_not_fit_are_refused(recipe: Path, tmp_path: Path) -> N
 
     refused(CheckpointError, "model_type is", encoder="LanguageBind_Video_merge")
     refused(RecipeError, "is of modality 'video', not 'image'", encoder="languagebind:LanguageBind_Video_merge")
-    refused(RecipeError, "has no option 'random_flop'", encoder={"path": "clip", "random_flop": True})
+    refused(
+        RecipeError, "has no option 'random_flop'", encoder={"path": "clip-vit-large-patch14-336", "random_flop": True}
+    )
     refused(CheckpointError, "no such folder", encoder="nowhere/clip/model")
     write_clip(tmp_path / "wider", hidden_size=64)
     refused(

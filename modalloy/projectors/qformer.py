@@ -88,7 +88,7 @@ class QFormer(nn.Module):
             raise ValueError(f"its sizes {settings} are impossible")
         with torch.device("meta"):
             own = cls(**settings).state_dict()
-        wanted = {_published_name(name): tuple(tensor.shape) for name, tensor in own.items()}
+        wanted = {published_name(name): tuple(tensor.shape) for name, tensor in own.items()}
         found = {name: tuple(shape) for name, shape in shapes.items()}
         if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
             raise ValueError(f"{wrong[0]} is {found.get(wrong[0], 'missing')}, not {wanted.get(wrong[0], 'known')}")
@@ -117,6 +117,7 @@ class QFormer(nn.Module):
         return tokens
 
 
-def _published_name(own: str) -> str:
+def published_name(own: str) -> str:
+    """The published name of a tensor by the state dict's key."""
     begin = next(begin for begin, ours in OWN.items() if own.startswith(ours))
     return begin + own.removeprefix(OWN[begin]).replace("attention.attention.", "attention.self.")
