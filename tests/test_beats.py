@@ -157,6 +157,10 @@ def test_what_is_not_there_or_impossible_is_refused(tmp_path: Path) -> None:
     for name in ("heads", "groups"):
         with pytest.raises(RecipeError, match=f"768 features cannot be split among 7 {name}"):
             Beats(**{name: 7})
+    with pytest.raises(RecipeError, match="a patch of 129 does not fit into 128 mel bands"):
+        Beats(patch=129)
+    with pytest.raises(RecipeError, match="320 buckets cannot cover distances up to 80"):
+        Beats(max_distance=80)
 
 
 def test_only_the_first_1024_frames_of_a_sound_count(full: Beats) -> None:

@@ -83,6 +83,12 @@ class Beats(Encoder):
                 raise RecipeError(
                     f"BEATs: {width} features cannot be split among {parts} {name}; give another `{name}`"
                 )
+        if not 0 < patch <= MELS:
+            raise RecipeError(f"BEATs: a patch of {patch} does not fit into {MELS} mel bands; give another `patch`")
+        if not 0 < buckets // 4 < max_distance:
+            raise RecipeError(
+                f"BEATs: {buckets} buckets cannot cover distances up to {max_distance}; give another `buckets`"
+            )
         self.dim = width
         self.n_tokens = (FRAMES // patch) * (MELS // patch)
         self.patch_embedding = nn.Conv2d(1, patch_width, patch, stride=patch, bias=False)
@@ -228,10 +234,11 @@ def fbank(samples: np.ndarray) -> Tensor:
     """Kaldi's log-mel filterbank of a waveform in [-1, 1]: (at most 1024 frames, 128), float64.
 
     Frames lie wholly within the sound; each loses its mean, is pre-emphasised and weighted by the "povey" window, as
-    Kaldi's compute-fbank-feats (and torchaudio's `compliance.kaldi.fbank`) does by default with 128 bins and no dither.
+    torchaudio's `compliance.kaldi.fbank` does by default. The fourth band lies between two frequencies of the transform
+    and hears nothing.
     """
-    wanted = torch.from_numpy(samples[: (FRAMES - 1) * SHIFT + FRAME]).double() * SAMPLE_SCALE
-    frames = wanted.unfold(0, FRAME, SHIFT)
+    wanted = np.ascontiguousarray(samples[: (FRAMES - 1) * SHIFT + FRAME], np.float64)
+    frames = (torch.from_numpy(wanted) * SAMPLE_SCALE).unfold(0, FRAME, SHIFT)
     frames = frames - frames.mean(1, keepdim=True)
     frames = frames - PREEMPHASIS * torch.cat([frames[:, :1], frames[:, :-1]], 1)
     window = torch.hann_window(FRAME, periodic=False, dtype=torch.float64) ** 0.85
