@@ -36,18 +36,20 @@ LIMIT_BYTES = 22e9
 
 def encoders(root: Path) -> dict[str, Path]:
     """The four encoders' published files, full size, random weights."""
+    beats: dict[str, Any] = CFG
+    point: dict[str, Any] = POINTBERT
     vit: dict[str, Any] = {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
     }  # fmt: skip
     folder = root / "encoders"
     return {
         "image": made(folder / "image", lambda to: write_clip(to / "clip", **vit, image_size=336)) / "clip",
-        "audio": made(folder / "audio", lambda to: write_beats(to, **CFG)),
+        "audio": made(folder / "audio", lambda to: write_beats(to, **beats)),
         "video": made(
             folder / "video", lambda to: write_languagebind(to / "languagebind", **vit, image_size=224, num_frames=8)
         )
         / "languagebind",
-        "point": made(folder / "point", lambda to: write_pointbert(to, **POINTBERT)),
+        "point": made(folder / "point", lambda to: write_pointbert(to, **point)),
     }
 
 

@@ -1,5 +1,6 @@
 """Threads on this machine. Each job runs on one BLAS thread, so its bytes do not depend on how many run at once."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -84,3 +85,10 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except FileNotFoundError:  # not Linux
         return peak_bytes()
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps it, gigabytes after a large model was loaded."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

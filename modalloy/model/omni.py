@@ -13,13 +13,12 @@ from transformers.utils import logging
 
 from modalloy.delta import LowRank, norm
 from modalloy.encoders import build
+from modalloy.engines.local import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
-from modalloy.model.routing import TEXT, RoutedLinear, Routes, route_linears
+from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 from modalloy.omni import write_remote_code
 from modalloy.projectors import build_projector
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -29,7 +28,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     (prefix, features, suffix) belong to its modality and use that modality's own low-rank update; every other token,
     and every generated one, uses the text path. One causal attention runs over all of them.
 
-    On a CPU, weights stored in 16 bits stay so, and everything is computed in float32.
+    On a CPU, weights and activations in 16 bits stay so, and products are made in float32.
     """
 
     config: ModalloyConfig
@@ -103,6 +102,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     "the files do not belong together, or are incomplete: merge or download them again"
                 )
         model.requires_grad_(False)
+        release_memory()
         if model.config.base_model is not None:
             model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
         return (model, info) if wants_info else model
@@ -116,12 +116,6 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         finally:
             self.config = config
         write_remote_code(Path(save_directory))
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Type of the activations: that of the weights, but float32 for 16-bit weights on a CPU."""
-        weight = self.get_input_embeddings().weight
-        return torch.float32 if weight.dtype in HALF and weight.device.type == "cpu" else weight.dtype
 
     def get_input_embeddings(self) -> Any:
         return self.decoder.get_input_embeddings()
@@ -142,7 +136,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         `features[modality]` is (media, n_features, dim), in reading order over the batch.
         """
-        embeddings = self.get_input_embeddings()(input_ids).to(self.compute_dtype)
+        embeddings = self.get_input_embeddings()(input_ids)
         for index, modality in enumerate(self.config.owners[1:], 1):
             own = owners == index
             media, length = len(features.get(modality, ())), tokens_per_medium(self.config.modalities[modality])
@@ -193,7 +187,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     "media are given without `owners`, which say where their tokens are; use the processor"
                 )
             if owners is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids).to(self.compute_dtype)
+                inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
                 inputs_embeds = self.embed(input_ids, owners, features)
         with self.routes.use(self._path(owners), self.config.owners):
@@ -247,7 +241,9 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = torch.stack([nn.functional.pad(option, (0, length - len(option))) for option in options]).to(device)
         first = prompt.logits[:, -1:].expand(len(options), 1, -1)
         rest = self(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, :-1]
-        picked = torch.cat([first, rest], 1).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        logits = torch.cat([first, rest], 1)
+        logits = logits.float() if logits.dtype in HALF else logits
+        picked = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         lengths = torch.tensor([[len(option)] for option in options], device=device)
         real = torch.arange(length, device=device) < lengths
         return (picked * real).sum(1)
@@ -317,3 +313,4 @@ def _in_full_precision(module: nn.Module) -> Iterator[dict[str, Any]]:
             yield {"device": weight.device, "dtype": torch.float32}
         finally:
             module.to(stored)
+            release_memory()

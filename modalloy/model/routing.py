@@ -17,6 +17,7 @@ from modalloy.delta import LowRank
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HALF = (torch.float16, torch.bfloat16)
 CAST_ROWS = 1024  # of a weight in half precision, brought to float32 at once: they stay in the cache
 
 Rows = slice | Tensor  # of the flattened batch
@@ -61,8 +62,8 @@ class RoutedLinear(nn.Linear):
 
     The base weight (out, in) and bias are those of the layer that it replaces, untouched. `up_OWNER` (out, rank),
     `down_OWNER` (rank, in) and `scales[OWNER]` hold the low-rank updates; `text_weight` (out, in), where there is one,
-    is what text tokens use instead of the base's (dense merges). Weights in half precision are used in the type of the
-    input, so that a CPU computes in float32 on weights stored in 16 bits.
+    is what text tokens use instead of the base's (dense merges). On a CPU, products with 16-bit weights are made in float32,
+    which is several times faster there and rounds once.
     """
 
     def __init__(self, base: nn.Linear, routes: Routes) -> None:
@@ -95,7 +96,8 @@ class RoutedLinear(nn.Linear):
         return float((self.weight.double() - exact).norm())
 
     def forward(self, x: Tensor) -> Tensor:
-        flat_x = x.reshape(-1, x.shape[-1])
+        in_float32 = x.dtype in HALF and x.device.type == "cpu"
+        flat_x = x.reshape(-1, x.shape[-1]).to(torch.float32 if in_float32 else x.dtype)
         if self.text_weight is None:
             out = matmul(flat_x, self.weight)
         else:
@@ -103,7 +105,7 @@ class RoutedLinear(nn.Linear):
             for owner, rows in self._rows(flat_x):
                 out[rows] = matmul(flat_x[rows], self.text_weight if owner == TEXT else self.weight)
         if self.bias is not None:
-            out += self.bias
+            out += self.bias.to(out.dtype)
         for owner, rows in self._rows(flat_x):
             for term, scale in self._terms(owner):
                 up, down = self._parameters[f"up_{term}"], self._parameters[f"down_{term}"]
@@ -114,7 +116,7 @@ class RoutedLinear(nn.Linear):
                     out[rows].addmm_(inner, wide, alpha=scale)
                 else:
                     out.index_add_(0, rows, inner @ wide, alpha=scale)
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _terms(self, owner: str) -> list[tuple[str, float]]:
         """The updates that make up `owner`'s, with their factors."""
