@@ -186,10 +186,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "media are given without `owners`, which say where their tokens are; use the processor"
                 )
-            if owners is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-            else:
-                inputs_embeds = self.embed(input_ids, owners, features)
+            text = self.get_input_embeddings()
+            inputs_embeds = text(input_ids) if owners is None else self.embed(input_ids, owners, features)
         with self.routes.use(self._path(owners), self.config.owners):
             output: CausalLMOutputWithPast = self.decoder(
                 attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
