@@ -328,13 +328,16 @@ def _write_weights(
         return compute(planned, job, inputs.__getitem__, device), list(inputs.values())
 
     results = local.run(remaining, fetch, work, n_workers)
+    done = len(planned.jobs) - len(remaining)
     try:
-        for done, (job, (tensors, inputs)) in enumerate(results, len(planned.jobs) - len(remaining) + 1):
+        for job, (tensors, inputs) in results:
             for spec, tensor in zip(job.outputs, tensors, strict=True):
                 if finished := writer.add(spec.name, tensor):
                     staging.note(finished, writer.sha256[finished], planned.compression)
             for tensor in inputs:
                 buffers.give(tensor)
+            del tensors, inputs, tensor  # or they are held until the next result is there
+            done += 1
             if on_job is not None:
                 on_job(done, len(planned.jobs))
         writer.close()
