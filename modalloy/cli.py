@@ -53,10 +53,13 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
     max_memory: Annotated[str | None, typer.Option(help="refuse if more is needed, for example 4GB")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="upload the result as OWNER/NAME")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repository private")] = False,
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
 ) -> None:
     """Merge specialists into one model."""
+    from modalloy.hub import check_target, push
     from modalloy.merge import merge as run
 
     _choice("--device", device, DEVICES)
@@ -64,6 +67,10 @@ def merge(
     if dry_run:
         plan(recipe, allow_base_mismatch, as_json)
         return
+    if push_to_hub is not None:
+        check_target(push_to_hub)
+    elif private:
+        raise ModalloyError("--private: nothing is uploaded; add --push-to-hub REPO, or leave it out")
     with progress("merge") as on_job:
         report = run(
             recipe,
@@ -76,8 +83,9 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
+    url = None if push_to_hub is None else push(out, push_to_hub, private=private)
     if as_json:
-        print(json.dumps(report.to_dict()))
+        print(json.dumps(report.to_dict() | ({} if url is None else {"pushed": url})))
         return
     print(f"plan     {report.plan.summary()}")
     print(
@@ -87,6 +95,8 @@ def merge(
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     print(f"verify   {report.verification.summary()}")
     print(f"wrote    {out}")
+    if url is not None:
+        print(f"pushed   {url}")
 
 
 @app.command()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalloy
-from modalloy.checkpoints import Checkpoint, hub_commit, locate, open_specialist
+from modalloy.checkpoints import Checkpoint, hub_commit, is_portable, locate, open_specialist
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.plan import Plan
 from modalloy.verify import verify
@@ -940,6 +940,22 @@ def test_repository_that_is_not_cached(location: str, hub_cache: Path, untied: P
         rf"'{location}' is neither a folder here nor to be had from the hub \(.*\); correct the path, or download"
     ):
         locate(location)
+
+
+def test_places_inside_a_repository(hub_cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "vision-damc").mkdir(parents=True)
+    (source / "vision-damc" / "adapter_model.bin").write_bytes(b"1")
+    (source / "BEATs.pt").write_bytes(b"2")
+    snapshot = cached(hub_cache, source)
+    assert locate("owner/name/vision-damc") == locate("owner/name@main/vision-damc") == snapshot / "vision-damc"
+    assert locate(f"owner/name@{COMMIT}/BEATs.pt").read_bytes() == b"2"
+    assert hub_commit(snapshot / "vision-damc") == hub_commit(snapshot / "BEATs.pt") == COMMIT
+    assert is_portable("owner/name/BEATs.pt") and not is_portable("./name/BEATs.pt")
+    with refused(r"'owner/name/audio-damc': the hub's 'owner/name' has no folder 'audio-damc'"):
+        locate("owner/name/audio-damc")
+    with refused(r"'owner/name/none\.pt' is neither a folder here nor to be had from the hub"):
+        locate("owner/name/none.pt")
 
 
 def hub_errors() -> dict[str, tuple[Exception, str]]:

@@ -1,4 +1,4 @@
-"""From what a recipe writes (folder, hub id, id@revision, builtin:name) to a local folder."""
+"""From what a recipe writes (folder, file, hub id, id@revision, id/path/in/it, builtin:name) to a local folder or file."""
 
 import os
 import re
@@ -12,6 +12,7 @@ BASE_STEMS = ("model", "pytorch_model")
 # what is fetched from a repository: its top level's configs and tokenizer, and the weights in one format
 CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "non_lora_trainables.bin", "mm_projector.bin")
 WEIGHTS = (*BASE_STEMS, "adapter_model")
+FILES = (".pt", ".pth", ".bin", ".safetensors")  # of encoders that are published as one file
 
 
 def locate(location: str, relative_to: Path = Path()) -> Path:
@@ -28,9 +29,17 @@ def locate(location: str, relative_to: Path = Path()) -> Path:
 
 
 def is_hub_id(location: str) -> bool:
-    """Whether `location` has the form owner/name or owner/name@revision."""
-    parts = location.split("@")[0].split("/")
-    return len(parts) == 2 and all(parts) and not parts[0].startswith((".", "~"))
+    """Whether `location` has the form owner/name[@revision][/path of a folder or file in it]."""
+    owner, name, _, _ = _hub_parts(location)
+    return bool(owner and name) and not owner.startswith((".", "~")) and not location.endswith("/")
+
+
+def _hub_parts(location: str) -> tuple[str, str, str, str]:
+    """Owner, name, revision (which holds no slash) and the path inside the repository, each "" if it is not there."""
+    owner, _, rest = location.partition("/")
+    repository, _, inside = rest.partition("/")
+    name, _, revision = repository.partition("@")
+    return owner, name, revision, inside
 
 
 def is_portable(location: str, relative_to: Path = Path()) -> bool:
@@ -42,8 +51,8 @@ def is_portable(location: str, relative_to: Path = Path()) -> bool:
 
 def hub_commit(folder: Path) -> str | None:
     """The commit that `locate` resolved a hub id to, from its folder in the hub's cache; None for any other folder."""
-    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
-    return folder.name if is_snapshot else None
+    places = (folder, *folder.parents)
+    return next((p.name for p in places if p.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", p.name)), None)
 
 
 def open_base(folder: Path) -> Checkpoint:
@@ -57,24 +66,29 @@ def _local_path(location: str, relative_to: Path) -> Path:
 
 
 def _download(location: str) -> Path:
-    """The snapshot in the hub's cache, fetched as far as it is not there: `.bin` weights only where there are no others."""
-    from huggingface_hub import snapshot_download
+    """The place in the hub's cache, fetched as far as it is not there: `.bin` weights only where there are no others."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
     http_error: type[Exception] = HfHubHTTPError.__bases__[
         0
     ]  # of the HTTP client that this version of the hub's library uses
-    name, _, revision = location.partition("@")
+    owner, repository, revision, inside = _hub_parts(location)
+    name, below = f"{owner}/{repository}", f"{inside}/" if inside else ""
     try:
+        if inside.endswith(FILES):
+            return Path(hf_hub_download(name, inside, revision=revision or None))
         for suffix in ("safetensors", "bin"):
             weights = [f"{stem}*.{suffix}" for stem in WEIGHTS]
-            folder = Path(
-                snapshot_download(
-                    name, revision=revision or None, allow_patterns=[*CONFIGS, *weights], ignore_patterns=["*/*"]
-                )
+            wanted = [below + pattern for pattern in (*CONFIGS, *weights)]
+            snapshot = snapshot_download(
+                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=[f"{below}*/*"]
             )
+            folder = Path(snapshot) / inside
             if any(path for pattern in weights for path in folder.glob(pattern)):
                 break
+        if inside and not folder.exists():
+            raise CheckpointError(f"'{location}': the hub's '{name}' has no folder '{inside}'; correct the path in it")
         return folder
     except RevisionNotFoundError as error:
         raise CheckpointError(

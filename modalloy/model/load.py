@@ -14,6 +14,7 @@ from torch import Tensor
 from modalloy.checkpoints import Checkpoint, Specialist, locate, open_base, open_specialist, read_json
 from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, Factors
 from modalloy.encoders import build, encoder_weights
+from modalloy.engines.local import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
@@ -135,7 +136,10 @@ class _EncoderWeights:
                     raise CheckpointError(
                         f"{self.path or self.name}: {wrong[0]} {state} ({len(wrong)} tensors in all); give the encoder's own files"
                     )
-            return self.tensors.pop(key)
+            tensor = self.tensors.pop(key)
+            if not self.tensors:
+                release_memory()
+            return tensor
 
 
 def _base_weights(folder: Path) -> dict[str, Stored]:
