@@ -952,6 +952,8 @@ def test_places_inside_a_repository(hub_cache: Path, tmp_path: Path) -> None:
     assert locate(f"owner/name@{COMMIT}/BEATs.pt").read_bytes() == b"2"
     assert hub_commit(snapshot / "vision-damc") == hub_commit(snapshot / "BEATs.pt") == COMMIT
     assert is_portable("owner/name/BEATs.pt") and not is_portable("./name/BEATs.pt")
+    assert locate("owner/name", whole=True) == snapshot
+    assert locate("owner/name/vision-damc", whole=True) == snapshot / "vision-damc"
     with refused(r"'owner/name/audio-damc': the hub's 'owner/name' has no folder 'audio-damc'"):
         locate("owner/name/audio-damc")
     with refused(r"'owner/name/none\.pt' is neither a folder here nor to be had from the hub"):

@@ -1,6 +1,7 @@
 """The merged model as a citizen of transformers: Auto classes, batches, beams, saving, types, families, folding."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_saved_model_is_the_same_model(model: Any, processor: Any, tmp_path: Pat
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing tensor projectors\.audio\.0\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_generation_config_of_the_base_is_used(omni: Path, tmp_path: Path) -> None:
+    shutil.copytree(omni, tmp_path / "omni")
+    (tmp_path / "omni" / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "omni").generation_config.eos_token_id == [2, 5]
 
 
 def test_remote_code_finds_the_package(omni: Path) -> None:

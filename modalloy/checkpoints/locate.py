@@ -15,8 +15,11 @@ WEIGHTS = (*BASE_STEMS, "adapter_model")
 FILES = (".pt", ".pth", ".bin", ".safetensors")  # of encoders that are published as one file
 
 
-def locate(location: str, relative_to: Path = Path()) -> Path:
-    """Local folder of `location`; a hub id is downloaded (or found in the hub's cache). Relative paths start at `relative_to`."""
+def locate(location: str, relative_to: Path = Path(), *, whole: bool = False) -> Path:
+    """Local folder or file of `location`; relative paths start at `relative_to`.
+
+    From a hub id, what a merge reads is downloaded (or found in the hub's cache); with `whole`, all that is there.
+    """
     if location.startswith(builtin.PREFIX):
         return builtin.resolve(location)
     path = _local_path(location, relative_to)
@@ -24,7 +27,7 @@ def locate(location: str, relative_to: Path = Path()) -> Path:
         if path.exists():
             return path
     if is_hub_id(location):
-        return _download(location)
+        return _download(location, whole)
     raise CheckpointError(f"{path}: no such folder; correct the path in the recipe")
 
 
@@ -65,7 +68,7 @@ def _local_path(location: str, relative_to: Path) -> Path:
     return path if path.is_absolute() else relative_to / path
 
 
-def _download(location: str) -> Path:
+def _download(location: str, whole: bool) -> Path:
     """The place in the hub's cache, fetched as far as it is not there: `.bin` weights only where there are no others."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RevisionNotFoundError
@@ -78,6 +81,9 @@ def _download(location: str) -> Path:
     try:
         if inside.endswith(FILES):
             return Path(hf_hub_download(name, inside, revision=revision or None))
+        if whole:
+            everything = [f"{below}*"] if below else None
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=everything)) / inside
         for suffix in ("safetensors", "bin"):
             weights = [f"{stem}*.{suffix}" for stem in WEIGHTS]
             wanted = [below + pattern for pattern in (*CONFIGS, *weights)]

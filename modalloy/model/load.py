@@ -56,7 +56,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = locate(str(path))
+    folder = locate(str(path), whole=True)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: has no config.json; give a folder written with output.form: omni, or a specialist"

@@ -84,7 +84,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         from modalloy.model.load import composed_weights, local_folder
 
         wants_info = kwargs.pop("output_loading_info", False)
-        config, where = kwargs.get("config"), pretrained_model_name_or_path
+        config, where, folder = kwargs.get("config"), pretrained_model_name_or_path, None
         if where is not None and "state_dict" not in kwargs:
             folder = local_folder(where, kwargs)
             config = config or ModalloyConfig.from_pretrained(folder)
@@ -104,7 +104,12 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.requires_grad_(False)
         release_memory()
         if model.config.base_model is not None:
-            model.generation_config = GenerationConfig.from_model_config(model.config.text_config)
+            has_own = folder is not None and (folder / "generation_config.json").is_file()
+            text_config = model.config.text_config
+            own = (
+                GenerationConfig.from_pretrained(folder) if has_own else GenerationConfig.from_model_config(text_config)
+            )
+            model.generation_config = own
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
