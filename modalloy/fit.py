@@ -14,7 +14,9 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
         return
     remedy = "use the right base, or say --allow-base-mismatch"
     recorded, wanted = specialist.base_name, recipe.base_model
-    portable = [name for name in (recorded, wanted) if name and is_portable(name, recipe.folder)]
+    # a longer path may be one inside a repository, or a place on its author's machine
+    names = [name for name in (recorded, wanted) if name and name.count("/") < 2]
+    portable = [name for name in names if is_portable(name, recipe.folder)]
     if recorded and len(portable) == 2 and recorded.split("@")[0].lower() != wanted.split("@")[0].lower():
         raise CheckpointError(
             f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"

@@ -28,11 +28,11 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]
     api = HfApi()
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
+        created = api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, ignore_patterns=[SOURCES], commit_message="Merged by modalloy"
+            repo_id=created.repo_id, folder_path=folder, ignore_patterns=[SOURCES], commit_message="Merged by modalloy"
         )
-    except (http_error, OSError) as error:
+    except (http_error, OSError, ValueError, RuntimeError) as error:  # the last two: of large files
         reason = str(error).split("\n")[0]
         raise OutputError(
             f"{repo}: the upload failed ({reason}); the result is whole in {folder}: "

@@ -195,8 +195,10 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         return [_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)]
     tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
-        total = torch.stack([tensor.to(torch.float64) for tensor in tensors]).sum(0)
-        return [_fitted(total / len(tensors), job.outputs[0])]
+        total = torch.zeros(job.outputs[0].shape, dtype=torch.float64)
+        for tensor in tensors:
+            total += tensor
+        return [_fitted(total.div_(len(tensors)), job.outputs[0])]
     return [_fitted(tensors[0], job.outputs[0])]
 
 

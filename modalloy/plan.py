@@ -32,7 +32,7 @@ from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.fit import check_base, check_shapes, common_chat_template
-from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS, resolve
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.names import EMBEDDINGS
@@ -178,7 +178,9 @@ class Plan:
         """
         method = METHODS[job.method]
         equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
-        return equivalent and max(self.base.refs[job.slot].shape) <= LITERAL_LIMIT
+        # a larger full matrix is not cut to a rank as its factors are: not exactly
+        limit = LITERAL_LIMIT if self.recipe.output.compress_rank is None else EXACT_SIZE
+        return equivalent and max(self.base.refs[job.slot].shape) <= limit
 
     @property
     def fingerprint(self) -> str:

@@ -34,7 +34,11 @@ def locate(location: str, relative_to: Path = Path(), *, whole: bool = False) ->
 def is_hub_id(location: str) -> bool:
     """Whether `location` has the form owner/name[@revision][/path of a folder or file in it]."""
     owner, name, _, _ = _hub_parts(location)
-    return bool(owner and name) and not owner.startswith((".", "~")) and not location.endswith("/")
+    return (
+        bool(owner and name)
+        and not owner.startswith((".", "~"))
+        and not {"", ".", ".."}.intersection(location.split("/"))
+    )
 
 
 def _hub_parts(location: str) -> tuple[str, str, str, str]:
