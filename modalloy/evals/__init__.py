@@ -1,1 +1,13 @@
-"""Benchmarks: one file each."""
+"""Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
+
+from modalloy.errors import ModalloyError, nearest
+from modalloy.evals.benchmark import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The benchmark of that name."""
+    if name not in BENCHMARKS:
+        raise ModalloyError(f"no task '{name}'; {nearest(name, BENCHMARKS)}")
+    return BENCHMARKS[name]

@@ -1,0 +1,234 @@
+"""What a benchmark is: samples to ask, rules that score answers, and where its files are.
+
+A benchmark is one file with one `Benchmark`, and one line in `modalloy.evals.BENCHMARKS`.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modalloy.errors import MediaError, ModalloyError
+
+LETTERS = "ABCDEFGH"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    `media` are (modality, path) in reading order. They stand where `text` has placeholders (`<image>`, `<video>`, …), else
+    before it. A path need not exist: an unreadable medium is a counted outcome of the run.
+    """
+
+    id: str
+    text: str
+    golds: tuple[
+        str, ...
+    ]  # every answer that counts, as the benchmark's file has it: a letter, a word, an option's text
+    media: tuple[tuple[str, str], ...] = ()
+    choices: tuple[str, ...] = ()  # texts of the options; () where any answer may be given
+    options: tuple[str, ...] = ()  # continuations of the prompt to score by likelihood, in the order of the choices
+    plain: bool = False  # `text` is the whole prompt: no chat template around it
+    group: dict[str, str] = field(
+        default_factory=dict
+    )  # what scores are broken down by, for example {"type": "Counting"}
+    kind: str = ""  # samples whose most frequent answer a blind guesser would know, for example one question template
+    cluster: tuple[str, ...] = ()  # what is not independent of other samples, from coarse to fine: (concept, file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a line of the log holds of it."""
+        return {
+            "id": self.id,
+            "question": self.text,
+            "media": [list(medium) for medium in self.media],
+            "choices": list(self.choices),
+            "options": list(self.options),
+            "gold": list(self.golds),
+            "group": self.group,
+            "kind": self.kind,
+            "cluster": list(self.cluster),
+        }
+
+    @classmethod
+    def from_dict(cls, line: dict[str, Any]) -> "Sample":
+        """The sample of a line of the log."""
+        return cls(
+            id=line["id"],
+            text=line["question"],
+            golds=tuple(line["gold"]),
+            media=tuple((modality, path) for modality, path in line["media"]),
+            choices=tuple(line["choices"]),
+            options=tuple(line["options"]),
+            group=line["group"],
+            kind=line["kind"],
+            cluster=tuple(line["cluster"]),
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model gave: generated text (stripped, "" if nothing was generated), and nats of each of `Sample.options`."""
+
+    text: str = ""
+    likelihoods: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule makes of an answer: the prediction it reads in it (None: it finds none), and whether that is right."""
+
+    prediction: str | None
+    correct: bool
+
+
+Rule = Callable[[Sample, Answer], Verdict]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of the field, or our own.
+
+    `rules` holds the scoring protocols, the headline's first: "compose" is the rule of ModelCompose's published scripts.
+    """
+
+    name: str
+    summary: str
+    samples: Callable[["Source"], list[Sample]]
+    rules: dict[str, Rule]
+    files: str  # what `--data` must hold, for --list and for messages
+    modalities: tuple[str, ...] = ()  # senses that it asks about
+    variants: tuple[str, ...] = ()  # the file formats it reads; `Source.variant` chooses where several are there
+    hub: str | None = None  # data set on the hub: "owner/name"
+    generates: bool = True  # whether rules read generated text
+    max_new_tokens: int = 128
+
+
+@dataclass
+class Source:
+    """Where a benchmark's files and media are, and which of its samples are wanted. Remembers the files that were read."""
+
+    data: Path
+    roots: dict[str, Path] = field(default_factory=dict)  # by name; "" holds what has none
+    variant: str | None = None
+    modalities: tuple[str, ...] | None = None  # shown; None: all
+    read: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → {"sha256", "rows"} of every file read
+
+    def find(self, *names: str) -> Path | None:
+        """The first of the files (relative names or globs, in order of preference) that the data folder has, if any."""
+        for name in names:
+            if found := sorted(self.data.glob(name)):
+                return found[0]
+        return None
+
+    def need(self, *names: str) -> Path:
+        """As `find`; refused where there is none."""
+        if not self.data.is_dir():
+            raise MediaError(f"{self.data}: no such folder; give the benchmark's files with --data")
+        found = self.find(*names)
+        if found is None:
+            raise MediaError(f"{self.data}: holds none of {', '.join(names)}; give the benchmark's files with --data")
+        return found
+
+    def rows(self, path: Path) -> list[Any]:
+        """The rows of a JSON list, JSON lines, or CSV without a header (lists of strings)."""
+        try:
+            raw = path.read_bytes()
+            text = raw.decode("utf-8-sig")
+            if path.suffix == ".csv":
+                rows: Any = list(csv.reader(text.splitlines(keepends=True)))
+            elif path.suffix == ".jsonl":
+                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            else:
+                rows = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise MediaError(f"{path}: cannot be read ({error}); download it again") from error
+        if not isinstance(rows, list):
+            raise MediaError(
+                f"{path}: holds a {type(rows).__name__}, not a list of rows; give the benchmark's own file"
+            )
+        name = path.relative_to(self.data).as_posix() if path.is_relative_to(self.data) else path.name
+        self.read[name] = {"sha256": hashlib.sha256(raw).hexdigest(), "rows": len(rows)}
+        return rows
+
+    def shows(self, modality: str) -> bool:
+        """Whether media of this modality are to be shown."""
+        return self.modalities is None or modality in self.modalities
+
+    def medium(self, path: str, root: str = "") -> str:
+        """Where the medium is that a benchmark's file calls `path`.
+
+        An absolute path is taken as it is. Else, where a root is named like one of its folders (in any case), what follows
+        that folder is looked for in that root; else it starts at the root of the given name, the general root, or the
+        data folder.
+        """
+        if os.path.isabs(path):
+            return path
+        parts = Path(path).parts
+        for index in range(len(parts) - 2, -1, -1):
+            if named := self.roots.get(parts[index].lower()):
+                return str(named.joinpath(*parts[index + 1 :]))
+        start = self.roots.get(root) or self.roots.get("") or self.data
+        return str(start / path)
+
+
+@contextmanager
+def fields(path: Path, index: int) -> Iterator[None]:
+    """One line for a row of a benchmark's file that lacks a field, or has one of another type."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a field of another form ({error})"
+        raise MediaError(f"{path}: row {index} {what}; give the benchmark's own file") from error
+
+
+def choose_variant(benchmark: str, source: Source, found: dict[str, Path | None]) -> tuple[str, Path]:
+    """The variant (name → its file, if the folder has it) that is asked for, or the only one there is."""
+    there = {name: path for name, path in found.items() if path is not None}
+    if source.variant is not None:
+        if source.variant not in found:
+            raise ModalloyError(f"{benchmark}: no variant '{source.variant}'; known: {', '.join(found)}")
+        there = {name: path for name, path in there.items() if name == source.variant}
+    if len(there) > 1:
+        raise ModalloyError(
+            f"{source.data}: holds several variants of {benchmark}; choose one with --variant: {', '.join(there)}"
+        )
+    if not there:
+        wanted = source.variant or " or ".join(found)
+        raise MediaError(f"{source.data}: holds no file of {benchmark} ({wanted}); give its files with --data")
+    return next(iter(there.items()))
+
+
+def letter(index: int) -> str:
+    """ "A" for 0, "B" for 1, …"""
+    return LETTERS[index]
+
+
+def likeliest(sample: Sample, answer: Answer) -> int:
+    """Index of the option of highest likelihood, the first of equals."""
+    return max(range(len(sample.options)), key=lambda index: (answer.likelihoods[index], -index))
+
+
+def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95 % Wilson interval of a share `correct` of `n` (E. B. Wilson, 1927); (0, 1) of none."""
+    if not n:
+        return 0.0, 1.0
+    share, spread = correct / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def by_group(samples: Iterable[Sample]) -> dict[tuple[str, str], list[int]]:
+    """(key, value) → indices of the samples whose `group` has it, in order of appearance."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, sample in enumerate(samples):
+        for pair in sample.group.items():
+            groups.setdefault(pair, []).append(index)
+    return groups
