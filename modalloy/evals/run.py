@@ -1,0 +1,279 @@
+"""A run's folder: `run.json` says what was asked of which model, `preds.jsonl` has one line an answer. Nothing else is kept.
+
+Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from modalloy.errors import ModalloyError, OutputError
+from modalloy.evals import find_benchmark
+from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Verdict, by_group, wilson
+
+RUN, PREDS = "run.json", "preds.jsonl"
+SCHEMA = 1
+# what must be the same for answers to stand in one log
+IDENTITY = ("schema", "task", "variant", "modalities", "model", "data", "generation")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log. `status` is "ok", "media_error" (a medium could not be read) or "oom" (it did not fit)."""
+
+    index: int  # of the sample in its benchmark
+    sample: Sample
+    answer: Answer
+    status: str
+    error: str | None
+    seconds: float
+    prompt_tokens: int
+    new_tokens: int
+    prompt_sha256: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds."""
+
+    folder: Path
+    meta: dict[str, Any]
+    entries: list[Entry]
+
+    @property
+    def benchmark(self) -> Benchmark:
+        return find_benchmark(self.meta["task"])
+
+    def verdicts(self, rule: str) -> list[Verdict]:
+        """What a rule makes of every answer; one that could not be given is wrong."""
+        apply = self.benchmark.rules[rule]
+        return [apply(e.sample, e.answer) if e.status == "ok" else Verdict(None, False) for e in self.entries]
+
+
+def line(entry: Entry, benchmark: Benchmark) -> dict[str, Any]:
+    """An entry as the log has it. `pred` and `scores` are there for readers; tables are made from `raw` again."""
+    verdicts = {
+        name: rule(entry.sample, entry.answer) if entry.status == "ok" else Verdict(None, False)
+        for name, rule in benchmark.rules.items()
+    }
+    headline = next(iter(verdicts.values()))
+    unparsed = entry.status == "ok" and headline.prediction is None
+    return {
+        "i": entry.index,
+        "task": benchmark.name,
+        **entry.sample.to_dict(),
+        "prompt_sha": entry.prompt_sha256,
+        "raw": entry.answer.text,
+        "likelihoods": list(entry.answer.likelihoods),
+        "pred": headline.prediction,
+        "scores": {name: verdict.correct for name, verdict in verdicts.items()},
+        "status": "unparsed" if unparsed else entry.status,
+        "err": entry.error,
+        "n_in": entry.prompt_tokens,
+        "n_out": entry.new_tokens,
+        "sec": round(entry.seconds, 4),
+    }
+
+
+def entry(line: dict[str, Any]) -> Entry:
+    """The entry of a line."""
+    return Entry(
+        index=line["i"],
+        sample=Sample.from_dict(line),
+        answer=Answer(line["raw"], tuple(line["likelihoods"])),
+        status="ok" if line["status"] == "unparsed" else line["status"],
+        error=line["err"],
+        seconds=line["sec"],
+        prompt_tokens=line["n_in"],
+        new_tokens=line["n_out"],
+        prompt_sha256=line["prompt_sha"],
+    )
+
+
+class Log:
+    """Appends lines that outlive a crash. What a killed run left of a line is cut off."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], *, resume: bool) -> None:
+        """Open the log of a run.
+
+        Raises:
+            OutputError: the folder holds a run already and `resume` is not given, or it is of another model, data or prompt.
+        """
+        self.path = folder / PREDS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+        if (folder / RUN).is_file():
+            if not resume:
+                raise OutputError(f"{folder}: holds a run already; go on with --resume, or choose another folder")
+            before = _read_meta(folder)
+            changed = [key for key in IDENTITY if before.get(key) != meta[key]]
+            if changed:
+                raise OutputError(
+                    f"{folder}: is a run of another {changed[0]} ({before.get(changed[0])}, now {meta[changed[0]]}); choose another folder"
+                )
+        elif any(folder.iterdir()):
+            raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
+        partial = folder / f".{RUN}.partial"
+        partial.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, folder / RUN)
+        self.entries = _read_entries(self.path, cut=True) if self.path.is_file() else []
+        self.file: IO[bytes] = self.path.open("ab")
+
+    def add(self, entry: Entry, benchmark: Benchmark) -> None:
+        """Append an entry; it is on the disk when this returns."""
+        self.entries.append(entry)
+        text = json.dumps(line(entry, benchmark), ensure_ascii=False)
+        self.file.write(text.encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def load_run(folder: str | Path) -> Run:
+    """The run in a folder (or of its `preds.jsonl`), entries in the order of the benchmark.
+
+    Raises:
+        ModalloyError: there is none, or a line of it is damaged.
+    """
+    folder = Path(folder)
+    folder = folder.parent if folder.name == PREDS else folder
+    if not (folder / RUN).is_file():
+        raise ModalloyError(f"{folder}: holds no {RUN}; give a folder that `modalloy eval -o` wrote")
+    meta = _read_meta(folder)
+    entries = _read_entries(folder / PREDS) if (folder / PREDS).is_file() else []
+    if not entries:
+        raise ModalloyError(f"{folder}: has no answers yet; run `modalloy eval` with --resume first")
+    return Run(folder, meta, sorted(entries, key=lambda entry: entry.index))
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModalloyError(f"{folder / RUN}: cannot be read ({error}); run the evaluation again") from error
+    if meta.get("schema") != SCHEMA:
+        raise ModalloyError(
+            f"{folder / RUN}: is of format {meta.get('schema')}, this version reads {SCHEMA}; run it again"
+        )
+    return meta
+
+
+def _read_entries(path: Path, *, cut: bool = False) -> list[Entry]:
+    """The entries of a log. A last line without its end is left out, and with `cut` cut off the file."""
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if cut and len(whole) < len(raw):
+        os.truncate(path, len(whole))
+    entries = []
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            entries.append(entry(json.loads(text)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModalloyError(f"{path}: line {number} is damaged ({error}); remove it and resume") from error
+    return entries
+
+
+def result(run: Run) -> dict[str, Any]:
+    """Scores of a run by every rule, with intervals, groups, and what blind answers would get.
+
+    Accuracy counts every sample, also those whose media could not be read (as wrong); `acc_scored` leaves these out.
+    """
+    samples = [entry.sample for entry in run.entries]
+    n_media = sum(entry.status == "media_error" for entry in run.entries)
+    seconds = sum(entry.seconds for entry in run.entries)
+    protocols = {name: _scores(run, name) for name in run.benchmark.rules}
+    headline = next(iter(protocols.values()))
+    return {
+        "schema": SCHEMA,
+        **{key: run.meta[key] for key in ("task", "variant", "modalities")},
+        "protocol": protocols,
+        "n": len(samples),
+        "n_all": run.meta["n_samples"],
+        "n_ids": len({sample.id for sample in samples}),
+        "n_media": len({medium for sample in samples for medium in sample.media}),
+        "n_scored": len(samples) - n_media,
+        "n_unparsed": headline["n_unparsed"],
+        "n_media_error": n_media,
+        "n_oom": sum(entry.status == "oom" for entry in run.entries),
+        "acc": headline["acc"],
+        "ci95": headline["ci95"],
+        "groups": headline["groups"],
+        "baselines": baselines(samples, run.benchmark),
+        "generation": run.meta["generation"],
+        "prompt_sha256": prompts_sha256(run.entries),
+        **{key: run.meta[key] for key in ("data", "model", "environment")},
+        "time": {"seconds": round(seconds, 1), "seconds_per_sample": round(seconds / len(samples), 4)},
+    }
+
+
+def _scores(run: Run, rule: str) -> dict[str, Any]:
+    verdicts = run.verdicts(rule)
+    ok = [index for index, entry in enumerate(run.entries) if entry.status == "ok"]
+    n, correct = len(verdicts), sum(verdict.correct for verdict in verdicts)
+    groups: dict[str, dict[str, Any]] = {}
+    for (key, value), indices in by_group(entry.sample for entry in run.entries).items():
+        right = sum(verdicts[index].correct for index in indices)
+        groups.setdefault(key, {})[value] = {
+            "n": len(indices),
+            "acc": right / len(indices),
+            "ci95": list(wilson(right, len(indices))),
+        }
+    return {
+        "acc": correct / n,
+        "acc_scored": correct / len(ok) if ok else None,
+        "correct": correct,
+        "ci95": list(wilson(correct, n)),
+        "n_unparsed": sum(verdicts[index].prediction is None for index in ok),
+        "groups": groups,
+    }
+
+
+def baselines(samples: Sequence[Sample], benchmark: Benchmark) -> dict[str, float | None]:
+    """Accuracy of blind answers: the most frequent gold (of all, and of each kind of question), the first option, chance.
+
+    None where a baseline does not exist, as chance does where any answer may be given.
+    """
+    n = len(samples)
+    closed = [sample for sample in samples if sample.choices]
+    kinds: dict[str, Counter[tuple[str, ...]]] = {}
+    for sample in samples:
+        kinds.setdefault(sample.kind, Counter())[sample.golds] += 1
+    return {
+        "majority": max(Counter(sample.golds for sample in samples).values()) / n,
+        "majority_by_kind": sum(max(golds.values()) for golds in kinds.values()) / n if len(kinds) > 1 else None,
+        "first_option": sum(_is_first(sample) for sample in samples) / n if len(closed) == n else None,
+        "chance": sum(_chance(sample) for sample in samples) / n if len(closed) == n else None,
+    }
+
+
+def _is_first(sample: Sample) -> bool:
+    return sample.choices[0] in sample.golds or (LETTERS[0] in sample.golds and not is_text(sample))
+
+
+def _chance(sample: Sample) -> float:
+    if is_text(sample):
+        return sum(choice in sample.golds for choice in sample.choices) / len(sample.choices)
+    return len(sample.golds) / len(sample.choices)
+
+
+def is_text(sample: Sample) -> bool:
+    """Whether a sample's golds are texts of options, not letters."""
+    return any(gold in sample.choices for gold in sample.golds)
+
+
+def prompts_sha256(entries: Iterable[Entry]) -> str:
+    """One hash of all prompts, in the benchmark's order."""
+    import hashlib
+
+    return hashlib.sha256("\n".join(entry.prompt_sha256 for entry in entries).encode()).hexdigest()
