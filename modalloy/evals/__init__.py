@@ -1,9 +1,10 @@
 """Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
 
 from modalloy.errors import ModalloyError, nearest
+from modalloy.evals import senses
 from modalloy.evals.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {}
+BENCHMARKS: dict[str, Benchmark] = {found.name: found for found in (senses.BENCHMARK, senses.GENERATED)}
 
 
 def find_benchmark(name: str) -> Benchmark:
