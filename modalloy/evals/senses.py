@@ -289,8 +289,8 @@ def training_questions(clips: list[Clip], seed: int) -> Iterator[Question]:
             yield asker.ask(kind, clip, other) if other else asker.ask(kind, clip)
 
 
-LIMIT = 150  # questions per cell: an affordable sample, drawn once with the seed
-ROUNDS = 3  # media that one file is put together with, where a question shows several
+LIMIT = 100  # questions per cell: an affordable sample, drawn once with the seed
+ROUNDS = 2  # media that one file is put together with, where a question shows several
 HELD_OUT = ("new source", "new file")
 CELLS = (
     *((modality,) for modality in MODALITIES),
@@ -343,7 +343,7 @@ def joint_questions(
     - `choose`: all show one concept; which is it?
     - `common`: they show different concepts of one category, which is asked for. Among the options are the concepts
       themselves, which each sense by itself would fall for.
-    - `same`: are these the same? Half yes; otherwise one medium, of any sense, shows another concept. No sense alone can tell.
+    - `same`: are these the same? In every other round yes; else one medium, of any sense, shows another concept. No sense alone can tell.
     - `picture`, `sound`, `video`, `shape`: one medium shows another concept than the rest, both among the options;
       which one does that medium show?
     """
@@ -351,7 +351,7 @@ def joint_questions(
     pools = {m: [c for c in clips if c.modality == m and c.tier in tiers] for m in modalities}
     *others, last = modalities
     questions: dict[str, Question] = {}
-    for clip in (clip for _ in range(rounds) for clip in pools[last]):
+    for turn, clip in ((turn, clip) for turn in range(rounds) for clip in pools[last]):
         alike = [asker.partner(clip, pools[m], same=True) for m in others]
         index = asker.random.randrange(len(modalities))
         odd = asker.partner(clip, pools[modalities[index]], same=False)
@@ -362,7 +362,7 @@ def joint_questions(
         kind, stem = STEMS[odd.modality]
         options = asker.options(odd.concept, include=clip.concept)
         text, answer = f"{stem}: {listed(options)}?", with_article(odd.concept)
-        made = [asker.ask("choose", *whole), asker.ask("same", *whole), asker.ask("same", *mixed)]
+        made = [asker.ask("choose", *whole), asker.ask("same", *(mixed if turn % 2 else whole))]
         made += [Question(kind, tuple(mixed), text, options, answer, clip.tier), *common(asker, clip, others, pools)]
         questions |= {question.id: question for question in made}
     return sample(list(questions.values()), limit, seed)
@@ -432,8 +432,8 @@ def samples(source: Source) -> list[Sample]:
     """
     source.rows(source.need("manifest.json"))
     clips = load(source.data)
-    seed, tiers = (1, ("train",)) if source.variant == "validation" else (0, HELD_OUT)
-    questions = [(cell, q) for cell, group in cells(clips, seed, tiers=tiers).items() for q in group]
+    drawn = cells(clips, 1, 40, ("train",)) if source.variant == "validation" else cells(clips)
+    questions = [(cell, question) for cell, group in drawn.items() for question in group]
     shown = [question.sample(cell, source.modalities) for cell, question in questions]
     return [one for one in shown if one.media] + capital_samples()
 
