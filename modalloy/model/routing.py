@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.delta import LowRank
+from modalloy.omni import LINEARS
 
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HALF = (torch.float16, torch.bfloat16)
 CAST_ROWS = 1024  # of a weight in half precision, brought to float32 at once: they stay in the cache
 
