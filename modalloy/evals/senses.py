@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from modalloy.errors import MediaError
+from modalloy.evals.statistics import bootstrap_interval
 from modalloy.names import modality_name
 
 if TYPE_CHECKING:
@@ -426,16 +425,5 @@ def clustered_interval(
 
     Give differences between two methods on the same questions for a paired interval.
     """
-    groups: dict[str, dict[Path, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for value, question in zip(values, questions, strict=True):
-        clip = question.clips[-1]
-        groups[clip.concept][clip.path].append(value)
-    sums = [np.array([[sum(v), len(v)] for v in files.values()]) for files in groups.values()]
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = [sums[index] for index in rng.integers(len(sums), size=len(sums))]
-        total = sum(files[rng.integers(len(files), size=len(files))].sum(0) for files in drawn)
-        means.append(total[0] / total[1])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    clusters = [(clips[-1].concept, str(clips[-1].path)) for clips in (question.clips for question in questions)]
+    return bootstrap_interval(values, clusters, resamples=resamples, seed=seed)
