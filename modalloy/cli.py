@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
-from modalloy.errors import MediaError, ModalloyError
-from modalloy.names import modality_name
+from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.names import MODALITIES, modality_name
+
+if TYPE_CHECKING:
+    from modalloy.evals.benchmark import Source
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -23,6 +26,14 @@ OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy mer
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
 Media = list[Path]
+Task = Annotated[str, typer.Option(help="benchmark's name", show_default=False)]
+DataFolder = Annotated[Path, typer.Option("--data", help="folder of the benchmark's files", show_default=False)]
+MediaRoot = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]DIR", help="where media are, all or those of one name; may be repeated"),
+]
+Variant = Annotated[str | None, typer.Option(help="which of the benchmark's file formats, where several are there")]
+Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 RECEIVES = {
@@ -239,6 +250,44 @@ def chat(
 
 
 @app.command()
+def eval_compare(
+    a: Annotated[Path, typer.Argument(help="folder of a run", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="folder of another run of the same task and data", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Is run B really better than run A? Paired tests on the questions that both were asked; Markdown on stdout."""
+    from modalloy.evals.compare import compare
+    from modalloy.evals.run import load_run
+    from modalloy.report.evals import comparison
+
+    found = compare(load_run(a), load_run(b))
+    print(json.dumps(found.to_dict()) if as_json else comparison(found), end="\n" if as_json else "")
+
+
+@app.command()
+def eval_doctor(
+    task: Task,
+    data: DataFolder,
+    media_root: MediaRoot = None,
+    variant: Variant = None,
+    modalities: Modalities = None,
+    quick: Annotated[bool, typer.Option("--quick", help="only see whether files exist; decode none")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which media of a benchmark are missing or broken. Loads no model; exit code 1 if there are any, 0 if none."""
+    from modalloy.evals import find_benchmark
+    from modalloy.evals.doctor import doctor
+
+    benchmark = find_benchmark(task)
+    source = _source(data, media_root, variant, modalities)
+    with progress("media") as on_medium:
+        found = doctor(benchmark, source, quick=quick, on_medium=on_medium)
+    print(json.dumps(found.to_dict()) if as_json else found.text())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
 ) -> None:
@@ -264,6 +313,31 @@ def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]
             raise MediaError(f"{file}: no such file; check the path")
         files.append((modality_name(name), Path(file)))
     return files
+
+
+def _source(
+    data: Path, media_root: list[str] | None = None, variant: str | None = None, modalities: str | None = None
+) -> "Source":
+    """The source that the options of an evaluation name."""
+    from modalloy.evals.benchmark import Source
+
+    roots: dict[str, Path] = {}
+    for given in media_root or ():
+        name, separator, folder = given.partition("=")
+        if not separator or "/" in name:  # a folder's own name may hold "="
+            name, folder = "", given
+        if not folder or not Path(folder).is_dir():
+            raise MediaError(f"--media-root {given}: {folder or 'nothing'} is not a folder; write DIR or NAME=DIR")
+        if name.lower() in roots:
+            raise ModalloyError(f"--media-root {given}: {name or 'the general root'} is given twice; keep one")
+        roots[name.lower()] = Path(folder)
+    shown = None
+    if modalities is not None and modalities != "all":
+        shown = tuple(dict.fromkeys(modality_name(name.strip().lower()) for name in modalities.split("+")))
+        for name in shown:
+            if name not in MODALITIES:
+                raise ModalloyError(f"--modalities {modalities}: no modality '{name}'; {nearest(name, MODALITIES)}")
+    return Source(data, roots, variant, shown)
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> None:

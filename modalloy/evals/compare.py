@@ -35,14 +35,14 @@ class Paired:
     @property
     def verdict(self) -> str:
         """One sentence that says whether the difference is real."""
-        low, high = (100 * bound for bound in self.ci95)
+        low, high = self.ci95
         p = f"McNemar {_p(self.p)}" + (f", {_p(self.p_adjusted)} adjusted" if self.p_adjusted != self.p else "")
         if not self.only_a + self.only_b:
             return "cannot be told apart: each question is answered rightly by both or by neither"
         if not self.real:
             return (
-                f"cannot be told apart: B − A is {100 * self.difference:+.1f} points "
-                f"(95 % {low:+.1f} to {high:+.1f}; {p}; {self.only_b} questions against {self.only_a})"
+                f"cannot be told apart: B − A is {points(self.difference)} points "
+                f"(95 % {points(low)} to {points(high)}; {p}; {self.only_b} questions against {self.only_a})"
             )
         winner, wins, losses = (
             ("B", self.only_b, self.only_a) if self.difference > 0 else ("A", self.only_a, self.only_b)
@@ -50,7 +50,7 @@ class Paired:
         low, high = (low, high) if self.difference > 0 else (-high, -low)
         return (
             f"{winner} is better by {100 * abs(self.difference):.1f} points "
-            f"(95 % {low:.1f} to {high:.1f}; {p}; {wins} questions against {losses})"
+            f"(95 % {100 * low:.1f} to {100 * high:.1f}; {p}; {wins} questions against {losses})"
         )
 
 
@@ -181,6 +181,11 @@ def _paired(samples: list[Sample], right_a: list[bool], right_b: list[bool], res
 def _adjusted(values: dict[str, Paired]) -> dict[str, Paired]:
     ps = holm([one.p for one in values.values()])
     return {value: replace(one, p_adjusted=p) for (value, one), p in zip(values.items(), ps, strict=True)}
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points: "+2.1", "−0.4"."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _p(p: float) -> str:

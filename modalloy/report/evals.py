@@ -21,7 +21,7 @@ import numpy as np
 from modalloy import media
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import LETTERS, Sample, Verdict
-from modalloy.evals.compare import Comparison, Paired
+from modalloy.evals.compare import Comparison, Paired, points
 from modalloy.evals.run import Entry, Run, is_text, result
 
 MAX_MEDIUM_BYTES = 300_000  # of one medium's file that is embedded
@@ -110,8 +110,8 @@ def _paired(name: str, one: Paired) -> list[str]:
         str(one.n),
         _percent(one.acc_a),
         _percent(one.acc_b),
-        f"{100 * one.difference:+.1f}",
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        points(one.difference),
+        f"{points(low)} to {points(high)}",
         str(one.only_a),
         str(one.only_b),
         f"{one.p_adjusted:.3f}",
@@ -164,22 +164,20 @@ def _baselines(result: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _groups(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Key → head and rows of its table: accuracy and interval of each value by each rule."""
+    """Key → head and rows of its table: accuracy and interval (clustered, where there are clusters) by each rule."""
     tables = {}
     rules = result["protocol"]
     for key, values in result["groups"].items():
-        clustered = any(cell["ci95_clustered"] for cell in values.values())
-        head = [key, "n"]
-        for rule in rules:
-            head += [rule, "95 %", *(["95 % clustered"] if clustered else [])]
+        kind = "ci95_clustered" if result["ci95_clustered"] else "ci95"
         rows = []
         for value, cell in values.items():
             row = [value, str(cell["n"])]
             for scores in rules.values():
                 one = scores["groups"][key][value]
-                row += [_percent(one["acc"]), _interval(one["ci95"])]
-                row += [_interval(one["ci95_clustered"])] if clustered else []
+                row += [_percent(one["acc"]), _interval(one[kind])]
             rows.append(row)
+        label = "95 %" if kind == "ci95" else "95 % (clustered)"
+        head = [key, "n", *(cell for rule in rules for cell in (rule, label))]
         tables[key] = (head, rows)
     return tables
 
@@ -327,15 +325,15 @@ class Shelf:
 
 def _cloud(path: str) -> tuple[bytes, dict[str, Any]]:
     """At most SHOWN_POINTS points, evenly spaced over the file: x, y, z as int16, then red, green, blue as uint8 if there are."""
-    points = media.load_points(path)
-    points = points[np.linspace(0, len(points) - 1, min(len(points), SHOWN_POINTS)).astype(int)]
-    xyz = points[:, :3] - (points[:, :3].min(0) + points[:, :3].max(0)) / 2
+    cloud = media.load_points(path)
+    cloud = cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), SHOWN_POINTS)).astype(int)]
+    xyz = cloud[:, :3] - (cloud[:, :3].min(0) + cloud[:, :3].max(0)) / 2
     size = float(np.linalg.norm(xyz, axis=1).max()) or 1.0
     raw = np.round(xyz / size * 32767).astype("<i2").tobytes()
-    coloured = points.shape[1] == 6 and bool(np.ptp(points[:, 3:], axis=0).any())
+    coloured = cloud.shape[1] == 6 and bool(np.ptp(cloud[:, 3:], axis=0).any())
     if coloured:
-        raw += np.round(points[:, 3:].clip(0, 1) * 255).astype(np.uint8).tobytes()
-    return raw, {"type": "points", "n": len(points), "coloured": coloured}
+        raw += np.round(cloud[:, 3:].clip(0, 1) * 255).astype(np.uint8).tobytes()
+    return raw, {"type": "points", "n": len(cloud), "coloured": coloured}
 
 
 def _facts(scores: dict[str, Any]) -> str:
@@ -382,17 +380,21 @@ def _bar(share: float, interval: Sequence[float] | None = None, kind: str = "") 
     return f'<span class="bar {kind}"><u style="width:{100 * share:.2f}%"></u>{whisker}</span>'
 
 
-def _table(head: list[str], rows: list[list[str]], bars: list[str] | None = None) -> str:
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in (*head, *([""] if bars else [])))
+def _table(head: list[str], rows: list[list[str]], bars: Sequence[str] = ()) -> str:
+    """A table; `bars` are put into the first cell of their rows."""
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = ""
     for index, row in enumerate(rows):
-        bar = f'<td class="barred">{bars[index]}</td>' if bars else ""
-        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + bar + "</tr>"
+        first, *others = (html.escape(cell) for cell in row)
+        if bars:
+            first = f'<div class="barred"><span>{first}</span>{bars[index]}</div>'
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in (first, *others)) + "</tr>"
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _group(key: str, head: list[str], rows: list[list[str]], scores: dict[str, Any]) -> str:
-    bars = [_bar(cell["acc"], cell["ci95_clustered"] or cell["ci95"]) for cell in scores["groups"][key].values()]
+    kind = "ci95_clustered" if scores["ci95_clustered"] else "ci95"
+    bars = [_bar(cell["acc"], cell[kind]) for cell in scores["groups"][key].values()]
     opened = " open" if len(rows) <= 12 else ""
     return (
         f"<details{opened}><summary>By {html.escape(key)} ({len(rows)})</summary>"
@@ -514,9 +516,10 @@ table { border-collapse: collapse; background: var(--card); margin: 6px 0 16px; 
   font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 4px 14px; text-align: left; white-space: nowrap; }
 th { color: var(--quiet); font-weight: 600; }
-.barred { min-width: 220px; }
-.strips { display: grid; grid-template-columns: max-content minmax(120px, 560px) max-content; gap: 5px 16px; align-items: center;
-  margin: 0 0 16px; font-variant-numeric: tabular-nums; }
+.barred { display: flex; gap: 14px; align-items: center; justify-content: space-between; }
+.barred .bar { width: 180px; }
+.strips { display: grid; grid-template-columns: fit-content(50%) minmax(80px, 560px) max-content; gap: 5px 16px;
+  align-items: center; margin: 0 0 16px; font-variant-numeric: tabular-nums; }
 .strips > span:not(.bar) { color: var(--quiet); }
 .bar { display: block; position: relative; height: 12px; min-width: 60px; background: var(--line); border-radius: 3px; }
 .bar u { position: absolute; inset: 0 auto 0 0; background: var(--bar); border-radius: 3px; }
@@ -556,6 +559,8 @@ img, video { max-height: 260px; object-fit: contain; } canvas { cursor: grab; to
 .options .is-said { font-weight: 600; }
 .options small, .options .bar + span { text-align: right; }
 .answer { max-height: 14em; overflow-y: auto; font: 13px/1.5 ui-monospace, monospace; } .error { color: var(--media_error); }
+@media (max-width: 640px) { main { padding: 12px 14px 48px; } .text { flex-basis: 100%; } .options.scored small { display: none; }
+  .options.scored li { grid-template-columns: 1.2em minmax(0, 1fr) 60px 4em; } }
 """
 
 SCRIPT = """
