@@ -34,8 +34,10 @@ def _official(source: Source, path: Path) -> list[Sample]:
     for index, row in enumerate(source.rows(path)):
         with fields(path, index):
             clip, choices, gold = text_of(row["video_name"]), row["multi_choice"], row["answer"]
-            if not all(choice is None or isinstance(choice, str) for choice in choices):
-                raise TypeError(f"options {choices!r}")
+            if not isinstance(choices, list) or not all(
+                choice is None or isinstance(choice, str) for choice in choices
+            ):
+                raise TypeError(f"{choices!r} is not a list of options")
             if type(gold) is not int or not 0 <= gold < len(choices):
                 raise ValueError(f"answer {gold!r} to {len(choices)} options")
             lines = [f"{letter(place)}. {choice}" for place, choice in enumerate(choices) if choice is not None]
