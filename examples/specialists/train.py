@@ -96,10 +96,8 @@ def build(
     pretrained = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(builtin.base())
     tokenizer.chat_template = CHAT_TEMPLATE.read_text()
-    encoders, width = (
-        {modality: load_encoder(ENCODER[modality]) for modality in modalities},
-        pretrained.config.hidden_size,
-    )
+    encoders = {modality: load_encoder(ENCODER[modality]) for modality in modalities}
+    width = pretrained.config.hidden_size
     update = {"rank": RANK, "scale": 1.0, "linears": None}
     sizes: dict[str, dict[str, Any]] = {
         modality: {
