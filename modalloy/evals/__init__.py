@@ -1,9 +1,20 @@
 """Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
 
 from modalloy.errors import ModalloyError, nearest
+from modalloy.evals import avqa, mcub, music_avqa, senses
 from modalloy.evals.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        music_avqa.BENCHMARK,
+        avqa.BENCHMARK,
+        mcub.MCUB3,
+        mcub.MCUB4,
+        senses.BENCHMARK,
+        senses.GENERATED,
+    )
+}
 
 
 def find_benchmark(name: str) -> Benchmark:

@@ -34,7 +34,7 @@ class Sample:
     ]  # every answer that counts, as the benchmark's file has it: a letter, a word, an option's text
     media: tuple[tuple[str, str], ...] = ()
     choices: tuple[str, ...] = ()  # texts of the options; () where any answer may be given
-    options: tuple[str, ...] = ()  # continuations of the prompt to score by likelihood, in the order of the choices
+    options: tuple[str, ...] = ()  # continuations to score by likelihood, one a choice; () to have an answer generated
     plain: bool = False  # `text` is the whole prompt: no chat template around it
     group: dict[str, str] = field(
         default_factory=dict
@@ -106,7 +106,6 @@ class Benchmark:
     modalities: tuple[str, ...] = ()  # senses that it asks about
     variants: tuple[str, ...] = ()  # the file formats it reads; `Source.variant` chooses where several are there
     hub: str | None = None  # data set on the hub: "owner/name"
-    generates: bool = True  # whether rules read generated text
     max_new_tokens: int = 128
 
 
@@ -176,6 +175,32 @@ class Source:
                 return str(named.joinpath(*parts[index + 1 :]))
         start = self.roots.get(root) or self.roots.get("") or self.data
         return str(start / path)
+
+
+def data_folder(benchmark: Benchmark, given: Path | None, *, download: bool = False) -> Path:
+    """Where a benchmark's files are: as given, else $MODALLOY_DATA/NAME, else its data set in the hub's cache.
+
+    Raises:
+        MediaError: nowhere, and `download` is not set.
+    """
+    if given is not None:
+        return given
+    root = os.environ.get("MODALLOY_DATA")
+    if root and (Path(root) / benchmark.name).is_dir():
+        return Path(root) / benchmark.name
+    if benchmark.hub is None:
+        raise MediaError(f"{benchmark.name}: give the folder of its files with --data ({benchmark.files})")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(benchmark.hub, repo_type="dataset", local_files_only=not download))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        where = "cannot be had from the hub" if download else "is not in the hub's cache"
+        reason = f" ({str(error).splitlines()[0]})" if download else "; add --download"
+        raise MediaError(
+            f"{benchmark.name}: its data set {benchmark.hub} {where}{reason}, or give its files with --data ({benchmark.files})"
+        ) from error
 
 
 @contextmanager

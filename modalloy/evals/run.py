@@ -3,6 +3,7 @@
 Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -212,7 +213,7 @@ def result(run: Run) -> dict[str, Any]:
         "ci95": headline["ci95"],
         "ci95_clustered": headline["ci95_clustered"],
         "groups": headline["groups"],
-        "baselines": baselines(samples, run.benchmark),
+        "baselines": baselines(samples),
         "generation": run.meta["generation"],
         "prompt_sha256": prompts_sha256(run.entries),
         **{key: run.meta[key] for key in ("data", "model", "environment")},
@@ -252,7 +253,7 @@ def _clustered(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[f
     return list(bootstrap_interval([float(verdict.correct) for verdict in verdicts], clusters))
 
 
-def baselines(samples: Sequence[Sample], benchmark: Benchmark) -> dict[str, float | None]:
+def baselines(samples: Sequence[Sample]) -> dict[str, float | None]:
     """Accuracy of blind answers: the most frequent gold (of all, and of each kind of question), the first option, chance.
 
     None where a baseline does not exist, as chance does where any answer may be given.
@@ -287,6 +288,4 @@ def is_text(sample: Sample) -> bool:
 
 def prompts_sha256(entries: Iterable[Entry]) -> str:
     """One hash of all prompts, in the benchmark's order."""
-    import hashlib
-
     return hashlib.sha256("\n".join(entry.prompt_sha256 for entry in entries).encode()).hexdigest()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, Specialist, locate, open_base, open_specialist, read_json
-from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, Factors
+from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, locate, open_base, open_specialist, read_json
+from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, adapter_names
 from modalloy.encoders import build, encoder_weights
 from modalloy.engines.local import release_memory
 from modalloy.errors import CheckpointError
@@ -38,11 +38,11 @@ def load_model(
     fold: bool = False,
     encoder: str | None = None,
 ) -> ChatModel:
-    """A model that answers questions about media, from an `omni` folder or a specialist's folder.
+    """A model that answers questions about media, from an `omni` folder or a specialist's folder; or about text only.
 
     Args:
         path: folder written by `modalloy merge` with `output.form: omni` or by `save_pretrained`, its hub id, or a
-            ModelCompose specialist.
+            ModelCompose specialist; or a language model, such as a base or a merge of `output.form: full`.
         base: base model, for a specialist whose config records none that can be found.
         device: "cpu", "cuda", or "auto" for transformers' `device_map="auto"`.
         dtype: type of the weights, or "auto" for the base's. On a CPU, 16-bit weights are computed with in float32.
@@ -53,6 +53,7 @@ def load_model(
         CheckpointError: a file is missing or damaged, or a tensor is unknown or missing.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -79,9 +80,18 @@ def load_model(
     elif kind == "modalloy":
         model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
         processor = ModalloyProcessor.from_pretrained(folder)
+    elif kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = ModalloyConfig(read_json(folder / "config.json"))
+        if dtype == "auto":
+            options["dtype"] = config.text_config.dtype
+        model = ModalloyForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=_base_weights(folder), **options
+        )
+        processor = ModalloyProcessor(AutoTokenizer.from_pretrained(folder), {})
     else:
         raise CheckpointError(
-            f"{folder}: is a {kind} model, which takes no media; merge with output.form: omni to chat"
+            f"{folder}: is a {kind} model, which is neither a language model nor one of modalloy's; "
+            "give a folder written with output.form: omni, or a specialist"
         )
     if fold:
         _report(model.fold())
@@ -158,8 +168,19 @@ def _stored(checkpoint: Checkpoint, ref: Any) -> Stored:
 def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
     """Adapters, projectors and extra tokens from the folder's file of weights, which has ModelCompose's names."""
     checkpoint = Checkpoint(folder, ("adapter_model",))
+    return _owned(checkpoint, checkpoint.refs, config)
+
+
+def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
+    """The text and modality adapters, projector and extra tokens of one specialist."""
+    refs = adapter_names(specialist.text, "default") | specialist.carried()
+    return _owned(specialist.checkpoint, refs, config)
+
+
+def _owned(checkpoint: Checkpoint, refs: dict[str, TensorRef], config: ModalloyConfig) -> dict[str, Stored]:
+    """Tensors by the model's names, from those by ModelCompose's."""
     found = {}
-    for name, ref in checkpoint.refs.items():
+    for name, ref in refs.items():
         own = _own_name(name, config)
         if own is None:
             raise CheckpointError(
@@ -192,26 +213,6 @@ def _specialist_config(specialist: Specialist, base: str | None, encoder: str | 
     folder = locate(location, specialist.checkpoint.folder)
     checkpoint = open_base(folder)
     return ModalloyConfig(**specialist_config(specialist, checkpoint, encoder)), folder
-
-
-def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
-    """The text and modality adapters, projector and extra tokens of one specialist."""
-    checkpoint, modality = specialist.checkpoint, specialist.modality
-    found = {}
-
-    def put(updates: dict[str, Factors], owner: str | None) -> None:
-        for slot, factors in updates.items():
-            for side, ref in (("down", factors.a), ("up", factors.b)):
-                found[f"decoder.{slot.removesuffix('.weight')}.{side}_{owner}"] = _stored(checkpoint, ref)
-
-    put(specialist.text, TEXT)
-    put(specialist.own, modality)
-    for side, ref in specialist.tokens.items():
-        found[f"{side}_tokens.{modality}"] = _stored(checkpoint, ref)
-    projector = projector_class(config.modalities[modality or ""]["projector"]["type"])
-    for rest, ref in specialist.projector.items():
-        found[f"projectors.{modality}.{projector.own_name(rest)}"] = _stored(checkpoint, ref)
-    return found
 
 
 def _encoders(config: ModalloyConfig, folder: Path) -> dict[str, Stored]:
