@@ -149,7 +149,7 @@ def _counts(result: dict[str, Any]) -> str:
 
 
 def _scores(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    clustered = result["ci95_clustered"] is not None
+    clustered = _is_clustered(result)
     head = ["rule", "accuracy", "95 % (Wilson)", *(["95 % (clustered bootstrap)"] if clustered else [])]
     rows = []
     for rule, scores in result["protocol"].items():
@@ -163,20 +163,25 @@ def _baselines(result: dict[str, Any]) -> list[tuple[str, float]]:
     return [(name, result["baselines"][key]) for key, name in BASELINES.items() if result["baselines"][key] is not None]
 
 
+def _is_clustered(result: dict[str, Any]) -> bool:
+    return any(scores["ci95_clustered"] for scores in result["protocol"].values())
+
+
 def _groups(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Key → head and rows of its table: accuracy and interval (clustered, where there are clusters) by each rule."""
     tables = {}
     rules = result["protocol"]
+    clustered = _is_clustered(result)
     for key, values in result["groups"].items():
-        kind = "ci95_clustered" if result["ci95_clustered"] else "ci95"
         rows = []
         for value, cell in values.items():
             row = [value, str(cell["n"])]
             for scores in rules.values():
                 one = scores["groups"][key][value]
-                row += [_percent(one["acc"]), _interval(one[kind])]
+                wilson = _interval(one["ci95"]) + (" (Wilson)" if clustered else "")
+                row += [_percent(one["acc"]), _interval(one["ci95_clustered"]) if one["ci95_clustered"] else wilson]
             rows.append(row)
-        label = "95 %" if kind == "ci95" else "95 % (clustered)"
+        label = "95 % (clustered)" if clustered else "95 %"
         head = [key, "n", *(cell for rule in rules for cell in (rule, label))]
         tables[key] = (head, rows)
     return tables
@@ -229,8 +234,8 @@ style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; b
 {_strips(scores)}
 <div class="wide">{_table(*_scores(scores))}</div>
 <p>{html.escape(_counts(scores))}</p>
-{"" if other is None else _against(compare(run, other))}
 {"".join(_group(key, *table, scores) for key, table in _groups(scores).items())}
+{"" if other is None else _against(compare(run, other))}
 <h2>Examples</h2>
 <p class="quiet">{_choice(outcomes, chosen, shelf, other is not None)}</p>
 {_filters([run.entries[i] for i in chosen], [outcomes[i] for i in chosen], len(verdicts) > 1, other is not None)}
@@ -402,8 +407,7 @@ def _table(head: list[str], rows: list[list[str]], bars: Sequence[str] = ()) -> 
 
 
 def _group(key: str, head: list[str], rows: list[list[str]], scores: dict[str, Any]) -> str:
-    kind = "ci95_clustered" if scores["ci95_clustered"] else "ci95"
-    bars = [_bar(cell["acc"], cell[kind]) for cell in scores["groups"][key].values()]
+    bars = [_bar(cell["acc"], cell["ci95_clustered"] or cell["ci95"]) for cell in scores["groups"][key].values()]
     opened = " open" if len(rows) <= 12 else ""
     return (
         f"<details{opened}><summary>By {html.escape(key)} ({len(rows)})</summary>"
@@ -573,11 +577,13 @@ header b { color: var(--tone); font-size: 14px; } header .yes { color: var(--rig
 .media { display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; max-width: 480px; }
 .media:empty { display: none; }
 .text { flex: 1 1 380px; min-width: 0; }
-figure { margin: 0; width: 220px; } figure.audio { width: 300px; } figure.gone { width: 100%; max-width: 460px; }
+figure { margin: 0; width: 220px; } figure.audio { width: 230px; } figure.audio:only-child { width: 300px; }
+figure.gone { width: 100%; max-width: 460px; }
 figure.gone { border: 1px dashed var(--line); border-radius: 5px; padding: 8px 10px; }
 figcaption { font-size: 12px; color: var(--quiet); overflow-wrap: anywhere; }
 img, video, canvas { display: block; width: 100%; border-radius: 5px; background: #8882; }
-img, video { max-height: 260px; object-fit: contain; } canvas { cursor: grab; touch-action: none; } audio { width: 100%; }
+img, video { max-height: 260px; object-fit: contain; } img:not([src]), video:not([src]) { height: 160px; }
+canvas { cursor: grab; touch-action: none; } audio { width: 100%; }
 .question { margin: 0 0 8px; font-size: 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .options { list-style: none; margin: 0 0 2px; padding: 0; font-variant-numeric: tabular-nums; }
 .options li { display: grid; grid-template-columns: 1.4em minmax(0, 1fr); gap: 0 10px; align-items: center;
