@@ -19,6 +19,7 @@ from modalloy.names import MODALITIES, modality_name
 if TYPE_CHECKING:
     from modalloy.evals.benchmark import Benchmark, Source
     from modalloy.evals.run import Run
+    from modalloy.evals.sanity import Sanity
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -65,6 +66,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
     max_memory: Annotated[str | None, typer.Option(help="refuse if more is needed, for example 4GB")] = None,
+    sanity: Annotated[
+        bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
+    ] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="upload the result as OWNER/NAME")] = None,
     private: Annotated[bool, typer.Option("--private", help="make that repository private")] = False,
     allow_base_mismatch: Mismatch = False,
@@ -95,9 +99,11 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
+    checked = _sanity(out, device) if sanity else None
     url = None if push_to_hub is None else push(out, push_to_hub, private=private)
     if as_json:
-        print(json.dumps(report.to_dict() | ({} if url is None else {"pushed": url})))
+        more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
+        print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
         return
     print(f"plan     {report.plan.summary()}")
     print(
@@ -106,6 +112,10 @@ def merge(
     if report.compression_error is not None:
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     print(f"verify   {report.verification.summary()}")
+    if checked:
+        from modalloy.evals.sanity import findings
+
+        print(f"sanity   {'; '.join(findings(checked)) or 'nothing stands out'} (README.md has the table)")
     print(f"wrote    {out}")
     if url is not None:
         print(f"pushed   {url}")
@@ -380,6 +390,17 @@ def demo(
 
     with progress("merge") as on_job:
         run(out, on_job)
+
+
+def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
+    """The text-only examination of a result, which its card then has."""
+    from modalloy.evals.sanity import add_to_card, sanity
+    from modalloy.merge import resolve_device
+
+    with progress("sanity") as on_model:
+        found = sanity(out, device=resolve_device(device), on_model=on_model)
+    add_to_card(out, found)
+    return found
 
 
 def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]:
