@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from fake_run import benchmark, question, write_run
 
-from modalloy import builtin
+from modalloy import builtin, cli
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.run import result
 from modalloy.report import evals
@@ -144,6 +145,19 @@ def test_a_second_run_stands_beside(tmp_path: Path) -> None:
     assert "text: cannot be told apart: B − A is +9.1 points" in text and text.count("prediction of B") == 11
     few = [one["data-kinds"] for one in Elements(evals.page(a, other=b, examples=4)).all("article")]
     assert sorted(map(str, few)) == ["right", "right only_a", "wrong", "wrong only_b"]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (write_run(tmp_path / name, [question(0), question(1)], [name, "no"]) for name in ("yes", "no"))
+    page = tmp_path / "page.html"
+    for options, code in ((["-o", str(page), "--examples", "1"], 0), ([], 2)):
+        asked = ["modalloy", "eval-score", str(a.folder), "--beside", str(b.folder), *options]
+        monkeypatch.setattr(sys, "argv", asked)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+    assert page.read_text() == evals.page(a, examples=1, other=b)
+    assert "--beside: is shown on the page only" in capsys.readouterr().err
 
 
 def test_options_show_likelihood_gold_and_prediction(tmp_path: Path) -> None:
