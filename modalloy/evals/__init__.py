@@ -1,9 +1,19 @@
 """Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
 
 from modalloy.errors import ModalloyError, nearest
+from modalloy.evals import mmau, mmlu, ocrbench
 from modalloy.evals.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        mmlu.BENCHMARK,
+        mmlu.GENERATIVE,
+        ocrbench.BENCHMARK,
+        ocrbench.LLAVA,
+        mmau.BENCHMARK,
+    )
+}
 
 
 def find_benchmark(name: str) -> Benchmark:

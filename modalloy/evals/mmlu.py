@@ -9,11 +9,22 @@ Text only: a merged model answers through its text path, whatever its other sens
 """
 
 import string
+from dataclasses import replace
 from pathlib import Path
 
-from modalloy.errors import MediaError, nearest
-from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, choose_variant, fields, letter, likeliest
-from modalloy.evals.scoring import parse_letter
+from modalloy.errors import MediaError
+from modalloy.evals.benchmark import (
+    Answer,
+    Benchmark,
+    Sample,
+    Source,
+    Verdict,
+    choose_variant,
+    fields,
+    letter,
+    likeliest,
+)
+from modalloy.evals.scoring import robust_letter
 
 SHOTS = 5
 LETTERS = "ABCD"
@@ -48,45 +59,27 @@ Row = tuple[str, tuple[str, ...], str]  # question, texts of the options, letter
 
 def samples(source: Source) -> list[Sample]:
     """Every test question after its subject's five examples."""
-    tests, examples = _read(source)
+    examples = _read(source, "dev")
     found = []
-    for subject, rows in tests.items():
+    for subject, rows in _read(source, "test").items():
         shots = examples.get(subject, [])[:SHOTS]
         if len(shots) < SHOTS:
             raise MediaError(
                 f"{source.data}: has {len(shots)} development questions on {subject}, not {SHOTS}; give the dev files too"
             )
         before = _heading(subject) + "".join(f"{_asked(row)} {row[2]}\n\n" for row in shots)
-        found += [
-            Sample(
-                id=f"{subject}/{index}",
-                text=before + _asked(row),
-                golds=(row[2],),
-                choices=row[1],
-                options=tuple(f" {name}" for name in LETTERS),
-                plain=True,
-                group={"category": CATEGORY[subject], "subject": subject},
-                kind=subject,
-            )
-            for index, row in enumerate(rows)
-        ]
+        for index, row in enumerate(rows):
+            sample = _sample(subject, index, row, before)
+            found.append(replace(sample, plain=True, options=tuple(f" {name}" for name in LETTERS)))
     return found
 
 
 def generative_samples(source: Source) -> list[Sample]:
     """Every test question by itself."""
-    return [
-        Sample(
-            id=f"{subject}/{index}",
-            text=_heading(subject) + _asked(row),
-            golds=(row[2],),
-            choices=row[1],
-            group={"category": CATEGORY[subject], "subject": subject},
-            kind=subject,
-        )
-        for subject, rows in _read(source)[0].items()
-        for index, row in enumerate(rows)
-    ]
+    found = []
+    for subject, rows in _read(source, "test").items():
+        found += [_sample(subject, index, row, _heading(subject)) for index, row in enumerate(rows)]
+    return found
 
 
 def likelihood(sample: Sample, answer: Answer) -> Verdict:
@@ -95,17 +88,24 @@ def likelihood(sample: Sample, answer: Answer) -> Verdict:
     return Verdict(name, name in sample.golds)
 
 
-def robust(sample: Sample, answer: Answer) -> Verdict:
-    """The letter that the answer names, in any usual form."""
-    name = parse_letter(answer.text, sample.choices)
-    return Verdict(name, name in sample.golds)
-
-
 def exact(sample: Sample, answer: Answer) -> Verdict:
     """The first line is the letter and nothing else, but for case and punctuation: lm-eval's `exact_match`."""
     line = answer.text.strip().partition("\n")[0].strip().upper()
     said = line.translate(str.maketrans("", "", string.punctuation))
     return Verdict(said if said in tuple(LETTERS) else None, said in sample.golds)
+
+
+def _sample(subject: str, index: int, row: Row, before: str) -> Sample:
+    if subject not in CATEGORY:
+        raise MediaError(f"'{subject}' is no subject of MMLU; give the benchmark's own files, under their own names")
+    return Sample(
+        id=f"{subject}/{index}",
+        text=before + _asked(row),
+        golds=(row[2],),
+        choices=row[1],
+        group={"category": CATEGORY[subject], "subject": subject},
+        kind=subject,
+    )
 
 
 def _heading(subject: str) -> str:
@@ -118,19 +118,14 @@ def _asked(row: Row) -> str:
     return f"{question.strip()}\n{options}\nAnswer:"
 
 
-def _read(source: Source) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Test and development questions by subject, in the files' order."""
+def _read(source: Source, split: str) -> dict[str, list[Row]]:
+    """Questions of a split by subject, in the files' order."""
     found = {"csv": source.find("test/*_test.csv"), "hub": source.find("all/test-*.parquet")}
     variant, _ = choose_variant("mmlu", source, found)
     if variant == "hub":
-        return _read_hub(source, "test"), _read_hub(source, "dev")
-    tests = {path.name.removesuffix("_test.csv"): path for path in sorted(source.data.glob("test/*_test.csv"))}
-    for subject, path in tests.items():
-        _check(subject, path)
-    return (
-        {subject: _read_csv(source, path) for subject, path in tests.items()},
-        {subject: _read_csv(source, source.need(f"dev/{subject}_dev.csv")) for subject in tests},
-    )
+        return _read_hub(source, split)
+    subjects = [path.name.removesuffix("_test.csv") for path in sorted(source.data.glob("test/*_test.csv"))]
+    return {subject: _read_csv(source, source.need(f"{split}/{subject}_{split}.csv")) for subject in subjects}
 
 
 def _read_csv(source: Source, path: Path) -> list[Row]:
@@ -148,9 +143,7 @@ def _read_hub(source: Source, split: str) -> dict[str, list[Row]]:
     for path in sorted(source.data.glob(f"all/{split}-*.parquet")):
         for index, row in enumerate(source.rows(path)):
             with fields(path, index):
-                if row["subject"] not in subjects:
-                    _check(row["subject"], path)
-                gold = LETTERS[row["answer"]]
+                gold = LETTERS[range(len(LETTERS)).index(row["answer"])]
                 subjects.setdefault(row["subject"], []).append(_row(row["question"], row["choices"], gold))
     return subjects
 
@@ -161,17 +154,12 @@ def _row(question: str, choices: list[str], gold: str) -> Row:
     return question, tuple(choices), gold
 
 
-def _check(subject: str, path: Path) -> None:
-    if subject not in CATEGORY:
-        raise MediaError(f"{path}: '{subject}' is no subject of MMLU; {nearest(subject, CATEGORY)}")
-
-
 BENCHMARK = Benchmark(
     name="mmlu",
     summary="knowledge, 57 subjects, 5 examples, likeliest letter (text only)",
     samples=samples,
     rules={"likelihood": likelihood},
-    files="test/<subject>_test.csv and dev/<subject>_dev.csv (data.tar of hendrycks/test), or the hub's all/test-*.parquet and all/dev-*.parquet",
+    files="test/<subject>_test.csv and dev/<subject>_dev.csv (hendrycks/test), or the hub's all/test-*.parquet and all/dev-*.parquet",
     variants=("csv", "hub"),
     hub="cais/mmlu",
     generates=False,
@@ -181,8 +169,8 @@ GENERATIVE = Benchmark(
     name="mmlu_generative",
     summary="knowledge, 57 subjects, no examples, answered in words (text only)",
     samples=generative_samples,
-    rules={"robust": robust, "exact": exact},
-    files="test/<subject>_test.csv (data.tar of hendrycks/test), or the hub's all/test-*.parquet",
+    rules={"robust": robust_letter, "exact": exact},
+    files="test/<subject>_test.csv (hendrycks/test), or the hub's all/test-*.parquet",
     variants=("csv", "hub"),
     hub="cais/mmlu",
     max_new_tokens=32,
