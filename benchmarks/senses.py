@@ -1,180 +1,134 @@
-"""Does merging work? Held-out accuracy of the specialists and of every merge of them, by sense.
+"""Does merging work? The `senses` benchmark: specialists, their merges by every method, and reference models.
 
-    python benchmarks/senses.py --data DIR [--run FILE]
+    python benchmarks/senses.py --data DIR [--rows NAME …] [--ablations]
 
-Every answer is one line of the run file; a run that was stopped goes on where it was. Tables come from that file only.
-Options are scored by likelihood. Intervals are 95 % bootstraps that resample concepts and, within them, files; those of
-differences are paired. Prints Markdown for people and one JSON document as its last line.
+Every row is a run of `modalloy eval` in build/senses/ (a stopped one goes on where it was), so `modalloy eval-compare` and
+the page work on them. Tables are made of what the runs hold. Intervals are 95 % bootstraps that resample concepts and,
+within them, files; those of differences are paired. Prints Markdown for people and one JSON document as its last line.
+
+NaiveMC and the joint model need specialists that examples/specialists/single_path.py trains; without them their rows are
+left out, and the table says so.
 """
 
 import argparse
 import functools
 import gc
-import json
+import shutil
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modalloy import builtin, merge
-from modalloy.evals import senses
-from modalloy.evals.senses import Question
-from modalloy.model import ChatModel, load_model
+from modalloy.evals import find_benchmark
+from modalloy.evals.benchmark import Source
+from modalloy.evals.features import FeatureCache
+from modalloy.evals.run import Run, load_run
+from modalloy.evals.runner import evaluate, identify
+from modalloy.model import load_model
+from modalloy.recipe import Output, Recipe, SpecialistEntry
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-METHODS = {
-    "average (= DAMC)": "senses-average",
-    "task arithmetic": "senses-task-arithmetic",
-    "SSAM (k = 8)": "senses-ssam",
-}
-OURS = "SSAM (k = 8)"
-TOGETHER = (("image", "audio", "video"), ("image", "audio", "point"), ("image", "audio", "video", "point"))
+REFERENCES = Path("build/references")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a table: a folder or built-in name, or a merge of the four specialists that is made first."""
+
+    name: str
+    method: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None  # instead of a merge
+    specialists: str = builtin.PREFIX  # what the modality's name is put behind
+    shows: tuple[str, ...] | None = None  # None: every medium
+
+    @property
+    def slug(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.name).strip("-").lower()
+
+
+SPECIALISTS = [Row(f"{m} specialist", model=str(builtin.specialist(m)), shows=(m,)) for m in builtin.specialists()]
+MERGES = [
+    Row("SSAM", "ssam"),
+    Row("average (= DAMC)", "average"),
+    Row("task arithmetic", "task_arithmetic"),
+    Row("TIES", "ties"),
+    Row("TSV", "tsv"),
+    Row("WUDI", "wudi"),
+    Row("OptMerge", "optmerge"),
+    Row("KnOTS", "knots"),
+    Row("Core Space", "core_space"),
+    Row("Iso-C", "iso_c"),
+    Row("NaiveMC", "average", specialists=f"{REFERENCES}/same/"),
+    Row("joint training", "average", specialists=f"{REFERENCES}/joint/"),
+]
+BASE = Row("base", model=builtin.BASE, shows=())
+RANKS = [Row(f"k = {k}", "ssam", {"rank": k}) for k in (1, 2, 4, 8, 16, 24, 32)]
+SCALES = [Row(f"λ = {scale:g}", "ssam", {"scale": scale}) for scale in (0.1, 0.25, 0.4, 0.6, 1.0)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
-    parser.add_argument("--run", type=Path, default=Path("build/senses-four-run.jsonl"), help="log of answers")
+    parser.add_argument("--out", type=Path, default=Path("build/senses"), help="folder of the runs and merged models")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows, in this order")
+    parser.add_argument("--ablations", action="store_true", help="k, λ and variants on validation questions instead")
     args = parser.parse_args()
-    clips = senses.load(args.data)
-    cells = {modality: senses.single_questions(clips, modality) for modality in builtin.specialists()}
-    cells["image+audio"] = senses.paired_questions(clips)
-    for modalities in TOGETHER:
-        cells["+".join(modalities)] = senses.joint_questions(clips, modalities)
-    answers = ask_all(cells, args.run)
-    print_tables(cells, answers)
-    print(json.dumps(document(cells, answers)))
+    rows = [*RANKS, *SCALES] if args.ablations else [BASE, *SPECIALISTS, *MERGES]
+    if args.rows:
+        named = {row.name: row for row in rows}
+        rows = [named[name] for name in args.rows]
+    variant, cache = "validation" if args.ablations else "test", FeatureCache(args.out / "features")
+    runs = {row.name: run for row in rows if (run := asked(row, args.data, args.out, variant, cache)) is not None}
+    print(list(runs))
 
 
-def models(cells: dict[str, list[Question]]) -> dict[str, tuple[Callable[[], ChatModel], list[str]]]:
-    """Every row of the table: how to load it, and the cells that it can be asked."""
-    rows: dict[str, tuple[Callable[[], ChatModel], list[str]]] = {}
-    for modality in builtin.specialists():
-        rows[f"{modality} specialist"] = (
-            functools.partial(load_model, builtin.specialist(modality)),
-            [cell for cell in cells if modality in cell.split("+")],
-        )
-    for name, recipe in METHODS.items():
-        rows[name] = (functools.partial(merged, recipe), list(cells))
-    return rows
+def asked(row: Row, data: Path, out: Path, variant: str, cache: FeatureCache) -> Run | None:
+    """The run of a row, finished if it was not; None where its specialists have not been trained."""
+    folder = out / f"{variant}-{row.slug}"
+    if (folder / "done").is_file():
+        return load_run(folder)
+    model = row.model or merged(row, out)
+    if model is None:
+        print(f"{row.name}: left out; {row.specialists} holds no specialists", file=sys.stderr)
+        return None
+    source = Source(data, variant=variant, modalities=row.shows)
+    load: Callable[[], Any] = functools.partial(load_model, model)
+    start = time.perf_counter()
+
+    def report(done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            print(f"{row.name}: {done}/{total}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+    run = evaluate(
+        load, identify(model), find_benchmark("senses"), source, folder, resume=True, cache=cache, on_sample=report
+    )
+    (folder / "done").touch()
+    if row.model is None:
+        shutil.rmtree(model)
+    gc.collect()
+    return run
 
 
-def merged(recipe: str) -> ChatModel:
-    out = Path("build") / recipe
-    merge(RECIPES / f"{recipe}.yaml", out, overwrite=True)
-    return load_model(out)
-
-
-def ask_all(cells: dict[str, list[Question]], run: Path) -> dict[str, dict[str, bool]]:
-    """Right or wrong by model and question id."""
-    answers: dict[str, dict[str, bool]] = {}
-    run.parent.mkdir(parents=True, exist_ok=True)
-    if run.is_file():
-        for line in run.read_text().splitlines():
-            entry = json.loads(line)
-            answers.setdefault(entry["model"], {})[entry["id"]] = entry["correct"]
-    examiner = senses.Examiner()
-    for name, (load, asked) in models(cells).items():
-        done = answers.setdefault(name, {})
-        todo = [question for cell in asked for question in cells[cell] if question.id not in done]
-        if not todo:
-            continue
-        chat = load()
-        with run.open("a") as log:
-            for index, question in enumerate(todo, 1):
-                done[question.id] = examiner.correct(chat, question)
-                log.write(json.dumps({"model": name, "id": question.id, "correct": done[question.id]}) + "\n")
-                if index % 50 == 0 or index == len(todo):
-                    log.flush()
-                    print(f"{name}: {index}/{len(todo)}", file=sys.stderr)
-        del chat
-        gc.collect()
-    return answers
-
-
-def accuracy(questions: list[Question], right: dict[str, bool]) -> tuple[float, float, float]:
-    """Mean and its interval."""
-    values = [float(right[question.id]) for question in questions]
-    return sum(values) / len(values), *senses.clustered_interval(values, questions)
-
-
-def document(cells: dict[str, list[Question]], answers: dict[str, dict[str, bool]]) -> dict[str, dict[str, Any]]:
-    """Everything as one JSON object."""
-    result: dict[str, dict[str, Any]] = {
-        "chance": {},
-        "majority": {},
-        "n": {},
-        "media": {},
-        "accuracy": {},
-        "ssam_minus": {},
-    }
-    for cell, questions in cells.items():
-        result["chance"][cell] = senses.chance(questions)
-        result["majority"][cell] = senses.majority(questions)
-        result["n"][cell] = len(questions)
-        result["media"][cell] = len({clip.path for question in questions for clip in question.clips})
-        for name, right in answers.items():
-            if questions[0].id in right:
-                result["accuracy"].setdefault(name, {})[cell] = accuracy(questions, right)
-        for name in METHODS:
-            if name != OURS:
-                result["ssam_minus"].setdefault(name, {})[cell] = difference(questions, answers, name)
-    return result
-
-
-def difference(
-    questions: list[Question], answers: dict[str, dict[str, bool]], other: str
-) -> tuple[float, float, float]:
-    """SSAM's accuracy minus another method's on the same questions, with its paired interval."""
-    values = [float(answers[OURS][q.id]) - float(answers[other][q.id]) for q in questions]
-    return sum(values) / len(values), *senses.clustered_interval(values, questions)
-
-
-def print_tables(cells: dict[str, list[Question]], answers: dict[str, dict[str, bool]]) -> None:
-    """Accuracy by model and cell, differences to SSAM, and the kinds of questions."""
-    print("| | " + " | ".join(cells) + " |")
-    print("|---" * (len(cells) + 1) + "|")
-    for cell_row, values in (
-        ("questions", [str(len(questions)) for questions in cells.values()]),
-        ("distinct media", [str(len({c.path for q in questions for c in q.clips})) for questions in cells.values()]),
-        ("chance", [f"{senses.chance(questions):.3f}" for questions in cells.values()]),
-        ("majority", [f"{senses.majority(questions):.3f}" for questions in cells.values()]),
-    ):
-        print(f"| {cell_row} | " + " | ".join(values) + " |")
-    for name, right in answers.items():
-        row = []
-        for questions in cells.values():
-            if questions[0].id in right:
-                mean, low, high = accuracy(questions, right)
-                row.append(f"{mean:.3f} ({low:.2f}–{high:.2f})")
-            else:
-                row.append("–")
-        print(f"| {name} | " + " | ".join(row) + " |")
-    for name in METHODS:
-        if name != OURS:
-            shown = [difference(questions, answers, name) for questions in cells.values()]
-            print(
-                f"| SSAM − {name} | "
-                + " | ".join(f"{d:+.3f} ({low:+.2f} to {high:+.2f})" for d, low, high in shown)
-                + " |"
-            )
-    print("\n| cell | kind | tier | n | chance | " + " | ".join(answers) + " |")
-    print("|---" * (len(answers) + 5) + "|")
-    for cell, questions in cells.items():
-        for kind in dict.fromkeys(question.kind for question in questions):
-            for tier in ("new source", "new file"):
-                group = [q for q in questions if (q.kind, q.tier) == (kind, tier)]
-                if not group:
-                    continue
-                shares = [
-                    f"{sum(right[q.id] for q in group) / len(group):.2f}" if group[0].id in right else "–"
-                    for right in answers.values()
-                ]
-                print(
-                    f"| {cell} | {kind} | {tier} | {len(group)} | {senses.chance(group):.2f} | "
-                    + " | ".join(shares)
-                    + " |"
-                )
+def merged(row: Row, out: Path) -> str | None:
+    """Folder of the merge that a row asks for."""
+    places = {m: f"{row.specialists}{m}" for m in builtin.specialists()}
+    if not row.specialists.startswith(builtin.PREFIX):
+        places = {m: str(Path(place).resolve()) for m, place in places.items()}
+        if not all(Path(place).is_dir() for place in places.values()):
+            return None
+    recipe = Recipe(
+        base_model=builtin.BASE,
+        merge_method=row.method or "",
+        parameters=row.parameters,
+        models=tuple(SpecialistEntry(model=place, modality=m) for m, place in places.items()),
+        output=Output(form="omni", dtype="float32"),
+    )
+    folder = out / f"model-{row.slug}"
+    merge(recipe, folder, overwrite=True)
+    return str(folder)
 
 
 if __name__ == "__main__":

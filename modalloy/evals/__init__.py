@@ -1,12 +1,14 @@
 """Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
 
 from modalloy.errors import ModalloyError, nearest
-from modalloy.evals import mmau, mmlu, ocrbench
+from modalloy.evals import mmau, mmlu, ocrbench, senses
 from modalloy.evals.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
+    found.name: found
+    for found in (
+        senses.BENCHMARK,
+        senses.GENERATED,
         mmlu.BENCHMARK,
         mmlu.GENERATIVE,
         ocrbench.BENCHMARK,

@@ -35,7 +35,7 @@ class Sample:
     ]  # every answer that counts, as the benchmark's file has it: a letter, a word, an option's text
     media: tuple[tuple[str, str], ...] = ()
     choices: tuple[str, ...] = ()  # texts of the options; () where any answer may be given
-    options: tuple[str, ...] = ()  # continuations of the prompt to score by likelihood, in the order of the choices
+    options: tuple[str, ...] = ()  # continuations to score by likelihood, one a choice; () to have an answer generated
     plain: bool = False  # `text` is the whole prompt: no chat template around it
     group: dict[str, str] = field(
         default_factory=dict
@@ -107,7 +107,6 @@ class Benchmark:
     modalities: tuple[str, ...] = ()  # senses that it asks about
     variants: tuple[str, ...] = ()  # the file formats it reads; `Source.variant` chooses where several are there
     hub: str | None = None  # data set on the hub: "owner/name"
-    generates: bool = True  # whether rules read generated text
     max_new_tokens: int = 128
 
 

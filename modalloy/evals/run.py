@@ -3,6 +3,7 @@
 Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -115,7 +116,8 @@ class Log:
             changed = [key for key in IDENTITY if before.get(key) != meta[key]]
             if changed:
                 raise OutputError(
-                    f"{folder}: is a run of another {changed[0]} ({before.get(changed[0])}, now {meta[changed[0]]}); choose another folder"
+                    f"{folder}: is a run of another {changed[0]} ({before.get(changed[0])}, now {meta[changed[0]]}); "
+                    "choose another folder"
                 )
         elif any(folder.iterdir()):
             raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
@@ -274,6 +276,4 @@ def is_text(sample: Sample) -> bool:
 
 def prompts_sha256(entries: Iterable[Entry]) -> str:
     """One hash of all prompts, in the benchmark's order."""
-    import hashlib
-
     return hashlib.sha256("\n".join(entry.prompt_sha256 for entry in entries).encode()).hexdigest()

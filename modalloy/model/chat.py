@@ -1,10 +1,12 @@
 """A loaded model and its processor: ask a question, or score possible answers."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from modalloy.errors import ModalloyError
@@ -20,6 +22,18 @@ class Reply:
     prompt: str  # as the tokenizer's template renders it, with a placeholder for each medium
     tokens: dict[str, int]  # of the prompt, by owner: text, and the modalities present
     new_tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation whose media are encoded."""
+
+    text: str  # with a placeholder for each medium
+    ids: list[int]
+    owners: list[int]  # of every token
+    features: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # (n_features, dim) each, by modality in reading order
 
 
 @dataclass
@@ -46,28 +60,14 @@ class ChatModel:
         Raises:
             ModalloyError: the conversation leaves no room for `max_new_tokens` in the model's context.
         """
-        owners = self.processor.render(messages)[1]
-        length, limit = len(owners), self.model.config.text_config.max_position_embeddings
-        if length + max_new_tokens > limit:
-            raise ModalloyError(
-                f"the conversation takes {length} tokens and the answer up to {max_new_tokens}, more than the model's {limit}; "
-                "show fewer media, or begin a new conversation"
-            )
-        tokenizer = self.processor.tokenizer
-        output = self.model.generate(
-            **self._inputs(messages),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=None if on_text is None else _Words(tokenizer, on_text),
-        )
+        prompt, tokenizer = self.prompt(messages), self.processor.tokenizer
+        output = self._generate([prompt], max_new_tokens, None if on_text is None else _Words(tokenizer, on_text))
+        new = output[0, len(prompt.ids) :]
         return Reply(
-            answer=self.processor.answer(output[0, length:]),
-            prompt=self.processor.apply_chat_template(messages, add_generation_prompt=True),
-            tokens={name: owners.count(i) for i, name in enumerate(self.processor.owners) if i in owners},
-            new_tokens=output.shape[1] - length,
+            answer=self.processor.answer(new),
+            prompt=prompt.text,
+            tokens={name: prompt.owners.count(i) for i, name in enumerate(self.processor.owners) if i in prompt.owners},
+            new_tokens=len(new),
         )
 
     def ask(self, question: str, *, max_new_tokens: int = 64, **media: Any) -> str:
@@ -79,20 +79,95 @@ class ChatModel:
         pairs = [(modality, medium) for modality, found in listed.items() for medium in found]
         return self.chat(user_message(question, pairs), max_new_tokens=max_new_tokens)
 
-    def score_options(self, messages: list[Message], options: list[str] | tuple[str, ...]) -> list[float]:
+    def score_options(self, messages: list[Message], options: Sequence[str]) -> list[float]:
         """Log-likelihood in nats of each option as the whole answer, its end token included."""
-        inputs = self._inputs(messages)
+        return self.score(self.prompt(messages), options)
+
+    def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
+        """A conversation ready to be answered; `features(modality, medium)` may give what is known of a medium already.
+
+        Raises:
+            MediaError: a medium cannot be read, or is of a modality that the model lacks.
+        """
+        media: list[tuple[str, Any]] = []
+        ids, owners = self.processor.render(messages, media)
+        encoded: dict[str, list[Tensor]] = defaultdict(list)
+        for modality, medium in media:
+            encoded[modality].append((features or self.features)(modality, medium))
+        return Prompt(
+            self.processor.apply_chat_template(messages, add_generation_prompt=True), ids, owners, dict(encoded)
+        )
+
+    def plain_prompt(self, text: str) -> Prompt:
+        """A prompt of text without a chat template."""
+        ids = self.processor.tokenizer.encode(text)
+        return Prompt(text, ids, [0] * len(ids))
+
+    def features(self, modality: str, medium: Any) -> Tensor:
+        """What the modality's encoder makes of one medium (n_features, dim)."""
+        return self.model.encode(modality, self.processor.preprocess(modality, medium)[None])[0]
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[tuple[str, int]]:
+        """Greedy answers to prompts, and how many tokens each took. Several are padded on the left."""
+        output = self._generate(prompts, max_new_tokens, None)[:, max(len(prompt.ids) for prompt in prompts) :]
+        ends = [row.eq(self.processor.tokenizer.eos_token_id).nonzero() for row in output]
+        lengths = [int(end[0]) + 1 if len(end) else output.shape[1] for end in ends]
+        return [(self.processor.answer(row[:n]), n) for row, n in zip(output, lengths, strict=True)]
+
+    def score(self, prompt: Prompt, options: Sequence[str]) -> list[float]:
+        """Log-likelihood in nats of each option as the whole answer to a prompt, its end token included."""
         tokenizer = self.processor.tokenizer
-        ids = [
-            torch.tensor(tokenizer.encode(option + tokenizer.eos_token, add_special_tokens=False)) for option in options
-        ]
-        scores: list[float] = self.model.score_options(inputs, ids).tolist()
+        return self._score(
+            prompt, [tokenizer.encode(option + tokenizer.eos_token, add_special_tokens=False) for option in options]
+        )
+
+    def continuations(self, text: str, options: Sequence[str]) -> list[float]:
+        """Log-likelihood in nats of each option as a continuation of plain text.
+
+        Text and option are tokenised together and cut where the text's own tokens end, as lm-eval does: spaces that end the
+        text belong to the option.
+        """
+        context = text.rstrip()
+        prompt, space = self.plain_prompt(context), text[len(context) :]
+        whole = [self.processor.tokenizer.encode(context + space + option) for option in options]
+        return self._score(prompt, [ids[len(prompt.ids) :] for ids in whole])
+
+    def _score(self, prompt: Prompt, options: list[list[int]]) -> list[float]:
+        self._check_length(len(prompt.ids), max(map(len, options)))
+        scores: list[float] = self.model.score_options(
+            self._inputs([prompt]), [torch.tensor(ids) for ids in options]
+        ).tolist()
         return scores
 
-    def _inputs(self, messages: list[Message]) -> dict[str, Any]:
-        """The processor's output, on the model's device."""
-        inputs = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        return dict(inputs.to(self.model.device))
+    def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
+        """Token ids (prompts, tokens) of the padded prompts and their answers."""
+        self._check_length(max(len(prompt.ids) for prompt in prompts), max_new_tokens)
+        tokenizer = self.processor.tokenizer
+        ids: Tensor = self.model.generate(
+            **self._inputs(prompts),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=self.processor.padding_id,
+            streamer=streamer,
+        )
+        return ids
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """The model's inputs, on its device, padded on the left."""
+        inputs: dict[str, Any] = dict(self.processor.pad([(p.ids, p.owners) for p in prompts]).to(self.model.device))
+        found = {modality for prompt in prompts for modality in prompt.features}
+        stacks = {m: torch.stack([one for p in prompts for one in p.features.get(m, ())]) for m in sorted(found)}
+        return inputs | {"features": {modality: stack.to(self.model.device) for modality, stack in stacks.items()}}
+
+    def _check_length(self, length: int, new_tokens: int) -> None:
+        limit = self.model.config.text_config.max_position_embeddings
+        if length + new_tokens > limit:
+            raise ModalloyError(
+                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the model's {limit}; "
+                "show fewer media, or begin a new conversation"
+            )
 
 
 class _Words(TextStreamer):

@@ -38,11 +38,11 @@ def load_model(
     fold: bool = False,
     encoder: str | None = None,
 ) -> ChatModel:
-    """A model that answers questions about media, from an `omni` folder or a specialist's folder.
+    """A model that answers questions about media, from an `omni` folder or a specialist's folder; or about text only.
 
     Args:
         path: folder written by `modalloy merge` with `output.form: omni` or by `save_pretrained`, its hub id, or a
-            ModelCompose specialist.
+            ModelCompose specialist; or a language model, such as a base or a merge of `output.form: full`.
         base: base model, for a specialist whose config records none that can be found.
         device: "cpu", "cuda", or "auto" for transformers' `device_map="auto"`.
         dtype: type of the weights, or "auto" for the base's. On a CPU, 16-bit weights are computed with in float32.
@@ -53,6 +53,7 @@ def load_model(
         CheckpointError: a file is missing or damaged, or a tensor is unknown or missing.
     """
     from transformers import AutoTokenizer
+    from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -79,9 +80,18 @@ def load_model(
     elif kind == "modalloy":
         model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
         processor = ModalloyProcessor.from_pretrained(folder)
+    elif kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = ModalloyConfig(read_json(folder / "config.json"))
+        if dtype == "auto":
+            options["dtype"] = config.text_config.dtype
+        model = ModalloyForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=_base_weights(folder), **options
+        )
+        processor = ModalloyProcessor(AutoTokenizer.from_pretrained(folder), {})
     else:
         raise CheckpointError(
-            f"{folder}: is a {kind} model, which takes no media; merge with output.form: omni to chat"
+            f"{folder}: is a {kind} model, which is neither a language model nor one of modalloy's; "
+            "give a folder written with output.form: omni, or a specialist"
         )
     if fold:
         _report(model.fold())

@@ -242,9 +242,10 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         length, device = max(len(option) for option in options), prompt.logits.device
         cache.batch_repeat_interleave(len(options))
         ids = torch.stack([nn.functional.pad(option, (0, length - len(option))) for option in options]).to(device)
-        first = prompt.logits[:, -1:].expand(len(options), 1, -1)
-        rest = self(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, :-1]
-        logits = torch.cat([first, rest], 1)
+        logits = prompt.logits[:, -1:].expand(len(options), 1, -1)
+        if length > 1:  # what follows an option's last token does not matter
+            rest = self(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+            logits = torch.cat([logits, rest], 1)
         logits = logits.float() if logits.dtype in HALF else logits
         picked = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         lengths = torch.tensor([[len(option)] for option in options], device=device)

@@ -193,19 +193,23 @@ class ModalloyProcessor(ProcessorMixin):
         """Names of the model's inputs."""
         return ["input_ids", "attention_mask", "owners", "media"]
 
-    def _inputs(self, texts: list[str], media: list[tuple[str, Any]]) -> BatchFeature:
-        rows = [self.tokenize(text) for text in texts]
+    def pad(self, rows: Sequence[tuple[list[int], list[int]]]) -> BatchFeature:
+        """Token ids and owners of several prompts as one batch, padded on the left."""
         length = max(len(ids) for ids, _ in rows)
-        stacks: dict[str, list[Tensor]] = defaultdict(list)
-        for modality, medium in media:
-            stacks[modality].append(self.preprocess(modality, medium))
         inputs = {
             "input_ids": torch.tensor([[self.padding_id] * (length - len(ids)) + ids for ids, _ in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
             "owners": torch.tensor([[0] * (length - len(ids)) + owners for ids, owners in rows]),
-            "media": _Media({modality: torch.stack(stack) for modality, stack in stacks.items()}),
         }
         return BatchFeature(inputs)
+
+    def _inputs(self, texts: list[str], media: list[tuple[str, Any]]) -> BatchFeature:
+        stacks: dict[str, list[Tensor]] = defaultdict(list)
+        for modality, medium in media:
+            stacks[modality].append(self.preprocess(modality, medium))
+        inputs = self.pad([self.tokenize(text) for text in texts])
+        inputs["media"] = _Media({modality: torch.stack(stack) for modality, stack in stacks.items()})
+        return inputs
 
     def _rendered(
         self,

@@ -1,0 +1,210 @@
+"""Asks a model every question of a benchmark and logs the answers; a run that was killed goes on where it was."""
+
+import hashlib
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modalloy._version import __version__
+from modalloy.checkpoints import file_sha256, locate, read_json
+from modalloy.errors import MediaError, ModalloyError, OutputError
+from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source
+from modalloy.evals.features import FeatureCache
+from modalloy.evals.run import SCHEMA, Entry, Log, Run
+from modalloy.model import ChatModel
+from modalloy.model.chat import Prompt
+
+Progress = Callable[[int, int], None]
+
+
+def evaluate(
+    load: Callable[[], ChatModel],
+    model: dict[str, Any],
+    benchmark: Benchmark,
+    source: Source,
+    folder: Path,
+    *,
+    limit: int | None = None,
+    resume: bool = False,
+    batch_size: int = 1,
+    cache: FeatureCache | None = None,
+    on_sample: Progress | None = None,
+) -> Run:
+    """Answers of a model to (the first `limit`) samples of a benchmark, logged in `folder`.
+
+    Args:
+        load: gives the model; called when there is something left to ask.
+        model: what identifies it (see `identify`).
+        batch_size: questions that have the same modalities and are generated together. Batches of more than one are padded,
+            which may change an answer by rounding.
+        cache: encoder features shared with other runs.
+        on_sample: called with (samples done, samples in all).
+
+    Raises:
+        ModalloyError: the data, the folder or the model is not fit for it. A medium that cannot be read is an outcome.
+    """
+    samples = benchmark.samples(source)
+    if not samples:
+        raise ModalloyError(f"{source.data}: holds no question for {benchmark.name}; check --data and --modalities")
+    wanted = samples[:limit]
+    meta = {
+        "schema": SCHEMA,
+        "task": benchmark.name,
+        "variant": source.variant,
+        "modalities": None if source.modalities is None else sorted(source.modalities),
+        "n_samples": len(samples),
+        "model": model,
+        "data": {"files": [{"path": name, **facts} for name, facts in sorted(source.read.items())]},
+        "generation": {"decoding": "greedy", "max_new_tokens": benchmark.max_new_tokens, "batch_size": batch_size},
+        "environment": {"modalloy": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    with Log(folder, meta, resume=resume) as log:
+        _same_samples(folder, log.entries, samples)
+        done = {entry.index for entry in log.entries}
+        todo = [(index, sample) for index, sample in enumerate(wanted) if index not in done]
+        if todo:
+            chat = load()
+            _check_senses(chat, wanted)
+            count = len(wanted) - len(todo)
+            for entries in answers(chat, todo, benchmark.max_new_tokens, batch_size, cache or FeatureCache()):
+                for entry in entries:
+                    log.add(entry, benchmark)
+                count += len(entries)
+                if on_sample is not None:
+                    on_sample(count, len(wanted))
+        chosen = sorted((entry for entry in log.entries if entry.index < len(wanted)), key=lambda entry: entry.index)
+    return Run(folder, meta, chosen)
+
+
+def identify(model: str | Path, **options: Any) -> dict[str, Any]:
+    """What a log calls a model: where it is, a hash of all that it is made of, its recipe, and how it was loaded."""
+    folder = locate(str(model), whole=True)
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        fingerprint, recipe = file_sha256(manifest), read_json(manifest)
+        described = {key: recipe.get(key) for key in ("method", "parameters", "form")}
+    else:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}" for path in files]
+        fingerprint, described = hashlib.sha256("\n".join(lines).encode()).hexdigest(), {}
+    return {"path": str(model), "fingerprint": fingerprint, "recipe": described or None, "options": options}
+
+
+def answers(
+    chat: ChatModel, todo: list[tuple[int, Sample]], max_new_tokens: int, batch_size: int, cache: FeatureCache
+) -> Iterator[list[Entry]]:
+    """Entries of the samples, batch by batch: batches share their modalities, and follow each other in sample order."""
+    waiting: dict[tuple[str, ...], list[tuple[int, Sample, Prompt]]] = {}
+    for index, sample in todo:
+        start = time.perf_counter()
+        try:
+            prompt = _prompt(chat, sample, cache)
+        except _UnreadableError as error:
+            yield [_entry(index, sample, status="media_error", error=str(error), start=start)]
+            continue
+        key = (str(bool(sample.options)), *sorted({modality for modality, _ in sample.media}))
+        batch = waiting.setdefault(key, [])
+        batch.append((index, sample, prompt))
+        if len(batch) == (1 if sample.options else batch_size):
+            yield _answer(chat, waiting.pop(key), max_new_tokens)
+    for batch in waiting.values():
+        yield _answer(chat, batch, max_new_tokens)
+
+
+def _answer(chat: ChatModel, batch: list[tuple[int, Sample, Prompt]], max_new_tokens: int) -> list[Entry]:
+    """Entries of one batch; a batch that does not fit the memory is asked one by one."""
+    start = time.perf_counter()
+    prompts = [prompt for _, _, prompt in batch]
+    try:
+        if batch[0][1].options:
+            given = [(Answer(likelihoods=tuple(_likelihoods(chat, s, p))), 0) for _, s, p in batch]
+        else:
+            given = [(Answer(text=text), n) for text, n in chat.generate(prompts, max_new_tokens=max_new_tokens)]
+    except torch.OutOfMemoryError as error:
+        if len(batch) > 1:
+            return list(itertools.chain.from_iterable(_answer(chat, [one], max_new_tokens) for one in batch))
+        index, sample, prompt = batch[0]
+        reason = str(error).split("\n")[0]
+        return [_entry(index, sample, status="oom", error=reason, start=start, prompt=prompt)]
+    return [
+        _entry(index, sample, answer=answer, new_tokens=n, start=start, share=len(batch), prompt=prompt)
+        for (index, sample, prompt), (answer, n) in zip(batch, given, strict=True)
+    ]
+
+
+def _likelihoods(chat: ChatModel, sample: Sample, prompt: Prompt) -> list[float]:
+    if sample.plain:
+        return chat.continuations(sample.text, sample.options)
+    return chat.score(prompt, sample.options)
+
+
+def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:
+    """The prompt of a sample, with its media as features."""
+    if sample.plain:
+        return chat.plain_prompt(sample.text)
+    parts = [{"type": modality, "path": path} for modality, path in sample.media]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": sample.text}]}]
+
+    def features(modality: str, path: Any) -> torch.Tensor:
+        try:
+            return cache.features(chat, modality, path)
+        except MediaError as error:
+            raise _UnreadableError(str(error)) from error
+
+    return chat.prompt(messages, features)
+
+
+class _UnreadableError(Exception):
+    """A medium of a sample cannot be read (a prompt that cannot be made is a MediaError, and ends the run)."""
+
+
+def _entry(
+    index: int,
+    sample: Sample,
+    *,
+    start: float,
+    answer: Answer | None = None,
+    status: str = "ok",
+    error: str | None = None,
+    new_tokens: int = 0,
+    share: int = 1,
+    prompt: Prompt | None = None,
+) -> Entry:
+    return Entry(
+        index=index,
+        sample=sample,
+        answer=answer or Answer(),
+        status=status,
+        error=error,
+        seconds=(time.perf_counter() - start) / share,
+        prompt_tokens=0 if prompt is None else len(prompt.ids),
+        new_tokens=new_tokens,
+        prompt_sha256="" if prompt is None else hashlib.sha256(prompt.text.encode()).hexdigest(),
+    )
+
+
+def _same_samples(folder: Path, entries: list[Entry], samples: list[Sample]) -> None:
+    """Refuse to go on with a log whose questions are no longer asked so."""
+    for entry in entries:
+        now = samples[entry.index].to_dict() if entry.index < len(samples) else None
+        if now != entry.sample.to_dict():
+            raise OutputError(
+                f"{folder}: its question {entry.index} ({entry.sample.id}) is now another one, so its answers cannot be "
+                "gone on with; choose another folder"
+            )
+
+
+def _check_senses(chat: ChatModel, samples: list[Sample]) -> None:
+    """Refuse samples that show what the model has no sense for."""
+    shown = {modality for sample in samples for modality, _ in sample.media}
+    if lacking := sorted(shown - set(chat.modalities)):
+        able = sorted(shown & set(chat.modalities))
+        remedy = f"show less with --modalities {'+'.join(able)}" if able else "choose another task"
+        raise ModalloyError(
+            f"the questions show {', '.join(lacking)}, and the model takes {', '.join(chat.modalities) or 'text only'}; {remedy}"
+        )
