@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import Specialist, WeightFile, file_sha256, hub_commit
+from modalloy.checkpoints import Specialist, WeightFile, file_sha256, hub_commit, present
 from modalloy.plan import Plan
 
 SOURCES = "sources.json"  # where the inputs were on this machine; not hashed
@@ -46,7 +46,7 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
 def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str, str]:
     """Hashes of the files that a specialist's part depends on: weights, the config that sets their scaling, Fisher file."""
     folder = specialist.checkpoint.folder
-    configs = [name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    configs = present(folder, ("config.json", "adapter_config.json"))
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
     weights |= {} if fisher is None else {"fisher": fisher.sha256}
     return weights | {name: file_sha256(folder / name) for name in configs}

@@ -96,6 +96,18 @@ def load_video(path: str | Path, n_frames: int) -> np.ndarray:
     return np.stack(frames)
 
 
+def video_frames(video: Any, n_frames: int) -> np.ndarray:
+    """The frames that `load_video` gives, of a file or of uint8 frames in memory (any number, height, width, 3)."""
+    if isinstance(video, (str, Path)):
+        return load_video(video, n_frames)
+    frames = np.asarray(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise MediaError(
+            f"a video of shape {frames.shape} and type {frames.dtype}; give uint8 frames (frames, height, width, 3)"
+        )
+    return frames[_spaced(len(frames), n_frames)]
+
+
 def _check_file(path: str | Path) -> None:
     if not Path(path).is_file():
         raise MediaError(f"{path}: no such file; check the path")

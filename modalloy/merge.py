@@ -20,6 +20,7 @@ from modalloy.checkpoints import (
     TensorSpec,
     WeightWriter,
     all_finite,
+    present,
     read_json,
 )
 from modalloy.checkpoints.writer import disk_errors
@@ -356,9 +357,8 @@ def _write_configs(planned: Plan, folder: Path) -> None:
         config = _peft_config(planned)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+    for name in present(base, TOKENIZER_FILES):
+        shutil.copyfile(base / name, folder / name)
     if recipe.output.form == "full":
         config = read_json(base / "config.json")
         config.pop("_name_or_path", None)  # where the base was on someone's machine
@@ -404,6 +404,6 @@ def _sources(planned: Plan) -> dict[str, Any]:
 def _encoder_source(planned: Plan, specialist: Specialist) -> str | None:
     """Where an encoder that only this machine would find is, as a recipe says it."""
     sense = planned.senses.get(specialist.modality or "")
-    if sense is None or sense.path is None or sense.is_portable:
+    if sense is None or sense.local is None:
         return None
-    return f"{sense.choice.name}:{sense.path.resolve()}"
+    return f"{sense.choice.name}:{sense.local.resolve()}"

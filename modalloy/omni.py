@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modalloy.checkpoints import Checkpoint, Factors, Specialist, is_portable, locate, read_json
+from modalloy.checkpoints import Checkpoint, Factors, Specialist, is_portable, locate, present, read_json
 from modalloy.encoders import EncoderChoice, choose, registered, sizes
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.names import disk_name
@@ -50,23 +50,26 @@ class Sense:
     n_tokens: int  # projected features of one medium
     is_portable: bool  # whether the encoder's location means the same on another machine
 
+    @property
+    def local(self) -> Path | None:
+        """The place of the encoder's files if only this machine would find it."""
+        return None if self.is_portable else self.path
+
     def source(self, modality: str) -> str | None:
         """Where an omni folder says that the encoder's files are."""
-        if self.path is None or self.is_portable:
+        if self.local is None:
             return self.choice.location
-        return f"encoders/{modality}" + ("" if self.path.is_dir() else f"/{self.path.name}")
+        return f"encoders/{modality}" + ("" if self.local.is_dir() else f"/{self.local.name}")
 
     def files(self) -> list[Path]:
         """The encoder's files that an omni folder takes a copy of."""
-        if self.path is None or self.is_portable:
+        if self.local is None:
             return []
-        if self.path.is_file():
-            return [self.path]
-        if pickled := sorted(self.path.glob("*.pt")):  # of encoders that are published as a single file
+        if self.local.is_file():
+            return [self.local]
+        if pickled := sorted(self.local.glob("*.pt")):  # of encoders that are published as a single file
             return pickled
-        weights = [file.path for file in Checkpoint(self.path, ("model", "pytorch_model")).files]
-        configs = [self.path / name for name in ENCODER_CONFIGS if (self.path / name).is_file()]
-        return [*configs, *weights, *sorted(self.path.glob("*.index.json"))]
+        return _model_files(Checkpoint(self.local, ("model", "pytorch_model")), ENCODER_CONFIGS)
 
 
 def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> dict[str, Sense]:
@@ -183,9 +186,7 @@ def write_omni(planned: "Plan", folder: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     write_remote_code(folder)
     if planned.copies_base:
-        base = planned.base_folder
-        files = [base / "config.json", *(file.path for file in planned.base.files), *base.glob("*.index.json")]
-        _copy(files, folder / "base")
+        _copy(_model_files(planned.base, ["config.json"]), folder / "base")
     for modality, sense in planned.senses.items():
         _copy(sense.files(), folder / "encoders" / modality)
 
@@ -206,6 +207,13 @@ def write_remote_code(folder: Path) -> None:
         '__all__ = ["ModalloyConfig", "ModalloyForConditionalGeneration", "ModalloyProcessor"]\n',
         encoding="utf-8",
     )
+
+
+def _model_files(checkpoint: Checkpoint, configs: Iterable[str]) -> list[Path]:
+    """Those of a model's `configs` that there are, its weights and their index."""
+    folder = checkpoint.folder
+    found = [folder / name for name in present(folder, configs)]
+    return [*found, *(file.path for file in checkpoint.files), *sorted(folder.glob("*.index.json"))]
 
 
 def _copy(files: Iterable[Path], folder: Path) -> None:

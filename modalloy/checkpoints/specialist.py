@@ -85,12 +85,18 @@ class Specialist:
     def carried(self) -> dict[str, TensorRef]:
         """What belongs to its modality alone, by the names of the ModelCompose layout, which `omni` is written in."""
         disk = disk_name(self.modality or "")
-        refs: dict[str, TensorRef] = {}
-        for slot, factors in self.own.items():
-            stem = slot.removesuffix(".weight")
-            refs |= {f"{stem}.lora_A.{disk}.weight": factors.a, f"{stem}.lora_B.{disk}.weight": factors.b}
+        refs = adapter_names(self.own, disk)
         refs |= {f"model.modal_projectors.{disk}.{rest}": ref for rest, ref in self.projector.items()}
         return refs | {f"{side}_tokens.{disk}": ref for side, ref in self.tokens.items()}
+
+
+def adapter_names(updates: dict[str, Factors], adapter: str) -> dict[str, TensorRef]:
+    """The factors of stored updates by their names in the ModelCompose layout."""
+    refs: dict[str, TensorRef] = {}
+    for slot, factors in updates.items():
+        stem = slot.removesuffix(".weight")
+        refs |= {f"{stem}.lora_A.{adapter}.weight": factors.a, f"{stem}.lora_B.{adapter}.weight": factors.b}
+    return refs
 
 
 def not_ignored(specialist: Specialist, ignore: Sequence[str]) -> Iterator[tuple[str, TensorRef]]:

@@ -75,7 +75,7 @@ class EncoderChoice:
     def settings(self, path: Path | None) -> dict[str, Any]:
         """All keywords of the constructor, with what the files at `path` record."""
         found = {**_loaded(encoder_class(self.name).settings, self.name, path), **self.options}
-        known = [name for name in inspect.signature(encoder_class(self.name)).parameters if name != "location"]
+        known = list(inspect.signature(encoder_class(self.name)).parameters)
         for key in found:
             if key not in known:
                 raise RecipeError(f"encoder '{self.name}' has no option '{key}'; {nearest(key, known)}")
@@ -122,10 +122,10 @@ def sizes(name: str, settings: dict[str, Any]) -> tuple[int, int]:
     return found.dim, found.n_tokens
 
 
-def load_encoder(location: str, path: Path | None = None) -> Encoder:
+def load_encoder(name: str, path: Path | None = None) -> Encoder:
     """A built-in encoder, or one with its files at `path`, with its weights: frozen, in eval mode, float32."""
-    encoder = build(location, EncoderChoice(location).settings(path))
-    encoder.load_state_dict(_loaded(encoder_class(location).weights, location, path))
+    encoder = build(name, EncoderChoice(name).settings(path))
+    encoder.load_state_dict(encoder_weights(name, path))
     return encoder
 
 

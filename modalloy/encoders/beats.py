@@ -100,22 +100,14 @@ class Beats(Encoder):
     def settings(cls, location: Path | None) -> dict[str, Any]:
         """The sizes that the file's `cfg` records, which must describe an architecture like that of iter3+."""
         path, _, cfg = _read(location)
-        for name in sorted(REQUIRED - cfg.keys()):
-            raise CheckpointError(f"{path}: its cfg does not record {name}; give {FILE}")
-        for name, value in ARCHITECTURE.items():
-            if cfg.get(name, value) != value:
-                raise CheckpointError(f"{path}: its cfg has {name} = {cfg[name]}, not {value}; give {FILE}")
-        for name in sorted(SETTINGS.keys() & cfg.keys()):
-            if type(cfg[name]) is not int or cfg[name] < 1:
-                raise CheckpointError(f"{path}: its cfg has {name} = {cfg[name]!r}; download the file again")
-        return {ours: cfg[name] for name, ours in SETTINGS.items() if name in cfg}
+        return _sizes(path, cfg)
 
     @classmethod
     def weights(cls, location: Path | None) -> dict[str, Tensor]:
         """The file's tensors: the positional convolution's norm is folded in, the table that all layers share kept once."""
-        path, model, _ = _read(location)
+        path, model, cfg = _read(location)
         with torch.device("meta"):
-            known = cls(**cls.settings(location)).state_dict()
+            known = cls(**_sizes(path, cfg)).state_dict()
         weights = {name: tensor for name, tensor in model.items() if name not in UNUSED}
         tables = {name: weights.pop(name) for name in sorted(weights) if LAYER_TABLE.fullmatch(name)}
         parts = [weights.pop(f"{CONVOLUTION}_{part}", None) for part in "vg"]
@@ -290,3 +282,15 @@ def _read(location: Path | None) -> tuple[Path, dict[str, Tensor], dict[str, Any
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is no tensor; give {FILE}")
     return path, stored["model"], stored["cfg"]
+
+
+def _sizes(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    for name in sorted(REQUIRED - cfg.keys()):
+        raise CheckpointError(f"{path}: its cfg does not record {name}; give {FILE}")
+    for name, value in ARCHITECTURE.items():
+        if cfg.get(name, value) != value:
+            raise CheckpointError(f"{path}: its cfg has {name} = {cfg[name]}, not {value}; give {FILE}")
+    for name in sorted(SETTINGS.keys() & cfg.keys()):
+        if type(cfg[name]) is not int or cfg[name] < 1:
+            raise CheckpointError(f"{path}: its cfg has {name} = {cfg[name]!r}; download the file again")
+    return {ours: cfg[name] for name, ours in SETTINGS.items() if name in cfg}

@@ -19,7 +19,7 @@ from modalloy.checkpoints import read_json
 from modalloy.encoders import Encoder
 from modalloy.encoders.clip import MEAN, STD, UNRECORDED, VisionTower, published, vision_settings, vision_weights
 from modalloy.errors import CheckpointError, MediaError
-from modalloy.media import load_video
+from modalloy.media import video_frames
 
 MAX_RATIO = 100  # of the sides of a frame: the longer one is resized as much as the shorter
 
@@ -83,19 +83,12 @@ class LanguageBindVideo(Encoder):
 
     def preprocess(self, video: Any) -> Tensor:
         """A file name or uint8 frames (any number, height, width, 3), sampled evenly, normalised, resized and cropped."""
-        if isinstance(video, (str, Path)):
-            video = load_video(video, self.num_frames)
-        frames = np.asarray(video)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
-            raise MediaError(
-                f"a video of shape {frames.shape} and type {frames.dtype}; give uint8 frames (frames, height, width, 3)"
-            )
+        frames = video_frames(video, self.num_frames)
         if (longer := max(frames.shape[1:3])) > MAX_RATIO * (shorter := min(frames.shape[1:3])):
             raise MediaError(
                 f"frames of {longer} by {shorter} pixels cannot be resized (limit {MAX_RATIO} to 1); crop them"
             )
-        chosen = np.linspace(0, len(frames) - 1, self.num_frames, dtype=int)
-        pixels = torch.stack([self._picture(frame) for frame in frames[chosen]])
+        pixels = torch.stack([self._picture(frame) for frame in frames])
         return pixels.flip(-1) if self.random_flip and torch.rand(()) < 0.5 else pixels
 
     def _picture(self, frame: np.ndarray) -> Tensor:

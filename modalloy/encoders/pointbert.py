@@ -72,23 +72,14 @@ class PointBert(Encoder):
     @classmethod
     def settings(cls, location: Path | None) -> dict[str, Any]:
         """The sizes that the published tensors show; `heads`, `groups` and `group_size` are recorded nowhere."""
-        shapes = {name: tensor.shape for name, tensor in _published(location).items()}
-        try:
-            return {
-                "dim": shapes["cls_token"][-1],
-                "layers": sum(name.endswith(".attn.qkv.weight") for name in shapes),
-                "group_dim": shapes["reduce_dim.weight"][1],
-                "point_dims": shapes["encoder.first_conv.0.weight"][1],
-            }
-        except (KeyError, IndexError) as error:
-            raise CheckpointError(f"{location}: no PointBERT ({error} is missing or damaged); give {FILE}") from error
+        return _sizes(location, _published(location))
 
     @classmethod
     def weights(cls, location: Path | None) -> dict[str, Tensor]:
         """The encoder's tensors in `location`: the published file, or a folder that holds it."""
-        with torch.device("meta"):
-            known = cls(**cls.settings(location), heads=1).state_dict()
         weights = _published(location)
+        with torch.device("meta"):
+            known = cls(**_sizes(location, weights), heads=1).state_dict()
         if unknown := sorted(weights.keys() - known.keys()):
             raise CheckpointError(f"{location}: holds {unknown[0]}, which PointBERT does not have; give {FILE}")
         return weights
@@ -244,3 +235,15 @@ def _published(location: Path | None) -> dict[str, Tensor]:
     if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
         raise CheckpointError(f"{path}: does not hold the tensors of a PointBERT; give {FILE}")
     return {name.replace("blocks.blocks.", "blocks.", 1): tensor for name, tensor in stored.items()}
+
+
+def _sizes(location: Path | None, published: dict[str, Tensor]) -> dict[str, Any]:
+    try:
+        return {
+            "dim": published["cls_token"].shape[-1],
+            "layers": sum(name.endswith(".attn.qkv.weight") for name in published),
+            "group_dim": published["reduce_dim.weight"].shape[1],
+            "point_dims": published["encoder.first_conv.0.weight"].shape[1],
+        }
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"{location}: no PointBERT ({error} is missing or damaged); give {FILE}") from error

@@ -343,7 +343,8 @@ def joint_questions(
     - `choose`: all show one concept; which is it?
     - `common`: they show different concepts of one category, which is asked for. Among the options are the concepts
       themselves, which each sense by itself would fall for.
-    - `same`: are these the same? In every other round yes; else one medium, of any sense, shows another concept. No sense alone can tell.
+    - `same`: are these the same? In every other round yes; else one medium, of any sense, shows another concept. No
+      sense alone can tell.
     - `picture`, `sound`, `video`, `shape`: one medium shows another concept than the rest, both among the options;
       which one does that medium show?
     """

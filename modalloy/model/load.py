@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, Specialist, locate, open_base, open_specialist, read_json
-from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, Factors
+from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, locate, open_base, open_specialist, read_json
+from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, adapter_names
 from modalloy.encoders import build, encoder_weights
 from modalloy.engines.local import release_memory
 from modalloy.errors import CheckpointError
@@ -168,8 +168,19 @@ def _stored(checkpoint: Checkpoint, ref: Any) -> Stored:
 def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
     """Adapters, projectors and extra tokens from the folder's file of weights, which has ModelCompose's names."""
     checkpoint = Checkpoint(folder, ("adapter_model",))
+    return _owned(checkpoint, checkpoint.refs, config)
+
+
+def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
+    """The text and modality adapters, projector and extra tokens of one specialist."""
+    refs = adapter_names(specialist.text, "default") | specialist.carried()
+    return _owned(specialist.checkpoint, refs, config)
+
+
+def _owned(checkpoint: Checkpoint, refs: dict[str, TensorRef], config: ModalloyConfig) -> dict[str, Stored]:
+    """Tensors by the model's names, from those by ModelCompose's."""
     found = {}
-    for name, ref in checkpoint.refs.items():
+    for name, ref in refs.items():
         own = _own_name(name, config)
         if own is None:
             raise CheckpointError(
@@ -202,26 +213,6 @@ def _specialist_config(specialist: Specialist, base: str | None, encoder: str | 
     folder = locate(location, specialist.checkpoint.folder)
     checkpoint = open_base(folder)
     return ModalloyConfig(**specialist_config(specialist, checkpoint, encoder)), folder
-
-
-def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
-    """The text and modality adapters, projector and extra tokens of one specialist."""
-    checkpoint, modality = specialist.checkpoint, specialist.modality
-    found = {}
-
-    def put(updates: dict[str, Factors], owner: str | None) -> None:
-        for slot, factors in updates.items():
-            for side, ref in (("down", factors.a), ("up", factors.b)):
-                found[f"decoder.{slot.removesuffix('.weight')}.{side}_{owner}"] = _stored(checkpoint, ref)
-
-    put(specialist.text, TEXT)
-    put(specialist.own, modality)
-    for side, ref in specialist.tokens.items():
-        found[f"{side}_tokens.{modality}"] = _stored(checkpoint, ref)
-    projector = projector_class(config.modalities[modality or ""]["projector"]["type"])
-    for rest, ref in specialist.projector.items():
-        found[f"projectors.{modality}.{projector.own_name(rest)}"] = _stored(checkpoint, ref)
-    return found
 
 
 def _encoders(config: ModalloyConfig, folder: Path) -> dict[str, Stored]:

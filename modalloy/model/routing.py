@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.delta import LowRank
+from modalloy.omni import LINEARS
 
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HALF = (torch.float16, torch.bfloat16)
 CAST_ROWS = 1024  # of a weight in half precision, brought to float32 at once: they stay in the cache
 
@@ -77,8 +77,7 @@ class RoutedLinear(nn.Linear):
 
     def update(self, owner: str) -> LowRank:
         """`owner`'s low-rank update (out, in), scaling folded in."""
-        up, down = self._parameters[f"up_{owner}"], self._parameters[f"down_{owner}"]
-        assert up is not None and down is not None
+        up, down = self._factors(owner)
         return LowRank(up.detach() * self.scales[owner], down.detach())
 
     def add(self, owner: str, delta: LowRank, *, scale: float = 1.0, trainable: bool = False) -> None:
@@ -105,13 +104,11 @@ class RoutedLinear(nn.Linear):
         else:
             out = flat_x.new_empty(len(flat_x), self.out_features)
             for owner, rows in self._rows(flat_x):
-                out[rows] = matmul(flat_x[rows], self.text_weight if owner == TEXT else self.weight)
+                out[rows] = matmul(flat_x[rows], self._weight(owner))
         if self.bias is not None:
             out += self.bias.to(out.dtype)
         for owner, rows in self._rows(flat_x):
-            for term, scale in self._terms(owner):
-                up, down = self._parameters[f"up_{term}"], self._parameters[f"down_{term}"]
-                assert up is not None and down is not None
+            for up, down, scale in self._terms(owner):
                 inner = matmul(flat_x[rows], down)
                 wide = up.to(inner.dtype).T
                 if isinstance(rows, slice):
@@ -122,21 +119,27 @@ class RoutedLinear(nn.Linear):
 
     def _alone(self, x: Tensor, owner: str) -> Tensor:
         """All tokens are `owner`'s, as in every step of decoding: nothing to gather, and as few operations as there can be."""
-        weight = self.weight if self.text_weight is None or owner != TEXT else self.text_weight
-        out = nn.functional.linear(x, weight, self.bias)
-        for term, scale in self._terms(owner):
-            up, down = self._parameters[f"up_{term}"], self._parameters[f"down_{term}"]
-            assert up is not None and down is not None
+        out = nn.functional.linear(x, self._weight(owner), self.bias)
+        for up, down, scale in self._terms(owner):
             inner = nn.functional.linear(x, down)
             out.view(-1, len(up)).addmm_(inner.view(-1, len(down)), up.T, alpha=scale)
         return out
 
-    def _terms(self, owner: str) -> list[tuple[str, float]]:
-        """The updates that make up `owner`'s, with their factors."""
-        own = [(owner, self.scales[owner])] if owner in self.scales else []
+    def _weight(self, owner: str) -> Tensor:
+        """What `owner`'s tokens use before their update."""
+        return self.weight if self.text_weight is None or owner != TEXT else self.text_weight
+
+    def _factors(self, owner: str) -> tuple[Tensor, Tensor]:
+        up, down = self._parameters[f"up_{owner}"], self._parameters[f"down_{owner}"]
+        assert up is not None and down is not None
+        return up, down
+
+    def _terms(self, owner: str) -> list[tuple[Tensor, Tensor, float]]:
+        """What is added up to `owner`'s update: scale · up @ down of each (up, down, scale)."""
+        own = [(*self._factors(owner), self.scales[owner])] if owner in self.scales else []
         if not self.folded or TEXT not in self.scales:
             return own
-        return [] if owner == TEXT else [*own, (TEXT, -self.scales[TEXT])]
+        return [] if owner == TEXT else [*own, (*self._factors(TEXT), -self.scales[TEXT])]
 
     def _rows(self, x: Tensor) -> list[tuple[str, Rows]]:
         """The rows of each owner, where `x` is (layers may be on several devices)."""

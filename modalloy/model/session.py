@@ -119,7 +119,7 @@ class Session:
             raise MediaError(
                 f"{path}: this model takes no {modality} input; it takes: {', '.join(able) or 'text only'}"
             )
-        self.model.processor.encoders[modality].preprocess(path)  # refuse it now rather than with the question
+        self.model.processor.preprocess(modality, path)  # refuse it now rather than with the question
         return {"type": modality, "path": path}
 
     def _clear(self, _: str) -> None:

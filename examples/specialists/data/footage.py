@@ -50,7 +50,7 @@ def main() -> None:
         rows.append(row | {"sha256": sha256(content).hexdigest()})
         added += 1
     manifest.write_text(json.dumps(rows, indent=0))
-    print(f"motion   {added} videos added", file=sys.stderr)
+    print(f"footage  {added} videos added", file=sys.stderr)
 
 
 def chosen(clips: list[Clip]) -> list[Clip]:
