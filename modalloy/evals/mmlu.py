@@ -162,7 +162,6 @@ BENCHMARK = Benchmark(
     files="test/<subject>_test.csv and dev/<subject>_dev.csv (hendrycks/test), or the hub's all/{test,dev}-*.parquet",
     variants=("csv", "hub"),
     hub="cais/mmlu",
-    generates=False,
 )
 
 GENERATIVE = Benchmark(
