@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
-from modalloy.errors import MediaError, ModalloyError
-from modalloy.names import modality_name
+from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.names import MODALITIES, modality_name
+
+if TYPE_CHECKING:
+    from modalloy.evals.benchmark import Benchmark, Source
+    from modalloy.evals.run import Run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -23,6 +27,14 @@ OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy mer
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
 Media = list[Path]
+Task = Annotated[str, typer.Option(help="benchmark's name", show_default=False)]
+DataFolder = Annotated[Path, typer.Option("--data", help="folder of the benchmark's files", show_default=False)]
+MediaRoot = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]DIR", help="where media are, all or those of one name; may be repeated"),
+]
+Variant = Annotated[str | None, typer.Option(help="which of the benchmark's file formats, where several are there")]
+Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 RECEIVES = {
@@ -238,6 +250,127 @@ def chat(
     print(json.dumps(asked | asdict(reply) | {"seconds": time.perf_counter() - start}))
 
 
+@app.command("eval")
+def evaluate(
+    out: Annotated[
+        Path | None, typer.Argument(help="omni folder, specialist, or language model", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="benchmark's name", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder of its files (default: $MODALLOY_DATA/TASK, the hub's cache)")
+    ] = None,
+    run: Annotated[Path | None, typer.Option("-o", "--run", help="folder of the run", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first N questions")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    media_root: MediaRoot = None,
+    variant: Variant = None,
+    modalities: Modalities = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="questions that are answered together")] = 1,
+    features: Annotated[Path | None, typer.Option(help="folder that keeps what encoders made of media")] = None,
+    download: Annotated[bool, typer.Option("--download", help="fetch the benchmark's files from the hub")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
+    base: Annotated[str | None, typer.Option(help="base of a specialist that records none")] = None,
+    encoder: Annotated[str | None, typer.Option(help="encoder of a specialist that records none")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="list the tasks")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a model the questions of a benchmark, and score the answers."""
+    from modalloy.evals import BENCHMARKS, find_benchmark
+    from modalloy.evals.benchmark import data_folder
+
+    if listed:
+        _list(BENCHMARKS, as_json)
+        return
+    if out is None or task is None or run is None:
+        raise ModalloyError(
+            "eval: which model, which task, and where to? write modalloy eval OUT --task T -o RUN; --list lists the tasks"
+        )
+    _choice("--device", device, DEVICES)
+    _choice("--dtype", dtype, DTYPES)
+    benchmark = find_benchmark(task)
+    source = _source(data_folder(benchmark, data, download=download), media_root, variant, modalities)
+    from modalloy.evals.features import FeatureCache
+    from modalloy.evals.runner import evaluate as run_on
+    from modalloy.evals.runner import identify
+    from modalloy.merge import resolve_device
+    from modalloy.model import load_model
+
+    options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
+    with progress(task) as on_sample:
+        finished = run_on(
+            lambda: load_model(out, **options),
+            identify(out, **options),
+            benchmark,
+            source,
+            run,
+            limit=limit,
+            resume=resume,
+            batch_size=batch_size,
+            cache=FeatureCache(features),
+            on_sample=on_sample,
+        )
+    _write_scores(finished, as_json)
+
+
+@app.command()
+def eval_score(
+    run: Annotated[Path, typer.Argument(help="folder that `modalloy eval` wrote", show_default=False)],
+    page: Annotated[Path | None, typer.Option("-o", "--out", help="HTML page of answers", show_default=False)] = None,
+    examples: Annotated[int, typer.Option(min=1, help="answers that the page shows")] = 200,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing page")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score the answers of a run again, without a model; with -o, make a page to look at them."""
+    from modalloy.evals.run import load_run
+    from modalloy.report.evals import page as page_of
+    from modalloy.report.inspect import new_file
+
+    found = load_run(run)
+    if page is not None:
+        with new_file(page, overwrite=overwrite) as write:
+            write(page_of(found, examples=examples))
+    _write_scores(found, as_json)
+
+
+@app.command()
+def eval_compare(
+    a: Annotated[Path, typer.Argument(help="folder of a run", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="folder of another run of the same task and data", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Is run B really better than run A? Paired tests on the questions that both were asked; Markdown on stdout."""
+    from modalloy.evals.compare import compare
+    from modalloy.evals.run import load_run
+    from modalloy.report.evals import comparison
+
+    found = compare(load_run(a), load_run(b))
+    print(json.dumps(found.to_dict()) if as_json else comparison(found), end="\n" if as_json else "")
+
+
+@app.command()
+def eval_doctor(
+    task: Task,
+    data: DataFolder,
+    media_root: MediaRoot = None,
+    variant: Variant = None,
+    modalities: Modalities = None,
+    quick: Annotated[bool, typer.Option("--quick", help="only see whether files exist; decode none")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which media of a benchmark are missing or broken. Loads no model; exit code 1 if there are any, 0 if none."""
+    from modalloy.evals import find_benchmark
+    from modalloy.evals.doctor import doctor
+
+    benchmark = find_benchmark(task)
+    source = _source(data, media_root, variant, modalities)
+    with progress("media") as on_medium:
+        found = doctor(benchmark, source, quick=quick, on_medium=on_medium)
+    print(json.dumps(found.to_dict()) if as_json else found.text())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
@@ -264,6 +397,63 @@ def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]
             raise MediaError(f"{file}: no such file; check the path")
         files.append((modality_name(name), Path(file)))
     return files
+
+
+def _source(
+    data: Path, media_root: list[str] | None = None, variant: str | None = None, modalities: str | None = None
+) -> "Source":
+    """The source that the options of an evaluation name."""
+    from modalloy.evals.benchmark import Source
+
+    roots: dict[str, Path] = {}
+    for given in media_root or ():
+        name, separator, folder = given.partition("=")
+        if not separator or "/" in name:  # a folder's own name may hold "="
+            name, folder = "", given
+        if not folder or not Path(folder).is_dir():
+            raise MediaError(f"--media-root {given}: {folder or 'nothing'} is not a folder; write DIR or NAME=DIR")
+        if name.lower() in roots:
+            raise ModalloyError(f"--media-root {given}: {name or 'the general root'} is given twice; keep one")
+        roots[name.lower()] = Path(folder)
+    shown = None
+    if modalities is not None and modalities != "all":
+        shown = tuple(dict.fromkeys(modality_name(name.strip().lower()) for name in modalities.split("+")))
+        for name in shown:
+            if name not in MODALITIES:
+                raise ModalloyError(f"--modalities {modalities}: no modality '{name}'; {nearest(name, MODALITIES)}")
+    return Source(data, roots, variant, shown)
+
+
+def _write_scores(run: "Run", as_json: bool) -> None:
+    """Write a run's result.json, result.md and result.csv, and print one of them."""
+    from modalloy.evals.run import result
+    from modalloy.report.evals import csv, markdown
+
+    scores = result(run)
+    for name, text in (("json", json.dumps(scores, indent=1)), ("md", markdown(scores)), ("csv", csv(scores))):
+        (run.folder / f"result.{name}").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    print(json.dumps(scores) if as_json else markdown(scores))
+
+
+def _list(benchmarks: "dict[str, Benchmark]", as_json: bool) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "summary": found.summary,
+            "modalities": found.modalities,
+            "variants": found.variants,
+            "rules": list(found.rules),
+            "files": found.files,
+            "hub": found.hub,
+        }
+        for name, found in benchmarks.items()
+    }
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for name, row in rows.items():
+        print(
+            f"{name:18} {row['summary']}\n{'':18} shows {'+'.join(row['modalities']) or 'text only'}; --data: {row['files']}"
+        )
 
 
 def _choice(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -28,7 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modalloy import builtin
 from modalloy.encoders import load_encoder
 from modalloy.evals import senses
+from modalloy.evals.features import FeatureCache
+from modalloy.evals.run import baselines
+from modalloy.evals.runner import answers
 from modalloy.evals.senses import Clip, Question
+from modalloy.evals.statistics import bootstrap_interval
 from modalloy.model import load_model
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
@@ -353,23 +357,24 @@ def save_specialist(model: ModalloyForConditionalGeneration, args: argparse.Name
 
 def write_card(clips: list[Clip], args: argparse.Namespace) -> None:
     """Score the saved specialist on the held-out files and write its README.md: data, licences, steps, accuracy."""
-    chat, examiner = load_model(args.out), senses.Examiner()
-    questions = senses.single_questions(clips, args.modality)
-    correct = [examiner.correct(chat, question) for question in questions]
+    asked = [question.sample(args.modality) for question in senses.single_questions(clips, args.modality)]
+    entries = [
+        e for batch in answers(load_model(args.out), list(enumerate(asked)), 0, 1, FeatureCache()) for e in batch
+    ]
+    right = {entry.sample.id: senses.by_likelihood(entry.sample, entry.answer).correct for entry in entries}
     rows = []
-    for kind in dict.fromkeys(question.kind for question in questions):
-        for tier in ("new source", "new file"):
-            group = [
-                (q, right) for q, right in zip(questions, correct, strict=True) if (q.kind, q.tier) == (kind, tier)
-            ]
+    for kind in dict.fromkeys(sample.kind for sample in asked):
+        for tier in senses.HELD_OUT:
+            group = [sample for sample in asked if (sample.kind, sample.group["tier"]) == (kind, tier)]
             if not group:
                 continue
-            asked = [q for q, _ in group]
-            accuracy = sum(right for _, right in group) / len(group)
-            low, high = senses.clustered_interval([float(right) for _, right in group], asked)
-            media = len({q.clips[0].path for q in asked})
-            blind = f"{senses.chance(asked):.2f} | {senses.majority(asked):.2f}"
-            rows.append(f"| {kind} | {tier} | {accuracy:.2f} | {low:.2f}–{high:.2f} | {blind} | {media} |")
+            values = [float(right[sample.id]) for sample in group]
+            accuracy = sum(values) / len(group)
+            low, high = bootstrap_interval(values, [sample.cluster for sample in group])
+            media = len({sample.media for sample in group})
+            blind = baselines(group)
+            shown = f"{accuracy:.2f} | {low:.2f}–{high:.2f} | {blind['chance']:.2f} | {blind['majority']:.2f} | {media}"
+            rows.append(f"| {kind.split()[-1]} | {tier} | {shown} |")
             log(args, {"kind": kind, "tier": tier, "accuracy": round(accuracy, 4), "n": len(group)})
     train = [clip for clip in clips if clip.tier == "train"]
     sources = sorted({(clip.package, clip.licence) for clip in train})

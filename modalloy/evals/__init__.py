@@ -1,19 +1,23 @@
 """Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
 
 from modalloy.errors import ModalloyError, nearest
-from modalloy.evals import mmau, mmlu, ocrbench, senses
+from modalloy.evals import avqa, mcub, mmau, mmlu, music_avqa, ocrbench, senses
 from modalloy.evals.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    found.name: found
-    for found in (
-        senses.BENCHMARK,
-        senses.GENERATED,
+    benchmark.name: benchmark
+    for benchmark in (
+        music_avqa.BENCHMARK,
+        avqa.BENCHMARK,
+        mcub.MCUB3,
+        mcub.MCUB4,
         mmlu.BENCHMARK,
         mmlu.GENERATIVE,
         ocrbench.BENCHMARK,
         ocrbench.LLAVA,
         mmau.BENCHMARK,
+        senses.BENCHMARK,
+        senses.GENERATED,
     )
 }
 

@@ -187,6 +187,32 @@ def _parquet_rows(raw: bytes) -> list[Any]:
     return list(parquet.read_table(io.BytesIO(raw)).to_pylist())
 
 
+def data_folder(benchmark: Benchmark, given: Path | None, *, download: bool = False) -> Path:
+    """Where a benchmark's files are: as given, else $MODALLOY_DATA/NAME, else its data set in the hub's cache.
+
+    Raises:
+        MediaError: nowhere, and `download` is not set.
+    """
+    if given is not None:
+        return given
+    root = os.environ.get("MODALLOY_DATA")
+    if root and (Path(root) / benchmark.name).is_dir():
+        return Path(root) / benchmark.name
+    if benchmark.hub is None:
+        raise MediaError(f"{benchmark.name}: give the folder of its files with --data ({benchmark.files})")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(benchmark.hub, repo_type="dataset", local_files_only=not download))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        where = "cannot be had from the hub" if download else "is not in the hub's cache"
+        reason = f" ({str(error).splitlines()[0]})" if download else "; add --download"
+        raise MediaError(
+            f"{benchmark.name}: its data set {benchmark.hub} {where}{reason}, or give its files with --data ({benchmark.files})"
+        ) from error
+
+
 @contextmanager
 def fields(path: Path, index: int) -> Iterator[None]:
     """One line for a row of a benchmark's file that lacks a field, or has one of another type."""

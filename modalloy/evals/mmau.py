@@ -1,7 +1,7 @@
 """MMAU test-mini: 1,000 questions on sounds, music and speech with two to eight options (Sakshi et al., ICLR 2025).
 
-About a quarter of the questions were revised in v05.15.25, which the official repository and the hub hold; older copies
-have the same name, so compare only runs whose data have the same hash. "Always the first option" is right in 39.5 %.
+Read from the official repository's file. About a quarter of the questions were revised in v05.15.25; older copies have
+the same name, so compare only runs whose data have the same hash. "Always the first option" is right in 39.5 %.
 """
 
 import re
@@ -74,7 +74,6 @@ BENCHMARK = Benchmark(
     summary="sounds, music and speech, 1,000 questions with options (audio)",
     samples=samples,
     rules={"official": official, "published": published},
-    files="mmau-test-mini.json with the folder test-mini-audios (or --media-root)",
+    files="mmau-test-mini.json (Sakshi113/MMAU) with the folder test-mini-audios (or --media-root)",
     modalities=("audio",),
-    hub="gamma-lab-umd/MMAU-test-mini",
 )

@@ -15,6 +15,7 @@ from typing import IO, Any
 from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Verdict, by_group, wilson
+from modalloy.evals.statistics import bootstrap_interval
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1
@@ -115,9 +116,9 @@ class Log:
             before = _read_meta(folder)
             changed = [key for key in IDENTITY if before.get(key) != meta[key]]
             if changed:
+                was, now = before.get(changed[0]), meta[changed[0]]
                 raise OutputError(
-                    f"{folder}: is a run of another {changed[0]} ({before.get(changed[0])}, now {meta[changed[0]]}); "
-                    "choose another folder"
+                    f"{folder}: is a run of another {changed[0]} ({was}, now {now}); choose another folder"
                 )
         elif any(folder.iterdir()):
             raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
@@ -210,8 +211,9 @@ def result(run: Run) -> dict[str, Any]:
         "n_oom": sum(entry.status == "oom" for entry in run.entries),
         "acc": headline["acc"],
         "ci95": headline["ci95"],
+        "ci95_clustered": headline["ci95_clustered"],
         "groups": headline["groups"],
-        "baselines": baselines(samples, run.benchmark),
+        "baselines": baselines(samples),
         "generation": run.meta["generation"],
         "prompt_sha256": prompts_sha256(run.entries),
         **{key: run.meta[key] for key in ("data", "model", "environment")},
@@ -230,18 +232,28 @@ def _scores(run: Run, rule: str) -> dict[str, Any]:
             "n": len(indices),
             "acc": right / len(indices),
             "ci95": list(wilson(right, len(indices))),
+            "ci95_clustered": _clustered([run.entries[i].sample for i in indices], [verdicts[i] for i in indices]),
         }
     return {
         "acc": correct / n,
         "acc_scored": correct / len(ok) if ok else None,
         "correct": correct,
         "ci95": list(wilson(correct, n)),
+        "ci95_clustered": _clustered([entry.sample for entry in run.entries], verdicts),
         "n_unparsed": sum(verdicts[index].prediction is None for index in ok),
         "groups": groups,
     }
 
 
-def baselines(samples: Sequence[Sample], benchmark: Benchmark) -> dict[str, float | None]:
+def _clustered(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[float] | None:
+    """Bootstrap interval that draws whole clusters; None without clusters, or where there is one only."""
+    clusters = [sample.cluster for sample in samples]
+    if not any(clusters) or len({cluster[:1] for cluster in clusters}) == 1:
+        return None
+    return list(bootstrap_interval([float(verdict.correct) for verdict in verdicts], clusters))
+
+
+def baselines(samples: Sequence[Sample]) -> dict[str, float | None]:
     """Accuracy of blind answers: the most frequent gold (of all, and of each kind of question), the first option, chance.
 
     None where a baseline does not exist, as chance does where any answer may be given.

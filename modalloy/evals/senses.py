@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest
 from modalloy.evals.capitals import CAPITALS
@@ -477,25 +475,3 @@ GENERATED = Benchmark(
     variants=("test", "validation"),
     max_new_tokens=12,
 )
-
-
-def clustered_interval(
-    values: list[float], questions: list[Question], *, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `values` (one a question), resampling concepts and, within them, files.
-
-    Give differences between two methods on the same questions for a paired interval.
-    """
-    groups: dict[str, dict[Path, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for value, question in zip(values, questions, strict=True):
-        clip = question.clips[-1]
-        groups[clip.concept][clip.path].append(value)
-    sums = [np.array([[sum(v), len(v)] for v in files.values()]) for files in groups.values()]
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = [sums[index] for index in rng.integers(len(sums), size=len(sums))]
-        total = sum(files[rng.integers(len(files), size=len(files))].sum(0) for files in drawn)
-        means.append(total[0] / total[1])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
