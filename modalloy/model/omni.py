@@ -193,7 +193,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             text = self.get_input_embeddings()
             inputs_embeds = text(input_ids) if owners is None else self.embed(input_ids, owners, features)
-        with self.routes.use(self._path(owners), self.config.owners):
+        with self.routes.use(self.path(owners), self.config.owners):
             output: CausalLMOutputWithPast = self.decoder(
                 attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
@@ -286,7 +286,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.folded = True
         return errors
 
-    def _path(self, owners: Tensor | None) -> Tensor | None:
+    def path(self, owners: Tensor | None) -> Tensor | None:
         """Owners by the weights they use: a modality without an update of its own uses the text path."""
         if owners is None:
             return None
