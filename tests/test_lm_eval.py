@@ -17,6 +17,8 @@ from fixtures_text_evals import MMLU_TEST, mmlu_hub_rows, write_llama, write_mml
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.benchmark import Answer, Sample, Source
+from modalloy.evals.run import result
+from modalloy.evals.runner import evaluate
 from modalloy.model import ChatModel, load_model
 
 GOLDEN = Path(__file__).parent / "golden" / "mmlu_lm_eval.json"
@@ -34,7 +36,7 @@ def chat(llama: Path) -> ChatModel:
 
 def ours(chat: ChatModel, folder: Path) -> list[tuple[Sample, Answer]]:
     samples = BENCHMARKS["mmlu"].samples(Source(write_mmlu(folder)))
-    return [(s, Answer(likelihoods=tuple(chat.continuations(s.text, s.options)))) for s in samples]
+    return [(s, Answer(likelihoods=tuple(chat.continuations([s.text], [s.options])[0]))) for s in samples]
 
 
 def test_mmlu_is_what_lm_eval_gave(chat: ChatModel, tmp_path: Path) -> None:
@@ -50,6 +52,15 @@ def test_mmlu_is_what_lm_eval_gave(chat: ChatModel, tmp_path: Path) -> None:
         assert verdict.prediction == "ABCD"[theirs["argmax"]]
         right.append(verdict.correct)
     assert sum(right) / len(right) == pytest.approx(golden["acc"])
+    model = {"path": "llama", "fingerprint": "0" * 64, "recipe": None, "options": {}}
+    run = evaluate(lambda: chat, model, BENCHMARKS["mmlu"], Source(tmp_path), tmp_path / "run", batch_size=3)
+    scores = result(run)
+    assert scores["acc"] == pytest.approx(golden["acc"]) and scores["n"] == 9
+    assert {name: group["n"] for name, group in scores["groups"]["category"].items()} == {
+        "STEM": 4,
+        "humanities": 2,
+        "other": 3,
+    }
     assert len({row["argmax"] for row in golden["rows"].values()}) > 1 and 0 < golden["acc"] < 1
 
 
@@ -61,8 +72,8 @@ def test_an_option_is_tokenised_with_its_question(chat: ChatModel) -> None:
     assert after == [*alone, tokenizer.convert_tokens_to_ids("▁A")]
     with torch.no_grad():
         last = chat.model(input_ids=torch.tensor([alone])).logits[0, -1].log_softmax(-1)
-    assert chat.continuations("Answer:", [" A"]) == pytest.approx([float(last[after[-1]])], abs=1e-5)
-    assert chat.continuations("Answer: ", ["A"]) == pytest.approx(chat.continuations("Answer:", [" A"]), abs=1e-6)
+    for text, option in (("Answer:", " A"), ("Answer: ", "A")):  # a space that ends the text is the option's
+        assert chat.continuations([text], [[option]])[0] == pytest.approx([float(last[after[-1]])], abs=1e-5)
 
 
 def test_without_lm_eval_the_adapter_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

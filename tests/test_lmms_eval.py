@@ -1,4 +1,4 @@
-"""The adapter to lmms-eval against a stand-in of its interface; lmms-eval itself cannot be installed beside ours."""
+"""The adapter to lmms-eval against a stand-in of its interface; its own pins conflict with ours."""
 
 import json
 import sys

@@ -1,8 +1,9 @@
 """A merged model, and MUSIC-AVQA, AVQA and MCUB, for lmms-eval, which has none of these.
 
 lmms-eval pins versions that conflict with ours (`av<16`, `wandb==0.25.0` and some fifty more packages), so it needs an
-environment of its own: install it first, then `pip install --no-deps modalloy` and what is still missing. Our tests
-run this against a stand-in of lmms-eval 0.7.3's interface only.
+environment of its own: install modalloy there, then `pip install --no-deps lmms-eval==0.7.3` and the few packages that
+its import asks for. Our tests run this against a stand-in of its interface; version 0.7.3 itself has run the MCUB task
+with a model that always answers "B".
 
 Its tasks read what our benchmarks made of the official files:
 
