@@ -13,6 +13,7 @@ left out, and the table says so.
 import argparse
 import functools
 import gc
+import json
 import shutil
 import sys
 import time
@@ -23,10 +24,12 @@ from typing import Any
 
 from modalloy import builtin, merge
 from modalloy.evals import find_benchmark
-from modalloy.evals.benchmark import Source
+from modalloy.evals.benchmark import Sample, Source
+from modalloy.evals.compare import Comparison, Paired, compare
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.run import Run, load_run
+from modalloy.evals.run import Run, baselines, load_run, result
 from modalloy.evals.runner import evaluate, identify
+from modalloy.evals.senses import CELLS
 from modalloy.model import load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
@@ -51,23 +54,36 @@ class Row:
 
 
 SPECIALISTS = [Row(f"{m} specialist", model=str(builtin.specialist(m)), shows=(m,)) for m in builtin.specialists()]
+OURS = Row("SSAM", "ssam")
 MERGES = [
-    Row("SSAM", "ssam"),
+    OURS,
     Row("average (= DAMC)", "average"),
     Row("task arithmetic", "task_arithmetic"),
-    Row("TIES", "ties"),
     Row("TSV", "tsv"),
+    Row("TIES", "ties"),
     Row("WUDI", "wudi"),
     Row("OptMerge", "optmerge"),
     Row("KnOTS", "knots"),
     Row("Core Space", "core_space"),
     Row("Iso-C", "iso_c"),
+    Row("no text update (λ = 0)", "ssam", {"scale": 0.0}),
     Row("NaiveMC", "average", specialists=f"{REFERENCES}/same/"),
     Row("joint training", "average", specialists=f"{REFERENCES}/joint/"),
 ]
 BASE = Row("base", model=builtin.BASE, shows=())
-RANKS = [Row(f"k = {k}", "ssam", {"rank": k}) for k in (1, 2, 4, 8, 16, 24, 32)]
-SCALES = [Row(f"λ = {scale:g}", "ssam", {"scale": scale}) for scale in (0.1, 0.25, 0.4, 0.6, 1.0)]
+ABLATIONS = [
+    Row("SSAM (k = 8, λ = 1/4)", "ssam"),
+    *(Row(f"k = {k}", "ssam", {"rank": k}) for k in (1, 2, 4, 16, 32)),
+    *(Row(f"λ = {scale:g}", "ssam", {"scale": scale}) for scale in (0.1, 0.5, 0.75, 1.0)),
+    Row("k by energy 0.9", "ssam", {"rank": {"energy": 0.9}}),
+    Row("balance: subspace", "ssam", {"balance": "subspace"}),
+    Row("balance: updates", "ssam", {"balance": "updates"}),
+    Row("match: norm", "ssam", {"match": "norm"}),
+    Row("average", "average"),
+    Row("task arithmetic", "task_arithmetic"),
+]
+# Chosen on validation questions, then asked the test's once.
+CHOSEN: list[Row] = []
 
 
 def main() -> None:
@@ -77,13 +93,105 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows, in this order")
     parser.add_argument("--ablations", action="store_true", help="k, λ and variants on validation questions instead")
     args = parser.parse_args()
-    rows = [*RANKS, *SCALES] if args.ablations else [BASE, *SPECIALISTS, *MERGES]
+    rows = ABLATIONS if args.ablations else [BASE, *SPECIALISTS, *MERGES, *CHOSEN]
     if args.rows:
         named = {row.name: row for row in rows}
         rows = [named[name] for name in args.rows]
     variant, cache = "validation" if args.ablations else "test", FeatureCache(args.out / "features")
     runs = {row.name: run for row in rows if (run := asked(row, args.data, args.out, variant, cache)) is not None}
-    print(list(runs))
+    results = {name: result(run) for name, run in runs.items()}
+    ours = next((run for name, run in runs.items() if name.startswith(OURS.name)), None)
+    merges = [name for name, run in runs.items() if run.meta["modalities"] is None and run is not ours]
+    compared = {} if ours is None else {name: compare(runs[name], ours) for name in merges}
+    print_accuracies(runs, results)
+    print_differences(compared)
+    print_kinds(results)
+    differences = {name: found.to_dict() for name, found in compared.items()}
+    print(json.dumps({"variant": variant, "results": results, "ssam_minus": differences}))
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    """A table in Markdown."""
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |")
+    print()
+
+
+def cells_of(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The cells that were asked, one sense first, text last."""
+    there = {cell for found in results.values() for cell in found["groups"]["cell"]}
+    return [cell for cell in ("+".join(shown) for shown in CELLS) if cell in there] + ["text"] * ("text" in there)
+
+
+def print_accuracies(runs: dict[str, Run], results: dict[str, dict[str, Any]]) -> None:
+    """Accuracy by model and cell with its clustered interval, and the means over cells of one and of several senses."""
+    cells = cells_of(results)
+    asked_by_cell: dict[str, list[Sample]] = {}
+    for cell in cells:
+        runs_of_cell = [run for name, run in runs.items() if cell in results[name]["groups"]["cell"]]
+        whole = max(runs_of_cell, key=lambda run: len(run.entries))
+        asked_by_cell[cell] = [e.sample for e in whole.entries if e.sample.group["cell"] == cell]
+    blind = {cell: baselines(asked) for cell, asked in asked_by_cell.items()}
+    rows = [
+        ["questions", *(str(len(asked)) for asked in asked_by_cell.values()), "", ""],
+        [
+            "distinct media",
+            *(str(len({m for s in asked for m in s.media})) for asked in asked_by_cell.values()),
+            "",
+            "",
+        ],
+        ["chance", *(f"{found['chance']:.2f}" for found in blind.values()), "", ""],
+        ["majority", *(f"{_majority(found):.2f}" for found in blind.values()), "", ""],
+    ]
+    for name, found in results.items():
+        groups = found["groups"]["cell"]
+        means = []
+        for several in (False, True):
+            wanted = [cell for cell in cells if cell != "text" and ("+" in cell) == several]
+            have = [groups[cell]["acc"] for cell in wanted if cell in groups]
+            means.append(f"{sum(have) / len(have):.3f}" if len(have) == len(wanted) else "–")
+        rows.append([name, *(_share(groups.get(cell)) for cell in cells), *means])
+    table(["", *cells, "mean of one sense", "mean of several"], rows)
+
+
+def print_differences(compared: dict[str, Comparison]) -> None:
+    """SSAM minus every other merge on the same questions, in points, with the paired clustered interval; * where real."""
+    if not compared:
+        return
+    cells = [*("+".join(shown) for shown in CELLS), "text"]
+    rows = []
+    for name, found in compared.items():
+        pairs = [found.rules["likelihood"], *(found.groups["likelihood"]["cell"][cell] for cell in cells)]
+        rows.append([f"SSAM − {name}", *(_difference(pair) for pair in pairs)])
+    table(["", "all", *cells], rows)
+
+
+def print_kinds(results: dict[str, dict[str, Any]]) -> None:
+    """Accuracy by cell and kind of question."""
+    kinds = list(dict.fromkeys(kind for found in results.values() for kind in found["groups"]["kind"]))
+    rows = []
+    for kind in kinds:
+        shown = [found["groups"]["kind"].get(kind) for found in results.values()]
+        n = max(one["n"] for one in shown if one)
+        rows.append([kind, str(n), *("–" if one is None else f"{one['acc']:.2f}" for one in shown)])
+    table(["kind", "n", *results], rows)
+
+
+def _majority(blind: dict[str, float | None]) -> float:
+    """What the most frequent answer of each kind of question gets, or chance where that is better."""
+    return max(one for one in (blind["majority_by_kind"], blind["majority"], blind["chance"]) if one is not None)
+
+
+def _share(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    low, high = cell["ci95_clustered"] or cell["ci95"]
+    return f"{cell['acc']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _difference(pair: Paired) -> str:
+    low, high = pair.ci95
+    return f"{100 * pair.difference:+.0f} ({100 * low:+.0f} to {100 * high:+.0f}){'*' if pair.real else ''}"
 
 
 def asked(row: Row, data: Path, out: Path, variant: str, cache: FeatureCache) -> Run | None:
