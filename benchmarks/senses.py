@@ -30,6 +30,7 @@ from modalloy.evals.runner import evaluate, identify
 from modalloy.model import load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
+BATCH = 8
 REFERENCES = Path("build/references")
 
 
@@ -99,11 +100,12 @@ def asked(row: Row, data: Path, out: Path, variant: str, cache: FeatureCache) ->
     start = time.perf_counter()
 
     def report(done: int, total: int) -> None:
-        if done % 50 == 0 or done == total:
+        if done % 40 < 8 or done == total:
             print(f"{row.name}: {done}/{total}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
+    identity, benchmark = identify(model), find_benchmark("senses")
     run = evaluate(
-        load, identify(model), find_benchmark("senses"), source, folder, resume=True, cache=cache, on_sample=report
+        load, identity, benchmark, source, folder, resume=True, batch_size=BATCH, cache=cache, on_sample=report
     )
     (folder / "done").touch()
     if row.model is None:

@@ -19,6 +19,7 @@ from modalloy.names import MODALITIES, modality_name
 if TYPE_CHECKING:
     from modalloy.evals.benchmark import Benchmark, Source
     from modalloy.evals.run import Run
+    from modalloy.evals.sanity import Sanity
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -28,7 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="machine-readable result on s
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
 Media = list[Path]
 Task = Annotated[str, typer.Option(help="benchmark's name", show_default=False)]
-DataFolder = Annotated[Path, typer.Option("--data", help="folder of the benchmark's files", show_default=False)]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="folder of its files (default: $MODALLOY_DATA/TASK, the hub's cache)")
+]
 MediaRoot = Annotated[
     list[str] | None,
     typer.Option(metavar="[NAME=]DIR", help="where media are, all or those of one name; may be repeated"),
@@ -65,6 +68,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
     max_memory: Annotated[str | None, typer.Option(help="refuse if more is needed, for example 4GB")] = None,
+    sanity: Annotated[
+        bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
+    ] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="upload the result as OWNER/NAME")] = None,
     private: Annotated[bool, typer.Option("--private", help="make that repository private")] = False,
     allow_base_mismatch: Mismatch = False,
@@ -95,9 +101,11 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
+    checked = _sanity(out, device) if sanity else None
     url = None if push_to_hub is None else push(out, push_to_hub, private=private)
     if as_json:
-        print(json.dumps(report.to_dict() | ({} if url is None else {"pushed": url})))
+        more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
+        print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
         return
     print(f"plan     {report.plan.summary()}")
     print(
@@ -106,6 +114,10 @@ def merge(
     if report.compression_error is not None:
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     print(f"verify   {report.verification.summary()}")
+    if checked:
+        from modalloy.evals.sanity import findings
+
+        print(f"sanity   {'; '.join(findings(checked)) or 'nothing stands out'} (README.md has the table)")
     print(f"wrote    {out}")
     if url is not None:
         print(f"pushed   {url}")
@@ -256,9 +268,7 @@ def evaluate(
         Path | None, typer.Argument(help="omni folder, specialist, or language model", show_default=False)
     ] = None,
     task: Annotated[str | None, typer.Option(help="benchmark's name", show_default=False)] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="folder of its files (default: $MODALLOY_DATA/TASK, the hub's cache)")
-    ] = None,
+    data: DataFolder = None,
     run: Annotated[Path | None, typer.Option("-o", "--run", help="folder of the run", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first N questions")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
@@ -318,6 +328,9 @@ def eval_score(
     run: Annotated[Path, typer.Argument(help="folder that `modalloy eval` wrote", show_default=False)],
     page: Annotated[Path | None, typer.Option("-o", "--out", help="HTML page of answers", show_default=False)] = None,
     examples: Annotated[int, typer.Option(min=1, help="answers that the page shows")] = 200,
+    beside: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="another run to show beside it on the page")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing page")] = False,
     as_json: Json = False,
 ) -> None:
@@ -326,10 +339,14 @@ def eval_score(
     from modalloy.report.evals import page as page_of
     from modalloy.report.inspect import new_file
 
-    found = load_run(run)
+    found, other = load_run(run), None if beside is None else load_run(beside)
     if page is not None:
         with new_file(page, overwrite=overwrite) as write:
-            write(page_of(found, examples=examples))
+            write(page_of(found, examples=examples, other=other))
+    elif other is not None:
+        raise ModalloyError(
+            "--beside: is shown on the page only; add -o PAGE, or compare runs with modalloy eval-compare"
+        )
     _write_scores(found, as_json)
 
 
@@ -351,7 +368,7 @@ def eval_compare(
 @app.command()
 def eval_doctor(
     task: Task,
-    data: DataFolder,
+    data: DataFolder = None,
     media_root: MediaRoot = None,
     variant: Variant = None,
     modalities: Modalities = None,
@@ -360,10 +377,11 @@ def eval_doctor(
 ) -> None:
     """Which media of a benchmark are missing or broken. Loads no model; exit code 1 if there are any, 0 if none."""
     from modalloy.evals import find_benchmark
+    from modalloy.evals.benchmark import data_folder
     from modalloy.evals.doctor import doctor
 
     benchmark = find_benchmark(task)
-    source = _source(data, media_root, variant, modalities)
+    source = _source(data_folder(benchmark, data), media_root, variant, modalities)
     with progress("media") as on_medium:
         found = doctor(benchmark, source, quick=quick, on_medium=on_medium)
     print(json.dumps(found.to_dict()) if as_json else found.text())
@@ -380,6 +398,17 @@ def demo(
 
     with progress("merge") as on_job:
         run(out, on_job)
+
+
+def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
+    """The text-only examination of a result, which its card then has."""
+    from modalloy.evals.sanity import add_to_card, sanity
+    from modalloy.merge import resolve_device
+
+    with progress("sanity") as on_model:
+        found = sanity(out, device=resolve_device(device), on_model=on_model)
+    add_to_card(out, found)
+    return found
 
 
 def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]:

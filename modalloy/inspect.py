@@ -26,6 +26,7 @@ from modalloy.engines import local
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
+from modalloy.methods.ssam import balanced
 from modalloy.plan import Job, Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 
@@ -104,7 +105,8 @@ class Pair:
 @dataclass(frozen=True)
 class Slot:
     """One merged weight. `left_energy` and `right_energy` are the shares of the spectral energy of A = Σ D_i D_iᵀ and of
-    B = Σ D_iᵀ D_i in their top `curve_k` directions; `k_for_energy` the k at which both reach a share.
+    B = Σ D_iᵀ D_i in their top `curve_k` directions; `k_for_energy` the k at which both reach a share. Where the recipe
+    balances, A and B are those of D_i / ‖D_i‖.
 
     `coherence` is ‖Σ D_i‖ / Σ ‖D_i‖: 1 if all point one way, 1/√n if n of equal norm are orthogonal, 0 if they cancel.
     `merged_over_mean` is the norm of what the recipe merges over the norm of the plain mean (1/n) Σ D_i.
@@ -217,7 +219,7 @@ def inspect(
         )
         for s, entry in zip(planned.specialists, recipe.models, strict=True)
     )
-    found = findings(facts, slots, projects=projects)
+    found = findings(facts, slots, projects=projects, balance=planned.parameters.get("balance", "none"))
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
     return Inspection(
         recipe.merge_method, planned.parameters, planned.base_name, k_of, facts, tuple(slots), tuple(found)
@@ -239,7 +241,9 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     sum_norm = math.sqrt(max(float(products.sum()), 0.0))  # rounding may leave a cancelled sum just below zero
     decomposed = max(cores[0].shape) <= DENSE_LIMIT or len(factored) == len(deltas)
     spectra = [thin_svd(delta) if decomposed else None for delta in small]
-    kept = _Kept(cores, rank) if decomposed else None
+    balances = job.parameters.get("balance", "none") != "none"
+    seen = [_dense(delta) for delta in balanced(small)] if decomposed and balances else cores
+    kept = _Kept(seen, rank) if decomposed else None
     merged_norm = None
     if decomposed:
         # a method that turns with its inputs gives a result of the same norm on the cores
@@ -420,19 +424,25 @@ def _norms(slots: Sequence[Slot]) -> defaultdict[str, dict[str, float]]:
     return norms
 
 
-def findings(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot], *, projects: bool) -> list[Finding]:
-    """What a person should know before trusting the merge, warnings first. `projects`: the method keeps k directions only."""
+def findings(
+    specialists: Sequence[SpecialistFacts], slots: Sequence[Slot], *, projects: bool, balance: str = "none"
+) -> list[Finding]:
+    """What a person should know before trusting the merge, warnings first.
+
+    `projects`: the method keeps k directions only; `balance`: what of the updates it brings to one norm first, if it does.
+    """
     found = [*_unused(specialists, slots), *_uneven(slots), *_conflicts(slots)]
     for one in specialists:
         others = max((other.norm for other in specialists if other is not one), default=0.0)
-        if others and one.norm > DOMINANT_RATIO * others:
+        if others and one.norm > DOMINANT_RATIO * others and balance != "updates":
+            decides = "the shared subspaces and the sum" if balance == "none" else "the sum"
+            remedy = "lower its weight, raise the others'" + (", or set balance: updates" if projects else "")
             found.append(
                 Finding(
                     "warning",
                     "dominates",
                     f"{one.label}: its update is {one.norm / others:.1f} times as large as the next ({one.norm:.3g} against "
-                    f"{others:.3g}, over all weights), so that it decides the shared subspaces and the sum; "
-                    "lower its weight or raise the others'",
+                    f"{others:.3g}, over all weights), so that it decides {decides}; {remedy}",
                     (one.label,),
                 )
             )
@@ -524,8 +534,8 @@ def _projection(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -
             found.append(Finding("warning", "k_loses", text, (label,), tuple(lost)))
     if all_kept := [s.name for s in slots if s.k is not None and _holds_all(s)]:
         text = (
-            f"k is at least the sum of the ranks in {_count(all_kept, slots)}: nothing is projected away there, and ssam is "
-            "a plain sum times λ"
+            f"k is at least the sum of the ranks in {_count(all_kept, slots)}: nothing is projected away there, and ssam only "
+            "adds and scales"
         )
         found.append(Finding("note", "k_keeps_all", text, slots=tuple(all_kept)))
     return found

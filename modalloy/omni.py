@@ -170,7 +170,7 @@ def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | d
     return {
         "base_model": str(base.folder.resolve()),
         "text_config": config,
-        "text_update": _specialist_update(specialist.text, base),
+        "text_update": specialist_update(specialist.text, base),
         "modalities": {specialist.modality: settings},
     }
 
@@ -244,13 +244,13 @@ def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[st
         "n_tokens": sense.n_tokens,
         "n_prefix": tokens["prefix"].shape[1] if "prefix" in tokens else 0,
         "n_suffix": tokens["suffix"].shape[1] if "suffix" in tokens else 0,
-        "update": _specialist_update(specialist.own, base),
+        "update": specialist_update(specialist.own, base),
     }
     source = sense.source(specialist.modality)
     return found if source is None else found | {"source": source}
 
 
-def _specialist_update(updates: dict[str, Factors], base: Checkpoint) -> dict[str, Any] | None:
+def specialist_update(updates: dict[str, Factors], base: Checkpoint) -> dict[str, Any] | None:
     kinds = {(factors.rank, factors.scale) for factors in updates.values()}
     if len(kinds) > 1:
         raise CheckpointError(

@@ -230,7 +230,8 @@ class Plan:
 
     def summary(self) -> str:
         """One line: what is merged and how, and what is not."""
-        settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in self.parameters.items())
+        chosen = {name: value for name, value in self.parameters.items() if value != "none"}
+        settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
         parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
         parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
         return " · ".join(parts)
@@ -268,7 +269,8 @@ class Plan:
             return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
         if full and not stacked and method.rowwise and not literal:
             return wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
-        taken = wide * rows * columns * (n + 2 + n * method.copies)  # the updates, the merged one, and one on the way
+        copies = n * method.copies_updates(job.parameters)
+        taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
         if gets == "dense":
             return taken + wide * 4 * n * ENTRIES_AT_ONCE
         if method.rowwise:

@@ -13,10 +13,26 @@ def top(symmetric: Matrix, k: int) -> Matrix:
     return vectors[:, np.argsort(values)[::-1][:k]]
 
 
-def ssam(deltas: list[Matrix], rank: int, scale: float) -> Matrix:
-    left, right = sum(d @ d.T for d in deltas), sum(d.T @ d for d in deltas)
-    u, v = top(left, rank), top(right, rank)
-    return scale * sum(u @ u.T @ d @ v @ v.T for d in deltas)
+def ssam(deltas: list[Matrix], rank: float, scale: float, balance: str = "none", match: str = "none") -> Matrix:
+    norms = [np.sqrt(np.sum(d**2)) for d in deltas]
+    mean = np.sum(norms) / max(np.count_nonzero(norms), 1)
+    units = [d / (norm or 1) for d, norm in zip(deltas, norms, strict=True)]
+    seen = deltas if balance == "none" else units
+    left, right = sum(d @ d.T for d in seen), sum(d.T @ d for d in seen)
+    if rank < 1:
+        rank = max(energy_rank(left, rank), energy_rank(right, rank))
+    u, v = top(left, int(rank)), top(right, int(rank))
+    summed = [mean * d for d in units] if balance == "updates" else deltas
+    merged = sum(u @ u.T @ d @ v @ v.T for d in summed)
+    size = np.linalg.norm(merged)
+    if match == "norm":
+        merged = merged * (mean / size if size > 1e-6 * mean else 0)
+    return scale * merged
+
+
+def energy_rank(symmetric: Matrix, share: float) -> int:
+    energies = np.linalg.eigvalsh(symmetric)[::-1]
+    return next((k for k in range(1, len(energies)) if energies[:k].sum() >= share * energies.sum()), len(energies))
 
 
 def average(deltas: list[Matrix], scale: float) -> Matrix:

@@ -217,9 +217,13 @@ def test_repeated_ids(folders: dict[str, Path], tmp_path: Path) -> None:
     write_json(tmp_path / f"{stem}_answer.json", answers[:5] + answers[6:])  # one answer to both questions
     golds = {sample.id: sample.golds[0] for sample in ask(tmp_path, "music_avqa")}
     assert golds["7"] == golds["7#2"] == "one"
-    write_json(tmp_path / f"{stem}_answer.json", [*answers, answers[5]])
+    thrice = answers[5] | {"conversations": [{"from": "gpt", "value": "four"}]}
+    write_json(tmp_path / f"{stem}_answer.json", [*answers, thrice])
     with pytest.raises(ModalloyError, match=r"has 3 differing answers to '7', which is asked 2 times"):
         ask(tmp_path, "music_avqa")
+    write_json(tmp_path / f"{stem}_video+image+audio.json", [*questions, questions[5]])
+    golds = {sample.id: sample.golds[0] for sample in ask(tmp_path, "music_avqa")}
+    assert (golds["7"], golds["7#2"], golds["7#3"]) == ("one", "three", "four")
 
 
 def change(rows: list[Any], index: int, **values: Any) -> list[Any]:

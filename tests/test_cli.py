@@ -63,7 +63,9 @@ def test_overwrite_replaces_a_result(run: Run, write_recipe: Callable[..., Path]
 def test_methods_lists_every_method(run: Run) -> None:
     listed = json.loads(run("methods", "--json"))
     assert listed.keys() == METHODS.keys()
-    assert listed["ssam"]["parameters"] == {"rank": "auto", "scale": "auto"} and listed["ssam"]["auto_scale"] == "1/n"
+    off = {"balance": "none", "match": "none"}
+    assert listed["ssam"]["parameters"] == {"rank": "auto", "scale": "auto", **off}
+    assert listed["ssam"]["auto_scale"] == "1/n; 1 with match: norm"
     assert listed["task_arithmetic"]["auto_scale"] == "1" and listed["linear"]["auto_scale"] == ""
     assert listed["optmerge"]["auto_scale"] == "1; 0.1 with variant: full"
     for method in listed.values():

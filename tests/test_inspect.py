@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import SLOTS, edit_tensors, write_compose
 from safetensors.torch import load_file, save_file
 from test_cli import run
 
+import modalloy
 import modalloy.report.inspect as report
 from modalloy import inspect as module
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
@@ -117,6 +119,31 @@ def test_energy_curves_are_those_of_a_and_b(tmp_path: Path, write_recipe: WriteR
 def test_k_may_be_chosen_by_energy_per_layer(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
     for slot in inspect(write_recipe(parameters={"rank": {"energy": 0.9}})).slots:
         assert slot.k_for_energy is not None and slot.k == slot.k_for_energy["0.90"] < 8
+
+
+def test_balanced_and_matched_merges_are_measured(
+    tmp_path: Path, write_recipe: WriteRecipe, specialists: dict[str, Path]
+) -> None:
+    edit_tensors(specialists["audio"], scale_up(20.0))
+    rank = {"energy": 0.7}
+    for balance, match in (("subspace", "none"), ("updates", "none"), ("subspace", "norm"), ("updates", "norm")):
+        recipe = write_recipe(parameters={"rank": rank, "balance": balance, "match": match})
+        inspection = inspect(recipe)
+        assert ("dominates" in codes(inspection)) == (balance == "subspace")
+        for slot in inspection.slots:
+            deltas = [dense(path, slot.name.removesuffix(".weight")) for path in specialists.values()]
+            scale = 1.0 if match == "norm" else 0.5
+            close(slot.merged_norm, np.linalg.norm(reference.ssam(deltas, 0.7, scale, balance, match)))
+            units = [d / np.linalg.norm(d) for d in deltas]
+            u, v = (reference.top(a, slot.k or 0) for a in (sum(d @ d.T for d in units), sum(d.T @ d for d in units)))
+            close([update.kept for update in slot.updates], [np.linalg.norm(u.T @ d @ v) ** 2 for d in units])
+            assert slot.k == max(
+                reference.energy_rank(a, 0.7) for a in (sum(d @ d.T for d in units), sum(d.T @ d for d in units))
+            )
+    merged = modalloy.merge(recipe, tmp_path / "out")
+    assert merged.verification.worst_error is not None and merged.verification.worst_error < 1e-5
+    planned = modalloy.plan(modalloy.load_recipe(recipe))
+    assert "balance=updates, match=norm" in planned.summary() and "λ=1," in planned.summary()
 
 
 def test_another_method_is_measured_at_ssams_k(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:

@@ -174,8 +174,8 @@ P = torch.linalg.qr(torch.randn(OUT, OUT, dtype=torch.float64, generator=torch.G
 Q = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))[0]
 
 
-def law_holds(law: str, method: str, deltas: list[LowRank]) -> bool:
-    given: dict[str, Any] = {"rank": K} if "rank ≤ k" in METHODS[method].laws else {}
+def law_holds(law: str, method: str, deltas: list[LowRank], **parameters: Any) -> bool:
+    given: dict[str, Any] = parameters | ({"rank": K} if "rank ≤ k" in METHODS[method].laws else {})
     others = extras(method, len(deltas))
 
     def f(updates: list[LowRank], change: Callable[[list[Tensor]], list[Tensor]] = lambda matrices: matrices) -> Tensor:
@@ -235,6 +235,21 @@ def test_laws_kept_and_broken(method: str, law: str) -> None:
     assert law_holds(law, method, draw(alike(method, (4, 6, 5)), dtype=torch.float64)) == (law in METHODS[method].laws)
 
 
+VARIANTS = [
+    {"balance": balance, "match": match}
+    for balance in ("none", "subspace", "updates")
+    for match in ("none", "norm")
+    if (balance, match) != ("none", "none")
+]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_ssams_variants_keep_its_laws(variant: dict[str, Any], law: str) -> None:
+    deltas = uneven(draw((4, 6, 5), dtype=torch.float64))
+    assert law_holds(law, "ssam", deltas, **variant) == (law in METHODS["ssam"].laws)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     ranks=st.lists(st.integers(0, 9), min_size=1, max_size=4),
@@ -258,6 +273,89 @@ def test_ssam_subspaces_leave_out_cross_terms() -> None:
     big, small = draw((1, 1), dtype=torch.float64)
     deltas = [10 * big, -10 * big, small]
     assert dense(merge_deltas(deltas, "ssam", rank=1, scale=1.0)).norm() < 0.5 * dense(small).norm()
+
+
+def uneven(deltas: list[LowRank]) -> list[LowRank]:
+    """The first much larger than the others, so that evening out norms shows."""
+    return [10 * deltas[0], *deltas[1:]]
+
+
+@pytest.mark.parametrize("rank", [3, 8, 500, {"energy": 0.6}], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("ranks", [(4, 6, 5), (6,), (30, 30), (4, 0, 5)], ids=str)
+def test_ssams_variants_agree_with_the_reference(ranks: tuple[int, ...], variant: dict[str, Any], rank: Any) -> None:
+    deltas = uneven(draw(ranks))
+    for scale in ("auto", -0.7):
+        parameters = {"rank": rank, "scale": scale, **variant}
+        wanted = expected("ssam", deltas, **parameters)
+        low_rank, full = merge_deltas(deltas, **parameters), merge_deltas([d.dense() for d in deltas], **parameters)
+        assert relative(low_rank, wanted) < 2e-5 and relative(full, wanted) < 2e-5
+        assert isinstance(low_rank, LowRank) and isinstance(full, Tensor)
+
+
+def test_ssam_as_published_has_not_moved() -> None:
+    merged = merge_deltas(draw((4, 6, 5), dtype=torch.float64), "ssam", rank=K)
+    assert float(dense(merged).sum()) == pytest.approx(-6.043414531630588, rel=1e-11)
+    assert float(dense(merged).norm()) == pytest.approx(27.798299624600805, rel=1e-12)
+    assert METHODS["ssam"].parameters == {"rank": "auto", "scale": "auto", "balance": "none", "match": "none"}
+
+
+def test_a_balanced_subspace_does_not_depend_on_any_updates_size() -> None:
+    broad, narrow = orthogonal((4, 1))
+    both = [100 * broad, narrow]
+    assert (dense(merge_deltas(both, rank=1)) @ dense(narrow).T).norm() < 1e-9  # the small one is lost
+    assert relative(merge_deltas(both, rank=1, scale=1.0, balance="subspace"), dense(narrow)) < 1e-9
+    deltas = draw((4, 6, 5), dtype=torch.float64)
+    kept = {c: merge_deltas([c * deltas[0], *deltas[1:]], rank=K, scale=1.0, balance="subspace") for c in (0.0, 1, 50)}
+    only, even, large = (dense(kept[c]) for c in (0.0, 1, 50))
+    assert int(torch.linalg.matrix_rank(torch.cat([even, large], 1), rtol=1e-9)) == K  # one U
+    assert int(torch.linalg.matrix_rank(torch.cat([even, only], 1), rtol=1e-9)) > K
+
+
+def test_balanced_updates_depend_on_the_mean_norm_only() -> None:
+    deltas = draw((4, 6, 5), dtype=torch.float64)
+    norms = torch.stack([dense(delta).norm() for delta in deltas])
+    factors = torch.tensor([0.1, 7.0, 30.0], dtype=torch.float64)
+    mixed = [float(c) * delta for c, delta in zip(factors, deltas, strict=True)]
+    for match in ("none", "norm"):
+        given = {"rank": K, "balance": "updates", "match": match}
+        wanted = (norms * factors).mean() / norms.mean() * dense(merge_deltas(deltas, **given))
+        assert relative(merge_deltas(mixed, **given), wanted) < 1e-9
+        turned = merge_deltas(deltas, weights=[-2.0, 2.0, 2.0], **given)  # of a weight, the sign is left
+        assert relative(turned, 2 * dense(merge_deltas([-1.0 * deltas[0], *deltas[1:]], **given))) < 1e-9
+    even = [(1 / float(norm)) * delta for norm, delta in zip(norms, deltas, strict=True)]
+    for balance in ("subspace", "updates"):  # nothing to balance
+        assert relative(merge_deltas(even, rank=K, balance=balance), dense(merge_deltas(even, rank=K))) < 1e-9
+
+
+@pytest.mark.parametrize("balance", ["none", "subspace", "updates"])
+def test_norm_matching_gives_the_mean_norm(balance: str) -> None:
+    deltas = uneven(draw((4, 6, 5), dtype=torch.float64))
+    mean = sum(float(dense(delta).norm()) for delta in deltas) / 3
+    given: dict[str, Any] = {"balance": balance, "match": "norm"}
+    assert resolve("ssam", given, n=3, lora_rank=6)["scale"] == 1
+    for rank, scale in ((1, 1.0), (K, 0.25), (500, -2.0), ({"energy": 0.5}, 1.0)):
+        merged = dense(merge_deltas(deltas, rank=rank, scale=scale, **given))
+        assert float(merged.norm()) == pytest.approx(abs(scale) * mean, rel=1e-9)
+        plain = dense(merge_deltas(deltas, rank=rank, scale=scale, balance=balance))
+        assert float((merged * plain).sum()) == pytest.approx(float(merged.norm() * plain.norm()), rel=1e-9)
+    assert relative(merge_deltas(deltas[:1], **given), dense(deltas[0])) < 1e-9  # one specialist, k = its rank
+    assert relative(merge_deltas(deltas[:1] * 3, **given), dense(deltas[0])) < 1e-9
+    assert dense(merge_deltas(deltas, scale=0.0, **given)).norm() == 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_ssams_variants_of_zero_updates(variant: dict[str, Any]) -> None:
+    first, second = uneven(draw((4, 4)))
+    empty, untrained = LowRank(torch.zeros(OUT, 0), torch.zeros(0, IN)), 0.0 * second
+    for zeros in ([untrained], [untrained, untrained], [empty], [empty, untrained]):
+        assert dense(merge_deltas(zeros, **variant)).norm() == 0
+        assert dense(merge_deltas([zero.dense() for zero in zeros], **variant)).norm() == 0
+        mixed = merge_deltas([first, second, *zeros], scale=1.0, **variant)  # they do not count in the mean norm
+        assert relative(mixed, dense(merge_deltas([first, second], scale=1.0, **variant))) < 2e-5
+    opposed = [first, second, -1.0 * first, LowRank(second.up, -second.down)]
+    for deltas in (opposed, [delta.dense() for delta in opposed]):
+        assert dense(merge_deltas(deltas, **variant)).norm() <= 1e-5 * dense(first).norm()  # rounding is not blown up
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,12 @@ def test_a_plain_text_is_continued_and_any_language_model_can_be_asked(base: Pat
     assert entries[0].prompt_tokens == ids.shape[1] - 1
 
 
-def test_batches_answer_as_single_questions_do(run: Callable[..., Run], generated: Benchmark) -> None:
+def test_batches_answer_as_single_questions_do(
+    run: Callable[..., Run], generated: Benchmark, scored: Benchmark
+) -> None:
+    alone, together = run(scored, name="alone"), run(scored, name="together", batch_size=3)
+    for single, batched in zip(alone.entries, together.entries, strict=True):
+        assert single.answer.likelihoods == pytest.approx(batched.answer.likelihoods, abs=1e-4)
     one, three = run(generated, name="one"), run(generated, name="three", batch_size=3)
     assert [e.answer for e in one.entries] == [e.answer for e in three.entries]
     assert [e.new_tokens for e in one.entries] == [e.new_tokens for e in three.entries]

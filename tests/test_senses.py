@@ -9,9 +9,12 @@ import pytest
 
 from modalloy.errors import MediaError
 from modalloy.evals import senses
+from modalloy.evals.benchmark import Answer, Sample, Source
+from modalloy.evals.run import baselines
 from modalloy.evals.senses import Clip
 
 PREFIXES = {"image": ["f3", "f3", "om", "a4a", "gc"], "audio": ["tux", "0ad", "0ad", "gc", "ovos"]}
+ODD = {kind: modality for modality, (kind, _) in senses.STEMS.items()}
 CONCEPTS = {"dog": "animal", "cat": "animal", "owl": "animal", "car": "vehicle", "bus": "vehicle", "harp": "instrument"}
 
 
@@ -65,7 +68,7 @@ def test_a_concept_that_only_held_out_packages_have_is_unseen(data: Path) -> Non
 def test_questions_are_well_formed(data: Path) -> None:
     clips = senses.load(data)
     groups = [senses.single_questions(clips, modality) for modality in ("image", "audio")]
-    groups.append(senses.paired_questions(clips))
+    groups.append(senses.joint_questions(clips, ("image", "audio")))
     for questions in groups:
         assert len({question.id for question in questions}) == len(questions)
         for question in questions:
@@ -74,25 +77,7 @@ def test_questions_are_well_formed(data: Path) -> None:
             assert "{" not in question.text and question.text.endswith("?")
             if question.kind in ("choose", "picture", "sound"):
                 assert len(question.options) == 4 and all(option in question.text for option in question.options)
-    assert senses.paired_questions(clips) == groups[2]  # seeded
-
-
-def test_paired_questions_need_both_senses(data: Path) -> None:
-    questions = senses.paired_questions(senses.load(data))
-    for question in questions:
-        picture, sound = question.clips
-        assert (picture.modality, sound.modality) == ("image", "audio")
-        alike = picture.concept == sound.concept
-        if question.kind == "same":
-            assert question.answer == ("yes" if alike else "no")
-        elif question.kind == "choose":
-            assert alike
-        else:
-            asked = picture if question.kind == "picture" else sound
-            assert not alike and question.answer == senses.with_article(asked.concept)
-            assert {senses.with_article(c.concept) for c in question.clips} <= set(question.options)
-    same = Counter(question.answer for question in questions if question.kind == "same")
-    assert same["yes"] == same["no"]
+    assert senses.joint_questions(clips, ("image", "audio")) == groups[2]  # seeded
 
 
 @pytest.fixture
@@ -139,10 +124,12 @@ def test_no_artwork_is_trained_by_one_sense_and_tested_by_another(four: list[Cli
     assert tiers["video", "moving:a4a:4.jpg"] == tiers["video", "turning:sar:3.3d"] == "new source"
 
 
-@pytest.mark.parametrize("modalities", [("image", "audio", "video"), ("image", "audio", "video", "point")])
+@pytest.mark.parametrize(
+    "modalities", [("image", "audio"), ("image", "audio", "video"), ("image", "audio", "video", "point")]
+)
 def test_joint_questions_need_every_sense(four: list[Clip], modalities: tuple[str, ...]) -> None:
-    questions = senses.joint_questions(four, modalities)
-    assert questions and questions == senses.joint_questions(four, modalities)
+    questions = senses.joint_questions(four, modalities, limit=10_000)
+    assert questions and questions == senses.joint_questions(four, modalities, limit=10_000)
     for question in questions:
         assert tuple(clip.modality for clip in question.clips) == modalities
         assert all(clip.tier in ("new source", "new file") for clip in question.clips)
@@ -151,11 +138,15 @@ def test_joint_questions_need_every_sense(four: list[Clip], modalities: tuple[st
             assert len(concepts) == 1
         elif question.kind == "same":
             assert question.answer == ("yes" if len(concepts) == 1 else "no")
+        elif question.kind == "common":
+            (category,) = {clip.category for clip in question.clips}
+            assert len(concepts) == len(modalities) and question.answer == senses.with_article(category)
+            assert len(question.options) == max(4, len(modalities) + 1)
+            assert {senses.with_article(concept) for concept in concepts} <= set(question.options)  # each sense's bait
         else:
-            (odd,) = [clip for clip in question.clips if concepts[clip.concept] == 1]
-            assert question.kind == senses.STEMS[odd.modality][0] and question.answer == senses.with_article(
-                odd.concept
-            )
+            (odd,) = [clip for clip in question.clips if clip.modality == ODD[question.kind]]
+            assert len(concepts) == 2 and concepts[odd.concept] == 1
+            assert question.answer == senses.with_article(odd.concept)
             assert {senses.with_article(concept) for concept in concepts} <= set(question.options)
     same = Counter(question.answer for question in questions if question.kind == "same")
     assert same["yes"] == same["no"]
@@ -179,7 +170,7 @@ def test_training_questions_use_training_files_only_and_are_seeded(data: Path) -
 
 
 def test_messages_hold_only_the_senses_asked_for(data: Path) -> None:
-    question = senses.paired_questions(senses.load(data))[0]
+    question = senses.joint_questions(senses.load(data), ("image", "audio"))[0]
     types = [part["type"] for part in question.messages()[0]["content"]]
     assert types == ["image", "audio", "text"]
     assert [part["type"] for part in question.messages({"audio"})[0]["content"]] == ["audio", "text"]
@@ -190,21 +181,45 @@ def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
         senses.load(tmp_path / "nowhere")
 
 
-def test_blind_baselines(data: Path) -> None:
-    questions = [q for q in senses.paired_questions(senses.load(data)) if q.kind in ("same", "choose")]
-    assert senses.chance(questions) == pytest.approx((2 / 3) * 0.5 + (1 / 3) * 0.25)
-    assert senses.majority(questions) >= senses.chance(questions)
+def test_samples_are_the_questions(data: Path) -> None:
+    source = Source(data, modalities=("audio",))
+    found = senses.samples(source)
+    assert {sample.group["cell"] for sample in found} >= {"audio", "image+audio", "text"}
+    assert all(modality == "audio" for sample in found for modality, _ in sample.media)
+    assert "image" not in {sample.group["cell"] for sample in found}  # they would show nothing
+    assert source.read["manifest.json"]["rows"] == 60
+    for sample in found:
+        assert sample.golds[0] in sample.choices and len(sample.options) == len(sample.choices)
+    trained = senses.samples(Source(data, variant="validation"))
+    assert {sample.group["tier"] for sample in trained} == {"train", "text"}
+    free = senses.GENERATED.samples(Source(data))
+    assert not any(sample.options for sample in free) and [s.id for s in free] == [
+        s.id for s in senses.samples(Source(data))
+    ]
 
 
-def test_intervals_are_clustered(data: Path) -> None:
-    """Ten copies of every answer must not narrow the interval as ten times the questions would."""
-    questions = senses.single_questions(senses.load(data), "image")
-    values = [float(question.clips[0].concept in ("dog", "cat", "owl")) for question in questions]
-    low, high = senses.clustered_interval(values, questions)
-    assert low < 0.25 and high > 0.75  # six concepts, answers all alike within one: very little is known
-    ten = senses.clustered_interval(values * 10, questions * 10)
-    assert ten == pytest.approx((low, high), abs=0.1)
-    assert senses.clustered_interval([1.0] * len(questions), questions) == (1.0, 1.0)
+def test_capitals_are_told_apart_from_their_neighbours() -> None:
+    found = senses.capital_samples()
+    assert len(found) == len({sample.id for sample in found}) > 100 and found == senses.capital_samples()
+    assert all(len(set(sample.choices)) == 4 and sample.plain for sample in found)
+    assert baselines(found)["chance"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("It is a dog.", "a dog"),
+        ("dog", "a dog"),
+        ("A fire engine, I think", "a fire engine"),
+        ("a dog or a cat", None),
+        ("hotdogs", None),
+        ("", None),
+    ],
+)
+def test_a_free_answer_counts_by_the_one_option_it_names(answer: str, expected: str | None) -> None:
+    sample = Sample("", "", ("a dog",), choices=("a dog", "a cat", "a fire engine", "an engine"))
+    verdict = senses.by_mention(sample, Answer(answer))
+    assert verdict.prediction == expected and verdict.correct == (expected == "a dog")
 
 
 def test_articles() -> None:

@@ -14,7 +14,7 @@ import math
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     clips = [clip for clip in senses.load(args.data) if clip.modality == args.modality]
-    model, processor = build(args.modality)
+    model, processor = build([args.modality])
     features = cached_features(model, processor, clips, args)
     trainer = Trainer(model, processor, features, clips, args)
     if not (args.work / "state.pt").is_file():
         trainer.align()
     for stage in (1, 2):
         trainer.train(stage)
-    save_specialist(model, args)
+    save_specialist(model, args.modality, args.out)
     write_card(clips, args)
 
 
@@ -90,30 +90,39 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def build(modality: str) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
-    """The untrained specialist: the base decoder with zero updates, and a randomly initialised projector."""
+def build(
+    modalities: Sequence[str], *, single_path: bool = False
+) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
+    """The untrained model: the base decoder with zero updates, and randomly initialised projectors.
+
+    Every modality's tokens have an update of their own; on a single path, all tokens use the text update.
+    """
     pretrained = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(builtin.base())
     tokenizer.chat_template = CHAT_TEMPLATE.read_text()
-    encoder, width = load_encoder(ENCODER[modality]), pretrained.config.hidden_size
+    encoders = {modality: load_encoder(ENCODER[modality]) for modality in modalities}
+    width = pretrained.config.hidden_size
     update = {"rank": RANK, "scale": 1.0, "linears": None}
-    sizes = {
-        "encoder": {"name": ENCODER[modality], "settings": {}},
-        "projector": {"type": "mlp", "widths": [encoder.dim, width, width]},
-        "n_tokens": encoder.n_tokens,
-        "n_prefix": PREFIX,
-        "n_suffix": SUFFIX,
-        "update": update,
+    sizes: dict[str, dict[str, Any]] = {
+        modality: {
+            "encoder": {"name": ENCODER[modality], "settings": {}},
+            "projector": {"type": "mlp", "widths": [encoder.dim, width, width]},
+            "n_tokens": encoder.n_tokens,
+            "n_prefix": PREFIX,
+            "n_suffix": SUFFIX,
+            "update": None if single_path else update,
+        }
+        for modality, encoder in encoders.items()
     }
-    model = ModalloyForConditionalGeneration(ModalloyConfig(pretrained.config, {modality: sizes}, update))
+    model = ModalloyForConditionalGeneration(ModalloyConfig(pretrained.config, sizes, update))
     for name, parameter in pretrained.named_parameters():
         model.decoder.get_parameter(name).data.copy_(parameter)
-    model.encoders[modality] = encoder
-    generator = torch.Generator().manual_seed(zlib.crc32(modality.encode()))
+    model.encoders.update(encoders)
+    generator = torch.Generator().manual_seed(zlib.crc32("+".join(modalities).encode()))
     for linear in model.linears.values():
-        for owner in (TEXT, modality):
+        for owner in model.config.updates:
             linear.add(owner, low_rank_zeros(linear, RANK, generator))
-    return model, ModalloyProcessor(tokenizer, {modality: sizes})
+    return model, ModalloyProcessor(tokenizer, sizes)
 
 
 def cached_features(
@@ -123,9 +132,12 @@ def cached_features(
     path = args.work / f"features-{args.views}.safetensors"
     features = load_file(path) if path.is_file() else {}
     start = time.perf_counter()
-    for index, clip in enumerate(clips):
-        if key(clip) in features and (clip.tier != "train" or len(features[key(clip)]) == args.views):
-            continue
+    missing = [
+        clip
+        for clip in clips
+        if key(clip) not in features or (clip.tier == "train" and len(features[key(clip)]) != args.views)
+    ]
+    for index, clip in enumerate(missing):
         rng = np.random.default_rng([args.seed, zlib.crc32(str(clip.path.name + clip.concept).encode())])
         views = range(args.views if clip.tier == "train" else 1)
         media = [VIEWS[args.modality](clip.path, view, rng) for view in views]
@@ -133,10 +145,11 @@ def cached_features(
         features[key(clip)] = model.encode(args.modality, stack).contiguous()
         log(
             args,
-            {"features": index + 1, "of": len(clips), "seconds": round(time.perf_counter() - start, 1)},
+            {"features": index + 1, "of": len(missing), "seconds": round(time.perf_counter() - start, 1)},
             quiet=index % 25,
         )
-    save_file(features, path)
+    if missing:
+        save_file(features, path)
     return features
 
 
@@ -152,13 +165,6 @@ class Trainer:
         args: argparse.Namespace,
     ) -> None:
         self.model, self.processor, self.features, self.clips, self.args = model, processor, features, clips, args
-        train = torch.cat([features[key(clip)].flatten(0, 1) for clip in clips if clip.tier == "train"])
-        first: Any = next(model.projectors[args.modality].children())
-        with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
-            spread = train.std(0) + 1e-3
-            first.weight.div_(spread)
-            first.bias.sub_(first.weight @ train.mean(0))
-        self.mean = train.mean(0)
 
     def align(self) -> None:
         """Stage 1a: turn the projected tokens of a clip towards the embedding of its concept's name.
@@ -179,13 +185,17 @@ class Trainer:
         share = torch.bincount(y).float()
         generator = torch.Generator().manual_seed(args.seed)
         projector: Any = self.model.projectors[args.modality]
+        mean = x.flatten(0, 1).mean(0)
+        with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
+            projector[0].weight.div_(x.flatten(0, 1).std(0) + 1e-3)
+            projector[0].bias.sub_(projector[0].weight @ mean)
         projector.requires_grad_(True)
         optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.align)
         drop = nn.Dropout(0.5)
         for step in range(args.align):
             rows = torch.multinomial(1 / share[y], min(96, len(y)), generator=generator)
-            tokens = projector(drop(x[rows] - self.mean) + self.mean)
+            tokens = projector(drop(x[rows] - mean) + mean)
             whole = nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T / 0.07
             parts = nn.functional.normalize(tokens, dim=-1) @ directions.T / 0.07
             each = y[rows, None].expand(parts.shape[:2])
@@ -275,18 +285,22 @@ class Trainer:
         ids, owner, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
         mask = pad([[1] * len(row[0]) for row in rows], 0)
         embeds = self.model.embed(ids, owner, {modality: torch.stack(features)})
-        with self.model.routes.use(owner, self.model.config.owners):
+        with self.model.routes.use(self.model.path(owner), self.model.config.owners):
             hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         targets = labels[:, 1:]
         logits = self.model.decoder.lm_head(hidden[:, :-1][targets != -100])  # the answers' positions only
         return nn.functional.cross_entropy(logits, targets[targets != -100])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a saved state holds of the model."""
+        return trained(self.model, self.args.modality)
 
     def save_state(self, stage: int, step: int, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         """Trainable tensors, optimiser and step, written beside the old state and renamed."""
         state = {
             "stage": stage,
             "step": step,
-            "tensors": trained(self.model, self.args.modality),
+            "tensors": self.tensors(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
         }
@@ -301,7 +315,7 @@ class Trainer:
             return 0
         state = torch.load(path, weights_only=True)
         with torch.no_grad():
-            for name, tensor in trained(self.model, self.args.modality).items():
+            for name, tensor in self.tensors().items():
                 tensor.copy_(state["tensors"][name])
         if state["stage"] != stage:
             return self.args.steps[stage - 1] if state["stage"] > stage else 0
@@ -316,6 +330,8 @@ def trained(model: ModalloyForConditionalGeneration, modality: str) -> dict[str,
     for name, linear in model.linears.items():
         stem = name.removesuffix(".weight")
         for owner, adapter in ((TEXT, "default"), (modality, disk)):
+            if owner not in linear.scales:
+                continue
             for side, stored in (("down", "A"), ("up", "B")):
                 tensors[f"{stem}.lora_{stored}.{adapter}.weight"] = getattr(linear, f"{side}_{owner}").data
     for name, tensor in model.projectors[modality].state_dict().items():
@@ -325,16 +341,16 @@ def trained(model: ModalloyForConditionalGeneration, modality: str) -> dict[str,
     return tensors
 
 
-def save_specialist(model: ModalloyForConditionalGeneration, args: argparse.Namespace) -> None:
-    """The specialist in ModelCompose's DAMC layout: adapter_model.safetensors (bfloat16) and config.json."""
-    disk = disk_name(args.modality)
+def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out: Path) -> None:
+    """The specialist in ModelCompose's layout (DAMC, or `same`): adapter_model.safetensors (bfloat16) and config.json."""
+    disk = disk_name(modality)
     tensors = {}
-    for name, tensor in trained(model, args.modality).items():
+    for name, tensor in trained(model, modality).items():
         tensors[name] = (tensor * RANK / ALPHA if ".lora_B." in name else tensor).to(torch.bfloat16).contiguous()
     for side in ("prefix", "suffix"):  # the layout has them; nothing reads them
         tensors[f"{side}_tokens.default"] = torch.zeros_like(tensors[f"{side}_tokens.{disk}"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, args.out / "adapter_model.safetensors", metadata={"format": "pt"})
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     text = model.config.text_config
     config = {
         "_name_or_path": builtin.BASE,
@@ -342,17 +358,17 @@ def save_specialist(model: ModalloyForConditionalGeneration, args: argparse.Name
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
         "num_hidden_layers": text.num_hidden_layers,
-        "lora_strategy": "modal+language",
+        "lora_strategy": "modal+language" if model.config.modalities[modality]["update"] else "same",
         "lora_r": RANK,
         "lora_alpha": ALPHA,
         "local_prefix_tokens": PREFIX,
         "local_suffix_tokens": SUFFIX,
-        f"mm_{disk}_encoder": ENCODER[args.modality],
-        f"mm_{disk}_hidden_size": model.projectors[args.modality].dim,
+        f"mm_{disk}_encoder": ENCODER[modality],
+        f"mm_{disk}_hidden_size": model.projectors[modality].dim,
         f"mm_{disk}_projector_type": "mlp2x_gelu",
     }
-    (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (args.out / "chat_template.jinja").write_text(CHAT_TEMPLATE.read_text())
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE.read_text())
 
 
 def write_card(clips: list[Clip], args: argparse.Namespace) -> None:

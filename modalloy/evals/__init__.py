@@ -1,7 +1,7 @@
 """Evaluation: benchmarks, one file each; a runner with a log; tables and comparisons that are made from the log only."""
 
 from modalloy.errors import ModalloyError, nearest
-from modalloy.evals import avqa, mcub, music_avqa, senses
+from modalloy.evals import avqa, mcub, mmau, mmlu, music_avqa, ocrbench, senses
 from modalloy.evals.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -11,6 +11,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         avqa.BENCHMARK,
         mcub.MCUB3,
         mcub.MCUB4,
+        mmlu.BENCHMARK,
+        mmlu.GENERATIVE,
+        ocrbench.BENCHMARK,
+        ocrbench.LLAVA,
+        mmau.BENCHMARK,
         senses.BENCHMARK,
         senses.GENERATED,
     )

@@ -5,6 +5,7 @@ A benchmark is one file with one `Benchmark`, and one line in `modalloy.evals.BE
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -136,17 +137,18 @@ class Source:
         return found
 
     def rows(self, path: Path) -> list[Any]:
-        """The rows of a JSON list, JSON lines, or CSV without a header (lists of strings)."""
+        """The rows of a JSON list, JSON lines, a Parquet table, or CSV without a header (lists of strings)."""
         try:
             raw = path.read_bytes()
-            text = raw.decode("utf-8-sig")
-            if path.suffix == ".csv":
-                rows: Any = list(csv.reader(text.splitlines(keepends=True)))
+            if path.suffix == ".parquet":
+                rows: Any = _parquet_rows(raw)
+            elif path.suffix == ".csv":
+                rows = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline="")))
             elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
             else:
-                rows = json.loads(text)
-        except (OSError, ValueError) as error:
+                rows = json.loads(raw.decode("utf-8-sig"))
+        except (OSError, ValueError, csv.Error) as error:
             raise MediaError(f"{path}: cannot be read ({error}); download it again") from error
         if not isinstance(rows, list):
             raise MediaError(
@@ -175,6 +177,14 @@ class Source:
                 return str(named.joinpath(*parts[index + 1 :]))
         start = self.roots.get(root) or self.roots.get("") or self.data
         return str(start / path)
+
+
+def _parquet_rows(raw: bytes) -> list[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ModalloyError("Parquet files are read by pyarrow, which is missing; run `pip install pyarrow`") from error
+    return list(parquet.read_table(io.BytesIO(raw)).to_pylist())
 
 
 def data_folder(benchmark: Benchmark, given: Path | None, *, download: bool = False) -> Path:

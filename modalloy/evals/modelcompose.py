@@ -20,7 +20,7 @@ SENSES = ("video", "image", "audio")  # of a question about a clip, in the order
 COMBINATIONS = ("audio", "image", "video", "image+audio", "image+video", "video+audio", "video+image+audio")
 NAMES = "|".join((*MODALITIES, *ALIASES))
 TAG = re.compile(rf"<({NAMES})>")
-LABELLED = re.compile(rf"(?:\b(?:{NAMES}|point cloud):[ \t]*)?<({NAMES})>[ \t]?", re.IGNORECASE)
+LABELLED = re.compile(rf"(?i:\b(?:{NAMES}|point cloud):[ \t]*)?<({NAMES})>[ \t]?")
 LABEL = re.compile(r"\s*(?:[\w ]+:\s*)?")
 
 
@@ -65,30 +65,27 @@ def read(source: Source, questions: Path, answers: Path, *, shared: bool = False
         raise MediaError(f"{answers}: has no answer to {len(lost)} questions of {questions.name}, first '{lost[0]}'")
     if not shared and (spare := [id for id in golds if id not in asked]):
         raise MediaError(f"{questions}: lacks {len(spare)} questions that {answers.name} answers, first '{spare[0]}'")
+    for id, n in asked.items():
+        if len(set(golds[id])) == 1:
+            golds[id] = golds[id][:1] * n
+        elif len(golds[id]) != n:
+            raise MediaError(f"{answers}: has {len(golds[id])} differing answers to '{id}', which is asked {n} times")
     samples = []
     for index, (id, name, row) in enumerate(zip(ids, names, rows, strict=True)):
-        given = golds[id]
-        if len(set(given)) > 1 and len(given) != asked[id]:
-            raise MediaError(
-                f"{answers}: has {len(given)} differing answers to '{id}', which is asked {asked[id]} times"
-            )
-        gold = given.pop(0) if len(given) == asked[id] else given[0]
         with fields(questions, index):
             text = text_of(row["conversations"][0]["value"])
-            files = {
-                modality_name(key): [text_of(path) for path in paths] for key, paths in row["modal_inputs"].items()
-            }
+            given = row["modal_inputs"].items()
+            files = {modality_name(key): [text_of(path) for path in paths] for key, paths in given if paths}
             tags = [modality_name(found[1]) for found in TAG.finditer(text)]
-            if Counter(tags) != Counter({key: len(paths) for key, paths in files.items() if paths}):
-                raise ValueError(
-                    f"tags {tags} do not fit { ({key: len(paths) for key, paths in files.items()}) } media"
-                )
+            counts = {modality: len(paths) for modality, paths in files.items()}
+            if Counter(tags) != Counter(counts):
+                raise ValueError(f"its tags, {', '.join(tags) or 'none'}, do not fit its media, {counts}")
         media = [(tag, source.medium(files[tag].pop(0))) for tag in tags]
         samples.append(
             Sample(
                 id=name,
                 text=without_tags(text, lambda modality: not source.shows(modality)),
-                golds=(gold,),
+                golds=(golds[id].pop(0),),
                 media=tuple(medium for medium in media if source.shows(medium[0])),
                 choices=option_lines(text),
             )
@@ -100,7 +97,7 @@ def without_tags(text: str, drop: Callable[[str], bool] = lambda modality: True)
     """`text` without the tags of the modalities to drop, their labels, and lines that have nothing else."""
 
     def cut(found: re.Match[str]) -> str:
-        return "" if drop(modality_name(found[1].lower())) else found[0]
+        return "" if drop(modality_name(found[1])) else found[0]
 
     lines = [(line, LABELLED.sub(cut, line)) for line in text.split("\n")]
     return "\n".join(left for line, left in lines if left == line or not LABEL.fullmatch(left))

@@ -246,11 +246,12 @@ def _scores(run: Run, rule: str) -> dict[str, Any]:
 
 
 def _clustered(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[float] | None:
-    """Bootstrap interval that draws whole clusters; None without clusters, or where there is one only."""
+    """Bootstrap interval that draws whole clusters; None without clusters, or where they cannot tell: one, or all alike."""
     clusters = [sample.cluster for sample in samples]
-    if not any(clusters) or len({cluster[:1] for cluster in clusters}) == 1:
+    values = [float(verdict.correct) for verdict in verdicts]
+    if not any(clusters) or len({cluster[:1] for cluster in clusters}) == 1 or len(set(values)) == 1:
         return None
-    return list(bootstrap_interval([float(verdict.correct) for verdict in verdicts], clusters))
+    return list(bootstrap_interval(values, clusters))
 
 
 def baselines(samples: Sequence[Sample]) -> dict[str, float | None]:

@@ -20,6 +20,8 @@ from modalloy.model import ChatModel
 from modalloy.model.chat import Prompt
 
 Progress = Callable[[int, int], None]
+Batch = list[tuple[int, Sample, Prompt]]
+LIKE = 16  # tokens by which prompts of one batch may differ in length
 
 
 def evaluate(
@@ -40,8 +42,8 @@ def evaluate(
     Args:
         load: gives the model; called when there is something left to ask.
         model: what identifies it (see `identify`).
-        batch_size: questions that have the same modalities and are generated together. Batches of more than one are padded,
-            which may change an answer by rounding.
+        batch_size: questions that are asked together. Batches of more than one are padded, which may change an answer by
+            rounding.
         cache: encoder features shared with other runs.
         on_sample: called with (samples done, samples in all).
 
@@ -98,8 +100,8 @@ def identify(model: str | Path, **options: Any) -> dict[str, Any]:
 def answers(
     chat: ChatModel, todo: list[tuple[int, Sample]], max_new_tokens: int, batch_size: int, cache: FeatureCache
 ) -> Iterator[list[Entry]]:
-    """Entries of the samples, batch by batch: batches share their modalities, and follow each other in sample order."""
-    waiting: dict[tuple[str, ...], list[tuple[int, Sample, Prompt]]] = {}
+    """Entries of the samples, batch by batch. The prompts of a batch have the same modalities and are of like length."""
+    waiting: dict[str, Batch] = {}
     for index, sample in todo:
         start = time.perf_counter()
         try:
@@ -107,22 +109,22 @@ def answers(
         except _UnreadableError as error:
             yield [_entry(index, sample, status="media_error", error=str(error), start=start)]
             continue
-        key = (str(bool(sample.options)), *sorted({modality for modality, _ in sample.media}))
+        key = str((sample.plain, bool(sample.options), sorted({m for m, _ in sample.media}), len(prompt.ids) // LIKE))
         batch = waiting.setdefault(key, [])
         batch.append((index, sample, prompt))
-        if len(batch) == (1 if sample.options else batch_size):
+        if len(batch) == batch_size:
             yield _answer(chat, waiting.pop(key), max_new_tokens)
     for batch in waiting.values():
         yield _answer(chat, batch, max_new_tokens)
 
 
-def _answer(chat: ChatModel, batch: list[tuple[int, Sample, Prompt]], max_new_tokens: int) -> list[Entry]:
+def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int) -> list[Entry]:
     """Entries of one batch; a batch that does not fit the memory is asked one by one."""
     start = time.perf_counter()
     prompts = [prompt for _, _, prompt in batch]
     try:
         if batch[0][1].options:
-            given = [(Answer(likelihoods=tuple(_likelihoods(chat, s, p))), 0) for _, s, p in batch]
+            given = [(Answer(likelihoods=tuple(found)), 0) for found in _likelihoods(chat, batch)]
         else:
             given = [(Answer(text=text), n) for text, n in chat.generate(prompts, max_new_tokens=max_new_tokens)]
     except torch.OutOfMemoryError as error:
@@ -137,10 +139,11 @@ def _answer(chat: ChatModel, batch: list[tuple[int, Sample, Prompt]], max_new_to
     ]
 
 
-def _likelihoods(chat: ChatModel, sample: Sample, prompt: Prompt) -> list[float]:
-    if sample.plain:
-        return chat.continuations(sample.text, sample.options)
-    return chat.score(prompt, sample.options)
+def _likelihoods(chat: ChatModel, batch: Batch) -> list[list[float]]:
+    options = [sample.options for _, sample, _ in batch]
+    if batch[0][1].plain:
+        return chat.continuations([sample.text for _, sample, _ in batch], options)
+    return chat.score([prompt for _, _, prompt in batch], options)
 
 
 def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:

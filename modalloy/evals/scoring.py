@@ -63,10 +63,11 @@ def contained(text: str, phrases: Sequence[str]) -> list[int]:
 def parse_letter(text: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that `text` names, by letter or by its text; None where it names none, or several.
 
-    Tried in this order, within the last <answer>…</answer> if there is one: nothing but a letter; a letter first, with
-    punctuation or the option's own text after it ("A dog" has an article); "answer is", "option", "choice" and a letter;
-    exactly an option's text, then up to case, punctuation and articles; the only option whose text is contained. A letter
-    beyond the options is none. Without `choices`, letters are A to D. Options of equal text are the first of them.
+    Tried in this order, within the last <answer>…</answer> if there is one: nothing but a letter; an option's text, also
+    after "answer is", exactly, then up to case, punctuation and articles; a letter first, with punctuation or the option's
+    own text after it ("A dog" has an article); "answer is", "option", "choice" and a letter; the only option whose text is
+    contained. A letter beyond the options is none. Without `choices`, letters are A to D. Options of equal text are the
+    first of them.
     """
     text = text.replace("</s>", "").strip()
     if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE):
@@ -75,6 +76,12 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
 
     if found := re.fullmatch(r"\W*([A-Ha-h])\W*", text):
         return _among(found[1], known)
+    # before letters are looked for inside it: "B:maj7" and "A woman" may be options themselves
+    for said in (text, re.sub(r".*?\b(?:answer|option|choice)(?:\s+is)?\b\W*", "", text, count=1, flags=re.I | re.S)):
+        for form in (str.strip, _plain):
+            options = [form(choice) for choice in choices]
+            if len(form(said)) > 1 and form(said) in options:
+                return letter(options.index(form(said)))
     if found := re.match(r"\W*([A-Ha-h])([).:,*\]]|\s)(.*)", text, re.DOTALL):
         index, rest = LETTERS.index(found[1].upper()), found[3]
         own = index < len(choices) and _plain(choices[index]) == _plain(rest) != ""
@@ -89,10 +96,6 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
         }
         if len(named) == 1:
             return _among(named.pop(), known)
-    for form in (str.strip, _plain):
-        options = [form(choice) for choice in choices]
-        if form(text) and form(text) in options:
-            return letter(options.index(form(text)))
     hits = contained(_plain(text), [_plain(choice) for choice in choices])
     return letter(hits[0]) if len(hits) == 1 else None
 

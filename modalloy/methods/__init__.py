@@ -61,6 +61,7 @@ class Method:
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
     survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
     copies: bool = False  # holds a second copy of every update
+    copies_unless: tuple[str, str] | None = None  # a parameter and its value; with any other it holds such copies
     rowwise: bool = False  # every row of the result depends on that row of the updates only
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
@@ -72,6 +73,11 @@ class Method:
     def needs_survey(self, parameters: dict[str, Any]) -> bool:
         """Whether it must see the whole model first."""
         return self.survey is not None and parameters.get(self.survey_when[0]) == self.survey_when[1]
+
+    def copies_updates(self, parameters: dict[str, Any]) -> bool:
+        """Whether it holds a second copy of every update under these parameters."""
+        unless = self.copies_unless
+        return self.copies or (unless is not None and parameters[unless[0]] != unless[1])
 
     def automatic_scale(self, n: int, parameters: dict[str, Any]) -> float:
         """λ under `scale: auto` for n specialists and these parameters."""
@@ -172,6 +178,8 @@ METHODS = {
         "arXiv 2603.21584",
         True,
         (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
+        scale_when=("match", "norm", 1.0),
+        copies_unless=("balance", "none"),
     ),
     "swudi": Method(swudi, "core", "arXiv 2606.07289", False, ROW_LAWS),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),

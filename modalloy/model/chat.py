@@ -81,7 +81,7 @@ class ChatModel:
 
     def score_options(self, messages: list[Message], options: Sequence[str]) -> list[float]:
         """Log-likelihood in nats of each option as the whole answer, its end token included."""
-        return self.score(self.prompt(messages), options)
+        return self.score([self.prompt(messages)], [options])[0]
 
     def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
         """A conversation ready to be answered; `features(modality, medium)` may give what is known of a medium already.
@@ -114,30 +114,30 @@ class ChatModel:
         lengths = [int(end[0]) + 1 if len(end) else output.shape[1] for end in ends]
         return [(self.processor.answer(row[:n]), n) for row, n in zip(output, lengths, strict=True)]
 
-    def score(self, prompt: Prompt, options: Sequence[str]) -> list[float]:
-        """Log-likelihood in nats of each option as the whole answer to a prompt, its end token included."""
+    def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Log-likelihoods in nats of each prompt's options, each as the whole answer, its end token included."""
         tokenizer = self.processor.tokenizer
-        return self._score(
-            prompt, [tokenizer.encode(option + tokenizer.eos_token, add_special_tokens=False) for option in options]
-        )
+        ends = [[option + tokenizer.eos_token for option in own] for own in options]
+        return self._score(prompts, [[tokenizer.encode(end, add_special_tokens=False) for end in own] for own in ends])
 
-    def continuations(self, text: str, options: Sequence[str]) -> list[float]:
-        """Log-likelihood in nats of each option as a continuation of plain text.
+    def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
 
         Text and option are tokenised together and cut where the text's own tokens end, as lm-eval does: spaces that end the
         text belong to the option.
         """
-        context = text.rstrip()
-        prompt, space = self.plain_prompt(context), text[len(context) :]
-        whole = [self.processor.tokenizer.encode(context + space + option) for option in options]
-        return self._score(prompt, [ids[len(prompt.ids) :] for ids in whole])
+        contexts = [text.rstrip() for text in texts]
+        prompts = [self.plain_prompt(context) for context in contexts]
+        encode = self.processor.tokenizer.encode
+        whole = [[encode(text + option) for option in own] for text, own in zip(texts, options, strict=True)]
+        cut = [[ids[len(prompt.ids) :] for ids in own] for prompt, own in zip(prompts, whole, strict=True)]
+        return self._score(prompts, cut)
 
-    def _score(self, prompt: Prompt, options: list[list[int]]) -> list[float]:
-        self._check_length(len(prompt.ids), max(map(len, options)))
-        scores: list[float] = self.model.score_options(
-            self._inputs([prompt]), [torch.tensor(ids) for ids in options]
-        ).tolist()
-        return scores
+    def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
+        for prompt, own in zip(prompts, options, strict=True):
+            self._check_length(len(prompt.ids), max(map(len, own)))
+        tensors = [[torch.tensor(ids) for ids in own] for own in options]
+        return [scores.tolist() for scores in self.model.score_options(self._inputs(prompts), tensors)]
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
         """Token ids (prompts, tokens) of the padded prompts and their answers."""

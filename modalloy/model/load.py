@@ -22,7 +22,7 @@ from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
-from modalloy.omni import specialist_config
+from modalloy.omni import specialist_config, specialist_update
 from modalloy.projectors import projector_class
 
 # of old checkpoints: a table that transformers computes itself
@@ -96,6 +96,25 @@ def load_model(
     if fold:
         _report(model.fold())
     return ChatModel(model if device == "auto" else model.to(device), processor)
+
+
+def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device: str = "cpu") -> ChatModel:
+    """What text goes through in a specialist, without its senses; without one, in the base. Both are folders.
+
+    `tokenizer` has the chat template that is wanted; weights have the base's type.
+    """
+    folder = Path(base)
+    config, weights = ModalloyConfig(read_json(folder / "config.json")), _base_weights(folder)
+    if specialist is not None:
+        opened = open_specialist(Path(specialist))
+        if not opened.text:
+            return load_model(specialist, device=device, dtype="auto")  # a full model
+        config.text_update = specialist_update(opened.text, open_base(folder))
+        weights |= _owned(opened.checkpoint, adapter_names(opened.text, "default"), config)
+    model = ModalloyForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=config.text_config.dtype
+    )
+    return ChatModel(model.to(device), ModalloyProcessor(tokenizer, {}))
 
 
 def local_folder(where: Any, options: dict[str, Any]) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -193,7 +193,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             text = self.get_input_embeddings()
             inputs_embeds = text(input_ids) if owners is None else self.embed(input_ids, owners, features)
-        with self.routes.use(self._path(owners), self.config.owners):
+        with self.routes.use(self.path(owners), self.config.owners):
             output: CausalLMOutputWithPast = self.decoder(
                 attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
@@ -235,22 +235,35 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return torch.cat([row for row in rows for _ in range(times)])
 
     @torch.no_grad()
-    def score_options(self, inputs: dict[str, Any], options: list[Tensor]) -> Tensor:
-        """Log-likelihood (options,) in nats of each option's token ids (tokens,) after one prompt, which is run once."""
-        prompt = self(**inputs, use_cache=True, logits_to_keep=1)
-        cache: DynamicCache = prompt.past_key_values
-        length, device = max(len(option) for option in options), prompt.logits.device
-        cache.batch_repeat_interleave(len(options))
-        ids = torch.stack([nn.functional.pad(option, (0, length - len(option))) for option in options]).to(device)
-        logits = prompt.logits[:, -1:].expand(len(options), 1, -1)
-        if length > 1:  # what follows an option's last token does not matter
-            rest = self(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+    def score_options(self, inputs: dict[str, Any], options: list[list[Tensor]]) -> list[Tensor]:
+        """Log-likelihoods in nats (options,) of each prompt's options, token ids (tokens,) each. A prompt is run once.
+
+        Prompts are padded on the left. Rows of any number of options may stand together.
+        """
+        mask: Tensor = inputs["attention_mask"]
+        lengths = mask.sum(1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        prompts = self(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache, device = prompts.past_key_values, mask.device
+        rows = torch.arange(len(options), device=device)
+        rows = rows.repeat_interleave(torch.tensor([len(own) for own in options], device=device))
+        flat = [option for own in options for option in own]
+        sizes = torch.tensor([[len(option)] for option in flat], device=device)
+        ids = nn.utils.rnn.pad_sequence(flat, batch_first=True).to(device)
+        logits = prompts.logits[:, -1:][rows]
+        if ids.shape[1] > 1:  # what follows an option's last token does not matter
+            cache.batch_select_indices(rows)
+            steps = torch.arange(ids.shape[1] - 1, device=device)
+            seen = torch.cat([mask[rows], mask.new_ones(len(flat), len(steps))], 1)
+            after = lengths[rows, None] + steps
+            rest = self(
+                input_ids=ids[:, :-1], attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True
+            ).logits
             logits = torch.cat([logits, rest], 1)
         logits = logits.float() if logits.dtype in HALF else logits
         picked = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        lengths = torch.tensor([[len(option)] for option in options], device=device)
-        real = torch.arange(length, device=device) < lengths
-        return (picked * real).sum(1)
+        real = torch.arange(ids.shape[1], device=device) < sizes
+        return list((picked * real).sum(1).split([len(own) for own in options]))
 
     @torch.no_grad()
     def fold(self) -> dict[str, float]:
@@ -273,7 +286,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.folded = True
         return errors
 
-    def _path(self, owners: Tensor | None) -> Tensor | None:
+    def path(self, owners: Tensor | None) -> Tensor | None:
         """Owners by the weights they use: a modality without an update of its own uses the text path."""
         if owners is None:
             return None

@@ -230,16 +230,17 @@ class ModalloyProcessor(ProcessorMixin):
     def _flatten(self, content: str | list[dict[str, Any]], media: list[tuple[str, Any]]) -> str:
         """The text of one message; text that has a placeholder for each medium says where they go, else each has a line."""
         if isinstance(content, str):
-            return MARKED.sub("", content)
+            content = [{"type": "text", "text": content}]
         parts: list[tuple[str, Any]] = []
-        for part in content:
-            kind = part["type"]
-            parts.append((kind, part["text"]) if kind == "text" else (self._known(kind), _medium(part)))
         queues: dict[str, list[Any]] = defaultdict(list)
-        for kind, medium in parts:
-            if kind != "text":
+        for part in content:
+            if part["type"] == "text":
+                parts.append(("text", MARKED.sub("", part["text"])))
+            else:
+                kind, medium = self._known(part["type"]), _medium(part)
+                parts.append((kind, medium))
                 queues[kind].append(medium)
-        whole = "".join(MARKED.sub("", text) for kind, text in parts if kind == "text")
+        whole = "".join(text for kind, text in parts if kind == "text")
         places = [modality_name(name) for name in PLACEHOLDER.findall(whole)]
         if queues and any(name in queues for name in places):
             text, used = self._placed(whole, queues, whole=True)
@@ -248,7 +249,7 @@ class ModalloyProcessor(ProcessorMixin):
         text = ""
         for kind, given in parts:
             if kind == "text":
-                text += MARKED.sub("", given)
+                text += given
             else:
                 media.append((kind, given))
                 text += f"{kind}: " * self.labels + MARK.format(kind) + "\n"

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from modalloy import media
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import LETTERS, Sample, Verdict
-from modalloy.evals.compare import Comparison, Paired, points
+from modalloy.evals.compare import Comparison, Paired, compare, points
 from modalloy.evals.run import Entry, Run, is_text, result
 
 MAX_MEDIUM_BYTES = 300_000  # of one medium's file that is embedded
@@ -149,7 +149,7 @@ def _counts(result: dict[str, Any]) -> str:
 
 
 def _scores(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    clustered = result["ci95_clustered"] is not None
+    clustered = _is_clustered(result)
     head = ["rule", "accuracy", "95 % (Wilson)", *(["95 % (clustered bootstrap)"] if clustered else [])]
     rows = []
     for rule, scores in result["protocol"].items():
@@ -163,27 +163,34 @@ def _baselines(result: dict[str, Any]) -> list[tuple[str, float]]:
     return [(name, result["baselines"][key]) for key, name in BASELINES.items() if result["baselines"][key] is not None]
 
 
+def _is_clustered(result: dict[str, Any]) -> bool:
+    return any(scores["ci95_clustered"] for scores in result["protocol"].values())
+
+
 def _groups(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Key → head and rows of its table: accuracy and interval (clustered, where there are clusters) by each rule."""
     tables = {}
     rules = result["protocol"]
+    clustered = _is_clustered(result)
     for key, values in result["groups"].items():
-        kind = "ci95_clustered" if result["ci95_clustered"] else "ci95"
         rows = []
         for value, cell in values.items():
             row = [value, str(cell["n"])]
             for scores in rules.values():
                 one = scores["groups"][key][value]
-                row += [_percent(one["acc"]), _interval(one[kind])]
+                wilson = _interval(one["ci95"]) + (" (Wilson)" if clustered else "")
+                row += [_percent(one["acc"]), _interval(one["ci95_clustered"]) if one["ci95_clustered"] else wilson]
             rows.append(row)
-        label = "95 %" if kind == "ci95" else "95 % (clustered)"
+        label = "95 % (clustered)" if clustered else "95 %"
         head = [key, "n", *(cell for rule in rules for cell in (rule, label))]
         tables[key] = (head, rows)
     return tables
 
 
-def page(run: Run, *, examples: int = 200) -> str:
+def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
     """The whole HTML page of a run: scores, and at most `examples` questions with media, prediction and gold.
+
+    With an `other` run of the same questions (B; this is A) also their comparison, and both answers side by side.
 
     Where there are more questions, every outcome gets an equal share of the examples, rare outcomes as many as there are;
     within an outcome they are evenly spaced over the questions, sorted by group. Media are embedded up to
@@ -191,13 +198,19 @@ def page(run: Run, *, examples: int = 200) -> str:
     """
     scores = result(run)
     verdicts = {rule: run.verdicts(rule) for rule in run.benchmark.rules}
-    headline = next(iter(verdicts.values()))
+    rule, headline = next(iter(verdicts.items()))
     outcomes = [_outcome(entry, verdict) for entry, verdict in zip(run.entries, headline, strict=True)]
-    chosen = _chosen(run.entries, outcomes, examples)
+    beside: list[tuple[Entry, Verdict] | None] = [None] * len(outcomes)
+    if other is not None:
+        pairs = zip(other.entries, other.verdicts(rule), strict=True)
+        of_other = {(entry.index, entry.sample.id): (entry, verdict) for entry, verdict in pairs}
+        beside = [of_other.get((entry.index, entry.sample.id)) for entry in run.entries]
+    strata = [(outcome, one is not None and one[1].correct) for outcome, one in zip(outcomes, beside, strict=True)]
+    chosen = _chosen(run.entries, strata, examples)
     shelf = Shelf()
     cards = [
-        _card(run.entries[index], {rule: given[index] for rule, given in verdicts.items()}, outcomes[index], shelf)
-        for index in chosen
+        _card(run.entries[i], {name: given[i] for name, given in verdicts.items()}, outcomes[i], beside[i], shelf)
+        for i in chosen
     ]
     title = " · ".join(filter(None, (run.meta["task"], run.meta["variant"], _shown(run.meta["modalities"]))))
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -222,9 +235,10 @@ style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; b
 <div class="wide">{_table(*_scores(scores))}</div>
 <p>{html.escape(_counts(scores))}</p>
 {"".join(_group(key, *table, scores) for key, table in _groups(scores).items())}
+{"" if other is None else _against(compare(run, other))}
 <h2>Examples</h2>
-<p class="quiet">{_choice(outcomes, chosen, shelf)}</p>
-{_filters([run.entries[index] for index in chosen], [outcomes[index] for index in chosen], len(verdicts) > 1)}
+<p class="quiet">{_choice(outcomes, chosen, shelf, other is not None)}</p>
+{_filters([run.entries[i] for i in chosen], [outcomes[i] for i in chosen], len(verdicts) > 1, other is not None)}
 <noscript><p>Media and filters need JavaScript.</p></noscript>
 <div id="cards">{"".join(cards)}</div>
 </main>
@@ -245,11 +259,11 @@ def _outcome(entry: Entry, verdict: Verdict) -> str:
     return "unparsed" if verdict.prediction is None else "right" if verdict.correct else "wrong"
 
 
-def _chosen(entries: Sequence[Entry], outcomes: Sequence[str], limit: int) -> list[int]:
+def _chosen(entries: Sequence[Entry], kinds: Sequence[Hashable], limit: int) -> list[int]:
     """Indices of at most `limit` entries, in the benchmark's order."""
-    strata: dict[str, list[int]] = {}
-    for index, outcome in enumerate(outcomes):
-        strata.setdefault(outcome, []).append(index)
+    strata: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        strata.setdefault(kind, []).append(index)
     chosen, left = [], limit
     for position, stratum in enumerate(sorted(strata.values(), key=lambda one: (len(one), one[0]))):
         number = min(len(stratum), left // (len(strata) - position))  # rarest first: what they leave, others get
@@ -259,7 +273,7 @@ def _chosen(entries: Sequence[Entry], outcomes: Sequence[str], limit: int) -> li
     return sorted(chosen)
 
 
-def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: "Shelf") -> str:
+def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: "Shelf", compared: bool) -> str:
     """How the examples were chosen, and what of their media is on the page."""
     if len(chosen) == len(outcomes):
         text = f"All {len(outcomes):,} questions."
@@ -270,9 +284,9 @@ def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: "Shelf") -> s
             if name in outcomes
         )
         text = (
-            f"{len(chosen):,} of {len(outcomes):,} questions: {counts}. Every outcome gets an equal share, rare ones as many as "
-            "there are, so shares here say nothing about accuracy; within an outcome they are evenly spaced over the questions, "
-            "sorted by group."
+            f"{len(chosen):,} of {len(outcomes):,} questions: {counts}. Every outcome"
+            f"{', split by whether B is right,' if compared else ''} gets an equal share, rare ones as many as there are, so "
+            "shares here say nothing about accuracy; within an outcome they are evenly spaced over the questions, sorted by group."
         )
     if shelf.missing:
         number = len(shelf.missing) + len(shelf.items)
@@ -393,8 +407,7 @@ def _table(head: list[str], rows: list[list[str]], bars: Sequence[str] = ()) -> 
 
 
 def _group(key: str, head: list[str], rows: list[list[str]], scores: dict[str, Any]) -> str:
-    kind = "ci95_clustered" if scores["ci95_clustered"] else "ci95"
-    bars = [_bar(cell["acc"], cell[kind]) for cell in scores["groups"][key].values()]
+    bars = [_bar(cell["acc"], cell["ci95_clustered"] or cell["ci95"]) for cell in scores["groups"][key].values()]
     opened = " open" if len(rows) <= 12 else ""
     return (
         f"<details{opened}><summary>By {html.escape(key)} ({len(rows)})</summary>"
@@ -402,11 +415,13 @@ def _group(key: str, head: list[str], rows: list[list[str]], scores: dict[str, A
     )
 
 
-def _filters(entries: Sequence[Entry], outcomes: Sequence[str], several_rules: bool) -> str:
+def _filters(entries: Sequence[Entry], outcomes: Sequence[str], several_rules: bool, compared: bool) -> str:
     """The row of selectors above the examples."""
     there = {name: text for name, text in OUTCOMES.items() if name in outcomes}
     if several_rules:
         there["disagree"] = "rules disagree"
+    if compared:
+        there |= {"only_a": "only A right", "only_b": "only B right"}
     selects = _select("outcome", "", there)
     values: dict[str, dict[str, str]] = {}
     for entry in entries:
@@ -417,14 +432,23 @@ def _filters(entries: Sequence[Entry], outcomes: Sequence[str], several_rules: b
     return f'<div id="filters">{selects}{search}<output id="count"></output></div>'
 
 
+def _against(found: Comparison) -> str:
+    """Both runs by name, and the verdict by each rule."""
+    lines = "".join(f"<li>{html.escape(f'{rule}: {one.verdict}')}</li>" for rule, one in found.rules.items())
+    names = html.escape(f"A: {found.a} · B: {found.b} · {found.n:,} questions that both were asked")
+    return f'<h2>A against B</h2><p class="quiet">{names}</p><ul>{lines}</ul>'
+
+
 def _select(label: str, key: str, values: dict[str, str]) -> str:
     options = "".join(f'<option value="{html.escape(v)}">{html.escape(text)}</option>' for v, text in values.items())
     select = f'<select data-key="{html.escape(key)}"><option value="">all</option>{options}</select>'
     return f"<label>{html.escape(label)} {select}</label>"
 
 
-def _card(entry: Entry, verdicts: dict[str, Verdict], outcome: str, shelf: Shelf) -> str:
-    """One example: media, question, options, prediction, gold, raw text."""
+def _card(
+    entry: Entry, verdicts: dict[str, Verdict], outcome: str, beside: tuple[Entry, Verdict] | None, shelf: Shelf
+) -> str:
+    """One example: media, question, options, prediction, gold, raw text; and what the other run says."""
     sample, verdict = entry.sample, next(iter(verdicts.values()))
     kinds = [outcome, *(["disagree"] if len({one.correct for one in verdicts.values()}) > 1 else [])]
     shown = "".join(_medium(modality, path, shelf) for modality, path in sample.media)
@@ -438,7 +462,15 @@ def _card(entry: Entry, verdicts: dict[str, Verdict], outcome: str, shelf: Shelf
     facts = [("prediction", verdict.prediction or "none"), ("gold", " or ".join(sample.golds))]
     facts += [("answer", entry.answer.text)] if entry.answer.text else []
     facts += [("error", entry.error)] if entry.error else []
-    rows = "".join(f'<dt>{name}</dt><dd class="{name}">{html.escape(str(value))}</dd>' for name, value in facts)
+    if beside is not None:
+        other, judged = beside
+        kinds += ["only_a" if verdict.correct else "only_b"] if verdict.correct != judged.correct else []
+        facts += [("prediction of B", f"{judged.prediction or 'none'} {'✓' if judged.correct else '✗'}")]
+        facts += [("answer of B", other.answer.text)] if other.answer.text else []
+        facts += [("error of B", other.error)] if other.error else []
+    rows = "".join(
+        f'<dt>{name}</dt><dd class="{name.split()[0]}">{html.escape(str(value))}</dd>' for name, value in facts
+    )
     place = f"#{entry.index} · {html.escape(sample.id)} · {entry.seconds:.2f} s"
     return f"""
 <article class="{outcome}" data-kinds="{" ".join(kinds)}" data-group="{html.escape(json.dumps(sample.group))}">
@@ -545,11 +577,13 @@ header b { color: var(--tone); font-size: 14px; } header .yes { color: var(--rig
 .media { display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; max-width: 480px; }
 .media:empty { display: none; }
 .text { flex: 1 1 380px; min-width: 0; }
-figure { margin: 0; width: 220px; } figure.audio { width: 300px; } figure.gone { width: 100%; max-width: 460px; }
+figure { margin: 0; width: 220px; } figure.audio { width: 230px; } figure.audio:only-child { width: 300px; }
+figure.gone { width: 100%; max-width: 460px; }
 figure.gone { border: 1px dashed var(--line); border-radius: 5px; padding: 8px 10px; }
 figcaption { font-size: 12px; color: var(--quiet); overflow-wrap: anywhere; }
 img, video, canvas { display: block; width: 100%; border-radius: 5px; background: #8882; }
-img, video { max-height: 260px; object-fit: contain; } canvas { cursor: grab; touch-action: none; } audio { width: 100%; }
+img, video { max-height: 260px; object-fit: contain; } img:not([src]), video:not([src]) { height: 160px; }
+canvas { cursor: grab; touch-action: none; } audio { width: 100%; }
 .question { margin: 0 0 8px; font-size: 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .options { list-style: none; margin: 0 0 2px; padding: 0; font-variant-numeric: tabular-nums; }
 .options li { display: grid; grid-template-columns: 1.4em minmax(0, 1fr); gap: 0 10px; align-items: center;

@@ -1,0 +1,47 @@
+"""A merged model, and MUSIC-AVQA, AVQA and MCUB, for lmms-eval, which has none of these.
+
+lmms-eval pins versions that conflict with ours (`av<16`, `wandb==0.25.0` and some fifty more packages), so it needs an
+environment of its own: install modalloy there, then `pip install --no-deps lmms-eval==0.7.3` and the few packages that
+its import asks for. Our tests run this against a stand-in of its interface; version 0.7.3 itself has run the MCUB task
+with a model that always answers "B".
+
+Its tasks read what our benchmarks made of the official files:
+
+    python -c "from modalloy.evals.adapters.lmms_eval import export; export('music_avqa', 'data', '.')"
+    python -m lmms_eval --model modalloy --model_args pretrained=out --tasks modalloy_music_avqa \\
+        --include_path $(python -c "from modalloy.evals.adapters.lmms_eval import TASKS; print(TASKS)")
+
+in one folder: the tasks look for `music_avqa.jsonl` in the current one.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from modalloy.evals import find_benchmark
+from modalloy.evals.benchmark import Source
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+def manifest() -> Any:
+    """What lmms-eval's entry point is given: `--model modalloy` is our chat model."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="modalloy", chat_class_path=f"{__name__}.model.ModalloyChat")
+
+
+def export(task: str, data: str | Path, out: str | Path, **source: Any) -> Path:
+    """Write the samples of a benchmark as `<task>.jsonl` in the folder `out`, with absolute paths of media.
+
+    `source` may have `roots`, `variant` and `modalities`, as `Source`.
+    """
+    lines = []
+    for sample in find_benchmark(task).samples(Source(Path(data), **source)):
+        line = {"task": task, **sample.to_dict()}
+        line["media"] = [[modality, os.path.abspath(path)] for modality, path in sample.media]
+        lines.append(json.dumps(line, ensure_ascii=False))
+    path = Path(out) / f"{task}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,89 @@
+"""The reference models of `senses`: batches are drawn in turn, and the joint model's four folders average to the joint model."""
+
+import json
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import modalloy
+from modalloy import builtin
+from modalloy.checkpoints import open_specialist
+from modalloy.model import load_model
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = {
+    "image": ("cat.webp", "cow.webp"),
+    "audio": ("cat.flac", "cow.flac"),
+    "video": ("cow-animated.webp", "horse-animated.webp"),
+    "point": ("car.npy", "horse.npy"),
+}
+
+
+def write_data(folder: Path) -> Path:
+    """A `senses` data folder of two training files per modality."""
+    rows = []
+    for modality, names in SAMPLES.items():
+        for name in names:
+            concept = Path(name).stem.removesuffix("-animated")
+            path = Path(modality) / concept / f"own_{name}"
+            (folder / path).parent.mkdir(parents=True)
+            shutil.copyfile(builtin.SAMPLES / name, folder / path)
+            row = {"file": str(path), "concept": concept, "category": "animal", "modality": modality}
+            rows.append(row | {"source": f"own:{name}", "package": "own", "licence": "MIT"})
+    (folder / "manifest.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "specialists"))
+    import single_path
+
+    data, out = write_data(tmp_path / "data"), tmp_path / "references" / "joint"
+    options = f"--modality all --data {data} --out {out} --work {tmp_path / 'work'} --steps 2 --batch 1"
+    monkeypatch.setattr(sys, "argv", ["single_path.py", *options.split()])
+    monkeypatch.setattr(single_path, "VIEWS", dict.fromkeys(SAMPLES, 1))
+    trainers, loss = [], single_path.SinglePath.loss
+
+    def noted(self: single_path.SinglePath, batch: single_path.Batch) -> torch.Tensor:
+        trainers.append(self)
+        return loss(self, batch)
+
+    monkeypatch.setattr(single_path.SinglePath, "loss", noted)
+    single_path.main()
+    assert len(trainers) == 2
+    batches = list(islice(trainers[0].batches(2, 0), 9))
+    assert [batch[0][0].clips[0].modality for batch in batches[:5]] == [*SAMPLES, "image"]
+    assert list(islice(trainers[0].batches(2, 6), 3)) == batches[6:]  # where a run resumes
+
+    parts = {modality: load_file(out / modality / "adapter_model.safetensors") for modality in SAMPLES}
+    update = {name: tensor for name, tensor in parts["image"].items() if ".lora_" in name}
+    assert len(update) == 2 * 210 and all(".default." in name for name in update)
+    for modality, tensors in parts.items():
+        specialist = open_specialist(out / modality)
+        assert specialist.modality == modality and not specialist.own and specialist.rank == 8
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in update.items())
+        shipped = load_file(builtin.specialist(modality) / "adapter_model.safetensors")
+        projector = [name for name in tensors if ".modal_projectors." in name]
+        assert len(projector) == 4 and all(torch.equal(tensors[name], shipped[name]) for name in projector)
+
+    recipe = tmp_path / "recipes" / "joint.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text((ROOT / "recipes" / "senses-joint.yaml").read_text().replace("../build/", "../"))
+    modalloy.merge(recipe, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    for stem in ("model.layers.0.self_attn.q_proj", "model.layers.29.mlp.down_proj"):
+        up, down = (update[f"{stem}.lora_{side}.default.weight"].double() for side in "BA")
+        found = merged[f"{stem}.lora_B.default.weight"].double() @ merged[f"{stem}.lora_A.default.weight"].double()
+        assert up.norm() and (found - 2 * up @ down).norm() <= 1e-6 * (2 * up @ down).norm()
+
+    question = [{"role": "user", "content": [{"type": "image", "path": str(builtin.SAMPLES / "cat.webp")}]}]
+    alone, joint = (load_model(folder) for folder in (out / "image", tmp_path / "merged"))
+    assert joint.modalities == tuple(SAMPLES) and not any(joint.model.config.modalities[m]["update"] for m in SAMPLES)
+    scores = alone.score_options(question, ["a cat", "a cow"])
+    assert joint.score_options(question, ["a cat", "a cow"]) == pytest.approx(scores, abs=1e-3)
+    assert alone.chat(question, max_new_tokens=2) == joint.chat(question, max_new_tokens=2)
