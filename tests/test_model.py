@@ -1,5 +1,6 @@
 """The routed model against plain per-token arithmetic, and everything that `load_model` and chat promise."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,17 @@ def test_import_is_cheap() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_a_specialist_of_a_base_without_a_template_is_asked_as_modelcompose_does(
+    base: Path, tmp_path: Path, specialists: dict[str, Path]
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(base, plain)
+    (plain / "chat_template.jinja").unlink()
+    chat = modalloy.load_model(specialists["image"], base=str(plain))
+    message = [
+        {"role": "user", "content": [{"type": "image", "path": "dog.png"}, {"type": "text", "text": "what is this ?"}]}
+    ]
+    shown = chat.processor.apply_chat_template(message, add_generation_prompt=True)
+    assert "USER: image: <image>\nwhat is this ? ASSISTANT:" in shown

@@ -22,7 +22,7 @@ from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
-from modalloy.omni import specialist_config, specialist_update
+from modalloy.omni import VICUNA_V1, specialist_config, specialist_update
 from modalloy.projectors import projector_class
 
 # of old checkpoints: a table that transformers computes itself
@@ -76,7 +76,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(base_folder)
         if (folder / "chat_template.jinja").is_file():
             tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        processor = ModalloyProcessor(tokenizer, config.modalities)
+        labels = tokenizer.chat_template is None  # as in `omni`: ModelCompose's prompt where nobody has another
+        tokenizer.chat_template = tokenizer.chat_template or VICUNA_V1
+        processor = ModalloyProcessor(tokenizer, config.modalities, labels)
     elif kind == "modalloy":
         model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
         processor = ModalloyProcessor.from_pretrained(folder)
