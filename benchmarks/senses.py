@@ -105,9 +105,11 @@ def main() -> None:
     compared = {} if ours is None else {name: compare(runs[name], ours) for name in merges}
     print_accuracies(runs, results)
     print_differences(compared)
-    print_kinds(results)
-    differences = {name: found.to_dict() for name, found in compared.items()}
-    print(json.dumps({"variant": variant, "results": results, "ssam_minus": differences}))
+    print_groups(results, "tier")
+    print_groups(results, "kind")
+    accuracies = {name: found["groups"]["cell"] for name, found in results.items()}
+    differences = {name: _differences(found) for name, found in compared.items()}
+    print(json.dumps({"variant": variant, "accuracy": accuracies, "ssam_minus": differences}))
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
@@ -166,15 +168,15 @@ def print_differences(compared: dict[str, Comparison]) -> None:
     table(["", "all", *cells], rows)
 
 
-def print_kinds(results: dict[str, dict[str, Any]]) -> None:
-    """Accuracy by cell and kind of question."""
-    kinds = list(dict.fromkeys(kind for found in results.values() for kind in found["groups"]["kind"]))
+def print_groups(results: dict[str, dict[str, Any]], key: str) -> None:
+    """Accuracy by tier, or by cell and kind of question."""
+    values = list(dict.fromkeys(value for found in results.values() for value in found["groups"][key]))
     rows = []
-    for kind in kinds:
-        shown = [found["groups"]["kind"].get(kind) for found in results.values()]
+    for value in values:
+        shown = [found["groups"][key].get(value) for found in results.values()]
         n = max(one["n"] for one in shown if one)
-        rows.append([kind, str(n), *("–" if one is None else f"{one['acc']:.2f}" for one in shown)])
-    table(["kind", "n", *results], rows)
+        rows.append([value, str(n), *("–" if one is None else f"{one['acc']:.2f}" for one in shown)])
+    table([key, "n", *results], rows)
 
 
 def _majority(blind: dict[str, float | None]) -> float:
@@ -187,6 +189,15 @@ def _share(cell: dict[str, Any] | None) -> str:
         return "–"
     low, high = cell["ci95_clustered"] or cell["ci95"]
     return f"{cell['acc']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _differences(found: Comparison) -> dict[str, Any]:
+    """What `print_differences` shows, for machines."""
+    pairs = {"all": found.rules["likelihood"]} | found.groups["likelihood"]["cell"]
+    return {
+        cell: {"difference": pair.difference, "ci95": pair.ci95, "p_adjusted": pair.p_adjusted, "real": pair.real}
+        for cell, pair in pairs.items()
+    }
 
 
 def _difference(pair: Paired) -> str:
