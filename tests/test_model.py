@@ -289,3 +289,11 @@ def test_a_specialist_of_a_base_without_a_template_is_asked_as_modelcompose_does
     ]
     shown = chat.processor.apply_chat_template(message, add_generation_prompt=True)
     assert "USER: image: <image>\nwhat is this ? ASSISTANT:" in shown
+
+
+def test_halves_of_a_mark_in_two_texts_make_no_medium(base: Path, specialists: dict[str, Path]) -> None:
+    processor = modalloy.load_model(specialists["image"], base=str(base)).processor
+    parts = [{"type": "text", "text": "a \ue000image"}, {"type": "text", "text": "\ue001 dog"}]
+    assert "a image dog" in processor.apply_chat_template([{"role": "user", "content": parts}])
+    split = [{"role": "user", "content": "a \ue000image"}, {"role": "user", "content": "\ue001 dog"}]
+    assert set(processor.render(split)[1]) == {0}

@@ -25,7 +25,7 @@ ADAPTER_STEMS = ("adapter_model",)
 BESIDE_ADAPTER = ("non_lora_trainables.bin", "mm_projector.bin")
 PEFT_PREFIX = "base_model.model."
 COMPOSE_LORA = re.compile(r"(?:base_model\.model\.)?(?P<stem>.+)\.lora_(?P<side>[AB])\.(?P<adapter>[\w-]+)\.weight")
-PROJECTOR = re.compile(r"model\.modal_projectors\.(?P<modality>[a-z_]+)\.(?P<rest>.+)")
+PROJECTOR = re.compile(r"model\.modal_projectors\.(?P<modality>[\w-]+)\.(?P<rest>.+)")
 LLAVA_PROJECTOR = re.compile(r"(?:model\.)?mm_projector\.(?P<rest>.+)")
 LOCAL_TOKENS = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)")
 

@@ -19,6 +19,7 @@ from modalloy.omni import processor_config, write_remote_code
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")
+BRACKETS = re.compile("[\ue000\ue001]")  # taken out of a user's text: halves of a mark could meet in the prompt
 PLACEHOLDER = re.compile(r"<(\w+)>")
 
 Message = dict[str, Any]  # {"role": "user", "content": "text" or a list of parts}; a part is {"type": …, …}
@@ -235,7 +236,7 @@ class ModalloyProcessor(ProcessorMixin):
         queues: dict[str, list[Any]] = defaultdict(list)
         for part in content:
             if part["type"] == "text":
-                parts.append(("text", MARKED.sub("", part["text"])))
+                parts.append(("text", BRACKETS.sub("", part["text"])))
             else:
                 kind, medium = self._known(part["type"]), _medium(part)
                 parts.append((kind, medium))
@@ -270,7 +271,7 @@ class ModalloyProcessor(ProcessorMixin):
             used.append((name, queues[name].pop(0)))
             return MARK.format(name)
 
-        marked = PLACEHOLDER.sub(mark, MARKED.sub("", text))
+        marked = PLACEHOLDER.sub(mark, BRACKETS.sub("", text))
         if whole and (left := next((name for name, media in queues.items() if media), None)):
             raise MediaError(f"the text has placeholders, but too few <{left}> for the {left} media; give one for each")
         return marked, used
