@@ -298,7 +298,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("search", folder / "recipe.yaml", "--probe", folder / "probe.jsonl", "-o", tmp_path / "out")
-    options = ("--vary", SCALES, "--max-new-tokens", "3", "--device", "cpu")
+    options = ("--vary", "scale=0.5,1,2", "--max-new-tokens", "3", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["modalloy", *map(str, words), *options])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

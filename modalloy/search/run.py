@@ -231,7 +231,7 @@ def search(
     _check_probes(probes, planned, objective)
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype, "device": device}
     with Trials(out, {"inputs": planned.fingerprint, **lengths}, resume=resume) as log:
-        asking = _Asking(planned, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, on_answer)
+        asking = _Asking(planned, axes, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, on_answer)
         compare = _Compare(asking, axes, objective, variant, match)
         if strategy == "coordinate":
             chosen, sweeps = _by_coordinate(compare, axes)
@@ -257,6 +257,7 @@ class _Asking:
     def __init__(
         self,
         planned: Plan,
+        axes: list[Axis],
         probes: list[Sample],
         log: Trials,
         cache: FeatureCache,
@@ -266,6 +267,7 @@ class _Asking:
     ) -> None:
         self.planned, self.probes, self.log, self.cache, self.lengths = planned, probes, log, cache, lengths
         self.allow_base_mismatch, self.on_answer = allow_base_mismatch, on_answer
+        self.home = start(planned, axes)
         self.expected = 0
         self.used: dict[str, Line] = {}  # lines of the log that this search wanted
         self.serving = ""
@@ -290,7 +292,7 @@ class _Asking:
 
     def sketch(self, changes: Changes) -> list[float]:
         """Numbers that stand for a candidate's merge."""
-        key = f"served {_key(changes)}"
+        key = f"served {self._key(changes)}"
         if key not in self.log.lines:
             self._serve(changes)
         self.used[key] = self.log.lines[key]
@@ -299,12 +301,12 @@ class _Asking:
 
     def ask(self, changes: Changes, asked: Sequence[Sample]) -> list[Line]:
         """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some."""
-        return self._lines(_key(changes), lambda: self._serve(changes), asked)
+        return self._lines(self._key(changes), lambda: self._serve(changes), asked)
 
     @cached_property
     def parents(self) -> dict[str, Line]:
         """The answer of the specialist of its sense to every probe of one sense, by the probe's id."""
-        found = {}
+        found: dict[str, Line] = {}
         for index, specialist in enumerate(self.planned.specialists):
             own = [probe for probe in self.probes if {m for m, _ in probe.media} == {specialist.modality}]
             if own:
@@ -326,7 +328,7 @@ class _Asking:
                         raise kind(
                             f"{entry.error}; use a smaller --batch-size" if entry.status == "oom" else entry.error
                         )
-                    line = {"model": name, "probe": entry.sample.id, "text": entry.answer.text}
+                    line: Line = {"model": name, "probe": entry.sample.id, "text": entry.answer.text}
                     line |= {"likelihoods": list(entry.answer.likelihoods), "n_out": entry.new_tokens}
                     self.log.add(keys[entry.index], line | {"seconds": round(entry.seconds, 4)})
                 self._progress()
@@ -335,7 +337,7 @@ class _Asking:
         return [self.log.lines[key] for key in keys]
 
     def _serve(self, changes: Changes) -> None:
-        key = f"served {_key(changes)}"
+        key = f"served {self._key(changes)}"
         if self.serving == key:
             return
         server, begin = self.server, time.perf_counter()
@@ -347,6 +349,10 @@ class _Asking:
     def _serve_parent(self, index: int) -> None:
         self.server.serve_parent(index)
         self.serving = f"parent {index}"
+
+    def _key(self, changes: Changes) -> str:
+        """A candidate's name in the log: what of it is not as in the recipe."""
+        return json.dumps({n: v for n, v in changes.items() if v != self.home[n]}, sort_keys=True)
 
     def _progress(self) -> None:
         done = sum("probe" in line for line in self.log.lines.values())
@@ -579,10 +585,6 @@ def _health(lines: list[Line], asked: Sequence[Sample], limit: int) -> Health:
 def _is_same(a: list[float], b: list[float]) -> bool:
     zero = [0.0] * len(a)
     return distance(a, b) <= SAME * max(distance(a, zero), distance(b, zero))
-
-
-def _key(changes: Changes) -> str:
-    return json.dumps(changes, sort_keys=True)
 
 
 def _shown(changes: Changes, axes: list[Axis]) -> str:
