@@ -61,9 +61,17 @@ def main() -> None:
             if done % 64 < 8:
                 print(f"{vary}: {done} answers, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
-        lengths = {"max_new_tokens": 12, "batch_size": 8}
         return search(
-            args.recipe, file, folder, vary=vary, resume=True, cache=cache, on_answer=report, **lengths, **options
+            args.recipe,
+            file,
+            folder,
+            vary=vary,
+            max_new_tokens=12,
+            batch_size=8,
+            cache=cache,
+            resume=True,
+            on_answer=report,
+            **options,
         )
 
     document: dict[str, Any] = {"machine": machine()}

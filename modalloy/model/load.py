@@ -128,7 +128,9 @@ def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32"
     Everything else is as in the folder that a merge would write. `modalloy.search` gives it one text path after another.
     """
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder, content = planned.base_folder, omni_config(planned)
     for modality, sense in planned.senses.items():
         if sense.path is not None:
