@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import cli
+from modalloy.delta import LowRank, norm
 from modalloy.errors import ModalloyError, RecipeError
+from modalloy.merge import merged_delta
 from modalloy.model.routing import TEXT
 from modalloy.plan import plan
 from modalloy.recipe import Recipe, load_recipe
@@ -74,14 +76,28 @@ def updates(model: Any) -> dict[str, torch.Tensor]:
 
 
 def test_served_is_what_a_merge_writes(folder: Path, server: Server, tmp_path: Path) -> None:
-    changes = {"scale": 0.7, "weight.image": 0.5}
+    recipe, changes = server.planned.recipe, {"scale": 0.7, "rank": 3, "weight.image": 0.5}
+    server.serve({"scale": 0.1, "rank": 8})
     server.serve(changes)
-    modalloy.merge(applied(server.planned.recipe, changes), tmp_path / "out", jobs=1)
+    modalloy.merge(applied(recipe, changes), tmp_path / "out", jobs=1)
     written = modalloy.load_model(tmp_path / "out")
     for slot, update in updates(written).items():
-        assert torch.equal(update, updates(server.chat)[slot]), slot
+        assert torch.allclose(update, updates(server.chat)[slot], rtol=1e-5, atol=1e-6 * float(update.abs().max())), (
+            slot
+        )
     found = [chat.ask("what is this ?", image=folder / "0.png", max_new_tokens=8) for chat in (written, server.chat)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("changes", [{"balance": "updates"}, {"rank": {"energy": 0.8}}, {"weight.audio": 2.0}])
+def test_served_is_what_every_job_of_a_merge_computes(server: Server, changes: dict[str, Any]) -> None:
+    server.serve(changes)
+    planned = plan(applied(server.planned.recipe, changes))
+    for job in planned.jobs:
+        if job.kind == "merge":
+            wanted, found = merged_delta(planned, job, planned.read), server.chat.model.linears[job.slot].update(TEXT)
+            assert isinstance(wanted, LowRank)
+            assert torch.allclose(wanted.dense(), found.dense(), rtol=1e-5, atol=1e-6 * norm(wanted)), job.slot
 
 
 def test_full_weights_are_served_too(

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from modalloy.delta import Delta, LowRank
+from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
 from modalloy.merge import compute, specialists_deltas, survey
+from modalloy.methods.ssam import aligned
 from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
 from modalloy.model.routing import TEXT, RoutedLinear
@@ -24,20 +25,22 @@ SKETCHED = 64  # numbers that stand for a merged update
 
 
 class Server:
-    """One model in memory, and what it costs to give it another text path.
+    """One model in memory that is given one text path after another.
 
-    The tensors of a candidate are those that a merge would write, to the bit.
+    The tensors of a candidate are those that a merge would write, to the bit; by ssam to rounding, for there one
+    decomposition serves every λ and k. It is kept: about as much memory as the specialists' text updates take.
     """
 
     def __init__(self, planned: Plan, *, device: str, dtype: str, allow_base_mismatch: bool) -> None:
         self.planned, self.allow_base_mismatch = planned, allow_base_mismatch
         self.chat: ChatModel = load_planned(planned, device=device, dtype=dtype)
+        self.kept: dict[str, Aligned] = {}  # by weight
 
     def serve(self, changes: Changes) -> list[float]:
         """Set the text path to the merge of a candidate; returns its `sketch`."""
         planned = plan(applied(self.planned.recipe, changes), allow_base_mismatch=self.allow_base_mismatch)
         planned.surveys = survey(planned)
-        work = partial(_merged, planned)
+        work = partial(_merged, planned, self.kept)
         return self._set((job.slot, tensors) for job, tensors in _in_parallel(work, planned))
 
     def serve_parent(self, index: int) -> None:
@@ -70,10 +73,48 @@ def _in_parallel(work: Callable[[Job, None], Result], planned: Plan) -> Iterator
         yield from results
 
 
-def _merged(planned: Plan, job: Job, _: None) -> list[Delta]:
+@dataclass(frozen=True)
+class Aligned:
+    """ssam's decomposition of one weight at the largest k and λ = 1, in the coordinates of its cores."""
+
+    weights: tuple[float, ...]  # of the specialists
+    U: Tensor
+    core: Tensor
+    V: Tensor
+    restore: Restore
+
+    def merged(self, k: int, scale: float, dtype: torch.dtype) -> LowRank:
+        """The merged update of rank k, multiplied by λ."""
+        U, core, V = self.U[:, :k], scale * self.core[:k, :k], self.V[:, :k]
+        return self.restore(LowRank(U, core @ V.T), dtype)
+
+
+def _merged(planned: Plan, kept: dict[str, Aligned], job: Job, _: None) -> list[Delta]:
     """What a merge writes for one weight: its update, or the whole weight."""
-    tensors = compute(planned, job, planned.read)
-    return [LowRank(tensors[1], tensors[0])] if len(tensors) == 2 else list(tensors)
+    if not _nests(planned, job):
+        tensors = compute(planned, job, planned.read)
+        return [LowRank(tensors[1], tensors[0])] if len(tensors) == 2 else list(tensors)
+    found = kept.get(job.slot)
+    if found is None or found.weights != job.weights:
+        deltas = [delta for delta in specialists_deltas(planned, job, planned.read) if isinstance(delta, LowRank)]
+        cores, restore = lift(deltas)
+        found = Aligned(job.weights, *aligned(cores, sum(cores[1:], cores[0]), max(cores[0].shape)), restore)
+        kept[job.slot] = found
+    wide = torch.float64 if planned.recipe.dtype == "float64" else torch.float32
+    update = found.merged(job.parameters["rank"], job.parameters["scale"], wide)
+    return [update.to(job.outputs[0].dtype)]
+
+
+def _nests(planned: Plan, job: Job) -> bool:
+    """Whether all λ and k of a merge come from one decomposition: ssam as published, of low-rank updates."""
+    chosen = job.parameters
+    return (
+        job.method == "ssam"
+        and chosen["balance"] == chosen["match"] == "none"
+        and chosen["rank"] >= 1
+        and planned.recipe.output.compress_rank is None
+        and not any(job.slot in specialist.full for specialist in planned.specialists)
+    )
 
 
 def _parent(planned: Plan, index: int, job: Job, _: None) -> Delta:
