@@ -165,6 +165,7 @@ def test_consistency_from_start_to_a_recipe(
     assert rank["duplicates"] == {"16": 8} and len(rank["rows"]) == 3 and rank["steps"]  # two specialists of rank 4
     assert sum(row["chosen_in_bootstrap"] for row in scale["rows"]) == pytest.approx(1)
     assert found.cost["merges"] == found.cost["candidates_asked"] + 1 > 5 and found.cost["written_checkpoints"] == 0
+    assert set(scale["chosen_by_senses"]) == {"text", "image"}
     page = (out / "index.html").read_text()
     assert "default-src 'none'" in page and page.count("<svg") == 2 and len(page) < 50_000
     merged = load_recipe(out / "recipe.yaml")

@@ -45,6 +45,10 @@ def page(found: dict[str, Any]) -> str:
             parts.append(f'<p class="note">The same merge, so not asked: {html.escape(same)}.</p>')
         if sweep["steps"]:
             parts.append('<p class="note">Differences are divided by how far apart neighbouring merges are.</p>')
+        if len(sweep["chosen_by_senses"]) > 1:
+            rows = {name: sweep["rows"][index]["candidate"] for name, index in sweep["chosen_by_senses"].items()}
+            alone = "; ".join(f"{name} {', '.join(shown(row[a]) for a in sweep['axes'])}" for name, row in rows.items())
+            parts.append(f'<p class="note">Chosen by the probes of these senses alone: {html.escape(alone)}.</p>')
         if (proxy := sweep["proxy"]) is not None:
             parts.append(f'<p class="note">{html.escape(proxy_words(proxy))}</p>')
     parts.append(f"<h2>Cost</h2><p>{html.escape(cost_words(found['cost']))}</p>")

@@ -132,15 +132,13 @@ def _sketch(linear: RoutedLinear, seed: int) -> Tensor:
     So the distance of two merges is that of their sketches, to a tenth, and 0 for equal ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = linear.weight.shape
-    x = torch.randn(columns, SKETCHED, generator=generator).to(linear.weight)
-    y = torch.randn(rows, SKETCHED, generator=generator).to(linear.weight)
+    (rows, columns), device = linear.weight.shape, linear.weight.device
+    x = torch.randn(columns, SKETCHED, generator=generator).to(device)
+    y = torch.randn(rows, SKETCHED, generator=generator).to(device)
     if linear.text_weight is not None:
-        product = (linear.text_weight - linear.weight) @ x
-    elif TEXT in linear.scales:
-        product = linear.update(TEXT) @ x
+        product = (linear.text_weight.float() - linear.weight.float()) @ x
     else:
-        product = torch.zeros_like(y)
+        product = linear.update(TEXT).to(torch.float32) @ x
     return (product.double() * y.double()).sum(0).cpu()
 
 

@@ -84,6 +84,14 @@ class Sweep:
             return [0.0] * len(self.candidates)
         return stability(self.loss, lambda losses: choose(self.points, losses, self.default)[0])
 
+    @property
+    def alone(self) -> dict[str, int]:
+        """Which candidate the probes of each combination of senses would choose by themselves."""
+        if self.chosen is None:
+            return {}
+        tables = {name: self.loss[:, own].mean(1).tolist() for name, own in grouped(self.groups).items()}
+        return {name: choose(self.points, losses, self.default)[0] for name, losses in tables.items()}
+
     def warnings(self) -> list[str]:
         """What is worth a look, in words."""
         names = " × ".join(axis.name for axis in self.axes)
@@ -144,6 +152,7 @@ class Sweep:
             "chosen": self.chosen,
             "default": default,
             "ties": ties,
+            "chosen_by_senses": self.alone,
             "duplicates": self.duplicates,
             "steps": self.steps,
             "proxy": self.proxy(),
