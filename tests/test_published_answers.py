@@ -58,6 +58,7 @@ def test_answers_are_joined_by_id_and_missing_ones_count_as_wrong(
     [
         ("music_avqa", [line(99, "yes")], r"line 1 \('99'\) is of no question of music_avqa"),
         ("music_avqa", [line(3, "two"), line(3, "one")], r"line 2 \('3#2'\) is of no question"),
+        ("music_avqa", [], r"run\.jsonl: holds no answer"),
         ("music_avqa", [line(3, "two"), {"question_id": 4}], "row 1 lacks 'prompt'"),
         (
             "mcub3",

@@ -173,9 +173,17 @@ def test_a_folder_of_something_else_is_left_alone(
 def test_a_damaged_line_is_named(run: Callable[..., Run], generated: Benchmark, tmp_path: Path) -> None:
     run(generated, limit=2)
     path = tmp_path / "run" / "preds.jsonl"
-    path.write_text(path.read_text().replace('"status"', '"state"', 1))
-    with pytest.raises(ModalloyError, match=r"preds\.jsonl: line 1 is damaged"):
-        load_run(tmp_path / "run")
+    whole = path.read_text()
+    for old, new, reason in (
+        ('"status"', '"state"', "'status'"),
+        ('"i": 0', '"i": "0"', "a field is not a number"),
+        ('"id": "q0"', '"id": 5', "a field is not text"),
+        ('"likelihoods": []', '"likelihoods": [-1.0]', "the status ok with 1 likelihoods"),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(ModalloyError, match=rf"preds\.jsonl: line 1 is damaged \({reason}\)"):
+            load_run(tmp_path / "run")
 
 
 def test_likelihoods_are_those_of_the_whole_answer(
@@ -324,7 +332,7 @@ def test_what_a_benchmark_lacks_is_refused(generated: Benchmark, folder: Path) -
         ({"variant": "old"}, "pictures: no variant 'old'; it has none"),
     ):
         with pytest.raises(ModalloyError, match=message):
-            questions(generated, Source(folder, **given))  # type: ignore[arg-type]
+            questions(generated, Source(folder, **given))
 
 
 def test_damaged_features_are_named(model: ChatModel, folder: Path, tmp_path: Path) -> None:

@@ -90,4 +90,6 @@ def _lines(file: Path) -> tuple[list[dict[str, Any]], str]:
                 )
     except OSError as error:
         raise MediaError(f"{file}: cannot be read ({error.strerror}); give the file that the scripts wrote") from error
+    if not lines:
+        raise MediaError(f"{file}: holds no answer; give the file that the scripts wrote")
     return lines, hashlib.sha256(raw).hexdigest()

@@ -20,6 +20,7 @@ from modalloy.evals.statistics import bootstrap_interval
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1
+STATUSES = ("ok", "media_error", "too_long", "oom", "missing")
 # what must be the same for answers to stand in one log
 IDENTITY = ("schema", "task", "variant", "modalities", "model", "data", "generation")
 
@@ -87,8 +88,8 @@ def line(entry: Entry, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def entry(line: dict[str, Any]) -> Entry:
-    """The entry of a line."""
-    return Entry(
+    """The entry of a line; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    found = Entry(
         index=line["i"],
         sample=Sample.from_dict(line),
         answer=Answer(line["raw"], tuple(line["likelihoods"])),
@@ -99,6 +100,14 @@ def entry(line: dict[str, Any]) -> Entry:
         new_tokens=line["n_out"],
         prompt_sha256=line["prompt_sha"],
     )
+    nats = found.answer.likelihoods
+    if not found.sample.is_text or not isinstance(found.answer.text, str):
+        raise ValueError("a field is not text")
+    if type(found.index) is not int or not all(isinstance(number, int | float) for number in (found.seconds, *nats)):
+        raise ValueError("a field is not a number")
+    if found.status not in STATUSES or (found.status == "ok" and len(nats) != len(found.sample.options)):
+        raise ValueError(f"the status {found.status} with {len(nats)} likelihoods")
+    return found
 
 
 class Log:
@@ -237,7 +246,7 @@ def _read_entries(path: Path, *, cut: bool = False) -> list[Entry]:
             first = seen.setdefault(entries[-1].index, number)
             if first != number:
                 raise ValueError(f"it answers question {entries[-1].index} again, as line {first} does")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModalloyError(f"{path}: line {number} is damaged ({error}); remove it and resume") from error
     return entries
 
@@ -263,7 +272,7 @@ def result(run: Run) -> dict[str, Any]:
         "n_media": len({medium for sample in samples for medium in sample.media}),
         "n_scored": statuses["ok"],
         "n_unparsed": headline["n_unparsed"],
-        **{f"n_{status}": statuses[status] for status in ("media_error", "too_long", "oom", "missing")},
+        **{f"n_{status}": statuses[status] for status in STATUSES[1:]},
         "acc": headline["acc"],
         "ci95": headline["ci95"],
         "ci95_clustered": headline["ci95_clustered"],

@@ -200,6 +200,7 @@ def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
     within an outcome they are evenly spaced over the questions, sorted by group. Media are embedded up to
     MAX_MEDIUM_BYTES each and MAX_MEDIA_BYTES in all; others are named, with the reason.
     """
+    against = "" if other is None else _against(compare(run, other))
     scores = result(run)
     verdicts = {rule: run.verdicts(rule) for rule in run.benchmark.rules}
     rule, headline = next(iter(verdicts.items()))
@@ -239,7 +240,7 @@ style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; b
 <div class="wide">{_table(*_scores(scores))}</div>
 <p>{html.escape(_counts(scores))}</p>
 {"".join(_group(key, *table, scores) for key, table in _groups(scores).items())}
-{"" if other is None else _against(compare(run, other))}
+{against}
 <h2>Examples</h2>
 <p class="quiet">{_choice(outcomes, chosen, shelf, other is not None)}</p>
 {_filters([run.entries[i] for i in chosen], [outcomes[i] for i in chosen], len(verdicts) > 1, other is not None)}
