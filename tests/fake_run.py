@@ -49,5 +49,5 @@ def write_run(folder: Path, samples: Sequence[Sample], answers: Sequence[str | N
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
             told = Answer() if answer is None else Answer(answer, (-0.5, -1.0) if answer == "yes" else (-2.0, -1.0))
             status, error = ("media_error", "no such file") if answer is None else ("ok", None)
-            log.add(Entry(index, sample, told, status, error, 0.1, 1, 1, "0"), benchmark())
+            log.add(benchmark(), Entry(index, sample, told, status, error, 0.1, 1, 1, "0"))
     return load_run(folder)
