@@ -309,7 +309,7 @@ def evaluate(
     from modalloy.model import load_model
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
-    with progress(task) as on_sample:
+    with progress(task) as on_sample, _kept(run):
         finished = run_on(
             lambda: load_model(out, **options),
             identify(out, **options),
@@ -425,6 +425,17 @@ def demo(
 
     with progress("merge") as on_job:
         run(out, on_job)
+
+
+@contextmanager
+def _kept(run: Path) -> Iterator[None]:
+    """Says, on Ctrl-C, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run.is_dir():
+            print(f"stopped: {run} keeps the answers that are there; go on with --resume", file=sys.stderr)
+        raise
 
 
 def _published(

@@ -6,6 +6,7 @@ from typing import Any
 
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Verdict, likeliest
 from modalloy.evals.run import Entry, Log, Run, load_run
+from modalloy.names import MODALITIES
 
 
 def by_text(sample: Sample, answer: Answer) -> Verdict:
@@ -26,6 +27,7 @@ def benchmark(samples: Sequence[Sample] = ()) -> Benchmark:
         samples=lambda source: [one for one in samples if all(source.shows(modality) for modality, _ in one.media)],
         rules={"text": by_text, "likelihood": by_likelihood},
         files="nothing",
+        modalities=MODALITIES,
     )
 
 

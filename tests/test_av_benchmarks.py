@@ -170,8 +170,8 @@ def test_a_combination_has_its_own_file_or_loses_tags(folders: dict[str, Path], 
         )
     cut = ask(tmp_path, "avqa", "audio", "video", roots={"": folder})
     assert cut == samples
-    assert ask(tmp_path, "avqa", "point")[0].text.startswith("What makes"), "none of its senses: the question alone"
-    assert ask(tmp_path, "avqa", "point")[0].media == ()
+    with pytest.raises(ModalloyError, match=r"avqa: its questions never show point; it shows video\+image\+audio"):
+        ask(tmp_path, "avqa", "point")
     official = ask(folders["avqa official"], "avqa", "image")[0]
     assert official.text.startswith("Image: <image>\nWhat") and [m for m, _ in official.media] == ["image"]
     three = ask(folders["mcub3 modelcompose"], "mcub3", "image", "point")

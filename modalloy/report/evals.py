@@ -90,7 +90,9 @@ def comparison(found: Comparison) -> str:
             lines.append(f"- left out: {number:,} questions that only {name} was asked")
     for name, number in zip("AB", found.unanswered, strict=True):
         if number:
-            lines.append(f"- {name} has no answer to {number:,} of them (media, length, memory); these count as wrong")
+            lines.append(
+                f"- {name} could not be asked {number:,} of them (media, length, memory), or has no answer; these count as wrong"
+            )
     head = ["", "n", "A", "B", "B − A", "95 %", "only A", "only B", "p", "verdict"]
     for rule, whole in found.rules.items():
         rows = [_paired("all", whole)]
