@@ -179,7 +179,7 @@ def write_omni(planned: "Plan", folder: Path) -> None:
     """Everything of an omni folder beside its merged weights and the tokenizer."""
     config = omni_config(planned)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    template, labels = _prompt(planned)
+    template, labels = prompt_format(planned)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     processor = processor_config(config["modalities"], labels)
@@ -222,7 +222,7 @@ def _copy(files: Iterable[Path], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def _prompt(planned: "Plan") -> tuple[str | None, bool]:
+def prompt_format(planned: "Plan") -> tuple[str | None, bool]:
     """The chat template to write, None for the base's own; and whether media have labels, as ModelCompose's prompts do."""
     if planned.chat_template is not None:
         return planned.chat_template, False

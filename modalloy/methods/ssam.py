@@ -48,15 +48,23 @@ def ssam(
     k = int(rank)
     if rank < 1:
         k = max(energy_rank(second_moment(transposed), rank), energy_rank(second_moment(seen), rank))
-    U, V = shared_subspace(seen, k), shared_subspace(transposed, k)  # of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i
     summed = seen if balance == "updates" else deltas
     total = scale * sum(summed[1:], summed[0])
-    core = U.T @ (total @ V)  # (k, k); U and V are orthonormal, so that its norm is the merged update's
+    U, core, V = aligned(seen, total, k)  # U and V are orthonormal, so that the core's norm is the merged update's
     if match == "norm":
         core = resized(core, abs(scale) * mean_norm([norm(D) for D in deltas]))
     if U.shape[1] <= V.shape[1]:  # k is clipped on each side by itself; the narrower side carries the rank
         return LowRank(U, core @ V.T)
     return LowRank(U @ core, V.T)
+
+
+def aligned(deltas: Sequence[Delta], total: Delta, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k) and V (in, k) of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i, and the core Uᵀ · total · V (k, k) between them.
+
+    For a smaller k, the leading columns of U and V, and the leading block of the core, are those of that k.
+    """
+    U, V = shared_subspace(deltas, k), shared_subspace([D.T for D in deltas], k)
+    return U, U.T @ (total @ V), V
 
 
 def balanced(deltas: Sequence[Delta]) -> list[Delta]:

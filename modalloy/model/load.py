@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
-from modalloy.omni import VICUNA_V1, specialist_config, specialist_update
+from modalloy.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
 from modalloy.projectors import projector_class
+
+if TYPE_CHECKING:
+    from modalloy.plan import Plan
 
 # of old checkpoints: a table that transformers computes itself
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -117,6 +120,34 @@ def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device:
         None, config=config, state_dict=weights, dtype=config.text_config.dtype
     )
     return ChatModel(model.to(device), ModalloyProcessor(tokenizer, {}))
+
+
+def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32") -> ChatModel:
+    """The routed model of a plan for `omni`, of which nothing was written; its text path is the base's.
+
+    Everything else is as in the folder that a merge would write. `modalloy.search` gives it one text path after another.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder, content = planned.base_folder, omni_config(planned)
+    for modality, sense in planned.senses.items():
+        if sense.path is not None:
+            content["modalities"][modality]["source"] = str(sense.path.resolve())
+    content |= {"base_model": str(folder.resolve()), "text_update": None, "text_linears": []}
+    config = ModalloyConfig(**{key: content[key] for key in content if key not in ("architectures", "model_type")})
+    weights = _base_weights(folder) | _encoders(config, folder)
+    for specialist in planned.specialists:
+        weights |= _owned(specialist.checkpoint, specialist.carried(), config)
+    chosen = config.text_config.dtype if dtype == "auto" else getattr(torch, dtype)
+    model = ModalloyForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=chosen)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template, labels = prompt_format(planned)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    return ChatModel(model.to(device), ModalloyProcessor(tokenizer, config.modalities, labels))
 
 
 def local_folder(where: Any, options: dict[str, Any]) -> Path:

@@ -86,6 +86,11 @@ class RoutedLinear(nn.Linear):
         self.register_parameter(f"down_{owner}", nn.Parameter(delta.down, requires_grad=trainable))
         self.scales[owner] = scale
 
+    def remove(self, owner: str) -> None:
+        """Take `owner`'s update away again, if it has one."""
+        if self.scales.pop(owner, None) is not None:
+            del self._parameters[f"up_{owner}"], self._parameters[f"down_{owner}"]
+
     def fold(self) -> float:
         """Round the text update into the weight; returns the Frobenius norm of what rounding lost."""
         delta = self.update(TEXT)

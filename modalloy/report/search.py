@@ -1,0 +1,178 @@
+"""A search as one small HTML page: curves, the choice, how stable it is, what it cost. No script, nothing is loaded."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 52, 52, 14, 34
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1a202c;margin:0;background:#fff}
+main{max-width:52rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+table{border-collapse:collapse;margin:.7rem 0}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0}
+td:first-child,th:first-child{text-align:left}tr.chosen{background:#ebf8ff;font-weight:600}tr.out{color:#a0aec0}
+.note{color:#4a5568}li{margin:.2rem 0}svg{max-width:100%;height:auto}
+@media(prefers-color-scheme:dark){body{background:#1a202c;color:#e2e8f0}tr.chosen{background:#2a4365}
+td,th{border-color:#2d3748}.note{color:#a0aec0}}
+"""
+LOSSES = {
+    "consistency": "share of answers that differ from the neighbours'",
+    "labels": "share of wrong answers",
+    "agreement": "nats a token of the specialists' own answers",
+}
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page of a search's `search.json`."""
+    chosen = ", ".join(f"{name} = {shown(value)}" for name, value in found["chosen"].items())
+    default = ", ".join(f"{name} = {shown(value)}" for name, value in found["default"].items())
+    senses = ", ".join(f"{name} {count}" for name, count in found["senses"].items())
+    parts = [
+        f"<h1>{html.escape(chosen)}</h1>",
+        f'<p class="note">{html.escape(found["method"])}, chosen by {_objective(found)} on {found["probes"]} probes '
+        f"({html.escape(senses)}); the recipe has {html.escape(default)}</p>",
+    ]
+    if found["warnings"]:
+        parts.append("<ul>" + "".join(f"<li>{html.escape(one)}</li>" for one in found["warnings"]) + "</ul>")
+    for sweep in found["sweeps"]:
+        parts.append(f"<h2>{html.escape(' × '.join(sweep['axes']))}</h2>")
+        if len(sweep["axes"]) == 1:
+            parts.append(_curve(sweep, LOSSES[found["objective"]]))
+        parts.append(_table(sweep))
+        if sweep["duplicates"]:
+            same = ", ".join(f"{value} as {shown(of)}" for value, of in sweep["duplicates"].items())
+            parts.append(f'<p class="note">The same merge, so not asked: {html.escape(same)}.</p>')
+        if sweep["steps"]:
+            parts.append('<p class="note">Differences are divided by how far apart neighbouring merges are.</p>')
+        if (proxy := sweep["proxy"]) is not None:
+            parts.append(f'<p class="note">{html.escape(proxy_words(proxy))}</p>')
+    parts.append(f"<h2>Cost</h2><p>{html.escape(cost_words(found['cost']))}</p>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>modalloy search</title>'
+        f"<style>{STYLE}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+    )
+
+
+def text(found: dict[str, Any]) -> str:
+    """The same as lines for a terminal."""
+    lines = []
+    for sweep in found["sweeps"]:
+        head, rows = _cells(sweep)
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for mark, row in zip([" ", *_marks(sweep)], [head, *rows], strict=True):
+            lines.append(f"{mark} " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        if (proxy := sweep["proxy"]) is not None:
+            lines.append(proxy_words(proxy))
+        lines.append("")
+    lines += [f"warning  {one}" for one in found["warnings"]]
+    chosen = ", ".join(f"{name} = {shown(value)}" for name, value in found["chosen"].items())
+    return "\n".join([*lines, f"cost     {cost_words(found['cost'])}", f"chosen   {chosen}"])
+
+
+def shown(value: Any) -> str:
+    """A value of an axis."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def proxy_words(proxy: dict[str, Any]) -> str:
+    """How the choice did by gold answers, which it did not see."""
+    rank, gain = proxy["spearman"], proxy["gain_over_default"]
+    said = f"By the gold answers: accuracy {proxy['accuracy']:.3f}, {proxy['regret_to_oracle']:.3f} below the best candidate"
+    said += "" if gain is None else f", {gain:+.3f} against the recipe's own"
+    return said + ("." if rank is None else f"; Spearman of objective and accuracy {rank:+.2f}.")
+
+
+def cost_words(cost: dict[str, Any]) -> str:
+    """What the search cost, and the estimate of the published way."""
+    s, other = cost["seconds"], cost["published_way"]
+    return (
+        f"{cost['merges']} merges in memory ({s['merges']:.1f} s), {cost['generated']} answers generated and "
+        f"{cost['scored']} scored ({s['answers']:.1f} s), model and media once ({s['load'] + s['features']:.1f} s): "
+        f"{s['all']:.1f} s, no checkpoint written. A checkpoint and an evaluation per candidate: "
+        f"{other['written_bytes'] / 1e9:.1f} GB and about {other['seconds_estimate']:.0f} s plus the writing."
+    )
+
+
+def _objective(found: dict[str, Any]) -> str:
+    return found["objective"] + (f" ({found['variant']}, {found['match']} match)" if "variant" in found else "")
+
+
+def _cells(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a comparison."""
+    accurate, healthy = "accuracy" in sweep["rows"][0], "health" in sweep["rows"][0]
+    head = [*sweep["axes"], "loss", "chosen in bootstrap", *(["accuracy"] if accurate else [])]
+    head += ["empty", "over-long", "repetitive", "same"] if healthy else []
+    rows = []
+    for row in sweep["rows"]:
+        cells = [shown(row["candidate"][name]) for name in sweep["axes"]]
+        cells += ["–" if row["loss"] is None else f"{row['loss']:.3f}", f"{row['chosen_in_bootstrap']:.0%}"]
+        cells += [f"{row['accuracy']:.3f}"] if accurate else []
+        cells += [f"{rate:.0%}" for rate in row["health"].values()] if healthy else []
+        rows.append(cells)
+    return head, rows
+
+
+def _marks(sweep: dict[str, Any]) -> list[str]:
+    """ "*" for the choice, "x" for what was disqualified."""
+    return [
+        "*" if index == sweep["chosen"] else "x" if row["disqualified"] else " "
+        for index, row in enumerate(sweep["rows"])
+    ]
+
+
+def _table(sweep: dict[str, Any]) -> str:
+    head, rows = _cells(sweep)
+    names = {"*": ' class="chosen"', "x": ' class="out"', " ": ""}
+    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
+    for mark, row in zip(_marks(sweep), rows, strict=True):
+        lines.append(f"<tr{names[mark]}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _curve(sweep: dict[str, Any], what: str) -> str:
+    """Loss and, where it is known, accuracy over one axis; the choice is ringed, the recipe's own value a dashed line."""
+    rows, n = sweep["rows"], len(sweep["rows"])
+    xs = [LEFT + (WIDTH - LEFT - RIGHT) * (index / max(1, n - 1)) for index in range(n)]
+    parts = [f'<line x1="{LEFT}" y1="{HEIGHT - BOTTOM}" x2="{WIDTH - RIGHT}" y2="{HEIGHT - BOTTOM}" stroke="#a0aec0"/>']
+    for x, row in zip(xs, rows, strict=True):
+        label = html.escape(shown(row["candidate"][sweep["axes"][0]]))
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+    if sweep["default"] is not None:
+        x = xs[sweep["default"]]
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}" stroke="#a0aec0" stroke-dasharray="4 4"/>'
+        )
+    parts += _line(xs, [row["loss"] for row in rows], "#2b6cb0", left=True, ring=sweep["chosen"])
+    legend = f'<tspan fill="#2b6cb0">{html.escape(what)}</tspan>'
+    if "accuracy" in rows[0]:
+        parts += _line(xs, [row["accuracy"] for row in rows], "#c05621", left=False, ring=None)
+        legend += ' · <tspan fill="#c05621">accuracy (not used)</tspan>'
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 3}" text-anchor="middle">{legend}</text>')
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}"'
+    return f'<svg {size} font-size="11" fill="currentColor" role="img">{"".join(parts)}</svg>'
+
+
+def _line(
+    xs: Sequence[float], values: Sequence[float | None], colour: str, *, left: bool, ring: int | None
+) -> list[str]:
+    """One curve on its own scale, whose ends are written at its side."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return []
+    low, high = min(there), max(there)
+    span = high - low or 1.0
+    ys = [math.nan if v is None else TOP + (HEIGHT - TOP - BOTTOM - 10) * (1 - (v - low) / span) for v in values]
+    able = [(x, y) for x, y in zip(xs, ys, strict=True) if not math.isnan(y)]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in able)
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in able]
+    if ring is not None:
+        parts.append(
+            f'<circle cx="{xs[ring]:.1f}" cy="{ys[ring]:.1f}" r="7" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+    side = f'x="{LEFT - 8}" text-anchor="end"' if left else f'x="{WIDTH - RIGHT + 8}"'
+    ends = {max(y for _, y in able): low, min(y for _, y in able): high}
+    return parts + [f'<text {side} y="{y + 4:.1f}" fill="{colour}">{value:.3f}</text>' for y, value in ends.items()]

@@ -1,0 +1,150 @@
+"""Candidates served in memory: one model is loaded, and its text path is set to one merge after another. Nothing is written."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from modalloy.delta import Delta, LowRank, Restore, lift
+from modalloy.engines import local
+from modalloy.merge import compute, specialists_deltas, survey
+from modalloy.methods.ssam import aligned
+from modalloy.model.chat import ChatModel
+from modalloy.model.load import load_planned
+from modalloy.model.routing import TEXT, RoutedLinear
+from modalloy.plan import Job, Plan, plan
+from modalloy.search.space import Changes, applied
+
+Result = TypeVar("Result")
+
+SKETCHED = 64  # numbers that stand for a merged update
+
+
+class Server:
+    """One model in memory that is given one text path after another.
+
+    The tensors of a candidate are those that a merge would write, to the bit; by ssam to rounding, for there one
+    decomposition serves every λ and k. It is kept: about as much memory as the specialists' text updates take.
+    """
+
+    def __init__(self, planned: Plan, *, device: str, dtype: str, allow_base_mismatch: bool) -> None:
+        self.planned, self.allow_base_mismatch = planned, allow_base_mismatch
+        self.chat: ChatModel = load_planned(planned, device=device, dtype=dtype)
+        self.kept: dict[str, Aligned] = {}  # by weight
+
+    def serve(self, changes: Changes) -> list[float]:
+        """Set the text path to the merge of a candidate; returns its `sketch`."""
+        planned = plan(applied(self.planned.recipe, changes), allow_base_mismatch=self.allow_base_mismatch)
+        planned.surveys = survey(planned)
+        work = partial(_merged, planned, self.kept)
+        return self._set((job.slot, tensors) for job, tensors in _in_parallel(work, planned))
+
+    def serve_parent(self, index: int) -> None:
+        """Set the text path to that of one specialist: the model is then that specialist, for its own sense."""
+        work = partial(_parent, self.planned, index)
+        self._set((job.slot, [tensor]) for job, tensor in _in_parallel(work, self.planned))
+
+    def _set(self, found: Iterator[tuple[str, list[Delta]]]) -> list[float]:
+        """Replace the text path by one update, or one whole weight, for every linear."""
+        linears = self.chat.model.linears
+        for linear in linears.values():
+            linear.remove(TEXT)
+            linear.text_weight = None
+        total = torch.zeros(SKETCHED, dtype=torch.float64)
+        for number, (slot, given) in enumerate(found):
+            linear, (update,) = linears[slot], given
+            like = linear.weight
+            if isinstance(update, LowRank):
+                linear.add(TEXT, LowRank(update.up.to(like), update.down.to(like)))
+            else:
+                linear.text_weight = nn.Parameter(update.to(like), requires_grad=False)
+            total += _sketch(linear, number)
+        return total.tolist()
+
+
+def _in_parallel(work: Callable[[Job, None], Result], planned: Plan) -> Iterator[tuple[Job, Result]]:
+    """The work of every merged weight, in the plan's order."""
+    jobs = [job for job in planned.jobs if job.kind == "merge"]
+    with closing(local.run(jobs, lambda job: None, work, local.default_workers())) as results:
+        yield from results
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """ssam's decomposition of one weight at the largest k and λ = 1, in the coordinates of its cores."""
+
+    weights: tuple[float, ...]  # of the specialists
+    U: Tensor
+    core: Tensor
+    V: Tensor
+    restore: Restore
+
+    def merged(self, k: int, scale: float, dtype: torch.dtype) -> LowRank:
+        """The merged update of rank k, multiplied by λ."""
+        U, core, V = self.U[:, :k], scale * self.core[:k, :k], self.V[:, :k]
+        return self.restore(LowRank(U, core @ V.T), dtype)
+
+
+def _merged(planned: Plan, kept: dict[str, Aligned], job: Job, _: None) -> list[Delta]:
+    """What a merge writes for one weight: its update, or the whole weight."""
+    if not _nests(planned, job):
+        tensors = compute(planned, job, planned.read)
+        return [LowRank(tensors[1], tensors[0])] if len(tensors) == 2 else list(tensors)
+    found = kept.get(job.slot)
+    if found is None or found.weights != job.weights:
+        deltas = [delta for delta in specialists_deltas(planned, job, planned.read) if isinstance(delta, LowRank)]
+        cores, restore = lift(deltas)
+        found = Aligned(job.weights, *aligned(cores, sum(cores[1:], cores[0]), max(cores[0].shape)), restore)
+        kept[job.slot] = found
+    wide = torch.float64 if planned.recipe.dtype == "float64" else torch.float32
+    update = found.merged(job.parameters["rank"], job.parameters["scale"], wide)
+    return [update.to(job.outputs[0].dtype)]
+
+
+def _nests(planned: Plan, job: Job) -> bool:
+    """Whether all λ and k of a merge come from one decomposition: ssam as published, of low-rank updates."""
+    chosen = job.parameters
+    return (
+        job.method == "ssam"
+        and chosen["balance"] == chosen["match"] == "none"
+        and chosen["rank"] >= 1
+        and planned.recipe.output.compress_rank is None
+        and not any(job.slot in specialist.full for specialist in planned.specialists)
+    )
+
+
+def _parent(planned: Plan, index: int, job: Job, _: None) -> Delta:
+    """One specialist's own update of a weight, or its whole weight."""
+    specialist = planned.specialists[index]
+    if job.slot in specialist.full:
+        return planned.read(specialist.full[job.slot])
+    alone = replace(job, weights=tuple(1.0 for _ in job.weights))
+    return specialists_deltas(planned, alone, planned.read)[index]
+
+
+def _sketch(linear: RoutedLinear, seed: int) -> Tensor:
+    """Numbers yᵀ ΔW x (SKETCHED,) for fixed random x and y: the mean square of their sum over the weights is Σ ‖ΔW‖².
+
+    So the distance of two merges is that of their sketches, to a tenth, and 0 for equal ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = linear.weight.shape
+    x = torch.randn(columns, SKETCHED, generator=generator).to(linear.weight)
+    y = torch.randn(rows, SKETCHED, generator=generator).to(linear.weight)
+    if linear.text_weight is not None:
+        product = (linear.text_weight - linear.weight) @ x
+    elif TEXT in linear.scales:
+        product = linear.update(TEXT) @ x
+    else:
+        product = torch.zeros_like(y)
+    return (product.double() * y.double()).sum(0).cpu()
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    """About ‖ΔW_a − ΔW_b‖ (Frobenius, over all weights) from two sketches."""
+    difference = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
+    return float(difference.square().mean().sqrt())

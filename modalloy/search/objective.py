@@ -1,0 +1,185 @@
+"""What makes one candidate better than another, as tables of losses (candidates × probes), and which one is chosen.
+
+Lower is better, and NaN means that a candidate cannot be chosen. No model is needed here.
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modalloy.evals.benchmark import Sample
+from modalloy.evals.sanity import is_repetitive
+from modalloy.evals.scoring import parse_letter, vqa_normalize
+
+Variant = Literal["sum", "union", "one-sided"]
+Match = Literal["normalised", "exact"]
+Table = NDArray[np.float64]  # (candidates, probes)
+Point = tuple[int, ...]  # place of a candidate on the axes
+SLACK = 0.2  # share of answers by which a candidate may be worse than the best rate of parents and candidates
+COLLAPSED = 0.8  # share of one same answer from which a candidate has collapsed
+RESAMPLES = 1000
+TIE = 1e-9
+
+
+def compared(text: str, sample: Sample, match: Match) -> str:
+    """What of an answer is compared: "exact" the whole of it in lower case, as AdaMMS' code does; "normalised" the option
+    that it names where there are some, else the words as the VQA challenge compares them."""
+    if match == "exact":
+        return text.lower()
+    letter = parse_letter(text, sample.choices) if sample.choices else None
+    return f"option {letter}" if letter is not None else vqa_normalize(text)
+
+
+def inconsistency(answers: Sequence[Sequence[str]], variant: Variant, steps: Sequence[float] | None = None) -> Table:
+    """How much every candidate's answers (candidates in order, probes) differ from its neighbours' (AdaMMS 3.3).
+
+    - sum (Algorithm 1): the number of neighbours whose answer is another one: 0, 1 or 2
+    - union (appendix B): 1 if either neighbour's is
+    - one-sided (the published Qwen script): 1 if that of the candidate before is
+
+    The ends cannot be chosen: they lack a neighbour. `steps` are the distances of neighbours, where they are not alike:
+    a change counts the less the further apart they are, in units of the mean.
+    """
+    n, probes = len(answers), len(answers[0])
+    loss = np.full((n, probes), np.nan)
+    pairs = itertools.pairwise(answers)
+    changed = np.array([[float(a != b) for a, b in zip(*pair, strict=True)] for pair in pairs])
+    if n < (2 if variant == "one-sided" else 3):
+        return loss
+    weights = np.ones(n - 1) if steps is None else np.asarray(steps, dtype=np.float64) / np.mean(steps)
+    per_step = changed / weights[:, None]
+    if variant == "one-sided":
+        loss[1:] = per_step
+    elif variant == "sum":
+        loss[1:-1] = per_step[:-1] + per_step[1:]
+    else:
+        loss[1:-1] = np.maximum(changed[:-1], changed[1:]) / ((weights[:-1] + weights[1:]) / 2)[:, None]
+    return loss
+
+
+def choose(points: Sequence[Point], losses: Sequence[float], default: Point | None = None) -> tuple[int, list[int]]:
+    """Index of the candidate of least loss, and of all that tie for it.
+
+    Of ties the default is taken; else the middle of the largest plateau (ties that neighbour each other), of two middles
+    the one nearer to the default, then the first.
+
+    Raises:
+        ValueError: all losses are NaN.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    if np.isnan(values).all():
+        raise ValueError("no candidate can be chosen")
+    ties = [int(index) for index in np.flatnonzero(values <= np.nanmin(values) + TIE)]
+    for index in ties:
+        if points[index] == default:
+            return index, ties
+    plateaus = _plateaus({points[index]: index for index in ties})
+    widest = max(map(len, plateaus))
+    ranked = []
+    for plateau in plateaus:
+        centre = np.mean(list(plateau), axis=0)
+        for point, index in plateau.items():
+            off = float(np.abs(np.array(point) - centre).sum())
+            far = 0.0 if default is None else float(np.abs(np.array(point) - np.array(default)).sum())
+            ranked.append((-len(plateau) + widest, round(off, 9), far, index))
+    return min(ranked)[-1], ties
+
+
+def _plateaus(places: dict[Point, int]) -> list[dict[Point, int]]:
+    """Places that lie side by side, put together."""
+    left, found = dict(places), []
+    while left:
+        first = next(iter(left))
+        plateau, edge = {first: left.pop(first)}, [first]
+        while edge:
+            point = edge.pop()
+            for axis in range(len(point)):
+                for step in (-1, 1):
+                    beside = (*point[:axis], point[axis] + step, *point[axis + 1 :])
+                    if beside in left:
+                        plateau[beside] = left.pop(beside)
+                        edge.append(beside)
+        found.append(plateau)
+    return found
+
+
+def stability(loss: Table, choice: Callable[[Sequence[float]], int], *, seed: int = 0) -> list[float]:
+    """Share of bootstrap samples of the probes in which each candidate is chosen."""
+    probes = loss.shape[1]
+    drawn = np.random.default_rng(seed).multinomial(probes, np.full(probes, 1 / probes), RESAMPLES)
+    chosen = Counter(choice(means) for means in (loss @ drawn.T / probes).T.tolist())
+    return [chosen[index] / RESAMPLES for index in range(len(loss))]
+
+
+@dataclass(frozen=True)
+class Health:
+    """Shares of a model's answers that are no answers."""
+
+    empty: float
+    cut: float  # as long as they may be
+    repetitive: float
+    same: float  # share of the most frequent answer
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def health(texts: Sequence[str], at_limit: Sequence[bool]) -> Health:
+    """What share of the answers is empty, was cut at the length limit, repeats itself, or is one and the same."""
+    n = len(texts)
+    return Health(
+        empty=sum(not re.search(r"\w", text) for text in texts) / n,
+        cut=sum(at_limit) / n,
+        repetitive=sum(map(is_repetitive, texts)) / n,
+        same=max(Counter(text.lower() for text in texts).values()) / n,
+    )
+
+
+def degenerate(candidates: Sequence[Health], parents: Sequence[Health] = ()) -> list[str]:
+    """Why each candidate is not to be chosen, "" if it may be.
+
+    A rate is too high if it is `SLACK` above the lowest of all candidates and parents (so that a long-winded base
+    disqualifies nobody), and for one same answer at least COLLAPSED.
+    """
+    found = []
+    for one in candidates:
+        reasons = []
+        for name, words in (
+            ("empty", "empty"),
+            ("cut", "over-long"),
+            ("repetitive", "repetitive"),
+            ("same", "the same"),
+        ):
+            rate = getattr(one, name)
+            least = min(getattr(other, name) for other in (*candidates, *parents))
+            if rate > max(least + SLACK, COLLAPSED if name == "same" else 0.0):
+                reasons.append(f"{rate:.0%} of its answers are {words}")
+        found.append("; ".join(reasons))
+    return found
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Rank correlation, ties at their mean rank; None where one side does not vary."""
+    x, y = _ranks(a), _ranks(b)
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def grouped(values: Sequence[Hashable]) -> dict[Any, list[int]]:
+    """Value → the places where it stands."""
+    groups: dict[Any, list[int]] = {}
+    for index, value in enumerate(values):
+        groups.setdefault(value, []).append(index)
+    return groups

@@ -1,0 +1,326 @@
+"""Searching parameters: axes, what is served in memory, the log, resuming, the files that come out, and mistakes."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import write_compose
+from PIL import Image
+from safetensors.torch import load_file
+
+import modalloy
+from modalloy import cli
+from modalloy.delta import LowRank, norm
+from modalloy.errors import ModalloyError, RecipeError
+from modalloy.merge import merged_delta
+from modalloy.model.routing import TEXT
+from modalloy.plan import plan
+from modalloy.recipe import Recipe, load_recipe
+from modalloy.search import search
+from modalloy.search.candidates import Server, distance
+from modalloy.search.probes import read_probes
+from modalloy.search.run import Found
+from modalloy.search.space import applied, default_axes, parse_axes, start
+
+SCALES = "scale=0.25:1.25:0.25"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """A recipe of two specialists, pictures, and probes about them."""
+    folder = tmp_path_factory.mktemp("search")
+    models = []
+    for seed, (disk, modality) in enumerate({"vision": "image", "audio": "audio"}.items()):
+        write_compose(folder / f"{disk}-damc", disk, seed=seed)
+        models.append({"model": f"{disk}-damc", "modality": modality})
+    recipe = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": "omni"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows: list[dict[str, Any]] = [{"text": "what do you hear ?", "gold": "no"}]
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        shown = {"image": f"{index}.png"} if index else [["vision", f"{index}.png"]]
+        rows.append({"text": "what is this ?", "media": shown, "choices": ["dog", "cat"], "gold": "dog"})
+    (folder / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Server:
+    return Server(plan(load_recipe(folder / "recipe.yaml")), device="cpu", dtype="float32", allow_base_mismatch=False)
+
+
+@pytest.fixture
+def run(folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
+    """`search` with the one model of this file."""
+    monkeypatch.setattr("modalloy.search.run.Server", lambda planned, **options: server)
+
+    def run(out: Path, **options: Any) -> Found:
+        return search(folder / "recipe.yaml", folder / "probe.jsonl", out, **{"max_new_tokens": 3} | options)
+
+    return run
+
+
+def updates(model: Any) -> dict[str, torch.Tensor]:
+    """The text path of every linear: what it adds to the base's weight, or the weight in its place."""
+    return {
+        slot: linear.update(TEXT).dense() if linear.text_weight is None else linear.text_weight
+        for slot, linear in model.model.linears.items()
+    }
+
+
+def test_served_is_what_a_merge_writes(folder: Path, server: Server, tmp_path: Path) -> None:
+    recipe, changes = server.planned.recipe, {"scale": 0.7, "rank": 3, "weight.image": 0.5}
+    server.serve({"scale": 0.1, "rank": 8})
+    server.serve(changes)
+    modalloy.merge(applied(recipe, changes), tmp_path / "out", jobs=1)
+    written = modalloy.load_model(tmp_path / "out")
+    for slot, update in updates(written).items():
+        assert torch.allclose(update, updates(server.chat)[slot], rtol=1e-5, atol=1e-6 * float(update.abs().max())), (
+            slot
+        )
+    found = [chat.ask("what is this ?", image=folder / "0.png", max_new_tokens=8) for chat in (written, server.chat)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("changes", [{"balance": "updates"}, {"rank": {"energy": 0.8}}, {"weight.audio": 2.0}])
+def test_served_is_what_every_job_of_a_merge_computes(server: Server, changes: dict[str, Any]) -> None:
+    server.serve(changes)
+    planned = plan(applied(server.planned.recipe, changes))
+    for job in planned.jobs:
+        if job.kind == "merge":
+            wanted, found = merged_delta(planned, job, planned.read), server.chat.model.linears[job.slot].update(TEXT)
+            assert isinstance(wanted, LowRank)
+            assert torch.allclose(wanted.dense(), found.dense(), rtol=1e-5, atol=1e-6 * norm(wanted)), job.slot
+
+
+def test_full_weights_are_served_too(
+    folder: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = load_recipe(folder / "recipe.yaml").model_dump() | {"merge_method": "ties"}
+    monkeypatch.setattr(server, "planned", plan(Recipe(**content, folder=folder)))
+    server.serve({"scale": 0.7})
+    full = Recipe(**content | {"parameters": {"scale": 0.7}, "output": {"form": "full"}}, folder=folder)
+    modalloy.merge(full, tmp_path / "out", jobs=1)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for slot, weight in updates(server.chat).items():
+        assert torch.equal(weight, written[slot]), slot
+    server.serve({"scale": 0.0})
+    assert all(torch.equal(one.text_weight, one.weight) for one in server.chat.model.linears.values())
+
+
+def test_scale_only_rescales_and_sketches_measure_distance(server: Server) -> None:
+    found = {}
+    for scale in (0.25, 0.5, 1.0):
+        found[scale] = server.serve({"scale": scale}), updates(server.chat)
+    for slot, update in found[0.25][1].items():
+        assert torch.allclose(4 * update, found[1.0][1][slot], rtol=1e-6, atol=1e-9)
+    far, near = distance(found[0.25][0], found[1.0][0]), distance(found[0.25][0], found[0.5][0])
+    assert far == pytest.approx(3 * near, rel=1e-4)
+    true = sum(float((u - found[0.25][1][slot]).square().sum()) for slot, u in found[1.0][1].items()) ** 0.5
+    assert far == pytest.approx(true, rel=0.4)
+
+
+def test_a_parent_is_its_specialist(folder: Path, base: Path, server: Server) -> None:
+    server.serve_parent(0)
+    alone = modalloy.load_model(folder / "vision-damc", base=str(base))
+    for slot, update in updates(alone).items():
+        assert torch.allclose(update, updates(server.chat)[slot], atol=1e-6), slot
+
+
+def test_axes(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml")
+    (folder / "axes.yaml").write_text('rank: [4, 2, {energy: 0.9}]\nscale: "0.1:0.3:0.1"\n')
+    given = parse_axes(["weight.audio=2,0.5,1", str(folder / "axes.yaml"), "balance=none,updates"], recipe)
+    assert [(axis.name, axis.values) for axis in given] == [
+        ("weight.audio", (0.5, 1.0, 2.0)),
+        ("rank", (4, 2, {"energy": 0.9})),
+        ("scale", (0.1, 0.2, 0.3)),
+        ("balance", ("none", "updates")),
+    ]
+    assert [axis.ordered for axis in given] == [True, False, True, False]
+    assert [axis.even for axis in given] == [False, False, True, False]
+    planned = plan(recipe)
+    found = {axis.name: axis.values for axis in default_axes(planned)}
+    assert found == {"scale": (0.25, 0.5, 0.75, 1.0), "rank": (1, 2, 4, 8)}  # n = 2, r = 4
+    assert start(planned, given) == {"weight.audio": 1.0, "rank": 4, "scale": 0.5, "balance": "none"}
+
+
+def test_consistency_from_start_to_a_recipe(
+    folder: Path, run: Callable[..., Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "found"
+    found = run(out, vary=[SCALES, "rank=2,4,8,16"])
+    document = json.loads((out / "search.json").read_text())
+    assert document == json.loads(json.dumps(found.to_dict()))
+    scale, rank = document["sweeps"]
+    assert [row["candidate"]["scale"] for row in scale["rows"]] == [0.25, 0.5, 0.75, 1.0, 1.25]
+    assert scale["rows"][0]["loss"] is scale["rows"][-1]["loss"] is None  # the ends lack a neighbour
+    assert rank["duplicates"] == {"16": 8} and len(rank["rows"]) == 3 and rank["steps"]  # two specialists of rank 4
+    assert sum(row["chosen_in_bootstrap"] for row in scale["rows"]) == pytest.approx(1)
+    assert found.cost["merges"] == found.cost["candidates_asked"] + 1 > 5 and found.cost["written_checkpoints"] == 0
+    page = (out / "index.html").read_text()
+    assert "default-src 'none'" in page and page.count("<svg") == 2 and len(page) < 50_000
+    merged = load_recipe(out / "recipe.yaml")
+    assert merged.parameters == found.chosen and plan(merged).parameters["scale"] == found.chosen["scale"]
+
+    lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
+    (out / "trials.jsonl").write_text("".join(lines[:-3]) + lines[-3][:40])  # as a killed search leaves it
+    with pytest.raises(ModalloyError, match="holds a search already; go on with --resume"):
+        run(out, vary=[SCALES, "rank=2,4,8,16"])
+    again = run(out, vary=[SCALES, "rank=2,4,8,16"], resume=True)
+    assert again.chosen == found.chosen
+    assert [sweep.to_dict() for sweep in again.sweeps] == [sweep.to_dict() for sweep in found.sweeps]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished search loads no model")
+
+    monkeypatch.setattr("modalloy.search.run.Server", refuse)
+    assert run(out, vary=[SCALES, "rank=2,4,8,16"], resume=True).chosen == found.chosen
+    assert run(out, vary=["scale=0.25,0.5,0.75"], resume=True, variant="union").chosen == {"scale": 0.5}
+    with pytest.raises(ModalloyError, match=r"is a search with another max_new_tokens; choose another folder"):
+        run(out, vary=[SCALES], resume=True, max_new_tokens=4)
+
+
+def test_labels_score_options_and_words(run: Callable[..., Found], tmp_path: Path) -> None:
+    found = run(tmp_path / "found", vary=["scale=0.5,2", "weight.image=-1,1"], objective="labels", strategy="grid")
+    (sweep,) = found.sweeps
+    assert [list(c.values()) for c in sweep.candidates] == [[0.5, -1.0], [0.5, 1.0], [2.0, -1.0], [2.0, 1.0]]
+    assert sweep.accuracy == pytest.approx([1 - loss for loss in np.nan_to_num(sweep.loss.mean(1))]) or any(
+        sweep.disqualified
+    )
+    assert found.cost["scored"] == 4 * 3 and found.cost["generated"] == 4
+    assert sweep.default == (0, 1)
+
+
+def test_agreement_is_the_likelihood_of_the_parents_words(run: Callable[..., Found], tmp_path: Path) -> None:
+    found = run(tmp_path / "found", vary=["scale=0,0.5,1"], objective="agreement")
+    (sweep,) = found.sweeps
+    assert sweep.loss.shape[1] <= 3 and (sweep.loss > 0).all()  # one picture a probe; nats a token
+    assert found.cost["generated"] == 3  # by the image specialist, once
+
+
+def test_samplers(run: Callable[..., Found], tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    options = {"vary": ["scale=0.5,1,2", "rank=1,2,4"], "objective": "labels", "strategy": "tpe", "trials": 4}
+    found = [run(tmp_path / name, **options) for name in "ab"]
+    assert found[0].chosen == found[1].chosen and len(found[0].sweeps[0].points) <= 4
+
+
+def test_probes_of_a_run_and_mistakes_in_them(folder: Path) -> None:
+    probes = read_probes(folder / "probe.jsonl")
+    assert [probe.group["senses"] for probe in probes] == ["text", "image", "image", "image"]
+    assert probes[1].media == (("image", str(folder / "0.png")),) and probes[0].golds == ("no",)
+    logged = [probe.to_dict() | {"prompt_sha": ""} for probe in probes]
+    (folder / "run").mkdir()
+    (folder / "run" / "preds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    assert [probe.id for probe in read_probes(folder / "run")] == [probe.id for probe in probes]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "holds no probe; write one a line"),
+        ("{", "line 1 is not JSON"),
+        ('{"txet": "?"}', "line 1 has an unknown key 'txet'; did you mean 'text'"),
+        ('{"media": {"image": "0.png"}}', 'line 1 has no "text"'),
+        ('{"text": "?", "media": {"image": "gone.png"}}', "gone.png: no such file; paths start at the probe file"),
+        ('{"text": "?", "media": "0.png"}', '"media" is a str'),
+        ('{"text": "?"}\n{"text": "?"}', "line 2 asks what an earlier line asks"),
+        ('{"text": "?", "media": {"video": "0.png"}}', "shows video, and the recipe's model takes image, audio"),
+    ],
+)
+def test_bad_probes(
+    line: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder / "bad.jsonl").write_text(line)
+    assert message in refusal(folder, tmp_path, monkeypatch, capsys, probe="bad.jsonl")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--vary", "scael=1,2,3"), "'ssam' has no such parameter; did you mean 'scale'? known: balance, match, rank"),
+        (("--vary", "weight.imag=1,2,3"), "did you mean 'weight.image'?"),
+        (("--vary", "rank=0,1,2"), "rank: 0 is not a whole number of at least 1"),
+        (("--vary", "scale=1:0:1"), "an empty range"),
+        (("--vary", "scale"), "not of the form NAME=VALUES"),
+        (("--vary", "scale=1"), "one value leaves nothing to choose"),
+        (("--vary", "scale=1,1,2"), "1.0 is given twice"),
+        (("--vary", "scale=1,2"), "consistency needs at least 3 values"),
+        (("--vary", "balance=none,updates"), "'none' is no number; use --objective labels or agreement"),
+        (("--strategy", "grid"), "consistency compares neighbours along one axis; use --strategy coordinate"),
+        (("--objective", "label"), "did you mean 'labels'?"),
+        (("--variant", "product"), "known: sum, union, one-sided"),
+    ],
+)
+def test_bad_options(
+    options: tuple[str, ...],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in refusal(folder, tmp_path, monkeypatch, capsys, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def refusal(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *options: str,
+    probe: str = "probe.jsonl",
+) -> str:
+    """The one line of a search that is refused."""
+    words = ("search", folder / "recipe.yaml", "--probe", folder / probe, "-o", tmp_path / "out", *options)
+    monkeypatch.setattr(sys, "argv", ["modalloy", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_other_methods_need_axes_and_other_forms_are_refused(folder: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml").model_dump()
+    ties = Recipe(**recipe | {"merge_method": "ties"}, folder=folder)
+    with pytest.raises(RecipeError, match=r"'ties' has no default search space; name one with --vary"):
+        search(ties, folder / "probe.jsonl", tmp_path / "out")
+    adapter = Recipe(**recipe | {"output": {"form": "adapter"}}, folder=folder)
+    with pytest.raises(RecipeError, match=r"output.form 'adapter': a search asks the merged model"):
+        search(adapter, folder / "probe.jsonl", tmp_path / "out")
+
+
+def test_the_command(
+    run: Callable[..., Found],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("search", folder / "recipe.yaml", "--probe", folder / "probe.jsonl", "-o", tmp_path / "out")
+    options = ("--vary", "scale=0.5,1,2", "--max-new-tokens", "3", "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["modalloy", *map(str, words), *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and "chosen   scale = " in said and "no checkpoint written" in said
+    monkeypatch.setattr(sys, "argv", ["modalloy", *map(str, words), *options, "--resume", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert json.loads(capsys.readouterr().out)["objective"] == "consistency"

@@ -1,0 +1,113 @@
+"""What a search compares, on tables of answers made by hand: AdaMMS' three criteria, ties, guards, stability."""
+
+import math
+
+import numpy as np
+import pytest
+
+from modalloy.evals.benchmark import Sample
+from modalloy.search.objective import (
+    Health,
+    choose,
+    compared,
+    degenerate,
+    health,
+    inconsistency,
+    spearman,
+    stability,
+)
+
+# five candidates × four probes; the answers change at different places
+ANSWERS = [
+    ["a", "x", "p", "1"],
+    ["a", "y", "p", "2"],
+    ["a", "y", "q", "3"],
+    ["b", "y", "q", "3"],
+    ["c", "z", "p", "3"],
+]
+
+
+def shares(*values: float) -> list[float]:
+    return [value / 4 for value in values]
+
+
+def test_the_three_published_criteria_on_one_table() -> None:
+    total, union, one = (inconsistency(ANSWERS, variant).mean(1) for variant in ("sum", "union", "one-sided"))
+    assert total[1:-1].tolist() == shares(4, 3, 4)  # Algorithm 1 adds both neighbours
+    assert union[1:-1].tolist() == shares(3, 3, 3)  # appendix B asks whether either differs
+    assert one[1:].tolist() == shares(2, 2, 1, 3)  # the published script looks back only
+    for ends in (total[[0, -1]], union[[0, -1]], one[[0]]):
+        assert np.isnan(ends).all()
+    assert ((union <= total) & (total <= 2 * union))[1:-1].all()
+
+
+def test_criteria_choose_differently() -> None:
+    points = [(index,) for index in range(5)]
+    picks = [choose(points, inconsistency(ANSWERS, v).mean(1).tolist())[0] for v in ("sum", "union", "one-sided")]
+    assert picks == [2, 2, 3]
+    assert choose(points, inconsistency(ANSWERS, "union").mean(1).tolist()) == (2, [1, 2, 3])
+
+
+def test_uneven_steps_count_by_their_length() -> None:
+    # the same change over a step of three is a third as much as over a step of one
+    loss = inconsistency([["a"], ["b"], ["c"], ["d"]], "sum", steps=[1.0, 1.0, 4.0])
+    assert loss[1:-1, 0].tolist() == [2 + 2, 2 + 0.5]
+    assert inconsistency(ANSWERS, "sum", steps=[3.0] * 4)[1:-1] == pytest.approx(inconsistency(ANSWERS, "sum")[1:-1])
+    assert np.isnan(inconsistency(ANSWERS[:2], "sum")).all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "default", "chosen"),
+    [
+        ([3, 1, 2, 1, 1], None, 3),  # of the widest plateau, the first of two middles
+        ([3, 1, 2, 1, 1], 4, 4),  # the default, if it is among the ties
+        ([3, 1, 1, 1, 2], 0, 2),  # the middle, if it is not
+        ([1, 1, 2, 1, 1], 2, 1),  # of plateaus alike, the place nearest to the default
+        ([math.nan, 2, 2, math.nan, 1], None, 4),
+    ],
+)
+def test_ties(losses: list[float], default: int | None, chosen: int) -> None:
+    points = [(index,) for index in range(5)]
+    assert choose(points, losses, None if default is None else (default,))[0] == chosen
+
+
+def test_plateaus_of_a_grid() -> None:
+    points = [(row, column) for row in range(3) for column in range(3)]
+    losses = [1, 9, 9, 9, 1, 1, 9, 1, 1]  # a corner by itself, and a square of four
+    assert points[choose(points, losses)[0]] == (1, 1)
+    with pytest.raises(ValueError, match="no candidate"):
+        choose(points, [math.nan] * 9)
+
+
+def test_stability_counts_choices_over_resampled_probes() -> None:
+    points = [(0,), (1,)]
+    certain = np.array([[0.0] * 8, [1.0] * 8])
+    assert stability(certain, lambda losses: choose(points, losses)[0]) == [1.0, 0.0]
+    even = np.array([[0.0, 1.0] * 8, [1.0, 0.0] * 8])
+    found = stability(even, lambda losses: choose(points, losses)[0])
+    assert sum(found) == 1 and 0.3 < found[1] < 0.5  # ties go to the first
+    assert found == stability(even, lambda losses: choose(points, losses)[0])
+
+
+def test_guards_are_relative_to_the_best_of_parents_and_candidates() -> None:
+    fine, silent = Health(0.0, 0.1, 0.0, 0.3), Health(0.9, 0.1, 0.0, 0.9)
+    assert degenerate([fine, silent]) == ["", "90% of its answers are empty; 90% of its answers are the same"]
+    wordy = Health(0.0, 1.0, 0.0, 0.3)
+    assert degenerate([wordy, wordy]) == ["", ""]  # a model that always speaks up to the limit
+    assert degenerate([wordy, wordy], [fine]) == ["100% of its answers are over-long"] * 2
+    loop = "so it is and so it is and so it is and so it is"
+    assert health(["", "Yes", "yes", loop], [False, False, False, True]) == Health(0.25, 0.25, 0.25, 0.5)
+
+
+def test_answers_are_compared_as_asked() -> None:
+    open_, closed = Sample("1", "?", ()), Sample("2", "?", (), choices=("a dog", "a cat"))
+    assert compared("The dog.", open_, "normalised") == compared("a dog", open_, "normalised") == "dog"
+    assert compared("It is a cat.", closed, "normalised") == compared("B", closed, "normalised") == "option B"
+    assert compared("Dog", open_, "exact") == "dog" != compared("Dog.", open_, "exact")
+
+
+def test_rank_correlation() -> None:
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 41]) == pytest.approx(1)
+    assert spearman([1, 2, 2, 3], [3, 2, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
