@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -39,6 +40,7 @@ MediaRoot = Annotated[
 Variant = Annotated[str | None, typer.Option(help="which of the benchmark's file formats, where several are there")]
 Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
 DEVICES = ("auto", "cpu", "cuda")
+EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 RECEIVES = {
     "core": "exact, on small cores",
@@ -307,7 +309,7 @@ def evaluate(
     from modalloy.model import load_model
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
-    with progress(task) as on_sample:
+    with progress(task) as on_sample, _kept(run):
         finished = run_on(
             lambda: load_model(out, **options),
             identify(out, **options),
@@ -325,8 +327,21 @@ def evaluate(
 
 @app.command()
 def eval_score(
-    run: Annotated[Path, typer.Argument(help="folder that `modalloy eval` wrote", show_default=False)],
-    page: Annotated[Path | None, typer.Option("-o", "--out", help="HTML page of answers", show_default=False)] = None,
+    run: Annotated[
+        Path,
+        typer.Argument(help="folder that `modalloy eval` wrote; with --task, a file of answers", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="HTML page of answers; with --task, folder of the run", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="benchmark that ModelCompose's scripts answered in the file", show_default=False)
+    ] = None,
+    data: DataFolder = None,
+    media_root: MediaRoot = None,
+    variant: Variant = None,
+    modalities: Modalities = None,
     examples: Annotated[int, typer.Option(min=1, help="answers that the page shows")] = 200,
     beside: Annotated[
         Path | None, typer.Option(metavar="RUN", help="another run to show beside it on the page")
@@ -334,14 +349,26 @@ def eval_score(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing page")] = False,
     as_json: Json = False,
 ) -> None:
-    """Score the answers of a run again, without a model; with -o, make a page to look at them."""
+    """Score the answers of a run again, without a model; with -o, make a page to look at them.
+
+    With --task, make a run of a file of answers (JSON lines) that ModelCompose's own scripts wrote.
+    """
+    if task is not None:
+        if out is None or beside is not None or overwrite:
+            raise ModalloyError("--task: makes the folder of a run; give -o RUN, without --beside and --overwrite")
+        _write_scores(_published(run, task, data, media_root, variant, modalities, out), as_json)
+        return
+    if data or media_root or variant or modalities:
+        raise ModalloyError(
+            "eval-score: a run knows its data; --data and the like belong to --task and a file of answers"
+        )
     from modalloy.evals.run import load_run
     from modalloy.report.evals import page as page_of
     from modalloy.report.inspect import new_file
 
     found, other = load_run(run), None if beside is None else load_run(beside)
-    if page is not None:
-        with new_file(page, overwrite=overwrite) as write:
+    if out is not None:
+        with new_file(out, overwrite=overwrite) as write:
             write(page_of(found, examples=examples, other=other))
     elif other is not None:
         raise ModalloyError(
@@ -458,6 +485,36 @@ def demo(
         run(out, on_job)
 
 
+@contextmanager
+def _kept(run: Path) -> Iterator[None]:
+    """Says, on Ctrl-C, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run.is_dir():
+            print(f"stopped: {run} keeps the answers that are there; go on with --resume", file=sys.stderr)
+        raise
+
+
+def _published(
+    file: Path,
+    task: str,
+    data: Path | None,
+    media_root: list[str] | None,
+    variant: str | None,
+    modalities: str | None,
+    out: Path,
+) -> "Run":
+    """The run made of a file of answers."""
+    from modalloy.evals import find_benchmark
+    from modalloy.evals.benchmark import data_folder
+    from modalloy.evals.published import read_answers
+
+    benchmark = find_benchmark(task)
+    source = _source(data_folder(benchmark, data), media_root, variant, modalities)
+    return read_answers(file, benchmark, source, out)
+
+
 def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
     """The text-only examination of a result, which its card then has."""
     from modalloy.evals.sanity import add_to_card, sanity
@@ -513,12 +570,12 @@ def _source(
 
 def _write_scores(run: "Run", as_json: bool) -> None:
     """Write a run's result.json, result.md and result.csv, and print one of them."""
-    from modalloy.evals.run import result
+    from modalloy.evals.run import result, write_text
     from modalloy.report.evals import csv, markdown
 
     scores = result(run)
     for name, text in (("json", json.dumps(scores, indent=1)), ("md", markdown(scores)), ("csv", csv(scores))):
-        (run.folder / f"result.{name}").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        write_text(run.folder / f"result.{name}", text.rstrip("\n") + "\n")
     print(json.dumps(scores) if as_json else markdown(scores))
 
 
@@ -559,15 +616,30 @@ def _parse_size(option: str, text: str) -> int:
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, where that is a terminal; gives the function to call with (done, total)."""
+    """Progress on stderr with rate and time left: a bar on a terminal, else a line every 30 s. Call it with (done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns: list[Any] = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns: list[Any] = [TextColumn(label), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(label, total=None, rate="")
+        begun = printed = time.monotonic()
+        before: int | None = None  # done when it began, by an earlier run
+
+        def report(done: int, total: int) -> None:
+            nonlocal before, printed
+            now = time.monotonic()
+            before = done - 1 if before is None else before
+            rate = (done - before) / max(now - begun, 1e-9)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.2f}/s")
+            if bar.disable and now - printed >= EVERY:
+                printed = now
+                left = timedelta(seconds=round((total - done) / rate)) if rate else "unknown"
+                print(f"{label}: {done}/{total}, {rate:.2f}/s, {left} left", file=sys.stderr, flush=True)
+
+        yield report
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ ModalloyError
 ├── CheckpointError   a file or tensor of an input is missing, damaged, unsafe or of the wrong shape
 ├── MethodError       a merging method was given matrices or parameters it is not defined for
 ├── OutputError       the result cannot be written where or how it was asked for
-└── MediaError        an image, sound, video or point cloud cannot be read
+├── MediaError        an image, sound, video or point cloud cannot be read
+└── LengthError       a conversation does not fit the model's context
 """
 
 import difflib
@@ -34,6 +35,10 @@ class OutputError(ModalloyError):
 
 class MediaError(ModalloyError):
     """A medium cannot be read."""
+
+
+class LengthError(ModalloyError):
+    """A conversation and its answer are longer than the model's context."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

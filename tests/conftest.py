@@ -11,6 +11,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import modalloy
+
 WIDTH, FFN, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 LINEARS = {
     "self_attn.q_proj": (WIDTH, WIDTH),
@@ -154,6 +156,18 @@ def write_recipe(tmp_path: Path, base: Path, specialists: dict[str, Path]) -> Ca
         return path
 
     return write
+
+
+def write_omni(folder: Path, base: Path) -> Path:
+    """A merged model, folder/omni, of an image and an audio specialist of the tiny base."""
+    models = [
+        {"model": str(write_compose(folder / f"{disk}-damc", disk, seed=seed)), "modality": modality}
+        for seed, (disk, modality) in enumerate({"vision": "image", "audio": "audio"}.items())
+    ]
+    recipe = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": "omni"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    modalloy.merge(folder / "recipe.yaml", folder / "omni")
+    return folder / "omni"
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Verdict, likeliest
 from modalloy.evals.run import Entry, Log, Run, load_run
+from modalloy.names import MODALITIES
 
 
 def by_text(sample: Sample, answer: Answer) -> Verdict:
@@ -26,6 +27,7 @@ def benchmark(samples: Sequence[Sample] = ()) -> Benchmark:
         samples=lambda source: [one for one in samples if all(source.shows(modality) for modality, _ in one.media)],
         rules={"text": by_text, "likelihood": by_likelihood},
         files="nothing",
+        modalities=MODALITIES,
     )
 
 
@@ -49,5 +51,5 @@ def write_run(folder: Path, samples: Sequence[Sample], answers: Sequence[str | N
         for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
             told = Answer() if answer is None else Answer(answer, (-0.5, -1.0) if answer == "yes" else (-2.0, -1.0))
             status, error = ("media_error", "no such file") if answer is None else ("ok", None)
-            log.add(Entry(index, sample, told, status, error, 0.1, 1, 1, "0"), benchmark())
+            log.add(benchmark(), Entry(index, sample, told, status, error, 0.1, 1, 1, "0"))
     return load_run(folder)

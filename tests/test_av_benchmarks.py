@@ -11,7 +11,7 @@ from fixtures_evals import MUSIC_CLIPS, write_avqa, write_json, write_mcub, writ
 
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS, find_benchmark
-from modalloy.evals.benchmark import Answer, Sample, Source, Verdict
+from modalloy.evals.benchmark import Answer, Sample, Source, Verdict, questions
 from modalloy.evals.modelcompose import option_lines, without_tags
 from modalloy.evals.music_avqa import ANSWERS, FILLINGS, NORMALIZED, closed_set
 from modalloy.media import load_audio, load_image, load_points, load_video
@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def ask(folder: Path, name: str, *modalities: str, **options: Any) -> list[Sample]:
-    return find_benchmark(name).samples(Source(folder, modalities=modalities or None, **options))
+    return questions(find_benchmark(name), Source(folder, modalities=modalities or None, **options))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def test_a_combination_has_its_own_file_or_loses_tags(folders: dict[str, Path], 
         )
     cut = ask(tmp_path, "avqa", "audio", "video", roots={"": folder})
     assert cut == samples
-    assert ask(tmp_path, "avqa", "point")[0].text.startswith("What makes"), "none of its senses: the question alone"
-    assert ask(tmp_path, "avqa", "point")[0].media == ()
+    with pytest.raises(ModalloyError, match=r"avqa: its questions never show point; it shows video\+image\+audio"):
+        ask(tmp_path, "avqa", "point")
     official = ask(folders["avqa official"], "avqa", "image")[0]
     assert official.text.startswith("Image: <image>\nWhat") and [m for m, _ in official.media] == ["image"]
     three = ask(folders["mcub3 modelcompose"], "mcub3", "image", "point")

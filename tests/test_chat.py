@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import WORDS
+from conftest import WORDS, write_omni
 from PIL import Image
 
 import modalloy
@@ -26,17 +26,8 @@ Answer = tuple[int, str, str]  # exit code, stdout, stderr
 @pytest.fixture(scope="module")
 def omni(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """A merged image and audio model with its media: dog.png, cat.png, my dog.png, dog.wav and broken.png."""
-    import yaml
-    from conftest import write_compose
-
     folder = tmp_path_factory.mktemp("chat")
-    models = [
-        {"model": str(write_compose(folder / f"{disk}-damc", disk, seed=seed)), "modality": modality}
-        for seed, (disk, modality) in enumerate({"vision": "image", "audio": "audio"}.items())
-    ]
-    recipe = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": "omni"}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    modalloy.merge(folder / "recipe.yaml", folder / "omni")
+    write_omni(folder, base)
     for seed, name in enumerate(("dog", "cat", "my dog")):
         pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")

@@ -1,6 +1,7 @@
 """The command line: what each subcommand prints, as people and as programs read it."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,3 +86,13 @@ def test_plan_lists_every_tensor(run: Run, write_recipe: Callable[..., Path]) ->
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid(path: Path) -> None:
     assert load_recipe(path).models
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "EVERY", 0.0)
+    with cli.progress("mmlu") as report:
+        report(4, 10)
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"mmlu: 4/10, [\d.]+/s, \d+:\d\d:\d\d left\n", printed.err) and not printed.out

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import write_compose
+from conftest import write_omni
 from fixtures_evals import write_avqa, write_mcub, write_music_avqa
 from fixtures_text_evals import write_mmau, write_mmlu, write_ocrbench
 
@@ -35,15 +34,7 @@ SEES = "image+audio"
 @pytest.fixture(scope="module")
 def omni(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """A merged image and audio model."""
-    folder = tmp_path_factory.mktemp("eval")
-    models = [
-        {"model": str(write_compose(folder / f"{disk}-damc", disk, seed=seed)), "modality": modality}
-        for seed, (disk, modality) in enumerate({"vision": "image", "audio": "audio"}.items())
-    ]
-    recipe = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": "omni"}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    modalloy.merge(folder / "recipe.yaml", folder / "omni")
-    return folder / "omni"
+    return write_omni(tmp_path_factory.mktemp("eval"), base)
 
 
 @pytest.fixture(scope="module")

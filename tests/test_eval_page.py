@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from fake_run import benchmark, question, write_run
 
 from modalloy import builtin, cli
+from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.run import result
 from modalloy.report import evals
@@ -158,6 +160,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert (stop.value.code or 0) == code
     assert page.read_text() == evals.page(a, examples=1, other=b)
     assert "--beside: is shown on the page only" in capsys.readouterr().err
+    with pytest.raises(ModalloyError, match="of different task: fake and mmlu"):
+        evals.page(a, other=replace(b, meta=b.meta | {"task": "mmlu"}))
 
 
 def test_options_show_likelihood_gold_and_prediction(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from PIL import Image
 import modalloy
 from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import BENCHMARKS
-from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest, wilson
+from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest, questions, wilson
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import Run, baselines, load_run, result
 from modalloy.evals.runner import answers, evaluate, identify
 from modalloy.model.chat import ChatModel
+from modalloy.report.evals import markdown
 
 WORDS = ("dog", "cat", "yes", "no")
 
@@ -172,9 +173,17 @@ def test_a_folder_of_something_else_is_left_alone(
 def test_a_damaged_line_is_named(run: Callable[..., Run], generated: Benchmark, tmp_path: Path) -> None:
     run(generated, limit=2)
     path = tmp_path / "run" / "preds.jsonl"
-    path.write_text(path.read_text().replace('"status"', '"state"', 1))
-    with pytest.raises(ModalloyError, match=r"preds\.jsonl: line 1 is damaged"):
-        load_run(tmp_path / "run")
+    whole = path.read_text()
+    for old, new, reason in (
+        ('"status"', '"state"', "'status'"),
+        ('"i": 0', '"i": "0"', "a field is not a number"),
+        ('"id": "q0"', '"id": 5', "a field is not text"),
+        ('"likelihoods": []', '"likelihoods": [-1.0]', "the status ok with 1 likelihoods"),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(ModalloyError, match=rf"preds\.jsonl: line 1 is damaged \({reason}\)"):
+            load_run(tmp_path / "run")
 
 
 def test_likelihoods_are_those_of_the_whole_answer(
@@ -258,9 +267,79 @@ def test_wilson_and_blind_answers() -> None:
     centre = (0.8 + 1.96**2 / 20) / (1 + 1.96**2 / 10)
     half = 1.96 / (1 + 1.96**2 / 10) * math.sqrt(0.8 * 0.2 / 10 + 1.96**2 / 400)
     assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-4)
-    assert wilson(0, 5)[0] == 0 and wilson(5, 5)[1] == 1 and wilson(0, 0) == (0, 1)
+    assert wilson(0, 12)[0] == 0 and wilson(12, 12)[1] == 1 and wilson(0, 0) == (0, 1)
     letters = [Sample(str(i), "", (gold,), choices=("w", "x", "y", "z"), kind=gold) for i, gold in enumerate("AABC")]
     assert baselines(letters) == {"majority": 0.5, "majority_by_kind": 1.0, "first_option": 0.5, "chance": 0.25}
     named = [Sample("a", "", ("x",), choices=("x", "y")), Sample("b", "", ("y",), choices=("x", "y", "z", "x"))]
     assert baselines(named) == {"majority": 0.5, "majority_by_kind": None, "first_option": 0.5, "chance": 0.375}
     assert baselines([Sample("a", "", ("x",))])["chance"] is None
+
+
+def test_a_run_without_an_answer_leaves_nothing_and_is_begun_anew(
+    run: Callable[..., Run], generated: Benchmark, folder: Path, tmp_path: Path
+) -> None:
+    def stopped() -> ChatModel:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stopped, IDENTITY, generated, Source(folder), path)
+    assert not path.exists()
+    path.mkdir()
+    (path / "run.json").write_text("{}")  # of one that was killed while the model was loaded
+    (path / "preds.jsonl").write_text("")
+    assert len(run(generated, limit=1).entries) == 1
+    # a model that was moved is the same, and a smaller limit hides no answer that is there
+    assert len(run(generated, limit=2, resume=True, identity=IDENTITY | {"path": "elsewhere"}).entries) == 2
+    assert len(run(generated, limit=1, resume=True).entries) == 2
+
+
+def test_two_processes_do_not_write_one_run(run: Callable[..., Run], generated: Benchmark, tmp_path: Path) -> None:
+    def again(done: int, total: int) -> None:
+        with pytest.raises(OutputError, match="another process writes this run"):
+            run(generated, resume=True)
+
+    run(generated, limit=1, on_sample=again)
+    path = tmp_path / "run" / "preds.jsonl"
+    path.write_bytes(2 * path.read_bytes())
+    with pytest.raises(ModalloyError, match=r"line 2 is damaged \(it answers question 0 again, as line 1 does\)"):
+        load_run(path)
+    (path.parent / "run.json").write_text("[]")
+    with pytest.raises(ModalloyError, match="does not describe a run"):
+        load_run(path)
+
+
+def test_a_prompt_beyond_the_context_is_an_outcome_and_nan_ends_the_run(
+    run: Callable[..., Run], generated: Benchmark, scored: Benchmark, model: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long(source: Source) -> list[Sample]:
+        first, second, *_ = pictures(source)
+        return [first, dataclasses.replace(second, text="dog " * 600)]
+
+    found = run(dataclasses.replace(generated, samples=long), batch_size=2)
+    assert [entry.status for entry in found.entries] == ["ok", "too_long"]
+    scores = result(found)
+    assert (scores["n"], scores["n_scored"], scores["n_too_long"], scores["n_oom"]) == (2, 1, 1, 0)
+    assert "1 too long for the model" in markdown(scores)
+    monkeypatch.setattr(ChatModel, "score", lambda *_: [[math.nan] * 4])
+    with pytest.raises(ModalloyError, match="q0: the model gives NaN for the likelihood of an answer"):
+        run(scored, name="broken")
+
+
+def test_what_a_benchmark_lacks_is_refused(generated: Benchmark, folder: Path) -> None:
+    for given, message in (
+        ({"modalities": ("image", "point")}, "pictures: its questions never show point; it shows image"),
+        ({"variant": "old"}, "pictures: no variant 'old'; it has none"),
+    ):
+        with pytest.raises(ModalloyError, match=message):
+            questions(generated, Source(folder, **given))
+
+
+def test_damaged_features_are_named(model: ChatModel, folder: Path, tmp_path: Path) -> None:
+    FeatureCache(tmp_path / "kept").features(model, "image", folder / "0.png")
+    (kept,) = (tmp_path / "kept").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(ModalloyError, match=rf"{kept.name}: is damaged .*; remove it"):
+        FeatureCache(tmp_path / "kept").features(model, "image", folder / "0.png")
+    with pytest.raises(OutputError, match="choose another --features"):
+        FeatureCache(kept)

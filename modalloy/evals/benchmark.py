@@ -72,6 +72,13 @@ class Sample:
             cluster=tuple(line["cluster"]),
         )
 
+    @property
+    def is_text(self) -> bool:
+        """Whether all that should be text is text; files may hold anything."""
+        given = [self.id, self.text, self.kind, *self.golds, *self.choices, *self.options, *self.cluster]
+        given += [*self.group, *self.group.values(), *(part for medium in self.media for part in medium)]
+        return all(isinstance(one, str) for one in given)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -223,12 +230,33 @@ def fields(path: Path, index: int) -> Iterator[None]:
         raise MediaError(f"{path}: row {index} {what}; give the benchmark's own file") from error
 
 
+def questions(benchmark: Benchmark, source: Source) -> list[Sample]:
+    """The samples of a source, at least one.
+
+    Raises:
+        ModalloyError: there is none, or the source's variant or modalities are not the benchmark's.
+    """
+    if source.variant is not None and source.variant not in benchmark.variants:
+        known = f"known: {', '.join(benchmark.variants)}" if benchmark.variants else "it has none; leave out --variant"
+        raise ModalloyError(f"{benchmark.name}: no variant '{source.variant}'; {known}")
+    if unknown := [name for name in source.modalities or () if name not in benchmark.modalities]:
+        shown = "+".join(benchmark.modalities)
+        remedy = f"it shows {shown}; choose of these" if shown else "it is text only; leave out --modalities"
+        raise ModalloyError(f"{benchmark.name}: its questions never show {', '.join(unknown)}; {remedy}")
+    samples = benchmark.samples(source)
+    if not samples:
+        raise ModalloyError(f"{source.data}: holds no question of {benchmark.name}; check --data and --modalities")
+    if odd := [sample for sample in samples if not sample.is_text]:
+        raise MediaError(
+            f"{source.data}: question {odd[0].id} has a field that is not text; give the benchmark's own files"
+        )
+    return samples
+
+
 def choose_variant(benchmark: str, source: Source, found: dict[str, Path | None]) -> tuple[str, Path]:
-    """The variant (name → its file, if the folder has it) that is asked for, or the only one there is."""
+    """The variant (name → its file, if the folder has it) that is asked for, or the only one there is, which is noted."""
     there = {name: path for name, path in found.items() if path is not None}
     if source.variant is not None:
-        if source.variant not in found:
-            raise ModalloyError(f"{benchmark}: no variant '{source.variant}'; known: {', '.join(found)}")
         there = {name: path for name, path in there.items() if name == source.variant}
     if len(there) > 1:
         raise ModalloyError(
@@ -237,7 +265,8 @@ def choose_variant(benchmark: str, source: Source, found: dict[str, Path | None]
     if not there:
         wanted = source.variant or " or ".join(found)
         raise MediaError(f"{source.data}: holds no file of {benchmark} ({wanted}); give its files with --data")
-    return next(iter(there.items()))
+    source.variant, path = next(iter(there.items()))
+    return source.variant, path
 
 
 def letter(index: int) -> str:
@@ -257,7 +286,8 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
     share, spread = correct / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # at the ends the bounds are exact, but for rounding
+    return max(0.0, middle - half) if correct else 0.0, min(1.0, middle + half) if correct < n else 1.0
 
 
 def by_group(samples: Iterable[Sample]) -> dict[tuple[str, str], list[int]]:

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from modalloy import media
-from modalloy.errors import MediaError, ModalloyError
-from modalloy.evals.benchmark import Benchmark, Source
+from modalloy.errors import MediaError
+from modalloy.evals.benchmark import Benchmark, Source, questions
 
 LOADERS: dict[str, Callable[[str], Any]] = {
     "image": media.load_image,
@@ -109,9 +109,7 @@ def doctor(
     Every distinct medium is decoded as a model's processor would; with `quick` only its existence and size are looked
     at. `on_medium` is called with (done, total).
     """
-    samples = benchmark.samples(source)
-    if not samples:
-        raise ModalloyError(f"{source.data}: holds no question of {benchmark.name}; give its files with --data")
+    samples = questions(benchmark, source)
     asked: dict[tuple[str, str], list[int]] = {}
     for index, sample in enumerate(samples):
         for medium in dict.fromkeys(sample.media):

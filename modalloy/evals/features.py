@@ -8,11 +8,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modalloy.checkpoints import file_sha256
-from modalloy.errors import MediaError
+from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.model import ChatModel
 
 MEMORY_BYTES = 2_000_000_000
@@ -35,7 +36,10 @@ class FeatureCache:
         self.files: dict[tuple[str, int, int], str] = {}
         self.written_bytes = 0
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another --features") from error
             self.written_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def features(self, chat: ChatModel, modality: str, path: str | Path) -> Tensor:
@@ -50,7 +54,10 @@ class FeatureCache:
             return self.kept[key]
         stored = None if self.folder is None else self.folder / f"{key}.safetensors"
         if stored is not None and stored.is_file():
-            found = load_file(stored)["features"]
+            try:
+                found = load_file(stored)["features"]
+            except (SafetensorError, KeyError) as error:
+                raise CheckpointError(f"{stored}: is damaged ({error}); remove it") from error
         else:
             medium = chat.processor.preprocess(modality, path)[None]
             found = chat.model.encode(modality, medium)[0].float().cpu().contiguous()

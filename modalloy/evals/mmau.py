@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Source, Verdict, fields, letter
+from modalloy.evals.modelcompose import text_of
 from modalloy.evals.scoring import parse_letter
 
 ASK = "Answer with the option's letter from the given choices directly."
@@ -25,12 +26,12 @@ def samples(source: Source) -> list[Sample]:
             options = "\n".join(f"{letter(place)}. {choice.strip()}" for place, choice in enumerate(choices))
             sound = (("audio", source.medium(row["audio_id"], "audio")),) if source.shows("audio") else ()
             sample = Sample(
-                id=row["id"],
+                id=text_of(row["id"]),
                 text=f"{row['question'].strip()}\n{options}\n{ASK}",
                 golds=(row["answer"],),
                 media=sound,
                 choices=choices,
-                group={name: row[name] for name in ("task", "difficulty", "sub-category")},
+                group={name: text_of(row[name]) for name in ("task", "difficulty", "sub-category")},
             )
         found.append(sample)
     return found

@@ -3,6 +3,7 @@
 Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,13 +20,18 @@ from modalloy.evals.statistics import bootstrap_interval
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1
+STATUSES = ("ok", "media_error", "too_long", "oom", "missing")
 # what must be the same for answers to stand in one log
 IDENTITY = ("schema", "task", "variant", "modalities", "model", "data", "generation")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the log. `status` is "ok", "media_error" (a medium could not be read) or "oom" (it did not fit)."""
+    """One line of the log.
+
+    `status` is "ok", "media_error" (a medium could not be read), "too_long" (for the model's context), "oom" (it did not
+    fit the memory) or "missing" (from a file of answers).
+    """
 
     index: int  # of the sample in its benchmark
     sample: Sample
@@ -82,8 +88,8 @@ def line(entry: Entry, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def entry(line: dict[str, Any]) -> Entry:
-    """The entry of a line."""
-    return Entry(
+    """The entry of a line; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    found = Entry(
         index=line["i"],
         sample=Sample.from_dict(line),
         answer=Answer(line["raw"], tuple(line["likelihoods"])),
@@ -94,53 +100,91 @@ def entry(line: dict[str, Any]) -> Entry:
         new_tokens=line["n_out"],
         prompt_sha256=line["prompt_sha"],
     )
+    nats = found.answer.likelihoods
+    if not found.sample.is_text or not isinstance(found.answer.text, str):
+        raise ValueError("a field is not text")
+    if type(found.index) is not int or not all(isinstance(number, int | float) for number in (found.seconds, *nats)):
+        raise ValueError("a field is not a number")
+    if found.status not in STATUSES or (found.status == "ok" and len(nats) != len(found.sample.options)):
+        raise ValueError(f"the status {found.status} with {len(nats)} likelihoods")
+    return found
 
 
 class Log:
-    """Appends lines that outlive a crash. What a killed run left of a line is cut off."""
+    """Appends lines that outlive a crash. What a killed run left of a line is cut off; a run without answers leaves nothing."""
 
     def __init__(self, folder: Path, meta: dict[str, Any], *, resume: bool) -> None:
         """Open the log of a run.
 
         Raises:
-            OutputError: the folder holds a run already and `resume` is not given, or it is of another model, data or prompt.
+            OutputError: the folder holds answers already and `resume` is not given, or they are of another model, data or
+                prompt; another process writes there; it cannot be written.
         """
+        self.folder = folder
         self.path = folder / PREDS
         try:
+            self.made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / RUN).is_file() and any(folder.iterdir()):
+                raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
+            self.file: IO[bytes] = self.path.open("ab")
         except OSError as error:
-            raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-        if (folder / RUN).is_file():
+            raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        try:
+            self._begin(meta, resume)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _begin(self, meta: dict[str, Any], resume: bool) -> None:
+        folder = self.folder
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: another process writes this run; wait for it, or choose another folder"
+            ) from error
+        if os.fstat(self.file.fileno()).st_size:
             if not resume:
                 raise OutputError(f"{folder}: holds a run already; go on with --resume, or choose another folder")
-            before = _read_meta(folder)
-            changed = [key for key in IDENTITY if before.get(key) != meta[key]]
-            if changed:
-                was, now = before.get(changed[0]), meta[changed[0]]
-                raise OutputError(
-                    f"{folder}: is a run of another {changed[0]} ({was}, now {now}); choose another folder"
-                )
-        elif any(folder.iterdir()):
-            raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
-        partial = folder / f".{RUN}.partial"
-        partial.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / RUN)
-        self.entries = _read_entries(self.path, cut=True) if self.path.is_file() else []
-        self.file: IO[bytes] = self.path.open("ab")
+            if change := _change(_read_meta(folder), meta):
+                raise OutputError(f"{folder}: is a run of another {change}; choose another folder")
+        self.entries = _read_entries(self.path, cut=True)
+        write_text(folder / RUN, json.dumps(meta, indent=1) + "\n")
 
-    def add(self, entry: Entry, benchmark: Benchmark) -> None:
-        """Append an entry; it is on the disk when this returns."""
-        self.entries.append(entry)
-        text = json.dumps(line(entry, benchmark), ensure_ascii=False)
-        self.file.write(text.encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+    def add(self, benchmark: Benchmark, *entries: Entry) -> None:
+        """Append entries; they are on the disk when this returns."""
+        self.entries += entries
+        lines = [json.dumps(line(entry, benchmark), ensure_ascii=False).encode() + b"\n" for entry in entries]
+        try:
+            self.file.write(b"".join(lines))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); see to it, then go on with --resume"
+            ) from error
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.entries:
+            (self.folder / RUN).unlink()
+            self.path.unlink()
+            if self.made:
+                self.folder.rmdir()
         self.file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a run, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); copy the run to a folder of yours") from error
 
 
 def load_run(folder: str | Path) -> Run:
@@ -160,29 +204,49 @@ def load_run(folder: str | Path) -> Run:
     return Run(folder, meta, sorted(entries, key=lambda entry: entry.index))
 
 
+def _change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What of a run's identity has changed, if anything has. A model that was moved is the same."""
+    for key in IDENTITY:
+        was, wanted = before.get(key), now[key]
+        if key == "model" and isinstance(was, dict):
+            differing = sorted(name for name in was.keys() | wanted.keys() if was.get(name) != wanted.get(name))
+            if name := next((name for name in differing if name != "path"), None):
+                return f"model ({name}: {was.get(name)}, now {wanted.get(name)})"
+        elif was != wanted:
+            return "data, by the hashes of its files" if key == "data" else f"{key} ({was}, now {wanted})"
+    return None
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModalloyError(f"{folder / RUN}: cannot be read ({error}); run the evaluation again") from error
-    if meta.get("schema") != SCHEMA:
-        raise ModalloyError(
-            f"{folder / RUN}: is of format {meta.get('schema')}, this version reads {SCHEMA}; run it again"
-        )
+    if not isinstance(meta, dict) or not meta.keys() >= {*IDENTITY, "n_samples", "environment"}:
+        raise ModalloyError(f"{folder / RUN}: does not describe a run; run the evaluation again")
+    if meta["schema"] != SCHEMA:
+        raise ModalloyError(f"{folder / RUN}: is of format {meta['schema']}, this version reads {SCHEMA}; run it again")
     return meta
 
 
 def _read_entries(path: Path, *, cut: bool = False) -> list[Entry]:
     """The entries of a log. A last line without its end is left out, and with `cut` cut off the file."""
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ModalloyError(f"{path}: cannot be read ({error.strerror}); run the evaluation again") from error
     whole = raw[: raw.rfind(b"\n") + 1]
     if cut and len(whole) < len(raw):
         os.truncate(path, len(whole))
     entries = []
+    seen = dict[int, int]()
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             entries.append(entry(json.loads(text)))
-        except (ValueError, KeyError, TypeError) as error:
+            first = seen.setdefault(entries[-1].index, number)
+            if first != number:
+                raise ValueError(f"it answers question {entries[-1].index} again, as line {first} does")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModalloyError(f"{path}: line {number} is damaged ({error}); remove it and resume") from error
     return entries
 
@@ -190,10 +254,11 @@ def _read_entries(path: Path, *, cut: bool = False) -> list[Entry]:
 def result(run: Run) -> dict[str, Any]:
     """Scores of a run by every rule, with intervals, groups, and what blind answers would get.
 
-    Accuracy counts every sample, also those whose media could not be read (as wrong); `acc_scored` leaves these out.
+    Accuracy counts every sample, also those without an answer (as wrong), such as those whose media could not be read;
+    `acc_scored` leaves these out.
     """
     samples = [entry.sample for entry in run.entries]
-    n_media = sum(entry.status == "media_error" for entry in run.entries)
+    statuses = Counter(entry.status for entry in run.entries)
     seconds = sum(entry.seconds for entry in run.entries)
     protocols = {name: _scores(run, name) for name in run.benchmark.rules}
     headline = next(iter(protocols.values()))
@@ -205,10 +270,9 @@ def result(run: Run) -> dict[str, Any]:
         "n_all": run.meta["n_samples"],
         "n_ids": len({sample.id for sample in samples}),
         "n_media": len({medium for sample in samples for medium in sample.media}),
-        "n_scored": len(samples) - n_media,
+        "n_scored": statuses["ok"],
         "n_unparsed": headline["n_unparsed"],
-        "n_media_error": n_media,
-        "n_oom": sum(entry.status == "oom" for entry in run.entries),
+        **{f"n_{status}": statuses[status] for status in STATUSES[1:]},
         "acc": headline["acc"],
         "ci95": headline["ci95"],
         "ci95_clustered": headline["ci95_clustered"],

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ import torch
 
 from modalloy._version import __version__
 from modalloy.checkpoints import file_sha256, locate, read_json
-from modalloy.errors import MediaError, ModalloyError, OutputError
-from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source
+from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError
+from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import SCHEMA, Entry, Log, Run
 from modalloy.model import ChatModel
@@ -37,7 +38,7 @@ def evaluate(
     cache: FeatureCache | None = None,
     on_sample: Progress | None = None,
 ) -> Run:
-    """Answers of a model to (the first `limit`) samples of a benchmark, logged in `folder`.
+    """Answers of a model to (the first `limit`) samples of a benchmark, logged in `folder`, with those logged before.
 
     Args:
         load: gives the model; called when there is something left to ask.
@@ -50,9 +51,7 @@ def evaluate(
     Raises:
         ModalloyError: the data, the folder or the model is not fit for it. A medium that cannot be read is an outcome.
     """
-    samples = benchmark.samples(source)
-    if not samples:
-        raise ModalloyError(f"{source.data}: holds no question for {benchmark.name}; check --data and --modalities")
+    samples = questions(benchmark, source)
     wanted = samples[:limit]
     meta = {
         "schema": SCHEMA,
@@ -74,13 +73,11 @@ def evaluate(
             _check_senses(chat, wanted)
             count = len(wanted) - len(todo)
             for entries in answers(chat, todo, benchmark.max_new_tokens, batch_size, cache or FeatureCache()):
-                for entry in entries:
-                    log.add(entry, benchmark)
+                log.add(benchmark, *entries)
                 count += len(entries)
                 if on_sample is not None:
                     on_sample(count, len(wanted))
-        chosen = sorted((entry for entry in log.entries if entry.index < len(wanted)), key=lambda entry: entry.index)
-    return Run(folder, meta, chosen)
+    return Run(folder, meta, sorted(log.entries, key=lambda entry: entry.index))
 
 
 def identify(model: str | Path, **options: Any) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def answers(
 
 
 def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int) -> list[Entry]:
-    """Entries of one batch; a batch that does not fit the memory is asked one by one."""
+    """Entries of one batch; a batch that does not fit the memory or the context is asked one by one."""
     start = time.perf_counter()
     prompts = [prompt for _, _, prompt in batch]
     try:
@@ -127,12 +124,12 @@ def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int) -> list[Entry]:
             given = [(Answer(likelihoods=tuple(found)), 0) for found in _likelihoods(chat, batch)]
         else:
             given = [(Answer(text=text), n) for text, n in chat.generate(prompts, max_new_tokens=max_new_tokens)]
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, LengthError) as error:
         if len(batch) > 1:
             return list(itertools.chain.from_iterable(_answer(chat, [one], max_new_tokens) for one in batch))
         index, sample, prompt = batch[0]
-        reason = str(error).split("\n")[0]
-        return [_entry(index, sample, status="oom", error=reason, start=start, prompt=prompt)]
+        reason, status = str(error).split("\n")[0], "too_long" if isinstance(error, LengthError) else "oom"
+        return [_entry(index, sample, status=status, error=reason, start=start, prompt=prompt)]
     return [
         _entry(index, sample, answer=answer, new_tokens=n, start=start, share=len(batch), prompt=prompt)
         for (index, sample, prompt), (answer, n) in zip(batch, given, strict=True)
@@ -142,8 +139,16 @@ def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int) -> list[Entry]:
 def _likelihoods(chat: ChatModel, batch: Batch) -> list[list[float]]:
     options = [sample.options for _, sample, _ in batch]
     if batch[0][1].plain:
-        return chat.continuations([sample.text for _, sample, _ in batch], options)
-    return chat.score([prompt for _, _, prompt in batch], options)
+        found = chat.continuations([sample.text for _, sample, _ in batch], options)
+    else:
+        found = chat.score([prompt for _, _, prompt in batch], options)
+    for (_, sample, _), nats in zip(batch, found, strict=True):
+        if any(map(math.isnan, nats)):
+            raise ModalloyError(
+                f"{sample.id}: the model gives NaN for the likelihood of an answer; its weights are damaged (see modalloy "
+                "verify), or too large for float16 (choose --dtype float32)"
+            )
+    return found
 
 
 def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:

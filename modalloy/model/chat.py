@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from modalloy.errors import ModalloyError
+from modalloy.errors import LengthError
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import Message, ModalloyProcessor
 
@@ -58,7 +58,7 @@ class ChatModel:
         """The answer to a conversation, decoded greedily, with its prompt. `on_text` gets whole words as they are generated.
 
         Raises:
-            ModalloyError: the conversation leaves no room for `max_new_tokens` in the model's context.
+            LengthError: the conversation leaves no room for `max_new_tokens` in the model's context.
         """
         prompt, tokenizer = self.prompt(messages), self.processor.tokenizer
         output = self._generate([prompt], max_new_tokens, None if on_text is None else _Words(tokenizer, on_text))
@@ -164,7 +164,7 @@ class ChatModel:
     def _check_length(self, length: int, new_tokens: int) -> None:
         limit = self.model.config.text_config.max_position_embeddings
         if length + new_tokens > limit:
-            raise ModalloyError(
+            raise LengthError(
                 f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the model's {limit}; "
                 "show fewer media, or begin a new conversation"
             )

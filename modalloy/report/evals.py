@@ -40,7 +40,9 @@ OUTCOMES = {
     "wrong": "wrong",
     "unparsed": "unparsed",
     "media_error": "media error",
+    "too_long": "too long",
     "oom": "no memory",
+    "missing": "no answer",
 }
 BASELINES = {
     "majority": "always the most frequent answer",
@@ -88,7 +90,9 @@ def comparison(found: Comparison) -> str:
             lines.append(f"- left out: {number:,} questions that only {name} was asked")
     for name, number in zip("AB", found.unanswered, strict=True):
         if number:
-            lines.append(f"- {name} could not be asked {number:,} of them (media, memory); these count as wrong")
+            lines.append(
+                f"- {name} could not be asked {number:,} of them (media, length, memory), or has no answer; these count as wrong"
+            )
     head = ["", "n", "A", "B", "B − A", "95 %", "only A", "only B", "p", "verdict"]
     for rule, whole in found.rules.items():
         rows = [_paired("all", whole)]
@@ -145,6 +149,8 @@ def _counts(result: dict[str, Any]) -> str:
     asked = f"{result['n']:,} questions" + (f" of {result['n_all']:,}" if result["n_all"] != result["n"] else "")
     ids = f" ({result['n_ids']:,} ids)" if result["n_ids"] != result["n"] else ""
     failed = f"{result['n_unparsed']:,} unparsed, {result['n_media_error']:,} media errors, {result['n_oom']:,} out of memory"
+    for status, text in (("too_long", "too long for the model"), ("missing", "without a line in the file of answers")):
+        failed += f", {result[f'n_{status}']:,} {text}" if result[f"n_{status}"] else ""
     return f"{asked}{ids}, {result['n_media']:,} distinct media; {failed} (all count as wrong)."
 
 
@@ -196,6 +202,7 @@ def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
     within an outcome they are evenly spaced over the questions, sorted by group. Media are embedded up to
     MAX_MEDIUM_BYTES each and MAX_MEDIA_BYTES in all; others are named, with the reason.
     """
+    against = "" if other is None else _against(compare(run, other))
     scores = result(run)
     verdicts = {rule: run.verdicts(rule) for rule in run.benchmark.rules}
     rule, headline = next(iter(verdicts.items()))
@@ -235,7 +242,7 @@ style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; b
 <div class="wide">{_table(*_scores(scores))}</div>
 <p>{html.escape(_counts(scores))}</p>
 {"".join(_group(key, *table, scores) for key, table in _groups(scores).items())}
-{"" if other is None else _against(compare(run, other))}
+{against}
 <h2>Examples</h2>
 <p class="quiet">{_choice(outcomes, chosen, shelf, other is not None)}</p>
 {_filters([run.entries[i] for i in chosen], [outcomes[i] for i in chosen], len(verdicts) > 1, other is not None)}
@@ -568,7 +575,7 @@ article { background: var(--card); border: 1px solid var(--line); border-left: 4
   border-radius: 6px; margin: 14px 0; padding: 10px 16px 12px; }
 article[hidden] { display: none; }
 .right { --tone: var(--right); } .wrong { --tone: var(--wrong); } .unparsed { --tone: var(--unparsed); }
-.media_error, .oom { --tone: var(--media_error); }
+.media_error, .too_long, .oom, .missing { --tone: var(--media_error); }
 header { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: baseline; font-size: 13px; }
 header b { color: var(--tone); font-size: 14px; } header .yes { color: var(--right); } header .no { color: var(--wrong); }
 .tags span { border: 1px solid var(--line); border-radius: 9px; padding: 0 8px; margin-right: 6px; color: var(--quiet); }
