@@ -85,7 +85,7 @@ def main() -> None:
     both = run(probes, list(AXES))
     print(f"Together by consistency: {both.chosen}; " + "; ".join(both.warnings))
     document["together"] = {"chosen": both.chosen, "cost": both.cost, "warnings": both.warnings}
-    print(json.dumps(document))
+    print(json.dumps(document, allow_nan=False))
 
 
 def write_probes(data: Path, out: Path, n: int, n_labelled: int) -> tuple[Path, Path]:
@@ -128,7 +128,7 @@ def compared(name: str, truth: Sweep, found: dict[str, Sweep]) -> tuple[list[lis
         values = [one[name] for one in sweep.candidates]
         able = [index for index, loss in enumerate(sweep.losses) if not math.isnan(loss)]
         rank = spearman([-sweep.losses[i] for i in able], [accuracy[values[i]] for i in able]) if able else None
-        losses = dict(zip(values, sweep.losses, strict=True))
+        losses = {v: None if math.isnan(loss) else loss for v, loss in zip(values, sweep.losses, strict=True)}
         if sweep.chosen is None:
             rows.append([label, "none", "", "", "", "", "–"])
             document["objectives"][label] = {"losses": losses, "chosen": None}
@@ -140,7 +140,7 @@ def compared(name: str, truth: Sweep, found: dict[str, Sweep]) -> tuple[list[lis
             + ["–" if one is None else f"{one:+.3f}" for one in (gain, rank)]
         )
         document["objectives"][label] = {
-            "losses": {value: None if math.isnan(loss) else loss for value, loss in losses.items()},
+            "losses": losses,
             "chosen": chosen,
             "in_bootstrap": share,
             "accuracy": accuracy[chosen],

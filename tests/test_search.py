@@ -25,8 +25,8 @@ from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import Server, distance
 from modalloy.search.probes import read_probes
-from modalloy.search.run import Found
-from modalloy.search.space import applied, default_axes, parse_axes, start
+from modalloy.search.run import Found, Sweep
+from modalloy.search.space import Axis, applied, default_axes, parse_axes, start
 
 SCALES = "scale=0.25:1.25:0.25"
 
@@ -205,6 +205,17 @@ def test_agreement_is_the_likelihood_of_the_parents_words(run: Callable[..., Fou
     (sweep,) = found.sweeps
     assert sweep.loss.shape[1] <= 3 and (sweep.loss > 0).all()  # one picture a probe; nats a token
     assert found.cost["generated"] == 3  # by the image specialist, once
+
+
+def test_what_is_degenerate_is_named_and_not_chosen() -> None:
+    axis, loss = Axis("scale", (0.5, 1.0)), np.array([[0.0, 0.0], [1.0, 0.0]])
+    found = Sweep([axis], [{"scale": 0.5}, {"scale": 1.0}], [(0,), (1,)], loss, None, disqualified=["50% empty", ""])
+    assert found.chosen == 1 and found.warnings()[0] == "scale = 0.5 is out: 50% empty"
+    none = Sweep([axis], [{"scale": 0.5}], [(0,)], loss[:1].copy(), None, disqualified=["50% empty"])
+    assert none.chosen is None and none.warnings() == [
+        "scale = 0.5 is out: 50% empty",
+        "scale: no candidate can be chosen; the recipe's own value is kept",
+    ]
 
 
 def test_samplers(run: Callable[..., Found], tmp_path: Path) -> None:

@@ -94,13 +94,12 @@ class Sweep:
 
     def warnings(self) -> list[str]:
         """What is worth a look, in words."""
-        names = " × ".join(axis.name for axis in self.axes)
-        if self.chosen is None:
-            return [f"{names}: no candidate can be chosen; the recipe's own value is kept"]
-        found = []
+        names, found = " × ".join(axis.name for axis in self.axes), []
         for index, reason in enumerate(self.disqualified):
             if reason:
                 found.append(f"{_shown(self.candidates[index], self.axes)} is out: {reason}")
+        if self.chosen is None:
+            return [*found, f"{names}: no candidate can be chosen; the recipe's own value is kept"]
         can = [loss for loss in self.losses if not math.isnan(loss)]
         if len(can) > 1 and max(can) - min(can) < 1e-9:
             found.append(f"{names}: all candidates are alike to these probes; the choice is by the rule for ties")
