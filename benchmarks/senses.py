@@ -82,8 +82,8 @@ ABLATIONS = [
     Row("average", "average"),
     Row("task arithmetic", "task_arithmetic"),
 ]
-# Chosen on validation questions, then asked the test's once.
-CHOSEN: list[Row] = []
+# The best of the ablations, by all validation questions; asked the test's once.
+CHOSEN = [Row("SSAM, λ = 0.1 (chosen on validation)", "ssam", {"scale": 0.1})]
 
 
 def main() -> None:
