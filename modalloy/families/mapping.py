@@ -149,25 +149,30 @@ def map_models(
         CheckpointError: an architecture is unknown, the decoders differ in what must be equal, a tensor has no rule or no
             counterpart, or shapes do not fit.
     """
+    chosen = policies or {}
+    left = {pattern: policy for pattern, policy in chosen.items() if policy == "drop_source"}
+    rules = {pattern: policy for pattern, policy in chosen.items() if policy != "drop_source"}
+    dropped = {name: "the recipe leaves it out" for name in donor_header if _policy(name, left)}
+    rest = {name: shape for name, shape in donor_header.items() if name not in dropped}
     target = _Model(labels[0], target_header, target_config)
-    donor = _Model(labels[1], donor_header, donor_config)
+    donor = _Model(labels[1], rest, donor_config)
     _check_geometry(target, donor)
-    chosen = dict(policies or {})
-    tensors = {name: _mapped(name, target, donor, shared_tokens, _policy(name, chosen)) for name in target_header}
+    tensors = {name: _mapped(name, target, donor, shared_tokens, _policy(name, rules)) for name in target_header}
     used: dict[str, set[Rows]] = defaultdict(set)
     for mapped in tensors.values():
         for piece in mapped.pieces:
             used[piece.source].add(piece.source_rows)
-    dropped: dict[str, str] = {}
     partly: dict[str, tuple[int, str]] = {}
-    for name, shape in donor_header.items():
+    for name, shape in rest.items():
         unused = donor.unused(name, used[name])
-        if not used[name]:
-            dropped[name] = _why_dropped(name, unused, target, donor, tensors, _policy(name, chosen))
-        elif unused:
+        if used[name] and not unused:
+            continue
+        reason = _why_dropped(name, unused, target, donor, tensors)
+        if used[name]:
             height = sum(end - begin for slot in unused for begin, end in donor.slots[slot][1])
-            reason = _why_dropped(name, unused, target, donor, tensors, _policy(name, chosen))
             partly[name] = (height * math.prod(shape[1:]), reason)
+        else:
+            dropped[name] = reason
     return ModelMap(target.family.name, donor.family.name, tensors, dropped, partly, donor_header)
 
 
@@ -265,8 +270,8 @@ def _mapped(name: str, target: _Model, donor: _Model, shared_tokens: int | None,
         counterpart = donor.counterpart(slot)
         if counterpart is None:
             raise CheckpointError(
-                f"{donor.label}: has no {slot}, which {target.label} has as {name}; keep the target's by a `modules:` rule "
-                "with policy: keep"
+                f"{donor.label}: has no {slot} (or `ignore:` leaves it out), which {target.label} has as {name}; keep the "
+                "target's by a `modules:` rule with policy: keep"
             )
         source, source_rows, duplicated = counterpart
         if slot.role in VOCABULARY and shape[0] != donor.header[source][0]:
@@ -313,12 +318,8 @@ def _operation(name: str, shape: tuple[int, ...], pieces: list[Piece], donor: _M
     return "same" if first.source == name else "rename"
 
 
-def _why_dropped(
-    name: str, slots: list[Slot], target: _Model, donor: _Model, tensors: dict[str, Mapped], policy: Policy | None
-) -> str:
+def _why_dropped(name: str, slots: list[Slot], target: _Model, donor: _Model, tensors: dict[str, Mapped]) -> str:
     """Why a donor tensor, or those slots of it, can be left out though nothing uses it."""
-    if policy == "drop_source":
-        return "the recipe leaves it out"
     if name not in donor.found:
         raise CheckpointError(
             f"{donor.label}: no rule of family {donor.family.name} has {name} {donor.header[name]}; list it under `ignore:` to "
