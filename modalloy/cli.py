@@ -138,6 +138,8 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
         return
     for fate in planned.fates:
         print(f"{fate.source:12} {fate.fate:9} {fate.tensor}  ({fate.detail})")
+    for found in planned.maps.values():
+        print(f"\n{found.page()}")
     print(f"\n{planned.summary()}")
     workers = default_workers()
     print(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
+from modalloy.errors import RecipeError
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
@@ -194,6 +195,8 @@ def inspect(
     Cost per weight: a merge, and for n specialists n SVDs of size r and n (n − 1) / 2 · SAMPLED_ROWS · in for the signs.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.target is not None:
+        raise RecipeError("inspect shows updates of one base, but this recipe has a target; see its plan instead")
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     merges = [job for job in planned.jobs if job.kind == "merge"]
     ranks = [s.rank for s in planned.specialists if s.rank is not None]

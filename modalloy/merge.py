@@ -194,6 +194,8 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         up = torch.nn.functional.pad(merged.up, (0, fill)).cpu()
         down = torch.nn.functional.pad(merged.down, (0, 0, 0, fill)).cpu()
         return [_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)]
+    if job.kind == "interpolate":
+        return [_interpolated(planned, job, read)]
     tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
         total = torch.zeros(job.outputs[0].shape, dtype=torch.float64)
@@ -274,6 +276,17 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
         if not all_finite(out[rows]):
             raise _does_not_fit(spec)
     return out
+
+
+def _interpolated(planned: Plan, job: Job, read: Read) -> Tensor:
+    """A tensor of any shape on its way from the target's to the donors', in float64 until the one cast."""
+    target = read(planned.base.refs[job.slot]).to(torch.float64)
+    total = target.clone()
+    share = job.parameters["alpha"] / len(planned.specialists)
+    for donor, weight in zip(planned.specialists, job.weights, strict=True):
+        if job.slot in donor.full:
+            total.add_(read(donor.full[job.slot]).to(torch.float64).sub_(target), alpha=share * weight)
+    return _fitted(total, job.outputs[0])
 
 
 def _fitted(tensor: Tensor, spec: TensorSpec) -> Tensor:

@@ -31,6 +31,8 @@ from modalloy.checkpoints import (
 from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.families.donors import MappedRef, assembled, open_donors, to_dict
+from modalloy.families.mapping import ModelMap
 from modalloy.fit import check_base, check_shapes, common_chat_template
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS, resolve
@@ -52,7 +54,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class TensorFate:
-    """What becomes of one input tensor: its source ("base" or a specialist's label), its name, its fate and why."""
+    """What becomes of one input tensor: its source ("base", "target" or a specialist's label), its name, its fate and why."""
 
     source: str
     tensor: str
@@ -66,11 +68,12 @@ class Job:
 
     - merge: the specialists' updates of a linear weight, by the recipe's method
     - average: plain mean over the specialists that have the tensor
+    - interpolate: a norm or bias of a target towards the donors'
     - keep: the base's tensor, unchanged
     - carry: a specialist's tensor, bit for bit
     """
 
-    kind: Literal["merge", "average", "keep", "carry"]
+    kind: Literal["merge", "average", "interpolate", "keep", "carry"]
     slot: str
     outputs: tuple[TensorSpec, ...]
     reads: tuple[TensorRef, ...] = ()
@@ -111,16 +114,22 @@ class Plan:
     chat_template: str | None = None
     surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
     compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
+    maps: dict[str, ModelMap] = field(default_factory=dict)  # by donor, of a merge across architectures
 
     @property
     def base_is_portable(self) -> bool:
         """Whether the recipe names the base so that any machine finds it (built in, or a hub id)."""
-        return is_portable(self.recipe.base_model, self.recipe.folder)
+        return is_portable(self.recipe.start, self.recipe.folder)
 
     @property
     def base_name(self) -> str:
         """The base's name without local folders."""
-        return self.recipe.base_model if self.base_is_portable else self.base_folder.name
+        return self.recipe.start if self.base_is_portable else self.base_folder.name
+
+    @property
+    def base_label(self) -> str:
+        """What the plan calls it."""
+        return _base_label(self.recipe)
 
     @property
     def copies_base(self) -> bool:
@@ -174,13 +183,14 @@ class Plan:
     def is_recomputed_literally(self, job: Job) -> bool:
         """Whether a merged weight is verified on dense float64 matrices.
 
-        What selects single entries may select others in another precision, so it is recomputed exactly as it was merged.
+        What selects single entries may select others in another precision, so it is recomputed exactly as it was merged; so
+        is what lies between two models of few bits, which α = 0.1 often puts in the middle of two neighbours.
         """
         method = METHODS[job.method]
         equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
         # a larger full matrix is not cut to a rank as its factors are: not exactly
         limit = LITERAL_LIMIT if self.recipe.output.compress_rank is None else EXACT_SIZE
-        return equivalent and max(self.base.refs[job.slot].shape) <= limit
+        return equivalent and not self.maps and max(self.base.refs[job.slot].shape) <= limit
 
     @property
     def fingerprint(self) -> str:
@@ -200,6 +210,8 @@ class Plan:
 
     def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The data of any input tensor, checked for NaN and infinity; in `buffer` (uint8) if given."""
+        if isinstance(ref, MappedRef):
+            return assembled(ref, self.read, buffer)
         for specialist in self.specialists:
             if specialist.checkpoint.owns(ref):
                 return specialist.read(ref, buffer)
@@ -234,6 +246,8 @@ class Plan:
         settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
         parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
         parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
+        if self.maps:
+            parts.append("α is the weight of the donor, 0 = target unchanged")
         return " · ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,12 +264,13 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "peak_bytes": self.peak_bytes(default_workers()),
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
-        }
+        } | ({"coverage": to_dict(self.maps)} if self.maps else {})
 
     def _job_bytes(self, job: Job, *, literal: bool = False) -> int:
         """What working on a job takes beside its inputs and outputs."""
-        if job.kind == "average":
-            return 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
+        assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
+        if job.kind in ("average", "interpolate"):
+            return assembling + 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
         if job.kind != "merge":
             return 0
         rows, columns = self.base.refs[job.slot].shape
@@ -268,7 +283,7 @@ class Plan:
             blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
             return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
         if full and not stacked and method.rowwise and not literal:
-            return wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
+            return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
         copies = n * method.copies_updates(job.parameters)
         taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
         if gets == "dense":
@@ -300,8 +315,10 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
         CheckpointError: an input is missing, damaged, or does not fit the base.
         RecipeError: the recipe asks for something that these inputs cannot give.
     """
-    base_folder = locate(recipe.base_model, recipe.folder)
+    base_folder = locate(recipe.start, recipe.folder)
     base = open_base(base_folder)
+    if recipe.target is not None:
+        return _plan_across(recipe, base, allow_base_mismatch)
     specialists = [
         open_specialist(
             locate_specialist(entry.model, recipe.folder), modality=entry.modality, label=label, ignore=recipe.ignore
@@ -344,6 +361,22 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     return result
 
 
+def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool) -> Plan:
+    """The plan of a merge of donors into a target of another architecture."""
+    places = [
+        (label, locate(entry.model, recipe.folder)) for label, entry in zip(labels(recipe), recipe.models, strict=True)
+    ]
+    donors, maps = open_donors(recipe, target, places, allow=allow_base_mismatch)
+    planner = _Planner(recipe, target, donors)
+    jobs, fates = planner.full_jobs(), planner.mapped_fates(maps)
+    parameters, fishers = planner.parameters, planner.fishers
+    result = Plan(recipe, target.folder, target, donors, parameters, jobs, fates, None, fishers, maps=maps)
+    _check_all_accounted(result)
+    _check_fishers(recipe, result)
+    _check_patterns(recipe, result)
+    return result
+
+
 def locate_specialist(location: str, folder: Path) -> Path:
     """Folder of a specialist: as `locate`, and `builtin:MODALITY` for those that ship with modalloy."""
     name = location.removeprefix(builtin.PREFIX)
@@ -358,7 +391,7 @@ def locate_specialist(location: str, folder: Path) -> Path:
 def labels(recipe: Recipe) -> list[str]:
     """How messages call the specialists: the modality, else the folder's name; numbered where that is not unique."""
     names = [entry.modality or Path(entry.model.removeprefix(builtin.PREFIX)).name for entry in recipe.models]
-    taken = Counter([*names, "base"])  # the plan and the manifest call the base so
+    taken = Counter([*names, "base", _base_label(recipe)])  # the plan and the manifest call the base so
     return [name if taken[name] == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
 
 
@@ -379,9 +412,18 @@ class _Planner:
         self.merged = [name for name in base.refs if name in linear - kept]
         others = {n for n in full if base.refs[n].dtype.is_floating_point and len(base.refs[n].shape) != 2}
         self.averaged = [name for name in base.refs if name in (others | asked & full) - linear - kept]
+        self.interpolated: list[str] = []
         self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
         self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
-        self._check_complete()
+        if recipe.target is None:
+            self._check_complete()
+            return
+        # all that has a counterpart moves, embeddings of the same tokens too; with α = 0 the bytes stay the target's
+        self.depth = 1 + max((index for name in full if (index := _layer(name)) is not None), default=-1)
+        moving = [n for n in base.refs if n in full and self._resolved(*self._method(n), n)["alpha"] != 0]
+        self.merged = [name for name in moving if len(base.refs[name].shape) == 2]
+        self.interpolated = [name for name in moving if len(base.refs[name].shape) != 2]
+        self.averaged = []
 
     def adapter_jobs(self) -> list[Job]:
         """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried.
@@ -422,7 +464,7 @@ class _Planner:
     def full_jobs(self) -> list[Job]:
         """For `full`: every tensor of the base, in its order, in the output type."""
         jobs = []
-        merged, averaged = set(self.merged), set(self.averaged)
+        merged, averaged, interpolated = set(self.merged), set(self.averaged), set(self.interpolated)
         for name, ref in self.base.refs.items():
             spec = self._like_base(name)
             if name in merged:
@@ -430,6 +472,8 @@ class _Planner:
             elif name in averaged:
                 having = tuple(s.full[name] for s in self.specialists if name in s.full)
                 jobs.append(Job("average", name, (spec,), having))
+            elif name in interpolated:
+                jobs.append(self._merge_job(name, (spec,), "interpolate"))
             else:
                 jobs.append(Job("keep", name, (spec,), (ref,)))
         return jobs
@@ -465,7 +509,33 @@ class _Planner:
             result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
         return result
 
-    def _merge_job(self, slot: str, specs: tuple[TensorSpec, ...]) -> Job:
+    def mapped_fates(self, maps: dict[str, ModelMap]) -> list[TensorFate]:
+        """The same for a merge across architectures."""
+        moving = {*self.merged, *self.interpolated}
+        result = []
+        for name in self.base.refs:
+            tensors = [found.tensors[name] for found in maps.values()]
+            operations = ", ".join(dict.fromkeys(tensor.operation for tensor in tensors if tensor.pieces))
+            reasons = ", ".join(dict.fromkeys(tensor.reason for tensor in tensors if tensor.reason))
+            still = TensorFate("target", name, "kept", reasons or "alpha: 0")
+            result.append(TensorFate("target", name, "merged", f"linear, {operations}") if name in moving else still)
+        for donor in self.specialists:
+            found = maps[donor.label]
+            into: dict[str, list[str]] = {name: [] for name in donor.checkpoint.refs}
+            for tensor in found.tensors.values():
+                for source in {piece.source for piece in tensor.pieces if tensor.name in moving}:
+                    into[source].append(tensor.name)
+            for name, targets in into.items():
+                fate: tuple[Fate, str] = ("left out", found.dropped.get(name, "alpha: 0"))
+                if targets:
+                    more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
+                    fate = ("merged", f"into {' and '.join(targets)}{more}")
+                result.append(TensorFate(donor.label, name, *fate))
+        return result
+
+    def _merge_job(
+        self, slot: str, specs: tuple[TensorSpec, ...], kind: Literal["merge", "interpolate"] = "merge"
+    ) -> Job:
         method, parameters = self._method(slot)
         reads: list[TensorRef] = []
         if len(specs) == 1 or any(slot in s.full for s in self.specialists):
@@ -479,7 +549,7 @@ class _Planner:
                 reads.append(self._fisher_ref(fisher, slot, specialist))
         remedy = "give one number, or keep the base's by `modules:` with policy: keep"
         weights = tuple(self._at(entry.parameters.weight, slot, "weight", remedy) for entry in self.recipe.models)
-        return Job("merge", slot, specs, tuple(reads), method, self._resolved(method, parameters, slot), weights)
+        return Job(kind, slot, specs, tuple(reads), method, self._resolved(method, parameters, slot), weights)
 
     def _rule(self, slot: str) -> tuple[str, Rule | None]:
         for pattern, rule in self.recipe.modules.items():
@@ -603,7 +673,7 @@ def _is_linear(ref: TensorRef) -> bool:
 def _check_all_accounted(result: Plan) -> None:
     """Every tensor of every input has exactly one fate."""
     listed = Counter((fate.source, fate.tensor) for fate in result.fates)
-    inputs = {("base", name) for name in result.base.refs}
+    inputs = {(result.base_label, name) for name in result.base.refs}
     inputs |= {(s.label, name) for s in result.specialists for name in s.checkpoint.refs}
     twice = {key for key, count in listed.items() if count > 1}
     if wrong := sorted((listed.keys() ^ inputs) | twice):
@@ -637,6 +707,10 @@ def _check_fishers(recipe: Recipe, result: Plan) -> None:
             f"parameters.fisher: {recipe.merge_method} does not weigh by Fisher information; write merge_method: fisher, "
             "or remove the file"
         )
+
+
+def _base_label(recipe: Recipe) -> str:
+    return "base" if recipe.target is None else "target"
 
 
 def _layer(name: str) -> int | None:

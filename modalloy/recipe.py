@@ -105,10 +105,14 @@ class Recipe(_Strict):
 
     `modules` and `ignore` hold patterns of tensor names (`*`, `?`, `[…]`); of several that match, the first counts.
     `missing` is what a specialist without a weight that others update contributes. `dtype` is the arithmetic's,
-    `out_dtype` another spelling of `output.dtype`.
+    `out_dtype` another spelling of `output.dtype`. Without a base, `target` is the model whose architecture is kept, and
+    `models` are donors of other architectures; `vocabulary` says whether their tokens are the target's (auto: their
+    tokenizers show it).
     """
 
-    base_model: str
+    base_model: str = ""
+    target: str | None = None
+    vocabulary: Literal["auto", "same", "keep"] = "auto"
     merge_method: str = "ssam"
     parameters: dict[str, Any] = Field(default_factory=dict)
     models: tuple[SpecialistEntry, ...] = Field(min_length=1)
@@ -133,9 +137,35 @@ class Recipe(_Strict):
             raise ValueError(
                 f"out_dtype {self.out_dtype} contradicts output.dtype {self.output.dtype}; write one of them"
             )
+        if self.target is None:
+            if not self.base_model:
+                raise ValueError("the key 'base_model' is missing; add it")
+            if self.vocabulary != "auto":
+                raise ValueError(f"vocabulary: {self.vocabulary} is of merges with a target: add it, or remove the key")
+        else:
+            self._check_target()
         if self.output.form == "full" and self.output.compress_rank is not None:
             raise ValueError("output.compress_rank is of adapters, but form: full holds full matrices; remove it")
         return self
+
+    def _check_target(self) -> None:
+        """What a merge across architectures cannot have."""
+        if self.base_model:
+            raise ValueError("target and base_model are both given; linear needs no base: remove base_model")
+        for method in (self.merge_method, *(rule.merge_method for rule in self.modules.values())):
+            if method not in (None, "linear"):
+                raise ValueError(f"a merge with a target interpolates, but merge_method is {method}; write linear")
+        if any(rule.policy == "average" for rule in self.modules.values()):
+            raise ValueError("a merge with a target has no policy average; write keep, or parameters: {alpha: 0.5}")
+        if self.output.form != "full":
+            raise ValueError(f"a target is a whole model, but output.form is {self.output.form}; write form: full")
+        if any(entry.modality or entry.encoder for entry in self.models):
+            raise ValueError("donors have no modality or encoder, the target keeps its own; remove these keys")
+
+    @property
+    def start(self) -> str:
+        """The model that updates are added to: the base, or the target."""
+        return self.target or self.base_model
 
     @property
     def written_dtype(self) -> str:

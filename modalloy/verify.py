@@ -79,7 +79,9 @@ def verify(out: str | Path) -> Verification:
         | ({"encoder": entry.encoder_at(encoder)} if encoder else {})
         for entry, path, fisher, encoder in zip(recipe.models, models, fishers, encoders, strict=True)
     ]
-    found = Recipe(**recipe.model_dump() | {"base_model": base, "models": entries})
+    found = Recipe(
+        **recipe.model_dump() | {"base_model" if recipe.target is None else "target": base, "models": entries}
+    )
     planned = plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
     planned.compression = manifest.get("compression", {})

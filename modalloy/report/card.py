@@ -37,6 +37,8 @@ def model_card(planned: Plan) -> str:
     }
     if form == "omni":
         front["pipeline_tag"] = "any-to-any"
+    if planned.maps:
+        return _card_across(planned, front)
     rows = [f"| {s.label} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
     table = "\n".join(["| specialist | layout | modality | LoRA rank |", "|---|---|---|---|", *rows])
     use = USE[form].format(base=planned.base_name, options=" ".join(f"--{m} FILE" for m in modalities))
@@ -55,10 +57,46 @@ def model_card(planned: Plan) -> str:
 
 {use}
 
-## Recipe
+{_recipe(planned)}"""
+
+
+def _card_across(planned: Plan, front: dict[str, object]) -> str:
+    """The card of a merge across architectures, with what each donor's map covers."""
+    fates = ("merged", "duplicated", "kept", "dropped")
+    rows = []
+    for label, found in planned.maps.items():
+        counts = found.coverage()
+        shown = " | ".join(f"{counts[fate]['tensors']} ({counts[fate]['parameters'] / 1e6:.1f}M)" for fate in fates)
+        rows.append(f"| {label} | {found.donor} | {shown} |")
+    table = "\n".join([f"| donor | family | {' | '.join(fates)} |", "|---|---|---|---|---|---|", *rows])
+    family = next(iter(planned.maps.values())).target
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {planned.base_name} + {" + ".join(planned.maps)}, merged by {planned.recipe.merge_method}
+
+The architecture, encoder and projector are those of `{planned.base_name}` ({family}); modalloy moved its decoder towards the
+donors', without training and without data ({METHODS[planned.recipe.merge_method].paper}): {planned.summary()}.
+
+Tensors (parameters) of the target that were merged with the donor's, merged with the weight that the target had copied them
+from, or kept; and tensors of the donor that were left out:
+
+{table}
+
+## Use
+
+It is loaded as `{planned.base_name}` is. If that needs code of its own (`*.py` files), copy these here: they are not part of the
+merge.
+
+{_recipe(planned)}"""
+
+
+def _recipe(planned: Plan) -> str:
+    return f"""## Recipe
 
 ```yaml
-{recipe.to_yaml().strip()}
+{planned.recipe.to_yaml().strip()}
 ```
 
 `manifest.json` holds the sha256 of every input and output and the fate of every tensor; `modalloy verify` checks them.

@@ -1,0 +1,314 @@
+"""Merges across architectures: tiny models of two families made here, and the recipes of AdaMMS's pairs on true shapes."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from family_keys import published
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modalloy import load_recipe, merge, plan
+from modalloy.errors import CheckpointError, ModalloyError, RecipeError
+from modalloy.families.vocabulary import shared_tokens
+from modalloy.verify import verify
+
+WIDTH, FFN, LAYERS, HEADS, TOKENS = 16, 24, 2, 4, 11
+RECIPES = Path(__file__).parents[1] / "recipes" / "adamms"
+KEYS = {
+    "lmms-lab/llava-onevision-qwen2-7b-si": "llava-onevision-qwen2-7b",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2-vl-7b",
+    "liuhaotian/llava-v1.5-7b": "llava-v1.5-7b",
+    "THUDM/cogvlm-chat-hf": "cogvlm-chat",
+    "MAGAer13/mplug-owl2-llama2-7b": "mplug-owl2",
+    "01-ai/Yi-VL-34B": "yi-vl-34b",
+    "nyu-visionx/cambrian-34b": "cambrian-34b",
+}
+Models = Callable[..., Path]
+
+
+def small(model: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The names of a published model with two layers and small sizes."""
+    sizes = {4096: WIDTH, 11008: FFN, 12288: 3 * WIDTH, 32000: TOKENS, 64: 2}
+    header, config = published(model)
+    few = {
+        name: tuple(sizes.get(size, 3) for size in shape)
+        for name, shape in header.items()
+        if ".layers." not in name or int(name.split(".layers.")[1].split(".")[0]) < LAYERS
+    }
+    changes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+    }
+    keys = {"num_key_value_heads": HEADS, "_name_or_path": "acme/ancestor", "vocab_size": TOKENS}
+    return few, config | changes | keys
+
+
+def write(folder: Path, model: str, seed: int, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+    header, settings = small(model)
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    tensors = {name: torch.randn(*shape, generator=generator).to(dtype) for name, shape in header.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    vocabulary = {f"t{row}": row for row in range(TOKENS)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    def make(into: Path, *donors: Path, alpha: Any = 0.3, **more: Any) -> Path:
+        content = {
+            "target": str(into),
+            "merge_method": "linear",
+            "parameters": {"alpha": alpha},
+            "models": [{"model": str(donor)} for donor in donors],
+            "output": {"form": "full"},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content | more))
+        return path
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def counterpart(name: str, donor: dict[str, Tensor]) -> Tensor | None:
+    """AdaMMS's published map of a LLaVA into CogVLM, written out again."""
+    layer = name.rpartition(".self_attn.")[0] or name.rpartition(".mlp.")[0]
+    if name.endswith("query_key_value.weight") and ".vision.transformer" not in name:
+        return torch.cat([donor[f"{layer}.self_attn.{x}_proj.weight"] for x in "qkv"])
+    if name.endswith("expert_dense.weight"):
+        return donor[f"{layer}.self_attn.o_proj.weight"]
+    if "_mlp." in name:
+        return donor[f"{layer}.mlp.{name.rpartition('_mlp.')[2]}"]
+    return None if "inv_freq" in name else donor.get(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llava_into_cogvlm_is_interpolated(tmp_path: Path, recipe: Models, dtype: torch.dtype) -> None:
+    target = write(tmp_path / "cogvlm", "cogvlm-chat", 1, dtype)
+    donor = write(tmp_path / "llava", "llava-v1.5-7b", 2, dtype)
+    out = tmp_path / "out"
+    report = merge(recipe(target, donor), out)
+    before, other, after = weights(target), weights(donor), weights(out)
+    assert before.keys() == after.keys()
+    moved = 0
+    for name, tensor in after.items():
+        found = counterpart(name, other)
+        if found is None:  # byte for byte, neither shrunk nor grown (B1)
+            assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+            continue
+        moved += 1
+        # α is the donor's weight (B3), accumulated wide (B10)
+        exact = 0.7 * before[name].double() + 0.3 * found.double()
+        tolerance = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 3e-7
+        assert torch.allclose(
+            tensor.double(), exact, rtol=tolerance, atol=tolerance * 2 if dtype == torch.float32 else 1e-7
+        )
+    # embeddings and norms (B1, B2), both experts' attention and both MLPs (B4)
+    assert moved == 3 + LAYERS * 12
+    assert report.verification.layers == 12 and verify(out).layers == 12
+    assert (out / "config.json").is_file() and (out / "tokenizer.json").is_file()
+    card = (out / "README.md").read_text()
+    assert (
+        "α is the weight of the donor, 0 = target unchanged" in card
+        and "| llava | llama | 17 (0.0M) | 10 (0.0M) |" in card
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    rows = {(source, name): (fate, why) for source, name, fate, why in manifest["tensors"]}
+    assert rows["target", "model.vision.boi"] == ("kept", "image separator")
+    assert rows["llava", "model.mm_projector.0.weight"] == ("left out", "projector (the donor's)")
+    fate, why = rows["llava", "model.layers.1.self_attn.q_proj.weight"]
+    assert fate == "merged" and "language_expert" in why and "vision_expert" in why
+
+
+def test_alpha_zero_is_the_target_bit_for_bit(tmp_path: Path, recipe: Models) -> None:
+    target, donor = write(tmp_path / "t", "cogvlm-chat", 1), write(tmp_path / "d", "mplug-owl2", 2)
+    tensors = weights(target)
+    tensors["model.norm.weight"][0] = -0.0  # which adding nothing would turn into 0
+    save_file(tensors, target / "model.safetensors")
+    merge(recipe(target, donor, alpha=0), tmp_path / "out")
+    after = weights(tmp_path / "out")
+    assert all(torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("model", ["cogvlm-chat", "mplug-owl2", "llava-v1.5-7b"])
+def test_a_model_merged_with_itself_is_itself(tmp_path: Path, recipe: Models, model: str) -> None:
+    target = write(tmp_path / "m", model, 1, torch.bfloat16)
+    merge(recipe(target, target, alpha=0.37), tmp_path / "out")
+    before, after = weights(target), weights(tmp_path / "out")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_both_directions_agree_on_what_is_shared(tmp_path: Path, recipe: Models) -> None:
+    llava, owl = write(tmp_path / "a", "llava-v1.5-7b", 1), write(tmp_path / "b", "mplug-owl2", 2)
+    merge(recipe(llava, owl, alpha=0.25), tmp_path / "one")
+    merge(recipe(owl, llava, alpha=0.75), tmp_path / "other")
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "other")
+    shared = [name for name in one.keys() & other.keys() if "inv_freq" not in name]
+    assert len(shared) == 3 + LAYERS * 5
+    for name in shared:
+        assert torch.allclose(one[name], other[name], atol=1e-6)
+    # a fused donor is split: CogVLM's vision keys go to mPLUG-Owl2's, its language keys to LLaVA's
+    cog = write(tmp_path / "c", "cogvlm-chat", 3)
+    merge(recipe(owl, cog, alpha=1.0), tmp_path / "split")
+    split, fused = weights(tmp_path / "split"), weights(cog)
+    for way, expert in ((0, "language"), (1, "vision")):
+        rows = fused[f"model.layers.1.self_attn.{expert}_expert_query_key_value.weight"][WIDTH : 2 * WIDTH]
+        assert torch.allclose(split[f"model.layers.1.self_attn.k_proj.multiway.{way}.weight"], rows, atol=1e-6)
+
+
+def test_rules_of_recipes(tmp_path: Path, recipe: Models) -> None:
+    target, donor = write(tmp_path / "t", "mplug-owl2", 1), write(tmp_path / "d", "llava-v1.5-7b", 2)
+    rules = {"*layernorm*": {"policy": "keep"}, "*.mlp.*": {"parameters": {"alpha": [0.0, 0.4]}}}
+    merge(recipe(target, donor, modules=rules, vocabulary="keep"), tmp_path / "out")
+    before, other, after = weights(target), weights(donor), weights(tmp_path / "out")
+    for name in before:
+        if (
+            "layernorm" in name
+            or "embed_tokens" in name
+            or name.endswith(("lm_head.weight", "layers.0.mlp.up_proj.weight"))
+        ):
+            assert torch.equal(after[name], before[name]), name  # keeping norms leaves them as they were (B2)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.allclose(after[name], 0.6 * before[name] + 0.4 * other[name], atol=1e-6)
+    two = write(tmp_path / "e", "cogvlm-chat", 3)
+    merge(recipe(target, donor, two), tmp_path / "two")
+    mean = (other["model.norm.weight"] + weights(two)["model.norm.weight"]) / 2
+    assert torch.allclose(
+        weights(tmp_path / "two")["model.norm.weight"], 0.7 * before["model.norm.weight"] + 0.3 * mean
+    )
+
+
+def test_tokenizers_that_differ_keep_the_targets_rows(tmp_path: Path, recipe: Models) -> None:
+    target, donor = write(tmp_path / "t", "cogvlm-chat", 1), write(tmp_path / "d", "llava-v1.5-7b", 2)
+    swapped = {f"t{row}": (row + 1) % TOKENS for row in range(TOKENS)}
+    (donor / "tokenizer.json").write_text(json.dumps({"model": {"vocab": swapped}}))
+    planned = plan(load_recipe(recipe(target, donor)))
+    rows = {(fate.source, fate.tensor): (fate.fate, fate.detail) for fate in planned.fates}
+    kept = ("kept", "the tokenizers are not known to be the same")
+    assert rows["target", "model.embed_tokens.weight"] == rows["target", "lm_head.weight"] == kept
+    assert rows["d", "lm_head.weight"] == ("left out", kept[1])
+    merge(recipe(target, donor), tmp_path / "out")
+    assert torch.equal(weights(tmp_path / "out")["lm_head.weight"], weights(target)["lm_head.weight"])
+    (donor / "tokenizer.json").unlink()  # none: not known, unless the recipe says so
+    assert shared_tokens(target, donor) is None
+    said = plan(load_recipe(recipe(target, donor, vocabulary="same")))
+    assert "lm_head.weight" in {job.slot for job in said.jobs if job.kind == "merge"}
+
+
+def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
+    piece = b"\x0a\x08\x0a\x01a\x15\x00\x00\x00\x00"  # field 1: a piece
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.model").write_bytes(piece * 3 + b"\x12\x02\x08\x01")
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert shared_tokens(first, second) == 3
+    (first / "added_tokens.json").write_text('{"<image>": 3}')
+    assert shared_tokens(first, second) is None
+    (second / "added_tokens.json").write_text('{"<image>": 3}')
+    assert shared_tokens(first, second) == 4
+    for folder in (first, second):
+        (folder / "tokenizer.model").write_bytes(b"\x00nonsense")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a SentencePiece model"):
+        shared_tokens(first, second)
+
+
+def test_padded_vocabularies_are_merged_to_the_last_token(tmp_path: Path, recipe: Models) -> None:
+    target, donor = write(tmp_path / "t", "llava-v1.5-7b", 1), write(tmp_path / "d", "llava-v1.5-7b", 2)
+    tensors = weights(target)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.ones(5, WIDTH)])
+    save_file(tensors, target / "model.safetensors")
+    merge(recipe(target, donor, alpha=1.0), tmp_path / "out")
+    head = weights(tmp_path / "out")["lm_head.weight"]
+    assert torch.allclose(head[:TOKENS], weights(donor)["lm_head.weight"], atol=1e-6)
+    assert torch.equal(head[TOKENS:], torch.ones(5, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model": "x/y"}, "target and base_model are both given"),
+        ({"merge_method": "ssam", "parameters": {}}, "a merge with a target interpolates, but merge_method is ssam"),
+        ({"output": {"form": "adapter"}}, r"output\.form is adapter; write form: full"),
+        ({"modules": {"*": {"policy": "average"}}}, "has no policy average"),
+        ({"models": [{"model": "x", "modality": "image"}]}, "donors have no modality or encoder"),
+        ({"target": None}, "the key 'base_model' is missing; add it"),
+        ({"target": None, "base_model": "x", "vocabulary": "same"}, "vocabulary: same is of merges with a target"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path: Path, recipe: Models, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(recipe(tmp_path, tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"_name_or_path": "acme/other"},
+            r"descends from 'acme/other', target from 'acme/ancestor'.*--allow-base-mismatch",
+        ),
+        ({"_name_or_path": ""}, "d: nothing records which pretrained decoder it descends from"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2}, "d: attention heads 2, but 4 in target"),
+        ({"architectures": ["BertModel"]}, "d: config.json: architectures names BertModel"),
+    ],
+)
+def test_donors_that_do_not_fit(tmp_path: Path, recipe: Models, config: dict[str, Any], message: str) -> None:
+    target, donor = write(tmp_path / "t", "cogvlm-chat", 1), write(tmp_path / "d", "llava-v1.5-7b", 2, **config)
+    with pytest.raises(ModalloyError, match=message) as caught:
+        merge(recipe(target, donor), tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    if "decoder" in message:
+        assert plan(load_recipe(recipe(target, donor)), allow_base_mismatch=True).merged_weights() == 2 + LAYERS * 10
+
+
+def test_there_is_a_recipe_for_every_pair_of_the_paper() -> None:
+    assert len(list(RECIPES.glob("*.yaml"))) == 8
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_plans_of_the_paper_cover_all_tensors(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans on files that have the true names and shapes, and no data."""
+    recipe, places = load_recipe(path), {}
+    for name in (str(recipe.target), recipe.models[0].model):
+        keys = KEYS[name]
+        header, config = published(keys)
+        folder = tmp_path / keys
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        entries, end = {}, 0
+        for tensor, shape in header.items():
+            size = 2 * int(torch.Size(shape).numel())
+            entries[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(entries).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)  # sparse: takes no room
+        places[name] = folder
+    monkeypatch.setattr(sys.modules["modalloy.plan"], "locate", lambda location, folder: places[location])
+    planned = plan(recipe)
+    target = published(KEYS[str(recipe.target)])[0]
+    assert [spec.name for job in planned.jobs for spec in job.outputs] == list(target)
+    assert [tuple(spec.shape) for job in planned.jobs for spec in job.outputs] == list(target.values())
+    donor = published(KEYS[recipe.models[0].model])[0]
+    assert len(planned.fates) == len(target) + len(donor)
+    merged = {job.slot for job in planned.jobs if job.kind != "keep"}
+    assert ("lm_head.weight" in merged) == (recipe.vocabulary == "same")
+    moved = [name for name in target if name.startswith("model.layers.") and "inv_freq" not in name]
+    assert merged >= set(moved)
