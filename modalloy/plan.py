@@ -247,6 +247,7 @@ class Plan:
         parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
         parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
         if self.maps:
+            parts.insert(1, f"{sum(job.kind == 'interpolate' for job in self.jobs)} norms and biases too")
             parts.append("α is the weight of the donor, 0 = target unchanged")
         return " · ".join(parts)
 

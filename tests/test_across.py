@@ -14,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modalloy import load_recipe, merge, plan
+from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
+from modalloy.families import FAMILIES
+from modalloy.families.donors import MappedRef, assembled
+from modalloy.families.rules import rows_of
 from modalloy.families.vocabulary import shared_tokens
 from modalloy.verify import verify
 
@@ -119,6 +123,10 @@ def test_llava_into_cogvlm_is_interpolated(tmp_path: Path, recipe: Models, dtype
         )
     # embeddings and norms (B1, B2), both experts' attention and both MLPs (B4)
     assert moved == 3 + LAYERS * 12
+    assert f"{3 + LAYERS * 10 - 1} linear weights merged" in report.plan.summary()
+    assert f"{1 + LAYERS * 2} norms and biases too" in report.plan.summary()
+    counts = report.to_dict()["coverage"]["llava"]
+    assert counts["family"] == "llama" and counts["duplicated"]["tensors"] == LAYERS * 5
     assert report.verification.layers == 12 and verify(out).layers == 12
     assert (out / "config.json").is_file() and (out / "tokenizer.json").is_file()
     card = (out / "README.md").read_text()
@@ -150,6 +158,27 @@ def test_a_model_merged_with_itself_is_itself(tmp_path: Path, recipe: Models, mo
     merge(recipe(target, target, alpha=0.37), tmp_path / "out")
     before, after = weights(target), weights(tmp_path / "out")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_interleaved_rows_are_assembled() -> None:
+    family = FAMILIES["internvl2_5_internlm"]
+    found = family.find("language_model.model.layers.0.attention.wqkv.weight", family.spellings[0])
+    assert found is not None
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 8, "intermediate_size": 9}
+    places = rows_of(found, family.geometry(sizes | {"num_hidden_layers": 1}), 16)
+    stored = {name: torch.randn(rows, 3) for name, rows in (("q", 8), ("k", 4), ("v", 4))}
+    refs = {name: TensorRef(name, torch.float32, tuple(t.shape), Path(name), 0) for name, t in stored.items()}
+    parts = tuple((ref, ((0, ref.shape[0]),), rows) for ref, rows in zip(refs.values(), places, strict=True))
+    fused = assembled(MappedRef("qkv", torch.float32, (16, 3), Path(), -1, parts), lambda ref: stored[ref.name])
+    for group, block in enumerate(fused.split(8)):  # each: the group's queries, its key, its value
+        q, k, v = block.split([4, 2, 2])
+        assert torch.equal(q, stored["q"][4 * group : 4 * group + 4])
+        assert torch.equal(k, stored["k"][2 * group : 2 * group + 2])
+        assert torch.equal(v, stored["v"][2 * group : 2 * group + 2])
+    # and taken apart again
+    back = (refs["q"], places[0], ((0, 8),))
+    apart = MappedRef("q", torch.float32, (8, 3), Path(), -1, (back,))
+    assert torch.equal(assembled(apart, lambda ref: fused), stored["q"])
 
 
 def test_both_directions_agree_on_what_is_shared(tmp_path: Path, recipe: Models) -> None:

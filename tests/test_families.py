@@ -174,6 +174,11 @@ def test_policies() -> None:
     assert result.tensors[LAYER + "mlp.vision_mlp.up_proj.weight"].policy == "keep_target"
     assert result.tensors[LAYER + "mlp.language_mlp.up_proj.weight"].policy == "merge"
     assert result.tensors[LAYER + "self_attn.vision_expert_dense.weight"].policy == "take_source"
+    # without its copies for image tokens the donor gives the weights that they were made from
+    result = mapped("mplug-owl2", "cogvlm-chat", 32000, policies={"*.multiway.1.*": "drop_source"})
+    pieces = result.tensors[LAYER + "self_attn.vision_expert_query_key_value.weight"].pieces
+    assert pieces[1].source.endswith("k_proj.multiway.0.weight") and pieces[1].duplicated
+    assert result.dropped[LAYER + "self_attn.k_proj.multiway.1.weight"] == "the recipe leaves it out"
     with pytest.raises(CheckpointError, match=r"target: model\.vision\.boi is there"):
         mapped("llava-v1.5-7b", "cogvlm-chat", 32000, policies={"model.vision.*": "error"})
 

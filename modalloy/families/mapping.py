@@ -111,13 +111,17 @@ class ModelMap:
             row = ("dropped", f"some rows of {_folded(name)}", "split", reason)
             lines[row][0] += 1
             lines[row][1] += parameters
+        coverage = self.coverage()
         totals = " · ".join(
             f"{fate} {counts['tensors']} tensors, {counts['parameters'] / 1e6:.1f}M"
-            for fate, counts in self.coverage().items()
+            for fate, counts in coverage.items()
         )
+        order = {fate: place for place, fate in enumerate(coverage)}
         table = [
             f"{fate:<10} {n:>5} × {parameters / n / 1e6:>7.2f}M  {operation:<10} {name + ' <- ' if name else ''}{source}"
-            for (fate, name, operation, source), (n, parameters) in lines.items()
+            for (fate, name, operation, source), (n, parameters) in sorted(
+                lines.items(), key=lambda line: order[line[0][0]]
+            )
         ]
         return "\n".join([f"{self.donor} into {self.target}: {totals}", *table])
 
