@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from measuring import table
+
 from modalloy import builtin, merge
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Sample, Source
@@ -112,13 +114,6 @@ def main() -> None:
     print(json.dumps({"variant": variant, "accuracy": accuracies, "ssam_minus": differences}))
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown."""
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
 def cells_of(results: dict[str, dict[str, Any]]) -> list[str]:
     """The cells that were asked, one sense first, text last."""
     there = {cell for found in results.values() for cell in found["groups"]["cell"]}
@@ -153,7 +148,7 @@ def print_accuracies(runs: dict[str, Run], results: dict[str, dict[str, Any]]) -
             have = [groups[cell]["acc"] for cell in wanted if cell in groups]
             means.append(f"{sum(have) / len(have):.3f}" if len(have) == len(wanted) else "–")
         rows.append([name, *(_share(groups.get(cell)) for cell in cells), *means])
-    table(["", *cells, "mean of one sense", "mean of several"], rows)
+    print(table(["", *cells, "mean of one sense", "mean of several"], rows) + "\n")
 
 
 def print_differences(compared: dict[str, Comparison]) -> None:
@@ -165,7 +160,7 @@ def print_differences(compared: dict[str, Comparison]) -> None:
     for name, found in compared.items():
         pairs = [found.rules["likelihood"], *(found.groups["likelihood"]["cell"][cell] for cell in cells)]
         rows.append([f"SSAM − {name}", *(_difference(pair) for pair in pairs)])
-    table(["", "all", *cells], rows)
+    print(table(["", "all", *cells], rows) + "\n")
 
 
 def print_groups(results: dict[str, dict[str, Any]], key: str) -> None:
@@ -176,7 +171,7 @@ def print_groups(results: dict[str, dict[str, Any]], key: str) -> None:
         shown = [found["groups"][key].get(value) for found in results.values()]
         n = max(one["n"] for one in shown if one)
         rows.append([value, str(n), *("–" if one is None else f"{one['acc']:.2f}" for one in shown)])
-    table([key, "n", *results], rows)
+    print(table([key, "n", *results], rows) + "\n")
 
 
 def _majority(blind: dict[str, float | None]) -> float:

@@ -392,6 +392,13 @@ class Staging:
                 parent.rmdir()
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, a forbidden folder and the like into one OutputError line that names `path`."""

@@ -9,11 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from modalloy._version import __version__
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.evals.benchmark import Answer, Benchmark, Source, fields, questions
 from modalloy.evals.modelcompose import numbered, text_of
-from modalloy.evals.run import SCHEMA, Entry, Log, Run
+from modalloy.evals.run import Entry, Log, Run, described
 
 
 def read_answers(file: Path, benchmark: Benchmark, source: Source, folder: Path) -> Run:
@@ -61,17 +60,8 @@ def read_answers(file: Path, benchmark: Benchmark, source: Source, folder: Path)
                 prompt_sha256=hashlib.sha256(line["prompt"].encode()).hexdigest() if line else "",
             )
         )
-    meta = {
-        "schema": SCHEMA,
-        "task": benchmark.name,
-        "variant": source.variant,
-        "modalities": None if source.modalities is None else sorted(source.modalities),
-        "n_samples": len(samples),
-        "model": {"path": str(file), "fingerprint": sha256, "recipe": None, "options": {}},
-        "data": {"files": [{"path": name, **facts} for name, facts in sorted(source.read.items())]},
-        "generation": {"by": "ModelCompose's scripts"},
-        "environment": {"modalloy": __version__},
-    }
+    model: dict[str, Any] = {"path": str(file), "fingerprint": sha256, "recipe": None, "options": {}}
+    meta = described(benchmark, source, len(samples), model, {"by": "ModelCompose's scripts"})
     with Log(folder, meta, resume=False) as log:
         log.add(benchmark, *entries)
     return Run(folder, meta, entries)

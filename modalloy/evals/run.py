@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from modalloy._version import __version__
+from modalloy.checkpoints.writer import replace_text
 from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import find_benchmark
-from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Verdict, by_group, wilson
+from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, Source, Verdict, by_group, wilson
 from modalloy.evals.statistics import bootstrap_interval
 
 RUN, PREDS = "run.json", "preds.jsonl"
@@ -43,6 +45,10 @@ class Entry:
     new_tokens: int
     prompt_sha256: str
 
+    def verdict(self, rule: Rule) -> Verdict:
+        """What a rule makes of the answer; one that could not be given is wrong."""
+        return rule(self.sample, self.answer) if self.status == "ok" else Verdict(None, False)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -57,17 +63,36 @@ class Run:
         return find_benchmark(self.meta["task"])
 
     def verdicts(self, rule: str) -> list[Verdict]:
-        """What a rule makes of every answer; one that could not be given is wrong."""
+        """What a rule makes of every answer."""
         apply = self.benchmark.rules[rule]
-        return [apply(e.sample, e.answer) if e.status == "ok" else Verdict(None, False) for e in self.entries]
+        return [entry.verdict(apply) for entry in self.entries]
+
+
+def described(
+    benchmark: Benchmark,
+    source: Source,
+    n_samples: int,
+    model: dict[str, Any],
+    generation: dict[str, Any],
+    **versions: str,
+) -> dict[str, Any]:
+    """What `run.json` says of a run: its questions, the files they came from, and the model that answered them."""
+    return {
+        "schema": SCHEMA,
+        "task": benchmark.name,
+        "variant": source.variant,
+        "modalities": None if source.modalities is None else sorted(source.modalities),
+        "n_samples": n_samples,
+        "model": model,
+        "data": {"files": [{"path": name, **facts} for name, facts in sorted(source.read.items())]},
+        "generation": generation,
+        "environment": {"modalloy": __version__, **versions},
+    }
 
 
 def line(entry: Entry, benchmark: Benchmark) -> dict[str, Any]:
     """An entry as the log has it. `pred` and `scores` are there for readers; tables are made from `raw` again."""
-    verdicts = {
-        name: rule(entry.sample, entry.answer) if entry.status == "ok" else Verdict(None, False)
-        for name, rule in benchmark.rules.items()
-    }
+    verdicts = {name: entry.verdict(rule) for name, rule in benchmark.rules.items()}
     headline = next(iter(verdicts.values()))
     unparsed = entry.status == "ok" and headline.prediction is None
     return {
@@ -179,10 +204,8 @@ class Log:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file of a run, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, text)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); copy the run to a folder of yours") from error
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from modalloy._version import __version__
 from modalloy.checkpoints import file_sha256, locate, read_json
 from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.run import SCHEMA, Entry, Log, Run
+from modalloy.evals.run import Entry, Log, Run, described
 from modalloy.model import ChatModel
 from modalloy.model.chat import Prompt
 
@@ -53,17 +52,9 @@ def evaluate(
     """
     samples = questions(benchmark, source)
     wanted = samples[:limit]
-    meta = {
-        "schema": SCHEMA,
-        "task": benchmark.name,
-        "variant": source.variant,
-        "modalities": None if source.modalities is None else sorted(source.modalities),
-        "n_samples": len(samples),
-        "model": model,
-        "data": {"files": [{"path": name, **facts} for name, facts in sorted(source.read.items())]},
-        "generation": {"decoding": "greedy", "max_new_tokens": benchmark.max_new_tokens, "batch_size": batch_size},
-        "environment": {"modalloy": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
+    generation = {"decoding": "greedy", "max_new_tokens": benchmark.max_new_tokens, "batch_size": batch_size}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    meta = described(benchmark, source, len(samples), model, generation, **versions)
     with Log(folder, meta, resume=resume) as log:
         _same_samples(folder, log.entries, samples)
         done = {entry.index for entry in log.entries}

@@ -6,7 +6,6 @@ No benchmark: it is there to notice a model that repeats itself, falls silent, f
 import gc
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from modalloy.checkpoints import file_sha256, read_json
-from modalloy.checkpoints.writer import disk_errors
+from modalloy.checkpoints.writer import disk_errors, replace_text
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import Answer, likeliest
 from modalloy.evals.senses import capital_samples
@@ -193,13 +192,7 @@ def add_to_card(out: str | Path, found: dict[str, Sanity]) -> None:
     card = (out / "README.md").read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
     manifest = read_json(out / "manifest.json")
     with disk_errors(out):
-        _replace(out / "README.md", f"{card}\n\n{section(found)}")
+        replace_text(out / "README.md", f"{card}\n\n{section(found)}")
         manifest["outputs"]["README.md"] = file_sha256(out / "README.md")
         manifest["sanity"] = {name: asdict(one) for name, one in found.items()}
-        _replace(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        replace_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from modalloy.checkpoints.writer import replace_text
 from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest
 from modalloy.evals.benchmark import LETTERS, Answer, Sample
 from modalloy.evals.features import FeatureCache
@@ -669,6 +669,4 @@ def _write(found: Found, recipe: Recipe) -> None:
         "index.html": page(found.to_dict()),
     }
     for name, text in texts.items():
-        partial = found.out / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, found.out / name)
+        replace_text(found.out / name, text)
