@@ -17,7 +17,7 @@ from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, question
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import Entry, Log, Run, described
 from modalloy.model import ChatModel
-from modalloy.model.chat import Prompt
+from modalloy.model.chat import Prompt, user_message
 
 Progress = Callable[[int, int], None]
 Batch = list[tuple[int, Sample, Prompt]]
@@ -146,8 +146,6 @@ def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:
     """The prompt of a sample, with its media as features."""
     if sample.plain:
         return chat.plain_prompt(sample.text)
-    parts = [{"type": modality, "path": path} for modality, path in sample.media]
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": sample.text}]}]
 
     def features(modality: str, path: Any) -> torch.Tensor:
         try:
@@ -155,7 +153,7 @@ def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:
         except MediaError as error:
             raise _UnreadableError(str(error)) from error
 
-    return chat.prompt(messages, features)
+    return chat.prompt(user_message(sample.text, sample.media), features)
 
 
 class _UnreadableError(Exception):
