@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.model import ChatModel
+from modalloy.model.hosted import HostedModel
 
 MEMORY_BYTES = 2_000_000_000
 DISK_BYTES = 20_000_000_000
@@ -43,11 +44,13 @@ class FeatureCache:
             self.written_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def features(self, chat: ChatModel, modality: str, path: str | Path) -> Tensor:
-        """Features (n_features, dim) of one medium, in float32.
+        """Features (n_features, dim) of one medium, in float32; of a hosted model, what its `features` gives.
 
         Raises:
             MediaError: the medium cannot be read.
         """
+        if isinstance(chat, HostedModel):
+            return chat.features(modality, path)
         key = hashlib.sha256(f"{self._encoder(chat, modality)} {self._file(path)}".encode()).hexdigest()
         if key in self.kept:
             self.kept.move_to_end(key)

@@ -4,6 +4,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from modalloy.engines.local import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
+from modalloy.model.hosted import is_hosted, load_hosted
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
@@ -43,9 +45,11 @@ def load_model(
 ) -> ChatModel:
     """A model that answers questions about media, from an `omni` folder or a specialist's folder; or about text only.
 
+    A multimodal model that transformers itself has, such as a merge into LLaVA or Qwen2-VL, answers about images.
+
     Args:
         path: folder written by `modalloy merge` with `output.form: omni` or by `save_pretrained`, its hub id, or a
-            ModelCompose specialist; or a language model, such as a base or a merge of `output.form: full`.
+            ModelCompose specialist; or a model of transformers', such as a base or a merge of `output.form: full`.
         base: base model, for a specialist whose config records none that can be found.
         device: "cpu", "cuda", or "auto" for transformers' `device_map="auto"`.
         dtype: type of the weights, or "auto" for the base's. On a CPU, 16-bit weights are computed with in float32.
@@ -65,7 +69,8 @@ def load_model(
         raise CheckpointError(
             f"{folder}: has no config.json; give a folder written with output.form: omni, or a specialist"
         )
-    kind = read_json(folder / "config.json").get("model_type")
+    content = read_json(folder / "config.json")
+    kind = content.get("model_type")
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if device == "auto":
         options["device_map"] = "auto"
@@ -85,8 +90,13 @@ def load_model(
     elif kind == "modalloy":
         model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
         processor = ModalloyProcessor.from_pretrained(folder)
+    elif is_hosted(content):
+        if fold:
+            raise ValueError("a model of transformers' own has no text adapter to fold; load it without fold")
+        hosted = load_hosted(folder, **options)
+        return hosted if device == "auto" else replace(hosted, model=hosted.model.to(device))
     elif kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
-        config = ModalloyConfig(read_json(folder / "config.json"))
+        config = ModalloyConfig(content)
         if dtype == "auto":
             options["dtype"] = config.text_config.dtype
         model = ModalloyForConditionalGeneration.from_pretrained(
@@ -95,7 +105,7 @@ def load_model(
         processor = ModalloyProcessor(AutoTokenizer.from_pretrained(folder), {})
     else:
         raise CheckpointError(
-            f"{folder}: is a {kind} model, which is neither a language model nor one of modalloy's; "
+            f"{folder}: is a {kind} model, which neither transformers nor modalloy runs without code of its own; "
             "give a folder written with output.form: omni, or a specialist"
         )
     if fold:
@@ -148,6 +158,13 @@ def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32"
     template, labels = prompt_format(planned)
     tokenizer.chat_template = template or tokenizer.chat_template
     return ChatModel(model.to(device), ModalloyProcessor(tokenizer, config.modalities, labels))
+
+
+def is_language_model(config: dict[str, Any]) -> bool:
+    """Whether a config.json names a language model of transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type"))) in (config.get("architectures") or [])
 
 
 def local_folder(where: Any, options: dict[str, Any]) -> Path:

@@ -93,14 +93,9 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     kwargs.pop(key, None)
                 kwargs |= {"config": config, "state_dict": composed_weights(config, folder)}
                 where = None
-        with _quiet():  # what it would report is refused below
+        with quiet():  # what it would report is refused below
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-            if names := sorted(map(str, info[problem])):
-                raise CheckpointError(
-                    f"{pretrained_model_name_or_path}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
-                    "the files do not belong together, or are incomplete: merge or download them again"
-                )
+        check_loaded(pretrained_model_name_or_path, info)
         model.requires_grad_(False)
         release_memory()
         if model.config.base_model is not None:
@@ -304,8 +299,18 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.linears[slot]
 
 
+def check_loaded(where: Any, info: dict[str, Any]) -> None:
+    """Refuse what transformers' loader reports: a tensor that is missing, unknown, or of another shape."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if names := sorted(map(str, info[problem])):
+            raise CheckpointError(
+                f"{where}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
+                "the files do not belong together, or are incomplete: merge or download them again"
+            )
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings of transformers while the block runs."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -238,7 +238,7 @@ class ModalloyProcessor(ProcessorMixin):
             if part["type"] == "text":
                 parts.append(("text", BRACKETS.sub("", part["text"])))
             else:
-                kind, medium = self._known(part["type"]), _medium(part)
+                kind, medium = self._known(part["type"]), medium_of(part)
                 parts.append((kind, medium))
                 queues[kind].append(medium)
         whole = "".join(text for kind, text in parts if kind == "text")
@@ -291,7 +291,7 @@ class _Media(dict[str, Tensor]):
         return _Media({modality: stack.to(*args, **kwargs) for modality, stack in self.items()})
 
 
-def _medium(part: dict[str, Any]) -> Any:
+def medium_of(part: dict[str, Any]) -> Any:
     """The medium of a content part, under any of the names that are in use."""
     kind = part["type"]
     for key in ("path", kind, modality_name(kind), "array"):

@@ -1,6 +1,6 @@
 """Candidates served in memory: one model is loaded, and its text path is set to one merge after another. Nothing is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,12 +41,12 @@ class Server:
         planned = plan(applied(self.planned.recipe, changes), allow_base_mismatch=self.allow_base_mismatch)
         planned.surveys = survey(planned)
         work = partial(_merged, planned, self.kept)
-        return self._set((job.slot, tensors) for job, tensors in _in_parallel(work, planned))
+        return self._set((job.slot, tensors) for job, tensors in in_parallel(work, _merges(planned)))
 
     def serve_parent(self, index: int) -> None:
         """Set the text path to that of one specialist: the model is then that specialist, for its own sense."""
         work = partial(_parent, self.planned, index)
-        self._set((job.slot, [tensor]) for job, tensor in _in_parallel(work, self.planned))
+        self._set((job.slot, [tensor]) for job, tensor in in_parallel(work, _merges(self.planned)))
 
     def _set(self, found: Iterator[tuple[str, list[Delta]]]) -> list[float]:
         """Replace the text path by one update, or one whole weight, for every linear."""
@@ -66,9 +66,12 @@ class Server:
         return total.tolist()
 
 
-def _in_parallel(work: Callable[[Job, None], Result], planned: Plan) -> Iterator[tuple[Job, Result]]:
-    """The work of every merged weight, in the plan's order."""
-    jobs = [job for job in planned.jobs if job.kind == "merge"]
+def _merges(planned: Plan) -> list[Job]:
+    return [job for job in planned.jobs if job.kind == "merge"]
+
+
+def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
+    """The work of every job, in their order."""
     with closing(local.run(jobs, lambda job: None, work, local.default_workers())) as results:
         yield from results
 

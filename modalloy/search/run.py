@@ -40,7 +40,7 @@ from modalloy.search.objective import (
 )
 from modalloy.search.probes import read_probes
 from modalloy.search.space import Axis, Changes, applied, default_axes, parse_axes, relocated, start
-from modalloy.search.target import LoadedTarget, Loader, serve_target, target_senses
+from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, serve_target, target_senses
 from modalloy.search.trials import SCHEMA, Trials
 
 Objective = Literal["consistency", "labels", "agreement"]
@@ -289,7 +289,7 @@ class _Asking:
         self.serving = ""
 
     @cached_property
-    def server(self) -> Server | LoadedTarget:
+    def server(self) -> Server | PlacedTarget | LoadedTarget:
         """Loaded when there is something to ask, and every medium encoded once."""
         begin = time.perf_counter()
         options = {"device": self.lengths["device"], "dtype": self.lengths["dtype"]}

@@ -1,7 +1,7 @@
 """Candidates of a merge across architectures, served in memory: the target, given the tensors of one merge after another."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 
 import torch
@@ -9,16 +9,61 @@ from torch import Tensor
 
 from modalloy.checkpoints import read_json
 from modalloy.engines.local import one_thread
-from modalloy.errors import RecipeError
+from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.merge import compute, survey
 from modalloy.model.chat import ChatModel
-from modalloy.model.load import Stored
+from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
+from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
 from modalloy.plan import Job, Plan, plan
-from modalloy.search.candidates import SKETCHED, directions
+from modalloy.search.candidates import SKETCHED, directions, in_parallel
 from modalloy.search.space import Changes, applied
 
 Loader = Callable[[Plan, dict[str, Stored]], ChatModel]
+
+
+class PlacedTarget:
+    """Candidates in the memory of the target, which is loaded once: of each merge, what it changes is computed and put there.
+
+    The parameters are those of a merge that was written and loaded, to the bit.
+    """
+
+    def __init__(self, planned: Plan, *, device: str, dtype: str, allow_base_mismatch: bool) -> None:
+        self.planned, self.allow_base_mismatch = planned, allow_base_mismatch
+        self.chat = load_model(planned.base_folder, device=device, dtype=dtype)
+        within = "" if isinstance(self.chat, HostedModel) else "decoder."
+        shapes = {within + name: ref.shape for name, ref in planned.base.refs.items() if not COMPUTED.fullmatch(name)}
+        self.places = {name.removeprefix(within): place for name, place in places(self.chat.model, shapes).items()}
+        self.changed: set[str] = set()  # tensors in memory that are not the target's
+
+    def serve(self, changes: Changes) -> list[float]:
+        """Put the merge of a candidate in the target's place; returns its sketch, all zero for the target itself."""
+        planned = _candidate(self.planned, changes, self.allow_base_mismatch)
+        changed = _changed(planned)
+        wanted = changed | self.changed
+        jobs = [job for job in planned.jobs if any(spec.name in wanted for spec in job.outputs)]
+        self.changed = wanted  # until all is put in its place
+        sketches: dict[str, Tensor] = {}
+        for job, (tensors, own) in in_parallel(partial(_merged, planned, changed), jobs):
+            for spec, tensor in zip(job.outputs, tensors, strict=True):
+                self._put(spec.name, tensor)
+            sketches |= own
+        self.changed = changed
+        return _summed(sketches)
+
+    def serve_parent(self, index: int = 0) -> None:
+        """Put the target back."""
+        for name in sorted(self.changed):
+            self._put(name, self.planned.read(self.planned.base.refs[name]))
+        self.changed = set()
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        if name not in self.places:
+            raise CheckpointError(
+                f"{self.planned.base_name}: transformers makes another tensor of {name} when it loads it, so that it cannot be "
+                "replaced in memory; give search(…, load=…) a function that loads the model"
+            )
+        self.places[name].data.copy_(tensor)
 
 
 class LoadedTarget:
@@ -36,81 +81,99 @@ class LoadedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Load the merge of a candidate; returns its sketch, all zero for the target itself."""
-        planned = candidate(self.planned, changes, self.allow_base_mismatch)
-        changed = {spec.name for job in planned.jobs if changes_target(planned, job) for spec in job.outputs}
+        planned = _candidate(self.planned, changes, self.allow_base_mismatch)
+        changed = _changed(planned)
         if not changed:
             self.serve_parent()
-            return [0.0] * SKETCHED
+            return _summed({})
         sketches: dict[str, Tensor] = {}
 
         def read(job: Job, index: int) -> Tensor:
             with one_thread():
-                tensor = compute(planned, job, planned.read)[index]
-                if (name := job.outputs[index].name) in changed and name not in sketches:
-                    sketches[name] = sketch_of(planned, name, tensor)
-            return tensor
+                tensors, own = _merged(planned, changed - sketches.keys(), job, None)
+            sketches.update(own)
+            return tensors[index]
 
         tensors = {
             spec.name: Stored(partial(read, job, index), spec.dtype)
             for job in planned.jobs
             for index, spec in enumerate(job.outputs)
         }
-        self._load(planned, tensors)
-        self.is_target = False
-        for name in changed - sketches.keys():  # what the loader has no use for
+        self._load(planned, tensors, is_target=False)
+        for name in sorted(changed - sketches.keys()):  # what the loader has no use for
             tensors[name].read()
-        return summed(sketches)
+        return _summed(sketches)
 
     def serve_parent(self, index: int = 0) -> None:
         """Load the target itself."""
         if not self.is_target:
-            read = self.planned.read
-            refs = self.planned.base.refs
-            self._load(self.planned, {name: Stored(partial(read, ref), ref.dtype) for name, ref in refs.items()})
-            self.is_target = True
+            read, refs = self.planned.read, self.planned.base.refs
+            stored = {name: Stored(partial(read, ref), ref.dtype) for name, ref in refs.items()}
+            self._load(self.planned, stored, is_target=True)
 
-    def _load(self, planned: Plan, tensors: dict[str, Stored]) -> None:
+    def _load(self, planned: Plan, tensors: dict[str, Stored], *, is_target: bool) -> None:
         if hasattr(self, "chat"):
             del self.chat  # so that two models need not fit
-        self.chat = self.load(planned, tensors)
+        self.chat, self.is_target = self.load(planned, tensors), is_target
 
 
 def serve_target(
     planned: Plan, load: Loader | None, *, device: str, dtype: str, allow_base_mismatch: bool
-) -> LoadedTarget:
-    """What serves the candidates of a plan with a target."""
-    assert load is not None
-    return LoadedTarget(planned, load, allow_base_mismatch=allow_base_mismatch)
+) -> PlacedTarget | LoadedTarget:
+    """What serves the candidates of a plan with a target: the caller's loader where there is one, else modalloy."""
+    if load is not None:
+        return LoadedTarget(planned, load, allow_base_mismatch=allow_base_mismatch)
+    return PlacedTarget(planned, device=device, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
 
 
 def target_senses(planned: Plan, load: Loader | None) -> tuple[str, ...] | None:
     """The modalities that candidates can be asked about; None where only the caller's loader knows.
 
     Raises:
+        CheckpointError: the target's processor cannot be opened.
         RecipeError: modalloy does not run the target's architecture, and there is no loader.
     """
+    config = read_json(planned.base_folder / "config.json")
     if load is not None:
         return None
-    found = ", ".join(read_json(planned.base_folder / "config.json").get("architectures") or ["nothing"])
+    if is_hosted(config):
+        open_processor(planned.base_folder)
+        return ("image",)
+    if is_language_model(config):
+        return ()
+    found = ", ".join(config.get("architectures") or ["no architecture"])
     raise RecipeError(
-        f"target: {planned.base_name} is a {found}, which can be merged but not run here; write the merge of a few alphas "
-        "with modalloy merge and ask them with their own code, or give search(…, load=…) a function that loads it"
+        f"target: {planned.base_name} is a {found}, which modalloy can merge but not run; merge some values of alpha and "
+        "ask them with that model's own code, or give search(…, load=…) a function that loads it (in Python)"
     )
 
 
-def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> Plan:
+def _candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> Plan:
     """The plan of a candidate, ready to be computed."""
     found = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch)
     found.surveys = survey(found)
     return found
 
 
-def changes_target(planned: Plan, job: Job) -> bool:
-    """Whether what a job writes may be other than the target's."""
-    return job.kind != "keep" or any(spec.dtype != planned.base.refs[spec.name].dtype for spec in job.outputs)
+def _changed(planned: Plan) -> set[str]:
+    """Names of the tensors that a merge writes otherwise than the target has them."""
+    refs = planned.base.refs
+    return {
+        spec.name
+        for job in planned.jobs
+        for spec in job.outputs
+        if job.kind != "keep" or spec.dtype != refs[spec.name].dtype
+    }
 
 
-def sketch_of(planned: Plan, name: str, merged: Tensor) -> Tensor:
+def _merged(planned: Plan, changed: Set[str], job: Job, _: None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What a merge writes of one job, and the sketches of what of it is changed."""
+    tensors = compute(planned, job, planned.read)
+    own = zip((spec.name for spec in job.outputs), tensors, strict=True)
+    return tensors, {name: _sketch(planned, name, tensor) for name, tensor in own if name in changed}
+
+
+def _sketch(planned: Plan, name: str, merged: Tensor) -> Tensor:
     """Numbers (SKETCHED,) that stand for what a merge changes in one tensor, as `candidates.directions` makes them."""
     rows, columns = (len(merged), merged[0].numel()) if merged.ndim > 1 else (1, merged.numel())
     target, merged = planned.read(planned.base.refs[name]).reshape(rows, columns), merged.reshape(rows, columns)
@@ -124,7 +187,7 @@ def sketch_of(planned: Plan, name: str, merged: Tensor) -> Tensor:
     return total
 
 
-def summed(sketches: dict[str, Tensor]) -> list[float]:
+def _summed(sketches: dict[str, Tensor]) -> list[float]:
     """The sketch of a whole model from those of the tensors that are changed, all zero where none is."""
     total = torch.zeros(SKETCHED, dtype=torch.float64)
     for name in sorted(sketches):

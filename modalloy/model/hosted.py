@@ -1,0 +1,184 @@
+"""Multimodal models that transformers itself has (LLaVA, Qwen2-VL, InternVL …), asked about images as merged models are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from modalloy.errors import CheckpointError, MediaError
+from modalloy.media import load_image
+from modalloy.model.chat import ChatModel, Prompt
+from modalloy.model.omni import check_loaded, quiet
+from modalloy.model.processor import Message, ModalloyProcessor, medium_of
+from modalloy.names import modality_name
+
+IMAGE = "image"
+
+
+@dataclass
+class HostedModel(ChatModel):
+    """A model and a processor of transformers. Its encoder runs with its decoder: `features` of an image are its pixels."""
+
+    model: Any
+    processor: ModalloyProcessor  # of text
+    own: Any  # the processor that came with the model
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities it takes besides text."""
+        return (IMAGE,)
+
+    def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
+        """A conversation ready to be answered.
+
+        Raises:
+            MediaError: a medium is no image, or cannot be read, or the text holds the sign that stands for an image.
+        """
+        images: list[Tensor] = []
+        turns = []
+        for message in messages:
+            given = message["content"]
+            parts = []
+            for part in [{"type": "text", "text": given}] if isinstance(given, str) else given:
+                if part["type"] != "text":
+                    images.append((features or self.features)(modality_name(part["type"]), medium_of(part)))
+                    part = {"type": IMAGE}
+                elif (sign := str(getattr(self.own, "image_token", "<image>"))) in part["text"]:
+                    raise MediaError(f"the text holds {sign}, which stands for an image to this model; leave it out")
+                parts.append(part)
+            turns.append({"role": message["role"], "content": parts})
+        text = self.own.apply_chat_template(turns, add_generation_prompt=True)
+        ids = self._processed([text], [images])["input_ids"][0].tolist()
+        shown = getattr(self.model.config, "image_token_id", None)
+        return Prompt(text, ids, [int(token == shown) for token in ids], {IMAGE: images} if images else {})
+
+    def features(self, modality: str, medium: Any) -> Tensor:
+        """The pixels uint8 (height, width, 3) of an image, a file or an object of Pillow."""
+        if modality != IMAGE:
+            raise MediaError(f"this model takes no {modality} input; it takes: {IMAGE}")
+        image = load_image(medium) if isinstance(medium, (str, Path)) else medium.convert("RGB")
+        pixels: Tensor = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.reshape(image.height, image.width, 3)
+
+    def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
+        found = []
+        for prompt, own in zip(prompts, options, strict=True):
+            self._check_length(len(prompt.ids), max(map(len, own)))
+            inputs = self._inputs([prompt])
+            found.append([self._likelihood(inputs, option) for option in own])
+        return found
+
+    @torch.no_grad()
+    def _likelihood(self, inputs: dict[str, Tensor], option: list[int]) -> float:
+        """Log-likelihood in nats of token ids after a prompt, in one pass over both."""
+        shape, n = inputs["input_ids"].shape, len(option)
+        longer = {
+            name: pad(given, (0, n)) for name, given in inputs.items() if given.shape == shape
+        }  # kinds: 0 is text
+        ids = torch.tensor(option, device=self.model.device)
+        longer["input_ids"][0, -n:], longer["attention_mask"][0, -n:] = ids, 1
+        logits = self.model(**inputs | longer, logits_to_keep=n + 1).logits[0, :-1].float()
+        return float(logits.log_softmax(-1).gather(-1, ids[:, None]).sum())
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        if any(prompt.features for prompt in prompts):
+            images = [prompt.features.get(IMAGE, []) for prompt in prompts]
+            found = self._processed([prompt.text for prompt in prompts], images)
+        else:
+            found = self.processor.pad([(prompt.ids, prompt.owners) for prompt in prompts])
+            del found["owners"]
+        return dict(found.to(self.model.device, self.model.dtype))
+
+    def _processed(self, texts: list[str], images: list[list[Tensor]]) -> Any:
+        """Inputs of rendered prompts and their images, padded on the left."""
+        from PIL import Image
+
+        begin = self.own.tokenizer.bos_token
+        pictures = [[Image.fromarray(pixels.numpy()) for pixels in own] for own in images]
+        return self.own(
+            text=texts,
+            images=pictures if any(pictures) else None,
+            add_special_tokens=not (begin and texts[0].startswith(begin)),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+
+
+def is_hosted(config: dict[str, Any]) -> bool:
+    """Whether a config.json names a class of transformers that answers about images and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(str(config.get("model_type")))
+    return named is not None and named in (config.get("architectures") or [])
+
+
+def load_hosted(folder: Path, **options: Any) -> HostedModel:
+    """The model in a folder, loaded with transformers' options.
+
+    Raises:
+        CheckpointError: a tensor is missing or unknown, or the processor cannot be opened.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    processor = open_processor(folder)
+    with quiet():
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+    check_loaded(folder, info)
+    model.requires_grad_(False)
+    return HostedModel(model, ModalloyProcessor(processor.tokenizer, {IMAGE: {}}), processor)
+
+
+def open_processor(folder: Path) -> Any:
+    """The processor of a hosted model.
+
+    Raises:
+        CheckpointError: it needs a library that is not installed, or has no images or chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        with quiet():
+            processor = AutoProcessor.from_pretrained(folder)
+    except (ImportError, ValueError, OSError) as error:
+        if "torchvision" in str(error).lower():
+            raise CheckpointError(
+                f"{folder}: its processor needs torchvision, which is not installed; run `pip install torchvision`"
+            ) from error
+        raise CheckpointError(
+            f"{folder}: its processor cannot be opened ({' '.join(str(error).split())}); give the whole folder"
+        ) from error
+    for part, holds in (("image_processor", "preprocessor_config.json"), ("chat_template", "chat_template.jinja")):
+        if getattr(processor, part, None) is None:
+            raise CheckpointError(f"{folder}: its processor has no {part}; add {holds} of the published model")
+    return processor
+
+
+def places(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, nn.Parameter]:
+    """The parameter that each tensor of a checkpoint becomes as it is, by its name there; those that are converted are left out.
+
+    transformers reads several spellings of a model, and rewrites them. So marks are loaded once as a checkpoint: tensors of
+    its names and shapes that take no room, each found again in the model by its address.
+    """
+    marks = {name: torch.tensor(float(index)).expand(*shape) for index, (name, shape) in enumerate(shapes.items())}
+    with quiet():
+        marked = type(model).from_pretrained(None, config=model.config, state_dict=dict(marks), dtype=torch.float32)
+    names = {mark.data_ptr(): name for name, mark in marks.items()}
+    found: dict[str, nn.Parameter] = {}
+    taken: set[int] = set()
+    for path, mark in marked.named_parameters(remove_duplicate=False):
+        name = names.get(mark.data_ptr())
+        if name is None or name in found:  # tied to one that the checkpoint has
+            continue
+        parameter = model.get_parameter(path)
+        if id(parameter) in taken:  # tied because they are equal now, but stored apart
+            module, _, leaf = path.rpartition(".")
+            parameter = nn.Parameter(parameter.clone(), requires_grad=False)
+            setattr(model.get_submodule(module), leaf, parameter)
+        taken.add(id(parameter))
+        found[name] = parameter
+    return found

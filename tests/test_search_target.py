@@ -1,0 +1,266 @@
+"""Choosing α of a merge across architectures: what is served in memory, who serves it, the search, and what is refused."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import WORDS, base_tokenizer
+from PIL import Image
+from torch import Tensor
+
+import modalloy
+from modalloy import cli
+from modalloy.checkpoints import open_base
+from modalloy.errors import MediaError
+from modalloy.model import ChatModel
+from modalloy.model.chat import user_message
+from modalloy.model.hosted import HostedModel, places
+from modalloy.plan import Plan, plan
+from modalloy.recipe import load_recipe
+from modalloy.search import search
+from modalloy.search.candidates import distance
+from modalloy.search.space import applied
+from modalloy.search.target import LoadedTarget, PlacedTarget
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }} : {% for p in m.content %}{% if p.type == 'image' %}<image>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant : {% endif %}"
+)
+ASKED = ("what is this ?", "do you hear the dog ?", "is this a cat ?", "are these the same ?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA and two Llamas of one ancestor, recipes of merges into each, and probes with and without pictures."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    folder = tmp_path_factory.mktemp("target")
+    tokenizer = base_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = LlamaConfig(vocab_size=4 + len(WORDS), **SIZES)
+    for seed, name in enumerate(("text", "donor")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(text).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=image, vision_feature_select_strategy="default"
+    )
+    torch.manual_seed(3)
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
+    pictures = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    LlavaProcessor(pictures, tokenizer, chat_template=TEMPLATE, **options).save_pretrained(folder / "llava")
+    for name in ("text", "donor", "llava"):
+        path = folder / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "acme/ancestor"}))
+    for name in ("text", "llava"):
+        content = {"target": name, "merge_method": "linear", "parameters": {"alpha": 0.1}, "output": {"form": "full"}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content | {"models": [{"model": "donor"}]}))
+    rows: list[dict[str, Any]] = [{"text": text} for text in ASKED]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        rows.append({"text": "what is this ?", "media": {"image": f"{index}.png"}, "choices": ["dog", "cat"]})
+    (folder / "llava.jsonl").write_text("".join(json.dumps(row | {"gold": "dog"}) + "\n" for row in rows))
+    return folder
+
+
+def placed(folder: Path, name: str) -> PlacedTarget:
+    return PlacedTarget(
+        plan(load_recipe(folder / f"{name}.yaml")), device="cpu", dtype="float32", allow_base_mismatch=False
+    )
+
+
+def loader(calls: list[set[str]]) -> Callable[..., ChatModel]:
+    """One that a user would write for an architecture of their own, here for the Llama."""
+
+    def load(planned: Plan, tensors: dict[str, Any]) -> ChatModel:
+        calls.append(set(tensors))
+        model = modalloy.load_model(planned.base_folder)
+        for name, parameter in model.model.decoder.named_parameters():
+            parameter.data = tensors[name][...]
+        return model
+
+    return load
+
+
+def state(chat: ChatModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in chat.model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("name", ["text", "llava"])
+def test_served_is_what_a_merge_writes_and_loads(folder: Path, tmp_path: Path, name: str) -> None:
+    server = placed(folder, name)
+    target = state(server.chat)
+    far, near = (server.serve({"alpha": alpha}) for alpha in (0.6, 0.3))
+    modalloy.merge(applied(server.planned.recipe, {"alpha": 0.3}), tmp_path / "out", jobs=1)
+    written = modalloy.load_model(tmp_path / "out")
+    assert isinstance(written, HostedModel) == (name == "llava")
+    assert same(state(server.chat), state(written)) and not same(target, state(written))
+    message = [{"role": "user", "content": ASKED[0]}]
+    assert server.chat.chat(message, max_new_tokens=4) == written.chat(message, max_new_tokens=4)
+    # a merge's distance from the target, by all that it changes; the target again is at 0
+    true = sum(float((tensor - target[key]).square().sum()) for key, tensor in state(written).items()) ** 0.5
+    assert distance(near, [0.0] * len(near)) == pytest.approx(true, rel=0.4)
+    assert distance(far, near) == pytest.approx(true, rel=0.4)
+    assert not any(server.serve({"alpha": 0.0})) and same(state(server.chat), target)
+    server.serve({"weight.donor": 0.5, "alpha": 0.6})
+    assert same(state(server.chat), state(written))
+    server.serve_parent()
+    assert same(state(server.chat), target)
+
+
+def test_a_loader_gets_what_a_merge_writes(folder: Path) -> None:
+    calls: list[set[str]] = []
+    planned, server = plan(load_recipe(folder / "text.yaml")), placed(folder, "text")
+    loaded = LoadedTarget(planned, loader(calls), allow_base_mismatch=False)
+    assert not any(loaded.serve({"alpha": 0.0})) and len(calls) == 1
+    assert loaded.serve({"alpha": 0.3}) == server.serve({"alpha": 0.3})
+    assert same(state(loaded.chat), state(server.chat))
+    loaded.serve_parent()
+    server.serve_parent()
+    assert same(state(loaded.chat), state(server.chat))
+    assert len(calls) == 3 and set(map(frozenset, calls)) == {frozenset(planned.base.refs)}
+
+
+def test_equal_tensors_that_are_stored_apart_are_replaced_apart(folder: Path) -> None:
+    """transformers ties them while they are equal, and a merge of one of them would leave the other."""
+    chat = modalloy.load_model(folder / "llava")
+    chat.model.lm_head.weight = chat.model.get_input_embeddings().weight
+    chat.model.config.tie_word_embeddings = True
+    refs = open_base(folder / "llava").refs
+    found = places(chat.model, {name: ref.shape for name, ref in refs.items()})
+    head, embedding = (found[f"language_model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
+    assert head is chat.model.lm_head.weight and embedding is chat.model.get_input_embeddings().weight
+    assert found.keys() == refs.keys() and head is not embedding and torch.equal(head, embedding)
+
+
+def test_images_are_asked_about(folder: Path) -> None:
+    chat = modalloy.load_model(folder / "llava")
+    image, question = folder / "0.png", "what is this ?"
+    reply = chat.reply(user_message(question, [("vision", image)]), max_new_tokens=3)
+    assert reply.prompt == f"<s>user : <image>{question}</s><s>assistant : "
+    assert reply.tokens == {"text": 11, "image": 4} and reply.new_tokens == 3
+    assert chat.ask(question, image=Image.open(image), max_new_tokens=3) == reply.answer
+    # a batch is padded on the left, and answers and likelihoods stay
+    prompts = [
+        chat.prompt(user_message(text, [("image", image)])) for text in (question, "is this the same cat as the dog ?")
+    ]
+    alone = [chat.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    assert chat.generate(prompts, max_new_tokens=3) == alone
+    (scores,) = chat.score([prompts[0]], [["dog", "cat dog"]])
+    inputs = chat._inputs([prompts[0]])
+    ids = chat.processor.tokenizer.encode("cat dog</s>", add_special_tokens=False)
+    total = 0.0
+    for token in ids:
+        total += float(chat.model(**inputs).logits[0, -1].log_softmax(-1)[token])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assert scores[1] == pytest.approx(total, abs=1e-4)
+    shown = {index: user_message(question, [("image", folder / f"{index}.png")]) for index in range(2)}
+    assert chat.score_options(shown[0], ["cat dog"]) == scores[1:] != chat.score_options(shown[1], ["cat dog"])
+    assert len(chat.continuations([question], [[" dog", " cat"]])[0]) == 2
+    with pytest.raises(MediaError, match="takes no audio input; it takes: image"):
+        chat.ask(question, audio="a.wav")
+    with pytest.raises(MediaError, match="the text holds <image>, which stands for an image"):
+        chat.ask("what is <image> ?")
+
+
+@pytest.mark.parametrize("name", ["text", "llava"])
+def test_from_start_to_a_recipe(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    paths, options = (folder / f"{name}.yaml", folder / f"{name}.jsonl", tmp_path / "out"), {"max_new_tokens": 4}
+    found = search(*paths, **options)
+    (sweep,) = found.sweeps
+    assert [candidate["alpha"] for candidate in sweep.candidates] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert np.isnan([sweep.losses[0], sweep.losses[-1]]).all() and sweep.default == (1,)
+    probes = len(paths[1].read_text().splitlines())
+    assert (
+        found.cost["merges"] == 7 and found.cost["generated"] == 7 * probes
+    )  # the target's answers are those of α = 0
+    assert found.cost["published_way"]["written_bytes"] == 7 * plan(load_recipe(paths[0])).write_bytes
+    assert f"alpha = {found.chosen['alpha']:g}" in (tmp_path / "out" / "index.html").read_text()
+    chosen = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert chosen.parameters == found.chosen == json.loads((tmp_path / "out" / "search.json").read_text())["chosen"]
+    modalloy.merge(chosen, tmp_path / "merged", jobs=1)
+
+    log = tmp_path / "out" / "trials.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-5]))
+    again = search(*paths, **options, resume=True)
+    assert [one.to_dict() for one in again.sweeps] == [one.to_dict() for one in found.sweeps]
+    monkeypatch.setattr("modalloy.search.target.load_model", None)  # a finished search loads none
+    assert search(*paths, **options, resume=True, vary=["alpha=0:0.4:0.1"]).chosen["alpha"] < 0.4
+
+
+def test_agreement_with_the_target(folder: Path, tmp_path: Path) -> None:
+    options = {"objective": "agreement", "vary": ["alpha=0,0.3,0.6"], "load": loader([]), "max_new_tokens": 3}
+    found = search(folder / "text.yaml", folder / "text.jsonl", tmp_path / "out", **options)
+    assert found.chosen == {"alpha": 0.0} and found.cost["generated"] == len(ASKED)
+
+
+def refusal(recipe: Path, probe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
+    """The one line of a search that is refused."""
+    monkeypatch.setattr(sys, "argv", ["modalloy", "search", str(recipe), "--probe", str(probe), "-o", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and not out.exists()
+    return str(said)
+
+
+def test_refusals(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, text, llava = tmp_path / "out", folder / "text.yaml", folder / "llava.yaml"
+    said = refusal(text, folder / "llava.jsonl", out, monkeypatch, capsys)
+    assert "shows image, and the recipe's model takes text only; remove the probe" in said
+
+    def lacking(*_: Any) -> None:
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoProcessor.from_pretrained", lacking)
+        said = refusal(llava, folder / "text.jsonl", out, patch, capsys)
+    assert "llava: its processor needs torchvision, which is not installed; run `pip install torchvision`" in said
+    config = folder / "llava" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace("LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"))
+    try:
+        said = refusal(llava, folder / "text.jsonl", out, monkeypatch, capsys)
+    finally:
+        config.write_text(before)
+    assert "is a LlavaLlamaForCausalLM, which modalloy can merge but not run" in said and "load=…" in said
