@@ -270,8 +270,30 @@ def test_padded_vocabularies_are_merged_to_the_last_token(tmp_path: Path, recipe
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_model": "x/y"}, "target and base_model are both given"),
-        ({"merge_method": "ssam", "parameters": {}}, "a merge with a target interpolates, but merge_method is ssam"),
+        ({"base_model": "x/y"}, "linear interpolates between target and donors, without a base: remove base_model"),
+        (
+            {"merge_method": "ssam", "parameters": {}},
+            "ssam merges updates of a base, but there is none: add base_model",
+        ),
+        (
+            {"merge_method": "factorwise", "parameters": {}, "base_model": "x/y"},
+            "factorwise merges LoRA factors, but a target is a whole model",
+        ),
+        ({"merge_method": "fisher", "parameters": {}, "base_model": "x/y"}, "fisher needs Fisher files in the target"),
+        (
+            {"models": [{"model": "x", "parameters": {"fisher": "f.safetensors"}}]},
+            r"no method weighs donors .* by Fisher files",
+        ),
+        (
+            {
+                "target": None,
+                "base_model": "x",
+                "modules": {"*": {"policy": "error"}},
+                "merge_method": "average",
+                "parameters": {},
+            },
+            "policy error is of merges with a target",
+        ),
         ({"output": {"form": "adapter"}}, r"output\.form is adapter; write form: full"),
         ({"modules": {"*": {"policy": "average"}}}, "has no policy average"),
         ({"models": [{"model": "x", "modality": "image"}]}, "donors have no modality or encoder"),
