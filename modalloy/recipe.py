@@ -166,7 +166,7 @@ class Recipe(_Strict):
                 raise ValueError(
                     f"{method} merges updates of a base, but there is none: add base_model, or write linear"
                 )
-            if METHODS[method].one_rank:
+            if METHODS[method].needs_factors:
                 raise ValueError(f"{method} merges LoRA factors, but a target is a whole model; choose another method")
             if METHODS[method].takes("fishers"):
                 raise ValueError(f"{method} needs Fisher files in the target's names; choose another method")

@@ -52,13 +52,13 @@ class AcrossPlanner(Choices):
         """The merges of the linear weights in a tensor of the target."""
         across = self.across
         assert across.target is not None
-        weights, pieces = (1.0, *self._weights(name)), []
-        for slot, rows in across.parts[name]:
+        weights, pieces, parts = (1.0, *self._weights(name)), [], across.parts[name]
+        for slot, rows in parts:
             reads = (across.starts[slot], *(model.full[slot] for model in (across.target, *self.donors)))
             output = TensorSpec(name, spec.dtype, reads[0].shape)
+            if len(parts) == 1:
+                return Job("merge", slot, (output,), reads, method, parameters, weights)
             pieces.append(Job("merge", slot, (output,), reads, method, parameters, weights, rows=rows))
-        if len(pieces) == 1:
-            return pieces[0]
         return Job("fuse", name, (spec,), tuple(ref for piece in pieces for ref in piece.reads), pieces=tuple(pieces))
 
     def fates(self) -> list[TensorFate]:
