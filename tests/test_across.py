@@ -385,7 +385,7 @@ def test_plans_of_the_paper_cover_all_tensors(
 
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-SEEDED = ("dare_linear", "dare_ties")  # whose masks belong to a weight's name
+NOT_ALONE = ("dare_linear", "dare_ties", "metagpt")  # masks belong to a weight's name; weights to the whole model
 UPDATE_METHODS = [name for name in METHODS if name not in ("linear", "fisher", "factorwise", "core_space")]
 
 
@@ -451,13 +451,35 @@ def test_methods_merge_mapped_updates_as_those_of_one_architecture(
         for name, tensor in alone.items():
             if "norm" in name:  # averaged in both
                 assert torch.equal(after[name], tensor)
-            elif name.startswith("model.layers.") and method not in SEEDED:
+            elif name.startswith("model.layers.") and method not in NOT_ALONE:
                 assert torch.equal(expert(after, name, owner), tensor), name
                 assert not torch.equal(tensor, expert(before, name, owner))
     mean = (before["lm_head.weight"].double() + weights(models["donor"])["lm_head.weight"].double()) / 2
     assert torch.equal(after["lm_head.weight"], mean.float())  # the same tensors whatever the method (B4)
     kept = [name for name in before if name.startswith("model.vision.")]
     assert kept and all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in kept)
+
+
+def test_metagpt_counts_duplicates_as_weights_of_their_own(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path
+) -> None:
+    models = family_of_three
+    more = {"base_model": str(models["base"]), "merge_method": "metagpt", "parameters": {}}
+    merge(recipe(models["target"], models["donor"], **more), tmp_path / "out")
+    base, donor, target = (weights(models[name]) for name in ("base", "donor", "target"))
+    names = [name for name in base if name.startswith("model.layers.") and "norm" not in name]
+    own = sum(
+        float((expert(target, n, o).double() - base[n]).square().sum()) for n in names for o in ("language", "vision")
+    )
+    other = 2 * sum(float((donor[name].double() - base[name]).square().sum()) for name in names)
+    after, share = weights(tmp_path / "out"), own / (own + other)
+    for name in names:
+        wanted = (
+            base[name]
+            + share * (expert(target, name, "vision") - base[name])
+            + (1 - share) * (donor[name] - base[name])
+        )
+        assert torch.allclose(expert(after, name, "vision"), wanted, atol=1e-5)
 
 
 def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:

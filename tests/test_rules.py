@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"policy 'average' takes no merge_method or parameters",
     ),
     "no rule": ({"modules": {"*mlp*": {}}}, r"modules\.\*mlp\*: says nothing; write policy: keep, "),
-    "policy": ({"modules": {"*mlp*": {"policy": "drop"}}}, r"modules\.\*mlp\*\.policy: .*'keep' or 'average'.*'drop'"),
+    "policy": ({"modules": {"*mlp*": {"policy": "drop"}}}, r"modules\.\*mlp\*\.policy: .*'keep', 'average', .*'drop'"),
     "key": ({"modules": {"*": {"method": "ties"}}}, r"unknown key 'modules\.\*\.method'; did you mean 'merge_method'"),
     "method": (
         {"modules": {"*mlp*": {"merge_method": "tise"}}},
