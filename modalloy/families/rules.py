@@ -163,6 +163,11 @@ class Family:
         )
 
 
+def height_of(rows: Rows) -> int:
+    """How many rows the stretches hold."""
+    return sum(end - begin for begin, end in rows)
+
+
 def rows_of(found: Found, geometry: Geometry, height: int) -> list[Rows]:
     """Where each slot's rows are in a tensor of `height` rows.
 
