@@ -97,6 +97,16 @@ class ModelMap:
             counted["dropped"].update(tensors=0, parameters=parameters)
         return {fate: {key: counts[key] for key in ("tensors", "parameters")} for fate, counts in counted.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """The account for `--json`; `tokens` is null where the target's rows of embeddings and head are kept."""
+        tokens = None if self.tokens is None else self.tokens.to_dict()
+        return {
+            "family": self.donor,
+            "into": self.target,
+            "ancestor": self.ancestry,
+            "tokens": tokens,
+        } | self.coverage()
+
     def page(self) -> str:
         """The same by kind of tensor, on one page: layers are folded into {i}, what is kept or dropped by its reason."""
         lines: dict[tuple[str, ...], list[int]] = defaultdict(lambda: [0, 0])
@@ -126,15 +136,15 @@ class ModelMap:
                 lines.items(), key=lambda line: order[line[0][0]]
             )
         ]
-        notes = [f"ancestor {self.ancestry}"] if self.ancestry else []
-        notes += [self.tokens_line()] if self.tokens else []
+        notes = [f"ancestor: {self.ancestry}"] if self.ancestry else []
+        notes += [f"tokens: {self.shared()}"]
         return "\n".join([f"{self.donor} into {self.target}: {totals}", *notes, *table])
 
-    def tokens_line(self) -> str:
-        """Of how many tokens the rows are merged."""
+    def shared(self) -> str:
+        """Of how many tokens the embeddings are merged."""
         if self.tokens is None:
-            return "no token's row of embeddings and head is merged"
-        return f"the rows of {self.tokens.count} of {self.tokens.sizes[0]} tokens of embeddings and head are merged"
+            return "the target's are kept"
+        return f"{self.tokens.count} of {self.tokens.sizes[0]} merged, the donor has {self.tokens.sizes[1]}"
 
 
 def map_models(
@@ -190,7 +200,9 @@ def map_models(
             partly[name] = (height * math.prod(shape[1:]), reason)
         else:
             dropped[name] = reason
-    return ModelMap(target.family.name, donor.family.name, tensors, dropped, partly, donor_header, shared_tokens)
+    roles = {piece.slot.role for mapped in tensors.values() for piece in mapped.pieces}
+    tokens = shared_tokens if roles.intersection(VOCABULARY) else None
+    return ModelMap(target.family.name, donor.family.name, tensors, dropped, partly, donor_header, tokens)
 
 
 class _Model:
@@ -293,7 +305,11 @@ def _mapped(
                 "target's by a `modules:` rule with policy: keep"
             )
         source, source_rows, duplicated = counterpart
-        if slot.role in VOCABULARY and shared_tokens and not (shared_tokens.same and shape[0] == donor.header[source][0]):
+        if (
+            slot.role in VOCABULARY
+            and shared_tokens
+            and not (shared_tokens.same and shape[0] == donor.header[source][0])
+        ):
             places = ((target.label, name, shape[0]), (donor.label, source, donor.header[source][0]))
             rows, source_rows = _token_rows(shared_tokens, places)
         piece = Piece(slot, rows, source, source_rows, duplicated)

@@ -10,13 +10,9 @@ from modalloy.checkpoints.tensors import reading
 from modalloy.errors import CheckpointError
 from modalloy.families.rules import Rows
 
-TOKENIZER, SENTENCEPIECE, ADDED, CONFIG = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "added_tokens.json",
-    "tokenizer_config.json",
-)
-VOCABULARY_FILES = (TOKENIZER, SENTENCEPIECE, ADDED, CONFIG)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
+ADDED, CONFIG = "added_tokens.json", "tokenizer_config.json"
+VOCABULARY_FILES = (*TOKENIZER_FILES, ADDED, CONFIG)
 REMEDY = "download the file again, or write vocabulary: keep"
 
 
@@ -79,12 +75,12 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
     Raises:
         CheckpointError: a file is damaged, or does not give each token one row and each row one token.
     """
-    path = next((folder / name for name in (TOKENIZER, SENTENCEPIECE) if (folder / name).is_file()), None)
+    path = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
     if path is None:
         return None
     added: list[tuple[Any, Any]] = []
     try:
-        if path.name == TOKENIZER:
+        if path.suffix == ".json":
             content = read_json(path, _unique)
             found: Any = content["model"]["vocab"]
             pieces = list(found.items()) if isinstance(found, dict) else _numbered(piece for piece, *_ in found)
