@@ -1,7 +1,7 @@
 """Donors and base of a merge across architectures, seen through the target's names: renamed, joined, split or copied."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,23 @@ from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, is_portable,
 from modalloy.errors import CheckpointError
 from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
-from modalloy.families.rules import Rows
-from modalloy.families.vocabulary import shared_tokens
+from modalloy.families.rules import Rows, height_of, remaining
+from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class MappedRef(TensorRef):
-    """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become)."""
+    """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become).
+
+    With `keeps`, some of these rows are the target's own.
+    """
 
     parts: tuple[tuple[TensorRef, Rows, Rows], ...] = ()
+    keeps: bool = False
 
     @property
     def largest_bytes(self) -> int:
@@ -51,9 +56,7 @@ class Across:
 
     def to_dict(self) -> dict[str, Any]:
         """The coverage of every donor, for `--json`."""
-        return {
-            one: {"family": found.donor, "into": found.target} | found.coverage() for one, found in self.maps.items()
-        }
+        return {one: found.to_dict() for one, found in self.maps.items()}
 
 
 def open_donors(
@@ -69,13 +72,12 @@ def open_donors(
     wanted = ("target", ancestor(config, str(recipe.target)))
 
     def mapped(
-        label: str, model: Checkpoint, location: str, tokens: Callable[[Header, Header], int | None]
+        label: str, model: Checkpoint, location: str, tokens: Callable[[Header, Header], SharedTokens | None]
     ) -> ModelMap:
         own = read_json(model.folder / "config.json")
-        if not allow:
-            check_ancestors(wanted, [(label, ancestor(own, location))])
+        ancestry = "not checked" if allow else check_ancestors(wanted, (label, ancestor(own, location)))
         header, own_header = ({name: ref.shape for name, ref in one.refs.items()} for one in (target, model))
-        return map_models(
+        found = map_models(
             header,
             config,
             own_header,
@@ -84,6 +86,7 @@ def open_donors(
             policies=_policies(recipe),
             labels=("target", label),
         )
+        return replace(found, ancestry=ancestry)
 
     donors, maps = [], {}
     for (label, folder), entry in zip(places, recipe.models, strict=True):
@@ -134,22 +137,48 @@ def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tenso
     if buffer is None:
         buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
     out = buffer[: ref.n_bytes].view(ref.dtype).reshape(ref.shape)
-    sources = {source: read(source) for source in dict.fromkeys(source for source, _, _ in ref.parts)}
-    for source, taken, rows in ref.parts:
-        stretches = torch.cat([sources[source][begin:end] for begin, end in taken])
-        for begin, end in rows:
-            out[begin:end], stretches = stretches[: end - begin], stretches[end - begin :]
+    for source in dict.fromkeys(source for source, _, _ in ref.parts):
+        data = read(source)
+        for taken, rows in ((taken, rows) for one, taken, rows in ref.parts if one == source):
+            steps = zip(_index(taken).split(ROWS_AT_ONCE), _index(rows).split(ROWS_AT_ONCE), strict=True)
+            for some, places in steps:
+                out.index_copy_(0, places, data.index_select(0, some).to(ref.dtype))
     return out
 
 
-def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_header: Header) -> int | None:
-    """How many rows of embeddings are of the same tokens, as the recipe says or the tokenizers show."""
-    if recipe.vocabulary == "auto":
-        return shared_tokens(target, donor)
+def _index(rows: Rows) -> Tensor:
+    """The number of every row, in order; a vocabulary can be cut into a stretch for each token."""
+    begins, ends = torch.tensor(rows).T
+    lengths = ends - begins
+    first = begins - (lengths.cumsum(0) - lengths)  # what is added to a row's place among all
+    return torch.arange(height_of(rows)) + first.repeat_interleave(lengths)
+
+
+def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_header: Header) -> SharedTokens | None:
+    """Which rows of embeddings are of the same tokens, as the recipe says or the tokenizers show."""
     if recipe.vocabulary == "keep":
         return None
-    heights = [shape[0] for one in (header, own_header) for name, shape in one.items() if name.endswith(EMBEDDED)]
-    return min(heights, default=0)
+    if recipe.vocabulary == "same":
+        heights = [shape[0] for one in (header, own_header) for name, shape in one.items() if name.endswith(EMBEDDED)]
+        return same_rows(min(heights, default=0))
+    vocabularies = []
+    for folder in (target, donor):
+        tokens = read_tokens(folder)
+        if tokens is None and recipe.vocabulary == "by_token":
+            raise CheckpointError(
+                f"{folder}: holds no {' or '.join(TOKENIZER_FILES)}, so its rows have no tokens to be aligned by; put its "
+                "tokenizer there, or write vocabulary: keep"
+            )
+        vocabularies.append(tokens or {})
+    found = shared_tokens(*vocabularies)
+    if recipe.vocabulary == "auto":
+        return found if found.count and found.same else None
+    if not found.count:
+        raise CheckpointError(
+            f"{donor}: its tokenizer ({found.sizes[1]} tokens) and the target's ({found.sizes[0]}) have no token in common; "
+            "write vocabulary: keep"
+        )
+    return found
 
 
 def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
@@ -160,21 +189,20 @@ def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
     if len(sources) == 1 and mapped.pieces[0].rows == whole:
         return _rows(mapped.name, _floating(sources[0]), mapped.pieces[0].source_rows)
     parts = [(ref, piece.source_rows, piece.rows) for ref, piece in zip(sources, mapped.pieces, strict=True)]
-    end = sum(piece.height for piece in mapped.pieces)
-    if end < height:  # padding of the vocabulary, which stays the target's
-        rest = ((end, height),)
+    rest = remaining((piece.rows for piece in mapped.pieces), height)
+    if rest:  # tokens that only the target has, and padding
         parts.append((own, rest, rest))
-    dtype = _floating(own).dtype if end < height else _floating(sources[0]).dtype
+    dtype = _floating(own).dtype if rest else _floating(sources[0]).dtype
     for ref in sources:
         dtype = torch.promote_types(dtype, _floating(ref).dtype)
-    return MappedRef(mapped.name, dtype, mapped.shape, sources[0].file, -1, tuple(parts))
+    return MappedRef(mapped.name, dtype, mapped.shape, sources[0].file, -1, tuple(parts), bool(rest))
 
 
 def _rows(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
     """Some rows of a stored tensor as one of its own; the tensor itself where they are all of it."""
     if rows == ((0, ref.shape[0]),):
         return ref
-    height = sum(end - begin for begin, end in rows)
+    height = height_of(rows)
     return MappedRef(name, _floating(ref).dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
 
 
