@@ -20,8 +20,10 @@ from modalloy.families import FAMILIES
 from modalloy.families.donors import MappedRef, assembled
 from modalloy.families.rules import rows_of
 from modalloy.families.vocabulary import shared_tokens
+from modalloy.inspect import inspect
 from modalloy.methods import METHODS
 from modalloy.recipe import Recipe
+from modalloy.report.inspect import page as inspection_page
 from modalloy.verify import verify
 
 WIDTH, FFN, LAYERS, HEADS, TOKENS = 16, 24, 2, 4, 11
@@ -522,6 +524,24 @@ def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Model
         CheckpointError, match=r"vision_expert_query_key_value\.weight:k differs from what the recipe gives"
     ):
         verify(tmp_path / "out")
+
+
+def test_inspect_shows_mapped_updates(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models = family_of_three
+    with pytest.raises(RecipeError, match="inspect shows updates of a base, but linear has none"):
+        inspect(recipe(models["target"], models["donor"]))
+    more = {"merge_method": "ssam", "parameters": {"rank": 4}}
+    found = inspect(recipe(models["target"], models["donor"], base_model=str(models["base"]), **more))
+    assert [one.label for one in found.specialists] == ["target", "donor"] and found.base == "base"
+    assert len(found.slots) == LAYERS * 14 and inspection_page(found).startswith("<!DOCTYPE html>")
+    content = more | {"base_model": str(models["base"]), "output": {"form": "full"}}
+    content["models"] = [{"model": str(models["language"])}, {"model": str(models["donor"])}]
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(content))
+    plain = {slot.name: slot for slot in inspect(tmp_path / "plain.yaml").slots}
+    across = {slot.name: slot for slot in found.slots}
+    layer = "model.layers.1.self_attn."
+    one, other = across[f"{layer}language_expert_query_key_value.weight:v"], plain[f"{layer}v_proj.weight"]
+    assert one.merged_norm == other.merged_norm and one.pairs[0].cosine == other.pairs[0].cosine
 
 
 def test_updates_of_a_base_give_the_interpolation_too(
