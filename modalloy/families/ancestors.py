@@ -108,7 +108,7 @@ def check_ancestors(target: tuple[str, str | None], other: tuple[str, str | None
     """
     (label, wanted), (name, found) = target, other
     if found is None or wanted is None:
-        return "not recorded, the merge compares weights"
+        return "not known by name; the merge compares weights"
     if found != wanted:
         raise CheckpointError(
             f"{name} descends from '{found}', {label} from '{wanted}'; choose models of one ancestor, or say "
