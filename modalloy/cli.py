@@ -269,7 +269,7 @@ def chat(
 @app.command("eval")
 def evaluate(
     out: Annotated[
-        Path | None, typer.Argument(help="omni folder, specialist, or language model", show_default=False)
+        Path | None, typer.Argument(help="omni folder, specialist, or a model of transformers", show_default=False)
     ] = None,
     task: Annotated[str | None, typer.Option(help="benchmark's name", show_default=False)] = None,
     data: DataFolder = None,
@@ -443,7 +443,7 @@ def search(
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
 ) -> None:
-    """Choose λ, k, weights or any parameter of a recipe by asking candidates questions, with few or no labels."""
+    """Choose λ, k, α, weights or any parameter of a recipe by asking candidates questions, with few or no labels."""
     _choice("--device", device, DEVICES)
     _choice("--dtype", dtype, DTYPES)
     _choice("--variant", variant, ("sum", "union", "one-sided"))

@@ -1,6 +1,7 @@
 """Choosing α of a merge across architectures: what is served in memory, who serves it, the search, and what is refused."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import WORDS, base_tokenizer
+from family_keys import published
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from modalloy.plan import Plan, plan
 from modalloy.recipe import load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import distance
-from modalloy.search.space import applied
+from modalloy.search.space import applied, relocated
 from modalloy.search.target import LoadedTarget, PlacedTarget
 
 SIZES = {
@@ -44,6 +46,7 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} : {% for p in m.content %}{% if p.type == 'image' %}<image>"
     "{% else %}{{ p.text }}{% endif %}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant : {% endif %}"
 )
+NESTED = {"model.": "model.language_model.", "visual.": "model.visual."}  # as transformers writes Qwen2-VL since 4.52
 ASKED = ("what is this ?", "do you hear the dog ?", "is this a cat ?", "are these the same ?")
 
 
@@ -64,10 +67,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = base_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     text = LlamaConfig(vocab_size=4 + len(WORDS), **SIZES)
-    for seed, name in enumerate(("text", "donor")):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(text).save_pretrained(folder / name)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(text)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in ("base", "text", "donor"):
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        moved(model, base)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
@@ -75,17 +81,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=image, vision_feature_select_strategy="default"
     )
-    torch.manual_seed(3)
-    LlavaForConditionalGeneration(config).save_pretrained(folder / "llava")
+    llava = LlavaForConditionalGeneration(config)
+    moved(model, base)
+    llava.model.language_model.load_state_dict(model.model.state_dict())
+    llava.lm_head.load_state_dict(model.lm_head.state_dict())
+    llava.save_pretrained(folder / "llava")
     pictures = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     options = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     LlavaProcessor(pictures, tokenizer, chat_template=TEMPLATE, **options).save_pretrained(folder / "llava")
-    for name in ("text", "donor", "llava"):
-        path = folder / name / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "acme/ancestor"}))
+    whole: dict[str, Any] = {"models": [{"model": "donor"}], "output": {"form": "full"}}
     for name in ("text", "llava"):
-        content = {"target": name, "merge_method": "linear", "parameters": {"alpha": 0.1}, "output": {"form": "full"}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content | {"models": [{"model": "donor"}]}))
+        content = whole | {"target": name, "merge_method": "linear", "parameters": {"alpha": 0.1}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    content = whole | {"target": "llava", "base_model": "base", "merge_method": "ties", "parameters": {"scale": 0.9}}
+    (folder / "ties.yaml").write_text(yaml.safe_dump(content))
     rows: list[dict[str, Any]] = [{"text": text} for text in ASKED]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for index in range(2):
@@ -94,6 +103,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"text": "what is this ?", "media": {"image": f"{index}.png"}, "choices": ["dog", "cat"]})
     (folder / "llava.jsonl").write_text("".join(json.dumps(row | {"gold": "dog"}) + "\n" for row in rows))
     return folder
+
+
+def moved(model: Any, base: dict[str, Tensor]) -> None:
+    """Give a model the weights that training might have made of the base's."""
+    model.load_state_dict({name: tensor + 0.15 * torch.randn_like(tensor) for name, tensor in base.items()})
 
 
 def placed(folder: Path, name: str) -> PlacedTarget:
@@ -145,6 +159,16 @@ def test_served_is_what_a_merge_writes_and_loads(folder: Path, tmp_path: Path, n
     assert same(state(server.chat), target)
 
 
+def test_methods_with_a_base_are_served_too(folder: Path, tmp_path: Path) -> None:
+    server = placed(folder, "ties")
+    server.serve({"scale": 0.2})
+    server.serve({"scale": 0.7, "density": 0.5})
+    recipe = relocated(applied(server.planned.recipe, {"scale": 0.7, "density": 0.5}), tmp_path)
+    assert not any(Path(place).is_absolute() for place in (recipe.base_model, str(recipe.target)))
+    modalloy.merge(recipe, tmp_path / "out", jobs=1)
+    assert same(state(server.chat), state(modalloy.load_model(tmp_path / "out")))
+
+
 def test_a_loader_gets_what_a_merge_writes(folder: Path) -> None:
     calls: list[set[str]] = []
     planned, server = plan(load_recipe(folder / "text.yaml")), placed(folder, "text")
@@ -168,6 +192,22 @@ def test_equal_tensors_that_are_stored_apart_are_replaced_apart(folder: Path) ->
     head, embedding = (found[f"language_model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
     assert head is chat.model.lm_head.weight and embedding is chat.model.get_input_embeddings().weight
     assert found.keys() == refs.keys() and head is not embedding and torch.equal(head, embedding)
+
+
+def test_both_spellings_of_qwen2_vl_find_their_place() -> None:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    names, config = published("qwen2-vl-7b")
+    few = {name: shape for name, shape in names.items() if not re.search(r"(layers|blocks)\.([2-9]|\d\d)\.", name)}
+    with torch.device("meta"):
+        model = Qwen2VLForConditionalGeneration(
+            Qwen2VLConfig(**config | {"num_hidden_layers": 2, "vision_config": {"depth": 2, "hidden_size": 3584}})
+        )
+    nested = {re.sub(r"^(model|visual)\.", lambda at: NESTED[at[0]], name): shape for name, shape in few.items()}
+    for spelling in (few, nested):
+        found = places(model, spelling)
+        assert {name: tuple(parameter.shape) for name, parameter in found.items()} == spelling
+        assert len(set(map(id, found.values()))) == len(spelling) == len(dict(model.named_parameters()))
 
 
 def test_images_are_asked_about(folder: Path) -> None:
@@ -264,3 +304,6 @@ def test_refusals(
     finally:
         config.write_text(before)
     assert "is a LlavaLlamaForCausalLM, which modalloy can merge but not run" in said and "load=…" in said
+    with monkeypatch.context() as patch:
+        patch.setattr("modalloy.families.ancestors.LEAST_COSINE", 1.0)
+        assert "donor and target are unrelated" in refusal(text, folder / "text.jsonl", out, patch, capsys)

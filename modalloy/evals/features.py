@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError, MediaError, OutputError
-from modalloy.model import ChatModel
-from modalloy.model.hosted import HostedModel
+from modalloy.model import ChatModel, ModalloyForConditionalGeneration
 
 MEMORY_BYTES = 2_000_000_000
 DISK_BYTES = 20_000_000_000
@@ -44,12 +43,12 @@ class FeatureCache:
             self.written_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
     def features(self, chat: ChatModel, modality: str, path: str | Path) -> Tensor:
-        """Features (n_features, dim) of one medium, in float32; of a hosted model, what its `features` gives.
+        """Features (n_features, dim) of one medium, in float32; of a model that is not modalloy's, what its `features` gives.
 
         Raises:
             MediaError: the medium cannot be read.
         """
-        if isinstance(chat, HostedModel):
+        if not isinstance(chat.model, ModalloyForConditionalGeneration):
             return chat.features(modality, path)
         key = hashlib.sha256(f"{self._encoder(chat, modality)} {self._file(path)}".encode()).hexdigest()
         if key in self.kept:

@@ -164,7 +164,9 @@ def places(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, nn.Para
     transformers reads several spellings of a model, and rewrites them. So marks are loaded once as a checkpoint: tensors of
     its names and shapes that take no room, each found again in the model by its address.
     """
-    marks = {name: torch.tensor(float(index)).expand(*shape) for index, (name, shape) in enumerate(shapes.items())}
+    marks = {
+        name: torch.tensor(float(index)).expand(torch.Size(shape)) for index, (name, shape) in enumerate(shapes.items())
+    }
     with quiet():
         marked = type(model).from_pretrained(None, config=model.config, state_dict=dict(marks), dtype=torch.float32)
     names = {mark.data_ptr(): name for name, mark in marks.items()}

@@ -19,6 +19,7 @@ from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import is_text
 from modalloy.evals.runner import answers
 from modalloy.evals.scoring import normalized_match, parse_letter
+from modalloy.families.ancestors import check_kinship
 from modalloy.plan import Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.search import page
@@ -242,6 +243,8 @@ def search(
     axes = parse_axes(vary, recipe) or default_axes(planned)
     strategy = _strategy(strategy, axes, objective, variant)
     _check_probes(probes, planned, objective, load)
+    if planned.across is not None and not allow_base_mismatch:
+        check_kinship(planned)  # as the merge will
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype, "device": device}
     with Trials(out, {"inputs": planned.fingerprint, **lengths}, resume=resume) as log:
         asking = _Asking(

@@ -15,7 +15,8 @@ from modalloy.merge import compute, survey
 from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
-from modalloy.plan import Job, Plan, plan
+from modalloy.plan import Plan, plan
+from modalloy.planner import Job
 from modalloy.search.candidates import SKETCHED, directions, in_parallel
 from modalloy.search.space import Changes, applied
 
