@@ -19,12 +19,12 @@ from torch import Tensor
 import modalloy
 from modalloy import cli
 from modalloy.checkpoints import open_base
-from modalloy.errors import MediaError
+from modalloy.errors import MediaError, RecipeError
 from modalloy.model import ChatModel
 from modalloy.model.chat import user_message
 from modalloy.model.hosted import HostedModel, places
 from modalloy.plan import Plan, plan
-from modalloy.recipe import load_recipe
+from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import distance
 from modalloy.search.space import applied, relocated
@@ -226,12 +226,14 @@ def test_images_are_asked_about(folder: Path) -> None:
     (scores,) = chat.score([prompts[0]], [["dog", "cat dog"]])
     inputs = chat._inputs([prompts[0]])
     ids = chat.processor.tokenizer.encode("cat dog</s>", add_special_tokens=False)
-    total = 0.0
+    total, likeliest = 0.0, []
     for token in ids:
-        total += float(chat.model(**inputs).logits[0, -1].log_softmax(-1)[token])
+        nats = chat.model(**inputs).logits[0, -1].log_softmax(-1)
+        total += float(nats[token])
+        likeliest.append(int(nats.argmax()))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    assert scores[1] == pytest.approx(total, abs=1e-4)
+    assert scores[1] == pytest.approx(total, abs=1e-4) and chat._predict([prompts[0]], [ids]) == [likeliest]
     shown = {index: user_message(question, [("image", folder / f"{index}.png")]) for index in range(2)}
     assert chat.score_options(shown[0], ["cat dog"]) == scores[1:] != chat.score_options(shown[1], ["cat dog"])
     assert len(chat.continuations([question], [[" dog", " cat"]])[0]) == 2
@@ -270,6 +272,12 @@ def test_agreement_with_the_target(folder: Path, tmp_path: Path) -> None:
     options = {"objective": "agreement", "vary": ["alpha=0,0.3,0.6"], "load": loader([]), "max_new_tokens": 3}
     found = search(folder / "text.yaml", folder / "text.jsonl", tmp_path / "out", **options)
     assert found.chosen == {"alpha": 0.0} and found.cost["generated"] == len(ASKED)
+
+
+def test_a_loader_is_of_recipes_with_a_target(folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(base_model="base", models=({"model": "donor"},), folder=folder)
+    with pytest.raises(RecipeError, match="load=… makes models of recipes with a target"):
+        search(recipe, folder / "text.jsonl", tmp_path / "out", load=loader([]))
 
 
 def refusal(recipe: Path, probe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:

@@ -67,22 +67,26 @@ class HostedModel(ChatModel):
     def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
         found = []
         for prompt, own in zip(prompts, options, strict=True):
-            self._check_length(len(prompt.ids), max(map(len, own)))
-            inputs = self._inputs([prompt])
-            found.append([self._likelihood(inputs, option) for option in own])
+            logits = (self._forced(prompt, option).log_softmax(-1) for option in own)
+            picked = (one.gather(-1, torch.tensor(ids)[:, None]) for one, ids in zip(logits, own, strict=True))
+            found.append([float(nats.sum()) for nats in picked])
         return found
 
+    def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
+        pairs = zip(prompts, answers, strict=True)
+        return [self._forced(prompt, answer).argmax(-1).tolist() for prompt, answer in pairs]
+
     @torch.no_grad()
-    def _likelihood(self, inputs: dict[str, Tensor], option: list[int]) -> float:
-        """Log-likelihood in nats of token ids after a prompt, in one pass over both."""
-        shape, n = inputs["input_ids"].shape, len(option)
-        longer = {
-            name: pad(given, (0, n)) for name, given in inputs.items() if given.shape == shape
-        }  # kinds: 0 is text
-        ids = torch.tensor(option, device=self.model.device)
-        longer["input_ids"][0, -n:], longer["attention_mask"][0, -n:] = ids, 1
-        logits = self.model(**inputs | longer, logits_to_keep=n + 1).logits[0, :-1].float()
-        return float(logits.log_softmax(-1).gather(-1, ids[:, None]).sum())
+    def _forced(self, prompt: Prompt, answer: list[int]) -> Tensor:
+        """Logits (tokens, vocabulary) at every place of an answer, in float32, by one pass over prompt and answer."""
+        n = len(answer)
+        self._check_length(len(prompt.ids), n)
+        inputs = self._inputs([prompt])
+        shape = inputs["input_ids"].shape
+        longer = {name: pad(given, (0, n)) for name, given in inputs.items() if given.shape == shape}  # kind 0 is text
+        longer["input_ids"][0, -n:], longer["attention_mask"][0, -n:] = torch.tensor(answer), 1
+        logits: Tensor = self.model(**inputs | longer, logits_to_keep=n + 1).logits
+        return logits[0, :-1].float().cpu()
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         if any(prompt.features for prompt in prompts):

@@ -237,7 +237,7 @@ def search(
         ModalloyError: the recipe, the probes, an axis or the folder is not fit for it.
     """
     recipe, out = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Path(out)
-    _check_recipe(recipe)
+    _check_recipe(recipe, load)
     probes = read_probes(Path(probe))
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     axes = parse_axes(vary, recipe) or default_axes(planned)
@@ -643,7 +643,9 @@ def _strategy(given: str, axes: list[Axis], objective: str, variant: str) -> str
     return strategy
 
 
-def _check_recipe(recipe: Recipe) -> None:
+def _check_recipe(recipe: Recipe, load: Loader | None) -> None:
+    if recipe.target is None and load is not None:
+        raise RecipeError("load=… makes models of recipes with a target, and this one has none; leave it out")
     if recipe.target is None and recipe.output.form != "omni":
         raise RecipeError(
             f"output.form '{recipe.output.form}': a search asks the merged model about media, so it needs the encoders; "
