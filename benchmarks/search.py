@@ -27,8 +27,8 @@ from modalloy.evals.benchmark import Sample, Source
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.senses import samples
 from modalloy.search import search
+from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import grouped, spearman
-from modalloy.search.run import Found, Sweep
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "senses-ssam.yaml"
 AXES = ("scale=0.125:1.0:0.125", "rank=1,2,4,8,16,32")

@@ -24,8 +24,8 @@ from modalloy.plan import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import Server, distance
+from modalloy.search.found import Found, Sweep
 from modalloy.search.probes import read_probes
-from modalloy.search.run import Found, Sweep
 from modalloy.search.space import Axis, applied, default_axes, parse_axes, start
 
 SCALES = "scale=0.25:1.25:0.25"

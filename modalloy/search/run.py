@@ -2,10 +2,9 @@
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,168 +22,29 @@ from modalloy.plan import Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.search import page
 from modalloy.search.candidates import Server, distance
+from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import (
     Health,
     Match,
     Point,
     Table,
     Variant,
-    choose,
     compared,
     degenerate,
     grouped,
     health,
     inconsistency,
-    spearman,
-    stability,
 )
 from modalloy.search.probes import read_probes
 from modalloy.search.space import Axis, Changes, applied, default_axes, parse_axes, relocated, start
-from modalloy.search.trials import SCHEMA, Trials
+from modalloy.search.trials import Trials
 
 Objective = Literal["consistency", "labels", "agreement"]
 OBJECTIVES = ("consistency", "labels", "agreement")
 STRATEGIES = ("auto", "grid", "coordinate", "tpe", "random")
 PASSES = 2  # over the axes, coordinate by coordinate
 SAME = 1e-4  # relative distance below which two merges are one
-STEADY = 0.5  # share of bootstrap samples with the same choice, below which the page warns
 Line = dict[str, Any]
-
-
-@dataclass
-class Sweep:
-    """Candidates that were compared with each other: the values of one axis, or points of a grid."""
-
-    axes: list[Axis]
-    candidates: list[Changes]
-    points: list[Point]
-    loss: Table
-    default: Point | None
-    duplicates: dict[str, Any] = field(default_factory=dict)  # value → the value whose merge is the same
-    steps: list[float] | None = None
-    health: list[Health] = field(default_factory=list)
-    disqualified: list[str] = field(default_factory=list)
-    accuracy: list[float] | None = None
-    groups: list[str] = field(default_factory=list)  # of the probes
-
-    def __post_init__(self) -> None:
-        self.disqualified = self.disqualified or [""] * len(self.candidates)
-        self.loss[[bool(reason) for reason in self.disqualified]] = np.nan
-        self.losses = self.loss.mean(1).tolist()
-
-    @cached_property
-    def chosen(self) -> int | None:
-        """Index of the candidate of choice, None where none can be chosen."""
-        return None if np.isnan(self.losses).all() else choose(self.points, self.losses, self.default)[0]
-
-    @cached_property
-    def stability(self) -> list[float]:
-        """Share of bootstrap samples in which each candidate is chosen."""
-        if self.chosen is None:
-            return [0.0] * len(self.candidates)
-        return stability(self.loss, lambda losses: choose(self.points, losses, self.default)[0])
-
-    @property
-    def alone(self) -> dict[str, int]:
-        """Which candidate the probes of each combination of senses would choose by themselves."""
-        if self.chosen is None:
-            return {}
-        tables = {name: self.loss[:, own].mean(1).tolist() for name, own in grouped(self.groups).items()}
-        return {name: choose(self.points, losses, self.default)[0] for name, losses in tables.items()}
-
-    def warnings(self) -> list[str]:
-        """What is worth a look, in words."""
-        names, found = " × ".join(axis.name for axis in self.axes), []
-        for index, reason in enumerate(self.disqualified):
-            if reason:
-                found.append(f"{_shown(self.candidates[index], self.axes)} is out: {reason}")
-        if self.chosen is None:
-            return [*found, f"{names}: no candidate can be chosen; the recipe's own value is kept"]
-        can = [loss for loss in self.losses if not math.isnan(loss)]
-        if len(can) > 1 and max(can) - min(can) < 1e-9:
-            found.append(f"{names}: all candidates are alike to these probes; the choice is by the rule for ties")
-        elif self.stability[self.chosen] < STEADY:
-            found.append(f"{names}: only {self.stability[self.chosen]:.0%} of bootstrap samples choose the same")
-        for number, axis in enumerate(self.axes):
-            places = [
-                point[number] for point, loss in zip(self.points, self.losses, strict=True) if not math.isnan(loss)
-            ]
-            end = {min(places): "lowest", max(places): "highest"}.get(self.points[self.chosen][number])
-            if axis.ordered and end is not None and self.points[self.chosen] != self.default:
-                value = self.candidates[self.chosen][axis.name]
-                found.append(f"{axis.name} = {value:g} is the {end} that could be chosen; the best may lie beyond it")
-        return found
-
-    def proxy(self) -> dict[str, float | None] | None:
-        """Does the objective know what is right? Against accuracy, where every probe has a gold answer."""
-        if self.accuracy is None or self.chosen is None:
-            return None
-        able = [index for index, loss in enumerate(self.losses) if not math.isnan(loss)]
-        default = next((i for i, point in enumerate(self.points) if point == self.default), None)
-        right = self.accuracy[self.chosen]
-        return {
-            "spearman": spearman([-self.losses[i] for i in able], [self.accuracy[i] for i in able]),
-            "accuracy": right,
-            "regret_to_oracle": max(self.accuracy) - right,
-            "gain_over_default": None if default is None else right - self.accuracy[default],
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for `search.json`."""
-        rows = []
-        for index, candidate in enumerate(self.candidates):
-            loss = self.losses[index]
-            row: dict[str, Any] = {"candidate": candidate, "loss": None if math.isnan(loss) else loss}
-            if not math.isnan(loss):
-                found = grouped(self.groups)
-                row["loss_by_senses"] = {name: float(self.loss[index, own].mean()) for name, own in found.items()}
-            row |= {"chosen_in_bootstrap": self.stability[index], "disqualified": self.disqualified[index] or None}
-            row |= {"health": self.health[index].to_dict()} if self.health else {}
-            row |= {"accuracy": self.accuracy[index]} if self.accuracy is not None else {}
-            rows.append(row)
-        default = next((i for i, point in enumerate(self.points) if point == self.default), None)
-        ties = [] if self.chosen is None else choose(self.points, self.losses, self.default)[1]
-        return {
-            "axes": [axis.name for axis in self.axes],
-            "ordered": all(axis.ordered for axis in self.axes),
-            "rows": rows,
-            "chosen": self.chosen,
-            "default": default,
-            "ties": ties,
-            "chosen_by_senses": self.alone,
-            "duplicates": self.duplicates,
-            "steps": self.steps,
-            "proxy": self.proxy(),
-        }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found, in the folder `out`: the chosen changes of the recipe, the comparisons, what it cost."""
-
-    out: Path
-    chosen: Changes
-    default: Changes
-    sweeps: list[Sweep]
-    settings: dict[str, Any]
-    cost: dict[str, Any]
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is worth a look, in words."""
-        return [warning for sweep in self.sweeps for warning in sweep.warnings()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for `search.json` and `--json`."""
-        return {
-            "schema": SCHEMA,
-            **self.settings,
-            "chosen": self.chosen,
-            "default": self.default,
-            "sweeps": [sweep.to_dict() for sweep in self.sweeps],
-            "warnings": self.warnings,
-            "cost": self.cost,
-        }
 
 
 def search(
@@ -593,10 +453,6 @@ def _health(lines: list[Line], asked: Sequence[Sample], limit: int) -> Health:
 def _is_same(a: list[float], b: list[float]) -> bool:
     zero = [0.0] * len(a)
     return distance(a, b) <= SAME * max(distance(a, zero), distance(b, zero))
-
-
-def _shown(changes: Changes, axes: list[Axis]) -> str:
-    return ", ".join(f"{axis.name} = {changes[axis.name]}" for axis in axes)
 
 
 def _strategy(given: str, axes: list[Axis], objective: str, variant: str) -> str:
