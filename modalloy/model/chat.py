@@ -116,9 +116,16 @@ class ChatModel:
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each prompt's options, each as the whole answer, its end token included."""
-        tokenizer = self.processor.tokenizer
-        ends = [[option + tokenizer.eos_token for option in own] for own in options]
-        return self._score(prompts, [[tokenizer.encode(end, add_special_tokens=False) for end in own] for own in ends])
+        return self._score(prompts, [[self._whole(option) for option in own] for own in options])
+
+    def predict(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
+        """The likeliest token at every place of each prompt's answer, given what comes before it; its end is a place too."""
+        ids = [self._whole(answer) for answer in answers]
+        for prompt, own in zip(prompts, ids, strict=True):
+            self._check_length(len(prompt.ids), len(own))
+        return [
+            found.tolist() for found in self.model.predict(self._inputs(prompts), [torch.tensor(own) for own in ids])
+        ]
 
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
@@ -132,6 +139,12 @@ class ChatModel:
         whole = [[encode(text + option) for option in own] for text, own in zip(texts, options, strict=True)]
         cut = [[ids[len(prompt.ids) :] for ids in own] for prompt, own in zip(prompts, whole, strict=True)]
         return self._score(prompts, cut)
+
+    def _whole(self, answer: str) -> list[int]:
+        """Token ids of an answer and its end."""
+        tokenizer = self.processor.tokenizer
+        ids: list[int] = tokenizer.encode(answer + tokenizer.eos_token, add_special_tokens=False)
+        return ids
 
     def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
         for prompt, own in zip(prompts, options, strict=True):

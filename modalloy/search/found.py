@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from modalloy.search.objective import Health, Point, Table, choose, grouped, spearman, stability
+from modalloy.search.objective import Aggregate, Health, Point, Table, choose, grouped, spearman, stability, totals
 from modalloy.search.space import Axis, Changes
 from modalloy.search.trials import SCHEMA
 
@@ -30,11 +30,13 @@ class Sweep:
     disqualified: list[str] = field(default_factory=list)
     accuracy: list[float] | None = None
     groups: list[str] = field(default_factory=list)  # of the probes
+    aggregate: Aggregate = "probes"
+    sizes: list[float] = field(default_factory=list)  # about ‖ΔW‖: how far each candidate is from the base
 
     def __post_init__(self) -> None:
         self.disqualified = self.disqualified or [""] * len(self.candidates)
         self.loss[[bool(reason) for reason in self.disqualified]] = np.nan
-        self.losses = self.loss.mean(1).tolist()
+        self.losses: list[float] = totals(self.loss, self.groups, self.aggregate)[0].tolist()
 
     @cached_property
     def chosen(self) -> int | None:
@@ -46,7 +48,14 @@ class Sweep:
         """Share of bootstrap samples in which each candidate is chosen."""
         if self.chosen is None:
             return [0.0] * len(self.candidates)
-        return stability(self.loss, lambda losses: choose(self.points, losses, self.default)[0])
+        return stability(
+            self.loss, self.groups, self.aggregate, lambda losses: choose(self.points, losses, self.default)[0]
+        )
+
+    @property
+    def home(self) -> int | None:
+        """Index of the recipe's own candidate, None where it is not among them."""
+        return None if self.default is None else self.points.index(self.default)
 
     @property
     def alone(self) -> dict[str, int]:
@@ -84,13 +93,12 @@ class Sweep:
         if self.accuracy is None or self.chosen is None:
             return None
         able = [index for index, loss in enumerate(self.losses) if not math.isnan(loss)]
-        default = next((i for i, point in enumerate(self.points) if point == self.default), None)
         right = self.accuracy[self.chosen]
         return {
             "spearman": spearman([-self.losses[i] for i in able], [self.accuracy[i] for i in able]),
             "accuracy": right,
             "regret_to_oracle": max(self.accuracy) - right,
-            "gain_over_default": None if default is None else right - self.accuracy[default],
+            "gain_over_default": None if self.home is None else right - self.accuracy[self.home],
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,17 +111,17 @@ class Sweep:
                 found = grouped(self.groups)
                 row["loss_by_senses"] = {name: float(self.loss[index, own].mean()) for name, own in found.items()}
             row |= {"chosen_in_bootstrap": self.stability[index], "disqualified": self.disqualified[index] or None}
+            row |= {"distance_from_base": self.sizes[index]}
             row |= {"health": self.health[index].to_dict()} if self.health else {}
             row |= {"accuracy": self.accuracy[index]} if self.accuracy is not None else {}
             rows.append(row)
-        default = next((i for i, point in enumerate(self.points) if point == self.default), None)
         ties = [] if self.chosen is None else choose(self.points, self.losses, self.default)[1]
         return {
             "axes": [axis.name for axis in self.axes],
             "ordered": all(axis.ordered for axis in self.axes),
             "rows": rows,
             "chosen": self.chosen,
-            "default": default,
+            "default": self.home,
             "ties": ties,
             "chosen_by_senses": self.alone,
             "duplicates": self.duplicates,

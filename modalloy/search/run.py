@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -22,8 +22,10 @@ from modalloy.plan import Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.search import page
 from modalloy.search.candidates import Server, distance
+from modalloy.search.embedding import EMBEDDER, Embedder
 from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import (
+    Aggregate,
     Health,
     Match,
     Point,
@@ -34,16 +36,18 @@ from modalloy.search.objective import (
     grouped,
     health,
     inconsistency,
+    scripts,
 )
 from modalloy.search.probes import read_probes
 from modalloy.search.space import Axis, Changes, applied, default_axes, parse_axes, relocated, start
 from modalloy.search.trials import Trials
 
 Objective = Literal["consistency", "labels", "agreement"]
-OBJECTIVES = ("consistency", "labels", "agreement")
+OBJECTIVES = get_args(Objective)
 STRATEGIES = ("auto", "grid", "coordinate", "tpe", "random")
 PASSES = 2  # over the axes, coordinate by coordinate
 SAME = 1e-4  # relative distance below which two merges are one
+ALIKE = 0.01  # steps between neighbours that differ by less count as even
 Line = dict[str, Any]
 
 
@@ -56,6 +60,8 @@ def search(
     objective: Objective = "consistency",
     variant: Variant = "sum",
     match: Match = "normalised",
+    embedder: str = EMBEDDER,
+    aggregate: Aggregate = "probes",
     strategy: str = "auto",
     trials: int = 30,
     max_new_tokens: int = 32,
@@ -78,7 +84,11 @@ def search(
             no labels; "labels" the most accurate; "agreement" the one to which the specialists' own answers to probes of
             one sense are likeliest (mean nats a token, teacher-forced).
         variant: of consistency, see `objective.inconsistency`.
-        match: how answers are compared, see `objective.compared`.
+        match: how consistency compares answers: "normalised" or "exact" (see `objective.compared`), "embedding" (1 − cosine
+            of the embeddings of the answers), or "top1", for which nothing but the recipe's own answers is generated: the
+            share of their tokens before which neighbours expect another next one, teacher-forced.
+        embedder: folder or hub id of the model of `match="embedding"`, see `embedding.Embedder`.
+        aggregate: of the losses of probes, see `objective.totals`.
         strategy: "grid" of all combinations; "coordinate": one axis after the other, the others held; "tpe" or "random":
             samplers of Optuna. "auto" is grid for one axis, else coordinate.
         trials: candidates that a sampler may try.
@@ -95,12 +105,15 @@ def search(
     probes = read_probes(Path(probe))
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     axes = parse_axes(vary, recipe) or default_axes(planned)
-    strategy = _strategy(strategy, axes, objective, variant)
+    _check_known(objective, strategy, variant, match, aggregate)
+    strategy = _strategy(strategy, axes, objective, variant, aggregate)
     _check_probes(probes, planned, objective)
+    by_meaning = objective == "consistency" and match == "embedding"
+    meaning = Embedder(embedder, device) if by_meaning else None
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype, "device": device}
     with Trials(out, {"inputs": planned.fingerprint, **lengths}, resume=resume) as log:
         asking = _Asking(planned, axes, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, on_answer)
-        compare = _Compare(asking, axes, objective, variant, match)
+        compare = _Compare(asking, objective, variant, match, aggregate, meaning)
         if strategy == "coordinate":
             chosen, sweeps = _by_coordinate(compare, axes)
         else:
@@ -109,6 +122,8 @@ def search(
             "method": recipe.merge_method,
             "objective": objective,
             **({"variant": variant, "match": match} if objective == "consistency" else {}),
+            **({"embedder": embedder} if by_meaning else {}),
+            "aggregate": aggregate,
             "strategy": strategy,
             "probes": len(probes),
             "senses": {name: len(own) for name, own in grouped([p.group["senses"] for p in probes]).items()},
@@ -167,9 +182,10 @@ class _Asking:
         found: list[float] = self.used[key]["sketch"]
         return found
 
-    def ask(self, changes: Changes, asked: Sequence[Sample]) -> list[Line]:
-        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some."""
-        return self._lines(self._key(changes), lambda: self._serve(changes), asked)
+    def ask(self, changes: Changes, asked: Sequence[Sample], *, predict: bool = False) -> list[Line]:
+        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some, or with
+        `predict` the likeliest token at every place of its option."""
+        return self._lines(self._key(changes), lambda: self._serve(changes), asked, predict)
 
     @cached_property
     def parents(self) -> dict[str, Line]:
@@ -183,13 +199,16 @@ class _Asking:
                 found |= {probe.id: line for probe, line in zip(own, lines, strict=True)}
         return found
 
-    def _lines(self, name: str, serve: Callable[[], None], asked: Sequence[Sample]) -> list[Line]:
-        keys = [f"{name} · {probe.id} · {json.dumps(probe.options)}" for probe in asked]
+    def _lines(
+        self, name: str, serve: Callable[[], None], asked: Sequence[Sample], predict: bool = False
+    ) -> list[Line]:
+        mark = " · top1" if predict else ""
+        keys = [f"{name} · {probe.id} · {json.dumps(probe.options)}{mark}" for probe in asked]
         todo = [(index, probe) for index, probe in enumerate(asked) if keys[index] not in self.log.lines]
         if todo:
             serve()
             size, limit = self.lengths["batch_size"], self.lengths["max_new_tokens"]
-            for entries in answers(self.server.chat, todo, limit, size, self.cache):
+            for entries in answers(self.server.chat, todo, limit, size, self.cache, predict=predict):
                 for entry in entries:
                     if entry.status != "ok":
                         kind = MediaError if entry.status == "media_error" else ModalloyError
@@ -198,6 +217,7 @@ class _Asking:
                         )
                     line: Line = {"model": name, "probe": entry.sample.id, "text": entry.answer.text}
                     line |= {"likelihoods": list(entry.answer.likelihoods), "n_out": entry.new_tokens}
+                    line |= {"predicted": list(entry.answer.predicted)} if predict else {}
                     self.log.add(keys[entry.index], line | {"seconds": round(entry.seconds, 4)})
                 self._progress()
         self.used |= {key: self.log.lines[key] for key in keys}
@@ -240,7 +260,7 @@ class _Asking:
             "merges": len(served),
             "candidates_asked": len(models),
             "generated": sum(line["n_out"] > 0 for line in asked),
-            "scored": sum(bool(line["likelihoods"]) for line in asked),
+            "scored": sum(line["n_out"] == 0 for line in asked),
             "seconds": {
                 "load": round(loaded["load_s"], 2),
                 "features": round(loaded["features_s"], 2),
@@ -262,10 +282,11 @@ class _Compare:
     """Makes tables of losses of candidates."""
 
     asking: _Asking
-    axes: list[Axis]
     objective: Objective
     variant: Variant
     match: Match
+    aggregate: Aggregate
+    embedder: Embedder | None
 
     def axis(self, axis: Axis, others: Changes) -> Sweep:
         """The values of one axis, the others held. Of merges that are the same, the lowest value stands for all."""
@@ -284,11 +305,12 @@ class _Compare:
             sketches.append(sketch)
             self._lines(changes)
         default = (kept.index(home),) if home in kept else None
-        steps = None
-        if self.objective == "consistency" and not Axis(axis.name, tuple(kept)).even:
-            steps = [distance(*pair) for pair in itertools.pairwise(sketches)]
+        steps = [distance(*pair) for pair in itertools.pairwise(sketches)] if self.objective == "consistency" else []
+        uneven = len(steps) > 1 and max(steps) - min(steps) > ALIKE * max(steps)
         candidates = [others | {axis.name: value} for value in kept]
-        return self._sweep([axis], candidates, [(index,) for index in range(len(kept))], default, duplicates, steps)
+        return self._sweep(
+            [axis], candidates, [(index,) for index in range(len(kept))], default, duplicates, steps if uneven else None
+        )
 
     def points(self, axes: list[Axis], points: list[Point]) -> Sweep:
         """Points of the grid that the axes span."""
@@ -306,12 +328,19 @@ class _Compare:
         return float(np.mean(self._losses([self._lines(changes)], None)))
 
     def _lines(self, changes: Changes) -> list[Line]:
-        return self.asking.ask(changes, self._asked)
+        return self.asking.ask(changes, self._asked, predict=self._predicts)
+
+    @property
+    def _predicts(self) -> bool:
+        return self.objective == "consistency" and self.match == "top1"
 
     @cached_property
     def _asked(self) -> list[Sample]:
         """The probes as they are put to a candidate."""
         probes = self.asking.probes
+        if self._predicts:
+            own = self.asking.ask(self.asking.home, probes)
+            return [replace(probe, options=(line["text"],)) for probe, line in zip(probes, own, strict=True)]
         if self.objective == "consistency":
             return probes
         if self.objective == "labels":
@@ -324,14 +353,21 @@ class _Compare:
     def _losses(self, lines: list[list[Line]], steps: list[float] | None) -> Table:
         asked = self._asked
         if self.objective == "consistency":
-            said = [
-                [compared(line["text"], p, self.match) for line, p in zip(own, asked, strict=True)] for own in lines
-            ]
-            return inconsistency(said, self.variant, steps)
+            pairs = itertools.pairwise(lines)
+            changed = [[self._difference(*one) for one in zip(asked, *pair, strict=True)] for pair in pairs]
+            return inconsistency(np.reshape(changed, (len(lines) - 1, len(asked))), self.variant, steps)
         if self.objective == "labels":
             return np.array([[1.0 - is_right(p, line) for line, p in zip(own, asked, strict=True)] for own in lines])
         sizes = [self.asking.parents[probe.id]["n_out"] for probe in asked]
         return np.array([[-line["likelihoods"][0] / n for line, n in zip(own, sizes, strict=True)] for own in lines])
+
+    def _difference(self, probe: Sample, one: Line, other: Line) -> float:
+        """How much two answers to a probe differ."""
+        if self._predicts:
+            return float(np.mean(np.not_equal(one["predicted"], other["predicted"])))
+        if self.embedder is not None:
+            return self.embedder.difference(one["text"], other["text"])
+        return float(compared(one["text"], probe, self.match) != compared(other["text"], probe, self.match))
 
     def _sweep(
         self,
@@ -346,21 +382,34 @@ class _Compare:
         states: list[Health] = []
         out: list[str] = []
         accuracy = None
-        if self.objective != "agreement":
+        if self.objective != "agreement" and not self._predicts:
+            said = self.asking.parents if self.objective == "consistency" else {}
+            texts = [text for probe in asked for text in (probe.text, *probe.choices)]
+            known = scripts([*texts, *(line["text"] for line in said.values())])
             limit = self.asking.lengths["max_new_tokens"]
-            states = [_health(own, asked, limit) for own in lines]
-            parents = []
-            if self.objective == "consistency":
-                said = self.asking.parents
-                by_parent = grouped([line["model"] for line in said.values()])
-                parents = [_health([list(said.values())[i] for i in own], asked, limit) for own in by_parent.values()]
-            out = degenerate(states, parents)
+            by_parent = grouped([line["model"] for line in said.values()])
+            spoken = [[list(said.values())[index] for index in own] for own in by_parent.values()]
+            states = [_health(own, asked, limit, known) for own in lines]
+            out = degenerate(states, [_health(own, asked, limit, known) for own in spoken])
             if all(probe.golds for probe in asked):
                 right = [[is_right(p, line) for line, p in zip(own, asked, strict=True)] for own in lines]
                 accuracy = [sum(own) / len(own) for own in right]
-        loss = self._losses(lines, steps)
-        groups = [probe.group["senses"] for probe in asked]
-        return Sweep(axes, candidates, points, loss, default, duplicates, steps, states, out, accuracy, groups)
+        sketches = [self.asking.sketch(changes) for changes in candidates]
+        return Sweep(
+            axes,
+            candidates,
+            points,
+            self._losses(lines, steps),
+            default,
+            duplicates,
+            steps,
+            health=states,
+            disqualified=out,
+            accuracy=accuracy,
+            groups=[probe.group["senses"] for probe in asked],
+            aggregate=self.aggregate,
+            sizes=[distance(sketch, [0.0] * len(sketch)) for sketch in sketches],
+        )
 
 
 def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[Sweep]]:
@@ -441,13 +490,13 @@ def _predicted(probe: Sample, line: Line) -> str | None:
     return LETTERS[max(range(len(line["likelihoods"])), key=lambda index: (line["likelihoods"][index], -index))]
 
 
-def _health(lines: list[Line], asked: Sequence[Sample], limit: int) -> Health:
+def _health(lines: list[Line], asked: Sequence[Sample], limit: int, known: set[str]) -> Health:
     choices = {probe.id: probe for probe in asked}
     texts = []
     for line in lines:
         letter = _predicted(choices[line["probe"]], line) if line["likelihoods"] else None
         texts.append(line["text"] if letter is None else choices[line["probe"]].choices[LETTERS.index(letter)])
-    return health(texts, [line["n_out"] >= limit for line in lines])
+    return health(texts, [line["n_out"] >= limit for line in lines], known)
 
 
 def _is_same(a: list[float], b: list[float]) -> bool:
@@ -455,14 +504,28 @@ def _is_same(a: list[float], b: list[float]) -> bool:
     return distance(a, b) <= SAME * max(distance(a, zero), distance(b, zero))
 
 
-def _strategy(given: str, axes: list[Axis], objective: str, variant: str) -> str:
-    """The strategy that is meant; refused where the objective cannot follow it."""
-    for option, value, known in (("--strategy", given, STRATEGIES), ("--objective", objective, OBJECTIVES)):
+def _check_known(objective: str, strategy: str, variant: str, match: str, aggregate: str) -> None:
+    for option, value, known in (
+        ("--objective", objective, OBJECTIVES),
+        ("--strategy", strategy, STRATEGIES),
+        ("--variant", variant, get_args(Variant)),
+        ("--match", match, get_args(Match)),
+        ("--aggregate", aggregate, get_args(Aggregate)),
+    ):
         if value not in known:
             raise ModalloyError(f"{option} {value}: there is none of that name; {nearest(value, known)}")
+
+
+def _strategy(given: str, axes: list[Axis], objective: str, variant: str, aggregate: str) -> str:
+    """The strategy that is meant; refused where the objective cannot follow it."""
     strategy = ("grid" if len(axes) == 1 else "coordinate") if given == "auto" else given
     if strategy in ("tpe", "random"):
         _optuna()
+        if aggregate != "probes":
+            raise ModalloyError(
+                f"--aggregate {aggregate}: compares a candidate with all others, and --strategy {strategy} sees one at a "
+                "time; use --strategy grid or coordinate"
+            )
     if objective != "consistency":
         return strategy
     if strategy in ("tpe", "random") or (strategy == "grid" and len(axes) > 1):
