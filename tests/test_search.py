@@ -243,6 +243,8 @@ def test_what_is_degenerate_is_named_and_not_chosen() -> None:
     axis, loss = Axis("scale", (0.5, 1.0)), np.array([[0.0, 0.0], [1.0, 0.0]])
     found = Sweep([axis], [{"scale": 0.5}, {"scale": 1.0}], [(0,), (1,)], loss, None, disqualified=["50% empty", ""])
     assert found.chosen == 1 and found.warnings()[0] == "scale = 0.5 is out: 50% empty"
+    few = Sweep([axis], found.candidates, found.points, np.array([[1.0] * 2 + [0.0] * 7, [0.0] * 9]), (1,))
+    assert few.warnings() == ["scale: only 2 of 9 probes tell the candidates apart; ask harder ones"]
     none = Sweep([axis], [{"scale": 0.5}], [(0,)], loss[:1].copy(), None, disqualified=["50% empty"])
     assert none.chosen is None and none.warnings() == [
         "scale = 0.5 is out: 50% empty",

@@ -13,6 +13,7 @@ from modalloy.search.space import Axis, Changes
 from modalloy.search.trials import SCHEMA
 
 STEADY = 0.5  # share of bootstrap samples with the same choice, below which the page warns
+TELLING = 0.25  # share of probes that tell candidates apart, likewise
 
 
 @dataclass
@@ -78,6 +79,11 @@ class Sweep:
             found.append(f"{names}: all candidates are alike to these probes; the choice is by the rule for ties")
         elif self.stability[self.chosen] < STEADY:
             found.append(f"{names}: only {self.stability[self.chosen]:.0%} of bootstrap samples choose the same")
+        telling = int((np.ptp(self.loss[~np.isnan(self.losses)], axis=0) > 0).sum())
+        if 0 < telling < TELLING * self.loss.shape[1]:
+            found.append(
+                f"{names}: only {telling} of {self.loss.shape[1]} probes tell the candidates apart; ask harder ones"
+            )
         for number, axis in enumerate(self.axes):
             places = [
                 point[number] for point, loss in zip(self.points, self.losses, strict=True) if not math.isnan(loss)
@@ -138,13 +144,19 @@ class Found:
     chosen: Changes
     default: Changes
     sweeps: list[Sweep]
+    settled: bool  # whether another pass over the axes would find the same
     settings: dict[str, Any]
     cost: dict[str, Any]
 
     @property
     def warnings(self) -> list[str]:
         """What is worth a look, in words."""
-        return [warning for sweep in self.sweeps for warning in sweep.warnings()]
+        found = [warning for sweep in self.sweeps for warning in sweep.warnings()]
+        return (
+            found
+            if self.settled
+            else [*found, "the last pass over the axes still changed the choice: it depends on where the search began"]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for `search.json` and `--json`."""
@@ -153,6 +165,7 @@ class Found:
             **self.settings,
             "chosen": self.chosen,
             "default": self.default,
+            "settled": self.settled,
             "sweeps": [sweep.to_dict() for sweep in self.sweeps],
             "warnings": self.warnings,
             "cost": self.cost,

@@ -115,9 +115,10 @@ def search(
         asking = _Asking(planned, axes, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, on_answer)
         compare = _Compare(asking, objective, variant, match, aggregate, meaning)
         if strategy == "coordinate":
-            chosen, sweeps = _by_coordinate(compare, axes)
+            chosen, sweeps, settled = _by_coordinate(compare, axes)
         else:
-            chosen, sweeps = _whole(compare, axes, strategy, trials)
+            chosen, sweep = _whole(compare, axes, strategy, trials)
+            sweeps, settled = [sweep], True
         settings = {
             "method": recipe.merge_method,
             "objective": objective,
@@ -129,7 +130,7 @@ def search(
             "senses": {name: len(own) for name, own in grouped([p.group["senses"] for p in probes]).items()},
             "axes": {axis.name: list(axis.values) for axis in axes},
         }
-        found = Found(out, chosen, start(planned, axes), sweeps, settings, asking.cost())
+        found = Found(out, chosen, start(planned, axes), sweeps, settled, settings, asking.cost())
     _write(found, recipe)
     return found
 
@@ -412,8 +413,8 @@ class _Compare:
         )
 
 
-def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[Sweep]]:
-    """One axis after the other, the others held, until nothing changes or PASSES are over."""
+def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[Sweep], bool]:
+    """One axis after the other, the others held, until nothing changes or PASSES are over; and whether nothing did."""
     current = start(compare.asking.planned, axes)
     sweeps: dict[str, Sweep] = {}
     for _ in range(PASSES):
@@ -425,10 +426,10 @@ def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[S
                 current[axis.name] = sweeps[axis.name].candidates[index][axis.name]
         if current == before:
             break
-    return current, list(sweeps.values())
+    return current, list(sweeps.values()), current == before
 
 
-def _whole(compare: _Compare, axes: list[Axis], strategy: str, trials: int) -> tuple[Changes, list[Sweep]]:
+def _whole(compare: _Compare, axes: list[Axis], strategy: str, trials: int) -> tuple[Changes, Sweep]:
     """All combinations, or those that a sampler of Optuna tries."""
     asking = compare.asking
     if len(axes) == 1 and strategy == "grid":
@@ -442,7 +443,7 @@ def _whole(compare: _Compare, axes: list[Axis], strategy: str, trials: int) -> t
             points = _sampled(lambda point: compare.loss(compare.at(axes, point)), axes, strategy, trials)
         sweep = compare.points(axes, points)
     chosen = start(asking.planned, axes) if sweep.chosen is None else sweep.candidates[sweep.chosen]
-    return chosen, [sweep]
+    return chosen, sweep
 
 
 def _sampled(loss: Callable[[Point], float], axes: list[Axis], strategy: str, trials: int) -> list[Point]:
