@@ -27,11 +27,14 @@ from modalloy.checkpoints.writer import disk_errors
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
+from modalloy.families.ancestors import check_kinship
+from modalloy.families.donors import MappedRef
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
 from modalloy.omni import write_omni
-from modalloy.plan import Job, Plan, plan
+from modalloy.plan import Plan, plan
+from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
 from modalloy.verify import Verification, verify, verify_folder
@@ -76,6 +79,8 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the list of tensors, for `--json`."""
         planned = {key: value for key, value in self.plan.to_dict().items() if key != "tensors"}
+        if self.plan.kinship:
+            planned["kinship"] = {label: found.to_dict() for label, found in self.plan.kinship.items()}
         return planned | {
             "out": str(self.out),
             "merge_seconds": round(self.merge_s, 3),
@@ -129,6 +134,8 @@ def merge(
         verification = _finished_before(out, fingerprint)
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, local.peak_bytes(), predicted)
+    if planned.across is not None and not allow_base_mismatch:
+        planned.kinship = check_kinship(planned)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         _check_disk(planned, staging)
@@ -196,9 +203,11 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         return [_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)]
     if job.kind == "interpolate":
         return [_interpolated(planned, job, read)]
+    if job.kind == "fuse":
+        return [_fused(planned, job, read, device)]
     tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
-        total = torch.zeros(job.outputs[0].shape, dtype=torch.float64)
+        total = torch.full(job.outputs[0].shape, -0.0, dtype=torch.float64)  # to which adding −0 is −0
         for tensor in tensors:
             total += tensor
         return [_fitted(total.div_(len(tensors)), job.outputs[0])]
@@ -212,7 +221,7 @@ def merged_delta(
 
     With `literal`, everything is computed on dense float64 matrices instead (for checking).
     """
-    rows_of_weight, columns = planned.base.refs[job.slot].shape
+    rows_of_weight, columns = planned.start(job.slot).shape
     fishers = None
     if METHODS[job.method].takes("fishers"):
         files = [file for file in planned.fishers if file is not None]
@@ -236,16 +245,16 @@ def specialists_deltas(
 ) -> list[Delta]:
     """One update per specialist, multiplied by its weight; one that has none is a zero of rank 0 (`missing: zero`)."""
     wide = torch.float64 if literal or planned.recipe.dtype == "float64" else torch.float32
-    shape = planned.base.refs[job.slot].shape
+    shape = planned.start(job.slot).shape
     deltas: list[Delta] = []
     dense = literal and not METHODS[job.method].one_rank  # which has no form on full matrices
-    for specialist, weight in zip(planned.specialists, job.weights, strict=True):
+    for specialist, weight in zip(planned.updated, job.weights, strict=True):
         if job.slot in specialist.text:
             stored = specialist.delta(job.slot, read)
             low_rank = weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
             deltas.append(low_rank.dense() if dense else low_rank)
         elif job.slot in specialist.full:
-            tuned, base = read(specialist.full[job.slot])[rows], read(planned.base.refs[job.slot])[rows]
+            tuned, base = read(specialist.full[job.slot])[rows], read(planned.start(job.slot))[rows]
             difference = tuned.to(device, wide, copy=True).sub_(base.to(device, wide))
             deltas.append(difference if weight == 1 else difference.mul_(weight))
         else:
@@ -257,11 +266,12 @@ def specialists_deltas(
 def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     """Base plus merged update in the output type, in the base's memory where the type is the same."""
     spec = job.outputs[0]
-    base = read(planned.base.refs[job.slot])
-    dense = any(job.slot in specialist.full for specialist in planned.specialists)
+    base = read(planned.start(job.slot))
+    dense = any(job.slot in specialist.full for specialist in planned.updated)
     by_rows = dense and METHODS[job.method].rowwise
     merged = None if by_rows else merged_delta(planned, job, read, device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
+    keeps_rows = any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
     step = max(1, BLOCK_ENTRIES // spec.shape[1])
     for start in range(0, spec.shape[0], step):
         rows = slice(start, start + step)
@@ -271,10 +281,24 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
             total = torch.addmm(base[rows].to(up.device, up.dtype), up, update.down)
         else:
             update = update if merged is None else update[rows]
-            total = base[rows].to(update.device, update.dtype) + update
+            old = base[rows].to(update.device)
+            total = old.to(update.dtype) + update
+            if keeps_rows:
+                total = torch.where(update == 0, old, total)  # bit for bit: adding 0 would change −0
         out[rows] = total
         if not all_finite(out[rows]):
             raise _does_not_fit(spec)
+    return out
+
+
+def _fused(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
+    """Several merged weights in the rows of the one tensor that the target stores them as."""
+    out = torch.empty(job.outputs[0].shape, dtype=job.outputs[0].dtype)
+    for piece in job.pieces:
+        merged, done = _merged_weight(planned, piece, read, device), 0
+        for begin, end in piece.rows:
+            out[begin:end] = merged[done : done + end - begin]
+            done += end - begin
     return out
 
 
@@ -406,8 +430,10 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
 
 def _sources(planned: Plan) -> dict[str, Any]:
     """Where the inputs were on this machine, so that `verify` can merge again; not part of what is hashed."""
+    base = None if planned.across is None else planned.across.base
     return {
-        "base": str(planned.base_folder.resolve()),
+        planned.base_label: str(planned.base_folder.resolve()),
+        **({} if base is None else {"base": str(base.folder.resolve())}),
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
         "encoders": [_encoder_source(planned, s) for s in planned.specialists],
         "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],
