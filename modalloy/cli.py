@@ -459,7 +459,7 @@ def search(
     from modalloy.report.search import text
     from modalloy.search import search as run
 
-    with progress("search") as on_answer:
+    with progress("search") as on_answer, _kept(out):
         found = run(
             recipe,
             probe,
