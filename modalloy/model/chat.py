@@ -120,12 +120,7 @@ class ChatModel:
 
     def predict(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
         """The likeliest token at every place of each prompt's answer, given what comes before it; its end is a place too."""
-        ids = [self._whole(answer) for answer in answers]
-        for prompt, own in zip(prompts, ids, strict=True):
-            self._check_length(len(prompt.ids), len(own))
-        return [
-            found.tolist() for found in self.model.predict(self._inputs(prompts), [torch.tensor(own) for own in ids])
-        ]
+        return self._predict(prompts, [self._whole(answer) for answer in answers])
 
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
@@ -151,6 +146,12 @@ class ChatModel:
             self._check_length(len(prompt.ids), max(map(len, own)))
         tensors = [[torch.tensor(ids) for ids in own] for own in options]
         return [scores.tolist() for scores in self.model.score_options(self._inputs(prompts), tensors)]
+
+    def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
+        for prompt, own in zip(prompts, answers, strict=True):
+            self._check_length(len(prompt.ids), len(own))
+        found = self.model.predict(self._inputs(prompts), [torch.tensor(own) for own in answers])
+        return [ids.tolist() for ids in found]
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
         """Token ids (prompts, tokens) of the padded prompts and their answers."""
