@@ -1,6 +1,7 @@
 """What a search found: candidates compared with each other, which of them is chosen, how stable that is, and what it cost."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,16 +43,17 @@ class Sweep:
     @cached_property
     def chosen(self) -> int | None:
         """Index of the candidate of choice, None where none can be chosen."""
-        return None if np.isnan(self.losses).all() else choose(self.points, self.losses, self.default)[0]
+        return None if np.isnan(self.losses).all() else self._choose(self.losses)[0]
+
+    def _choose(self, losses: Sequence[float]) -> tuple[int, list[int]]:
+        return choose(self.points, losses, self.default)
 
     @cached_property
     def stability(self) -> list[float]:
         """Share of bootstrap samples in which each candidate is chosen."""
         if self.chosen is None:
             return [0.0] * len(self.candidates)
-        return stability(
-            self.loss, self.groups, self.aggregate, lambda losses: choose(self.points, losses, self.default)[0]
-        )
+        return stability(self.loss, self.groups, self.aggregate, lambda losses: self._choose(losses)[0])
 
     @property
     def home(self) -> int | None:
@@ -64,7 +66,7 @@ class Sweep:
         if self.chosen is None:
             return {}
         tables = {name: self.loss[:, own].mean(1).tolist() for name, own in grouped(self.groups).items()}
-        return {name: choose(self.points, losses, self.default)[0] for name, losses in tables.items()}
+        return {name: self._choose(losses)[0] for name, losses in tables.items()}
 
     def warnings(self) -> list[str]:
         """What is worth a look, in words."""
@@ -121,7 +123,7 @@ class Sweep:
             row |= {"health": self.health[index].to_dict()} if self.health else {}
             row |= {"accuracy": self.accuracy[index]} if self.accuracy is not None else {}
             rows.append(row)
-        ties = [] if self.chosen is None else choose(self.points, self.losses, self.default)[1]
+        ties = [] if self.chosen is None else self._choose(self.losses)[1]
         return {
             "axes": [axis.name for axis in self.axes],
             "ordered": all(axis.ordered for axis in self.axes),
