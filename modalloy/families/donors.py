@@ -18,7 +18,7 @@ from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tok
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 512  # so that the copy stays in the cache
 
 
 @dataclass(frozen=True)
