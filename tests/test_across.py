@@ -23,8 +23,10 @@ from modalloy.families import FAMILIES
 from modalloy.families.donors import MappedRef, assembled
 from modalloy.families.rules import rows_of
 from modalloy.families.vocabulary import shared_tokens
+from modalloy.inspect import inspect
 from modalloy.methods import METHODS
 from modalloy.recipe import Recipe
+from modalloy.report.inspect import page as inspection_page
 from modalloy.verify import verify
 
 WIDTH, FFN, LAYERS, HEADS, TOKENS = 16, 24, 2, 4, 11
@@ -564,7 +566,7 @@ def test_plans_of_the_paper_cover_all_tensors(
 
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-SEEDED = ("dare_linear", "dare_ties")  # whose masks belong to a weight's name
+NOT_ALONE = ("dare_linear", "dare_ties", "metagpt")  # masks belong to a weight's name; weights to the whole model
 UPDATE_METHODS = [name for name in METHODS if name not in ("linear", "fisher", "factorwise", "core_space")]
 
 
@@ -602,6 +604,12 @@ def family_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     folder = tmp_path_factory.mktemp("three")
     base = write(folder / "base", "vicuna-7b-v1.5", 1)
     donor, target = write(folder / "donor", "vicuna-7b-v1.5", 2), write(folder / "target", "cogvlm-chat", 3)
+    for tuned in (donor, target):  # relatives, not strangers
+        tensors = weights(tuned)
+        for name, tensor in tensors.items():
+            if (origin := counterpart(name, weights(base))) is not None:
+                tensors[name] = origin + tensor / 2
+        save_file(tensors, tuned / "model.safetensors")
     copies = {owner: plain_copy(folder / owner, target, base, owner) for owner in ("language", "vision")}
     return {"base": base, "donor": donor, "target": target, **copies}
 
@@ -630,13 +638,35 @@ def test_methods_merge_mapped_updates_as_those_of_one_architecture(
         for name, tensor in alone.items():
             if "norm" in name:  # averaged in both
                 assert torch.equal(after[name], tensor)
-            elif name.startswith("model.layers.") and method not in SEEDED:
+            elif name.startswith("model.layers.") and method not in NOT_ALONE:
                 assert torch.equal(expert(after, name, owner), tensor), name
                 assert not torch.equal(tensor, expert(before, name, owner))
     mean = (before["lm_head.weight"].double() + weights(models["donor"])["lm_head.weight"].double()) / 2
     assert torch.equal(after["lm_head.weight"], mean.float())  # the same tensors whatever the method (B4)
     kept = [name for name in before if name.startswith("model.vision.")]
     assert kept and all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in kept)
+
+
+def test_metagpt_counts_duplicates_as_weights_of_their_own(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path
+) -> None:
+    models = family_of_three
+    more = {"base_model": str(models["base"]), "merge_method": "metagpt", "parameters": {}}
+    merge(recipe(models["target"], models["donor"], **more), tmp_path / "out")
+    base, donor, target = (weights(models[name]) for name in ("base", "donor", "target"))
+    names = [name for name in base if name.startswith("model.layers.") and "norm" not in name]
+    own = sum(
+        float((expert(target, n, o).double() - base[n]).square().sum()) for n in names for o in ("language", "vision")
+    )
+    other = 2 * sum(float((donor[name].double() - base[name]).square().sum()) for name in names)
+    after, share = weights(tmp_path / "out"), own / (own + other)
+    for name in names:
+        wanted = (
+            base[name]
+            + share * (expert(target, name, "vision") - base[name])
+            + (1 - share) * (donor[name] - base[name])
+        )
+        assert torch.allclose(expert(after, name, "vision"), wanted, atol=1e-5)
 
 
 def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
@@ -673,6 +703,24 @@ def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Model
         CheckpointError, match=r"vision_expert_query_key_value\.weight:k differs from what the recipe gives"
     ):
         verify(tmp_path / "out")
+
+
+def test_inspect_shows_mapped_updates(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models = family_of_three
+    with pytest.raises(RecipeError, match="inspect shows updates of a base, but linear has none"):
+        inspect(recipe(models["target"], models["donor"]))
+    more = {"merge_method": "ssam", "parameters": {"rank": 4}}
+    found = inspect(recipe(models["target"], models["donor"], base_model=str(models["base"]), **more))
+    assert [one.label for one in found.specialists] == ["target", "donor"] and found.base == "base"
+    assert len(found.slots) == LAYERS * 14 and inspection_page(found).startswith("<!DOCTYPE html>")
+    content = more | {"base_model": str(models["base"]), "output": {"form": "full"}}
+    content["models"] = [{"model": str(models["language"])}, {"model": str(models["donor"])}]
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump(content))
+    plain = {slot.name: slot for slot in inspect(tmp_path / "plain.yaml").slots}
+    across = {slot.name: slot for slot in found.slots}
+    layer = "model.layers.1.self_attn."
+    one, other = across[f"{layer}language_expert_query_key_value.weight:v"], plain[f"{layer}v_proj.weight"]
+    assert one.merged_norm == other.merged_norm and one.pairs[0].cosine == other.pairs[0].cosine
 
 
 def test_updates_of_a_base_give_the_interpolation_too(
@@ -716,6 +764,95 @@ def test_bases_are_mapped_in_either_form(
     assert all(
         torch.equal(tensor, weights(tmp_path / "reference")[name]) for name, tensor in weights(tmp_path / "tsv").items()
     )
+
+
+def write_adapter(folder: Path, base: Path, weights_of: Callable[[str], bool]) -> tuple[Path, dict[str, Tensor]]:
+    """A LoRA of some linear weights, and the updates that it holds."""
+    generator, tensors, updates = torch.Generator().manual_seed(9), {}, {}
+    for name, tensor in weights(base).items():
+        if name.startswith("model.layers.") and tensor.ndim == 2 and weights_of(name):
+            a, b = (
+                torch.randn(2, tensor.shape[1], generator=generator),
+                torch.randn(len(tensor), 2, generator=generator),
+            )
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+            updates[name] = 4 / 2 * b @ a
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    leaves = sorted({name.rsplit(".", 2)[1] for name in updates})
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": leaves,
+        "base_model_name_or_path": str(base),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, updates
+
+
+@pytest.mark.parametrize("base", ["base", "target"])
+def test_an_adapter_of_the_base_is_a_donor(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path, base: str
+) -> None:
+    """A LoRA of a plain decoder into both experts of a CogVLM; a LoRA of a CogVLM into a plain decoder."""
+    models = family_of_three
+    target = models["target" if base == "base" else "donor"]
+    adapter, updates = write_adapter(tmp_path / "lora", models[base], lambda name: "vision.transformer" not in name)
+    more = {"base_model": str(models[base]), "merge_method": "task_arithmetic", "parameters": {}}
+    merge(recipe(target, adapter, **more), tmp_path / "out")
+    assert verify(tmp_path / "out").layers == 12
+    before, after = weights(target), weights(tmp_path / "out")
+    plain = weights(models["donor"])
+    for name in (n for n in plain if n.startswith("model.layers.") and plain[n].ndim == 2):
+        for owner in ("language", "vision"):
+            if base == "base":
+                wanted, found = expert(before, name, owner) + updates[name], expert(after, name, owner)
+            else:
+                wanted, found = before[name] + expert(updates, name, "language"), after[name]
+            assert torch.allclose(found, wanted, atol=1e-5), name
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed and all(before[name].ndim == 2 and "embed" not in name and "head" not in name for name in changed)
+    rows = {(fate.source, fate.tensor): fate for fate in plan(load_recipe(tmp_path / "out" / "recipe.yaml")).fates}
+    stem = next(iter(updates)).removesuffix(".weight")
+    for side in "AB":
+        assert rows["lora", f"base_model.model.{stem}.lora_{side}.weight"].fate == "merged"
+    if base == "target":  # what is updated for image tokens only has no place in a plain decoder
+        stem = "base_model.model.model.layers.0.mlp.vision_mlp.up_proj"
+        assert rows["lora", f"{stem}.lora_A.weight"].detail == "updates what the target keeps"
+
+
+def test_adapters_that_cannot_be_donors(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models = family_of_three
+    adapter, _ = write_adapter(tmp_path / "lora", models["base"], lambda name: "q_proj" in name)
+    with pytest.raises(RecipeError, match="lora is an adapter, an update of a base: add base_model"):
+        plan(load_recipe(recipe(models["target"], adapter)))
+    more = {"base_model": str(models["base"]), "merge_method": "ssam", "parameters": {}}
+    message = (
+        r"lora specialist: has no update of model\.layers\.0\.mlp\.language_mlp\..* the target has; say `missing: zero`"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        plan(load_recipe(recipe(models["target"], adapter, **more)))
+    planned = plan(load_recipe(recipe(models["target"], adapter, **more, missing="zero")))
+    changing = {job.slot for job in planned.jobs if job.kind != "keep"}
+    assert changing == {
+        f"model.layers.{i}.self_attn.{o}_expert_query_key_value.weight"
+        for i in range(LAYERS)
+        for o in ("language", "vision")
+    }
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.model.norm.weight": torch.ones(WIDTH)}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"lora: .*norm\.weight is a whole tensor beside the adapter's; merge the adapter"
+    ):
+        plan(load_recipe(recipe(models["target"], adapter, **more, missing="zero")))
+    with pytest.raises(
+        CheckpointError, match=r"lora_A.weight updates model.layers.0.self_attn.q_proj.weight, which the base"
+    ):
+        plan(load_recipe(recipe(models["donor"], adapter, **more | {"base_model": str(models["target"])})))
 
 
 def test_policies_across_architectures(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
