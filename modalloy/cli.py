@@ -110,6 +110,8 @@ def merge(
         print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
         return
     print(f"plan     {report.plan.summary()}")
+    for label, kin in report.plan.kinship.items():
+        print(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
