@@ -167,7 +167,8 @@ def _at_sources(path: Path, recipe: Recipe) -> tuple[dict[str, str], list[str], 
     ):
         return {key: str(place) for key, place in starts.items()}, models, fishers, encoders
     raise CheckpointError(
-        f"{path}: does not name a {' and a '.join(wanted.values())} and {n} specialists; merge again, or remove the file to check hashes only"
+        f"{path}: does not name a {' and a '.join(wanted.values())} and {n} specialists; merge again, or remove the file to "
+        "check hashes only"
     )
 
 

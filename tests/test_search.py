@@ -147,7 +147,6 @@ def test_axes(folder: Path) -> None:
         ("balance", ("none", "updates")),
     ]
     assert [axis.ordered for axis in given] == [True, False, True, False]
-    assert [axis.even for axis in given] == [False, False, True, False]
     planned = plan(recipe)
     found = {axis.name: axis.values for axis in default_axes(planned)}
     assert found == {"scale": (0.25, 0.5, 0.75, 1.0), "rank": (1, 2, 4, 8)}  # n = 2, r = 4
