@@ -1,6 +1,6 @@
-"""Can λ and k be chosen without labels? Three objectives on the built-in four-way merge, against labelled accuracy.
+"""Can λ and k be chosen without labels? What `modalloy search` offers, on the built-in four-way merge, against labelled accuracy.
 
-    python benchmarks/search.py --data DIR [--probes N] [--labelled N] [--out DIR]
+    python benchmarks/search.py --data DIR [--probes N] [--labelled N] [--out DIR] [--embedder MODEL]
 
 Questions are of the `senses` benchmark's validation set (about files that the specialists were trained on; the merge saw
 none). N of every cell are the probes, whose answers no label is read for, except by the objective `labels`; N others of every
@@ -27,8 +27,8 @@ from modalloy.evals.benchmark import Sample, Source
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.senses import samples
 from modalloy.search import search
+from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import grouped, spearman
-from modalloy.search.run import Found, Sweep
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "senses-ssam.yaml"
 AXES = ("scale=0.125:1.0:0.125", "rank=1,2,4,8,16,32")
@@ -37,7 +37,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "consistency, union": {"variant": "union"},
     "consistency, one-sided": {"variant": "one-sided"},
     "consistency, sum, exact": {"variant": "sum", "match": "exact"},
+    "consistency, sum, embedding": {"match": "embedding"},
+    "consistency, sum, top1": {"match": "top1"},
+    "consistency, sum, mean over senses": {"aggregate": "senses"},
+    "consistency, sum, worst of the senses": {"aggregate": "minimax"},
     "agreement": {"objective": "agreement"},
+    "agreement, mean over senses": {"objective": "agreement", "aggregate": "senses"},
+    "agreement, worst of the senses": {"objective": "agreement", "aggregate": "minimax"},
     "labels (of the probes)": {"objective": "labels"},
 }
 
@@ -49,6 +55,7 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=6, help="of every cell")
     parser.add_argument("--labelled", type=int, default=20, help="others of every cell")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--embedder", default="builtin:smollm2-135m-instruct", help="of the embedding match")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     probes, labelled = write_probes(args.data, args.out, args.probes, args.labelled)
@@ -69,6 +76,7 @@ def main() -> None:
             max_new_tokens=12,
             batch_size=8,
             cache=cache,
+            embedder=args.embedder,
             resume=True,
             on_answer=report,
             **options,

@@ -201,7 +201,7 @@ def _write_model(size: Size, dtype: torch.dtype, draw: Draw, folder: Path) -> No
         filled += n_bytes
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for file, shapes in zip(files, shards, strict=True):
-        _write_tensors(folder / file, shapes, dtype, draw)
+        write_tensors(folder / file, shapes, dtype, draw)
     where = {name: file for file, shapes in zip(files, shards, strict=True) for name in shapes}
     total = sum(math.prod(shape) for shape in size.tensors().values()) * dtype.itemsize
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -259,10 +259,10 @@ def _write_factors(
     def draw(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         return normals(f"{index} {name}", shape, 0.0, std["B" if ".lora_B." in name else "A"])
 
-    _write_tensors(folder / "adapter_model.safetensors", shapes | dict(others), torch.float16, draw)
+    write_tensors(folder / "adapter_model.safetensors", shapes | dict(others), torch.float16, draw)
 
 
-def _write_tensors(path: Path, shapes: Shapes, dtype: torch.dtype, draw: Draw) -> None:
+def write_tensors(path: Path, shapes: Shapes, dtype: torch.dtype, draw: Draw) -> None:
     """A safetensors file, written block by block: the length of the header, the header, then the tensors by name.
 
     The library's own writer sorts them so too: `layers.10` comes before `layers.2`, and a reader has to cope with it.

@@ -110,6 +110,8 @@ def merge(
         print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
         return
     print(f"plan     {report.plan.summary()}")
+    for label, kin in report.plan.kinship.items():
+        print(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
@@ -431,7 +433,15 @@ def search(
     ] = None,
     objective: Annotated[str, typer.Option(help="consistency (no labels), labels, or agreement")] = "consistency",
     variant: Annotated[str, typer.Option(help="of consistency: sum, union or one-sided")] = "sum",
-    match: Annotated[str, typer.Option(help="how answers are compared: normalised or exact")] = "normalised",
+    match: Annotated[
+        str, typer.Option(help="how consistency compares answers: normalised, exact, embedding or top1")
+    ] = "normalised",
+    embedder: Annotated[
+        str, typer.Option(help="model of --match embedding: folder or hub id")
+    ] = "sentence-transformers/all-MiniLM-L6-v2",
+    aggregate: Annotated[
+        str, typer.Option(help="of probes: probes (mean), senses (mean of each group's) or minimax (worst group)")
+    ] = "probes",
     strategy: Annotated[str, typer.Option(help="auto, grid, coordinate, tpe or random")] = "auto",
     trials: Annotated[int, typer.Option(min=1, help="candidates that tpe or random may try")] = 30,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
@@ -446,14 +456,12 @@ def search(
     """Choose λ, k, α, weights or any parameter of a recipe by asking candidates questions, with few or no labels."""
     _choice("--device", device, DEVICES)
     _choice("--dtype", dtype, DTYPES)
-    _choice("--variant", variant, ("sum", "union", "one-sided"))
-    _choice("--match", match, ("normalised", "exact"))
     from modalloy.evals.features import FeatureCache
     from modalloy.merge import resolve_device
     from modalloy.report.search import text
     from modalloy.search import search as run
 
-    with progress("search") as on_answer:
+    with progress("search") as on_answer, _kept(out):
         found = run(
             recipe,
             probe,
@@ -462,6 +470,8 @@ def search(
             objective=cast(Any, objective),
             variant=cast(Any, variant),
             match=cast(Any, match),
+            embedder=embedder,
+            aggregate=cast(Any, aggregate),
             strategy=strategy,
             trials=trials,
             max_new_tokens=max_new_tokens,

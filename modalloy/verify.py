@@ -152,7 +152,8 @@ def _at_sources(path: Path, recipe: Recipe) -> tuple[dict[str, str], list[str], 
     the result was merged."""
     sources, n = read_json(path), len(recipe.models)
     labels = {"base_model": "base", "target": "target"}
-    starts = {key: sources.get(label) for key, label in labels.items() if getattr(recipe, key)}
+    wanted = {key: label for key, label in labels.items() if getattr(recipe, key)}
+    starts = {key: sources.get(label) for key, label in wanted.items()}
     models, fishers, encoders = (sources.get(key) for key in ("specialists", "fishers", "encoders"))
     if (
         isinstance(models, list)
@@ -166,7 +167,8 @@ def _at_sources(path: Path, recipe: Recipe) -> tuple[dict[str, str], list[str], 
     ):
         return {key: str(place) for key, place in starts.items()}, models, fishers, encoders
     raise CheckpointError(
-        f"{path}: does not name {' and '.join(starts)} and {n} specialists; merge again, or remove the file to check hashes only"
+        f"{path}: does not name a {' and a '.join(wanted.values())} and {n} specialists; merge again, or remove the file to "
+        "check hashes only"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from modalloy import cli
 from modalloy.delta import LowRank, norm
 from modalloy.errors import ModalloyError, RecipeError
 from modalloy.merge import merged_delta
+from modalloy.model.chat import user_message
 from modalloy.model.routing import TEXT
 from modalloy.plan import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import Server, distance
+from modalloy.search.found import Found, Sweep
 from modalloy.search.probes import read_probes
-from modalloy.search.run import Found, Sweep
 from modalloy.search.space import Axis, applied, default_axes, parse_axes, start
 
 SCALES = "scale=0.25:1.25:0.25"
@@ -145,7 +147,6 @@ def test_axes(folder: Path) -> None:
         ("balance", ("none", "updates")),
     ]
     assert [axis.ordered for axis in given] == [True, False, True, False]
-    assert [axis.even for axis in given] == [False, False, True, False]
     planned = plan(recipe)
     found = {axis.name: axis.values for axis in default_axes(planned)}
     assert found == {"scale": (0.25, 0.5, 0.75, 1.0), "rank": (1, 2, 4, 8)}  # n = 2, r = 4
@@ -207,10 +208,42 @@ def test_agreement_is_the_likelihood_of_the_parents_words(run: Callable[..., Fou
     assert found.cost["generated"] == 3  # by the image specialist, once
 
 
+def test_differences_by_meaning_and_by_teacher_forced_tokens(
+    run: Callable[..., Found], base: Path, server: Server, tmp_path: Path
+) -> None:
+    out, scales = tmp_path / "found", "scale=0:3:1"
+    plain = run(out, vary=[scales])
+    found = run(out, vary=[scales], match="embedding", embedder=str(base), resume=True)
+    assert found.settings["embedder"] == str(base)
+    other, apart = (np.nan_to_num(one.sweeps[0].loss) for one in (plain, found))
+    assert (apart <= 2 * other + 1e-9).all() and not np.isin(apart, (0, 1, 2)).all()
+
+    (forced,) = run(out, vary=[scales], match="top1", resume=True, aggregate="senses").sweeps
+    assert not forced.health and forced.accuracy is None
+    lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
+    said = {line["probe"]: line["text"] for line in lines if line.get("model") == "{}" and "predicted" not in line}
+    one = next(line for line in lines if line.get("model") == '{"scale": 1.0}' and line.get("predicted"))
+    probe = next(
+        probe for probe in read_probes(server.planned.recipe.folder / "probe.jsonl") if probe.id == one["probe"]
+    )
+    server.serve({"scale": 1.0})
+    chat = server.chat
+    prompt = chat.prompt(user_message(probe.text, probe.media))
+    ids = chat.processor.tokenizer.encode(said[probe.id], add_special_tokens=False)
+    expected = []
+    for end in range(len(ids) + 1):  # one token after the other
+        inputs = chat._inputs([replace(prompt, ids=prompt.ids + ids[:end], owners=prompt.owners + [0] * end)])
+        with torch.no_grad():
+            expected.append(int(chat.model(**inputs).logits[0, -1].argmax()))
+    assert one["predicted"] == expected
+
+
 def test_what_is_degenerate_is_named_and_not_chosen() -> None:
     axis, loss = Axis("scale", (0.5, 1.0)), np.array([[0.0, 0.0], [1.0, 0.0]])
     found = Sweep([axis], [{"scale": 0.5}, {"scale": 1.0}], [(0,), (1,)], loss, None, disqualified=["50% empty", ""])
     assert found.chosen == 1 and found.warnings()[0] == "scale = 0.5 is out: 50% empty"
+    few = Sweep([axis], found.candidates, found.points, np.array([[1.0] * 2 + [0.0] * 7, [0.0] * 9]), (1,))
+    assert few.warnings() == ["scale: only 2 of 9 probes tell the candidates apart; ask harder ones"]
     none = Sweep([axis], [{"scale": 0.5}], [(0,)], loss[:1].copy(), None, disqualified=["50% empty"])
     assert none.chosen is None and none.warnings() == [
         "scale = 0.5 is out: 50% empty",
@@ -221,6 +254,10 @@ def test_what_is_degenerate_is_named_and_not_chosen() -> None:
 def test_samplers(run: Callable[..., Found], tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     options = {"vary": ["scale=0.5,1,2", "rank=1,2,4"], "objective": "labels", "strategy": "tpe", "trials": 4}
+    with pytest.raises(
+        ModalloyError, match="--aggregate senses: compares a candidate with all others, and --strategy tpe"
+    ):
+        run(tmp_path / "c", **options, aggregate="senses")
     found = [run(tmp_path / name, **options) for name in "ab"]
     assert found[0].chosen == found[1].chosen and len(found[0].sweeps[0].points) <= 4
 
@@ -275,7 +312,10 @@ def test_bad_probes(
         (("--vary", "balance=none,updates"), "'none' is no number; use --objective labels or agreement"),
         (("--strategy", "grid"), "consistency compares neighbours along one axis; use --strategy coordinate"),
         (("--objective", "label"), "did you mean 'labels'?"),
-        (("--variant", "product"), "known: sum, union, one-sided"),
+        (("--variant", "product"), "known: one-sided, sum, union"),
+        (("--match", "embeding"), "did you mean 'embedding'?"),
+        (("--match", "embedding", "--embedder", "no-such-folder"), "--embedder no-such-folder: no such folder"),
+        (("--aggregate", "worst"), "known: minimax, probes, senses"),
     ],
 )
 def test_bad_options(

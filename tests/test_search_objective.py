@@ -1,20 +1,26 @@
 """What a search compares, on tables of answers made by hand: AdaMMS' three criteria, ties, guards, stability."""
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from modalloy.evals.benchmark import Sample
 from modalloy.search.objective import (
+    Aggregate,
     Health,
+    Table,
     choose,
     compared,
     degenerate,
     health,
     inconsistency,
+    scripts,
     spearman,
     stability,
+    totals,
 )
 
 # five candidates × four probes; the answers change at different places
@@ -25,6 +31,7 @@ ANSWERS = [
     ["b", "y", "q", "3"],
     ["c", "z", "p", "3"],
 ]
+CHANGED = np.array([[a != b for a, b in zip(*pair, strict=True)] for pair in itertools.pairwise(ANSWERS)], dtype=float)
 
 
 def shares(*values: float) -> list[float]:
@@ -32,7 +39,7 @@ def shares(*values: float) -> list[float]:
 
 
 def test_the_three_published_criteria_on_one_table() -> None:
-    total, union, one = (inconsistency(ANSWERS, variant).mean(1) for variant in ("sum", "union", "one-sided"))
+    total, union, one = (inconsistency(CHANGED, variant).mean(1) for variant in ("sum", "union", "one-sided"))
     assert total[1:-1].tolist() == shares(4, 3, 4)  # Algorithm 1 adds both neighbours
     assert union[1:-1].tolist() == shares(3, 3, 3)  # appendix B asks whether either differs
     assert one[1:].tolist() == shares(2, 2, 1, 3)  # the published script looks back only
@@ -43,17 +50,17 @@ def test_the_three_published_criteria_on_one_table() -> None:
 
 def test_criteria_choose_differently() -> None:
     points = [(index,) for index in range(5)]
-    picks = [choose(points, inconsistency(ANSWERS, v).mean(1).tolist())[0] for v in ("sum", "union", "one-sided")]
+    picks = [choose(points, inconsistency(CHANGED, v).mean(1).tolist())[0] for v in ("sum", "union", "one-sided")]
     assert picks == [2, 2, 3]
-    assert choose(points, inconsistency(ANSWERS, "union").mean(1).tolist()) == (2, [1, 2, 3])
+    assert choose(points, inconsistency(CHANGED, "union").mean(1).tolist()) == (2, [1, 2, 3])
 
 
 def test_uneven_steps_count_by_their_length() -> None:
     # the same change over a step of three is a third as much as over a step of one
-    loss = inconsistency([["a"], ["b"], ["c"], ["d"]], "sum", steps=[1.0, 1.0, 4.0])
+    loss = inconsistency(np.ones((3, 1)), "sum", steps=[1.0, 1.0, 4.0])
     assert loss[1:-1, 0].tolist() == [2 + 2, 2 + 0.5]
-    assert inconsistency(ANSWERS, "sum", steps=[3.0] * 4)[1:-1] == pytest.approx(inconsistency(ANSWERS, "sum")[1:-1])
-    assert np.isnan(inconsistency(ANSWERS[:2], "sum")).all()
+    assert inconsistency(CHANGED, "sum", steps=[3.0] * 4)[1:-1] == pytest.approx(inconsistency(CHANGED, "sum")[1:-1])
+    assert np.isnan(inconsistency(CHANGED[:1], "sum")).all()
 
 
 @pytest.mark.parametrize(
@@ -79,24 +86,72 @@ def test_plateaus_of_a_grid() -> None:
         choose(points, [math.nan] * 9)
 
 
+def test_differences_by_degree() -> None:
+    changed = np.array([[0.1, 0.9], [0.4, 0.2]])
+    assert inconsistency(changed, "sum")[1].tolist() == pytest.approx([0.5, 1.1])
+    assert inconsistency(changed, "union")[1].tolist() == [0.4, 0.9]
+    assert inconsistency(changed, "one-sided")[1:].tolist() == changed.tolist()
+
+
+# three candidates × six probes, of which four are pictures
+LOSS = np.array([[1.0, 1, 0, 0, 0.2, 0.2], [0, 1, 1, 1, 0.1, 0.1], [0, 0, 0, 1, 0.4, 0.6], [math.nan] * 6])
+SENSES = ["image"] * 4 + ["audio"] * 2
+
+
+def test_groups_count_alike_and_in_their_own_units() -> None:
+    def found(aggregate: Aggregate, loss: Table = LOSS) -> list[float]:
+        return totals(loss, SENSES, aggregate)[0].tolist()
+
+    assert found("probes")[:3] == pytest.approx([2.4 / 6, 3.2 / 6, 2 / 6])
+    image, audio = np.array([0.5, 0.75, 0.25]) / 0.5, np.array([0.2, 0.1, 0.5]) / (0.8 / 3)
+    assert found("senses")[:3] == pytest.approx((image + audio) / 2)
+    assert found("minimax")[:3] == pytest.approx(np.maximum(image, audio))
+    assert all(math.isnan(found(aggregate)[3]) for aggregate in ("probes", "senses", "minimax"))
+    scaled = LOSS * np.where(np.array(SENSES) == "audio", 100, 1)  # another unit of one group
+    assert found("senses", scaled)[:3] == pytest.approx(found("senses")[:3])
+    assert found("minimax", scaled)[:3] == pytest.approx(found("minimax")[:3])
+    assert found("senses", LOSS * 0)[:3] == [0, 0, 0]
+
+
 def test_stability_counts_choices_over_resampled_probes() -> None:
     points = [(0,), (1,)]
-    certain = np.array([[0.0] * 8, [1.0] * 8])
-    assert stability(certain, lambda losses: choose(points, losses)[0]) == [1.0, 0.0]
+
+    def shares_of(loss: Table, aggregate: Aggregate = "probes", groups: Sequence[str] = ()) -> list[float]:
+        return stability(loss, groups, aggregate, lambda losses: choose(points, losses)[0])
+
+    assert shares_of(np.array([[0.0] * 8, [1.0] * 8])) == [1.0, 0.0]
     even = np.array([[0.0, 1.0] * 8, [1.0, 0.0] * 8])
-    found = stability(even, lambda losses: choose(points, losses)[0])
+    found = shares_of(even)
     assert sum(found) == 1 and 0.3 < found[1] < 0.5  # ties go to the first
-    assert found == stability(even, lambda losses: choose(points, losses)[0])
+    assert found == shares_of(even)
+    # probes that are alike within their group: resampling within groups changes nothing
+    parted = np.array([[0.0] * 4 + [1.0] * 4, [1.0] * 4 + [0.5] * 4])
+    groups = ["image"] * 4 + ["audio"] * 4
+    assert 0.5 < shares_of(parted, "probes", groups)[0] < 1
+    assert max(shares_of(parted, "senses", groups)) == max(shares_of(parted, "minimax", groups)) == 1
 
 
 def test_guards_are_relative_to_the_best_of_parents_and_candidates() -> None:
-    fine, silent = Health(0.0, 0.1, 0.0, 0.3), Health(0.9, 0.1, 0.0, 0.9)
+    fine, silent = Health(0.0, 0.1, 0.0, 0.3, 0.0), Health(0.9, 0.1, 0.0, 0.9, 0.0)
     assert degenerate([fine, silent]) == ["", "90% of its answers are empty; 90% of its answers are the same"]
-    wordy = Health(0.0, 1.0, 0.0, 0.3)
+    wordy = Health(0.0, 1.0, 0.0, 0.3, 0.0)
     assert degenerate([wordy, wordy]) == ["", ""]  # a model that always speaks up to the limit
     assert degenerate([wordy, wordy], [fine]) == ["100% of its answers are over-long"] * 2
     loop = "so it is and so it is and so it is and so it is"
-    assert health(["", "Yes", "yes", loop], [False, False, False, True]) == Health(0.25, 0.25, 0.25, 0.5)
+    found = health(["", "Yes", "yes", loop], [False, False, False, True], {"LATIN"})
+    assert found == Health(0.25, 0.25, 0.25, 0.5, 0.0)
+
+
+def test_drift_to_another_script_is_a_guard() -> None:
+    known = scripts(["What is this? 1, 2, 3!", "это собака", "犬"])
+    assert known == {"LATIN", "CYRILLIC", "CJK"}
+    drifted = health(["a dog", "собака", "這是 αβγδ"], [False] * 3, {"LATIN", "CJK"})
+    assert drifted.foreign == 10 / 16
+    assert health(["", "12 !"], [False] * 2, set()).foreign == 0
+    assert degenerate([drifted, health(["a dog", "a cat"], [False] * 2, {"LATIN"})]) == [
+        "62% of its letters are of a script that neither the questions nor the specialists use",
+        "",
+    ]
 
 
 def test_answers_are_compared_as_asked() -> None:

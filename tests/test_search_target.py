@@ -233,7 +233,7 @@ def test_images_are_asked_about(folder: Path) -> None:
         likeliest.append(int(nats.argmax()))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    assert scores[1] == pytest.approx(total, abs=1e-4) and chat._predict([prompts[0]], [ids]) == [likeliest]
+    assert scores[1] == pytest.approx(total, abs=1e-4) and chat.predict([prompts[0]], ["cat dog"]) == [likeliest]
     shown = {index: user_message(question, [("image", folder / f"{index}.png")]) for index in range(2)}
     assert chat.score_options(shown[0], ["cat dog"]) == scores[1:] != chat.score_options(shown[1], ["cat dog"])
     assert len(chat.continuations([question], [[" dog", " cat"]])[0]) == 2
@@ -249,13 +249,15 @@ def test_from_start_to_a_recipe(folder: Path, tmp_path: Path, monkeypatch: pytes
     found = search(*paths, **options)
     (sweep,) = found.sweeps
     assert [candidate["alpha"] for candidate in sweep.candidates] == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    assert np.isnan([sweep.losses[0], sweep.losses[-1]]).all() and sweep.default == (1,)
+    assert np.isnan([sweep.losses[0], sweep.losses[-1]]).all() and sweep.default == (1,) and sweep.steps is None
     probes = len(paths[1].read_text().splitlines())
     assert (
         found.cost["merges"] == 7 and found.cost["generated"] == 7 * probes
     )  # the target's answers are those of α = 0
     assert found.cost["published_way"]["written_bytes"] == 7 * plan(load_recipe(paths[0])).write_bytes
-    assert f"alpha = {found.chosen['alpha']:g}" in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert f"<h1>alpha = {found.chosen['alpha']:g}</h1>" in page
+    assert f"Merged into {name}: alpha is the weight of the donors, 0 = target unchanged" in page
     chosen = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert chosen.parameters == found.chosen == json.loads((tmp_path / "out" / "search.json").read_text())["chosen"]
     modalloy.merge(chosen, tmp_path / "merged", jobs=1)
@@ -266,6 +268,13 @@ def test_from_start_to_a_recipe(folder: Path, tmp_path: Path, monkeypatch: pytes
     assert [one.to_dict() for one in again.sweeps] == [one.to_dict() for one in found.sweeps]
     monkeypatch.setattr("modalloy.search.target.load_model", None)  # a finished search loads none
     assert search(*paths, **options, resume=True, vary=["alpha=0:0.4:0.1"]).chosen["alpha"] < 0.4
+
+
+def test_steps_of_alpha_are_even_though_tensors_are_rounded(folder: Path, tmp_path: Path) -> None:
+    content = load_recipe(folder / "text.yaml").model_dump() | {"output": {"form": "full", "dtype": "bfloat16"}}
+    recipe, vary = Recipe(**content, folder=folder), ["alpha=0.1:0.5:0.1"]
+    found = search(recipe, folder / "text.jsonl", tmp_path / "out", max_new_tokens=1, vary=vary)
+    assert found.sweeps[0].steps is None
 
 
 def test_agreement_with_the_target(folder: Path, tmp_path: Path) -> None:

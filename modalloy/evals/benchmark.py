@@ -82,10 +82,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model gave: generated text (stripped, "" if nothing was generated), and nats of each of `Sample.options`."""
+    """What a model gave: generated text (stripped, "" if nothing was generated), and nats of each of `Sample.options`, or
+    the token that it finds likeliest at every place of the first of them."""
 
     text: str = ""
     likelihoods: tuple[float, ...] = ()
+    predicted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

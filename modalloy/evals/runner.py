@@ -86,9 +86,18 @@ def identify(model: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def answers(
-    chat: ChatModel, todo: list[tuple[int, Sample]], max_new_tokens: int, batch_size: int, cache: FeatureCache
+    chat: ChatModel,
+    todo: list[tuple[int, Sample]],
+    max_new_tokens: int,
+    batch_size: int,
+    cache: FeatureCache,
+    *,
+    predict: bool = False,
 ) -> Iterator[list[Entry]]:
-    """Entries of the samples, batch by batch. The prompts of a batch have the same modalities and are of like length."""
+    """Entries of the samples, batch by batch. The prompts of a batch have the same modalities and are of like length.
+
+    `predict` asks for the likeliest token at every place of a sample's one option, not for its likelihood.
+    """
     waiting: dict[str, Batch] = {}
     for index, sample in todo:
         start = time.perf_counter()
@@ -101,23 +110,26 @@ def answers(
         batch = waiting.setdefault(key, [])
         batch.append((index, sample, prompt))
         if len(batch) == batch_size:
-            yield _answer(chat, waiting.pop(key), max_new_tokens)
+            yield _answer(chat, waiting.pop(key), max_new_tokens, predict)
     for batch in waiting.values():
-        yield _answer(chat, batch, max_new_tokens)
+        yield _answer(chat, batch, max_new_tokens, predict)
 
 
-def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int) -> list[Entry]:
+def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int, predict: bool) -> list[Entry]:
     """Entries of one batch; a batch that does not fit the memory or the context is asked one by one."""
     start = time.perf_counter()
     prompts = [prompt for _, _, prompt in batch]
     try:
-        if batch[0][1].options:
+        if predict:
+            found = chat.predict(prompts, [sample.options[0] for _, sample, _ in batch])
+            given = [(Answer(predicted=tuple(ids)), 0) for ids in found]
+        elif batch[0][1].options:
             given = [(Answer(likelihoods=tuple(found)), 0) for found in _likelihoods(chat, batch)]
         else:
             given = [(Answer(text=text), n) for text, n in chat.generate(prompts, max_new_tokens=max_new_tokens)]
     except (torch.OutOfMemoryError, LengthError) as error:
         if len(batch) > 1:
-            return list(itertools.chain.from_iterable(_answer(chat, [one], max_new_tokens) for one in batch))
+            return list(itertools.chain.from_iterable(_answer(chat, [one], max_new_tokens, predict) for one in batch))
         index, sample, prompt = batch[0]
         reason, status = str(error).split("\n")[0], "too_long" if isinstance(error, LengthError) else "oom"
         return [_entry(index, sample, status=status, error=reason, start=start, prompt=prompt)]

@@ -28,7 +28,7 @@ from modalloy.fit import check_base, check_shapes
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 512  # so that the copy stays in the cache
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
     parts = [(ref, piece.source_rows, piece.rows) for ref, piece in zip(sources, mapped.pieces, strict=True)]
     rest = remaining((piece.rows for piece in mapped.pieces), height)
     if rest:  # tokens that only the target has, and padding
-        parts.append((own, rest, rest))
+        parts.append((*_stretch(own, rest), rest))
     dtype = _floating(own).dtype if rest else _floating(sources[0]).dtype
     for ref in sources:
         dtype = torch.promote_types(dtype, _floating(ref).dtype)
@@ -283,6 +283,16 @@ def _rows(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
         return ref
     height = height_of(rows)
     return MappedRef(name, _floating(ref).dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
+
+
+def _stretch(ref: TensorRef, rows: Rows) -> tuple[TensorRef, Rows]:
+    """As little of a stored tensor as holds these rows, and where they are in it: padding is a small part of a vocabulary."""
+    if ref.begin < 0:  # not in one piece
+        return ref, rows
+    first, height = rows[0][0], rows[-1][1] - rows[0][0]
+    begin = ref.begin + first * ref.n_bytes // ref.shape[0]
+    less = replace(ref, shape=(height, *ref.shape[1:]), begin=begin)
+    return less, tuple((begin - first, end - first) for begin, end in rows)
 
 
 def _floating(ref: TensorRef) -> TensorRef:

@@ -116,9 +116,11 @@ class ChatModel:
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each prompt's options, each as the whole answer, its end token included."""
-        tokenizer = self.processor.tokenizer
-        ends = [[option + tokenizer.eos_token for option in own] for own in options]
-        return self._score(prompts, [[tokenizer.encode(end, add_special_tokens=False) for end in own] for own in ends])
+        return self._score(prompts, [[self._whole(option) for option in own] for own in options])
+
+    def predict(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
+        """The likeliest token at every place of each prompt's answer, given what comes before it; its end is a place too."""
+        return self._predict(prompts, [self._whole(answer) for answer in answers])
 
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
@@ -133,11 +135,23 @@ class ChatModel:
         cut = [[ids[len(prompt.ids) :] for ids in own] for prompt, own in zip(prompts, whole, strict=True)]
         return self._score(prompts, cut)
 
+    def _whole(self, answer: str) -> list[int]:
+        """Token ids of an answer and its end."""
+        tokenizer = self.processor.tokenizer
+        ids: list[int] = tokenizer.encode(answer + tokenizer.eos_token, add_special_tokens=False)
+        return ids
+
     def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
         for prompt, own in zip(prompts, options, strict=True):
             self._check_length(len(prompt.ids), max(map(len, own)))
         tensors = [[torch.tensor(ids) for ids in own] for own in options]
         return [scores.tolist() for scores in self.model.score_options(self._inputs(prompts), tensors)]
+
+    def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
+        for prompt, own in zip(prompts, answers, strict=True):
+            self._check_length(len(prompt.ids), len(own))
+        found = self.model.predict(self._inputs(prompts), [torch.tensor(own) for own in answers])
+        return [ids.tolist() for ids in found]
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
         """Token ids (prompts, tokens) of the padded prompts and their answers."""

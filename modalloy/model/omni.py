@@ -229,12 +229,23 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows = features.split(counts.tolist())
         return torch.cat([row for row in rows for _ in range(times)])
 
-    @torch.no_grad()
     def score_options(self, inputs: dict[str, Any], options: list[list[Tensor]]) -> list[Tensor]:
         """Log-likelihoods in nats (options,) of each prompt's options, token ids (tokens,) each. A prompt is run once.
 
         Prompts are padded on the left. Rows of any number of options may stand together.
         """
+        logits, ids, real = self._forced(inputs, options)
+        picked = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        return list((picked * real).sum(1).split([len(own) for own in options]))
+
+    def predict(self, inputs: dict[str, Any], continuations: list[Tensor]) -> list[Tensor]:
+        """The likeliest token (tokens,) at every place of each prompt's continuation, given what comes before it."""
+        logits, _, real = self._forced(inputs, [[one] for one in continuations])
+        return [row[own] for row, own in zip(logits.argmax(-1), real, strict=True)]
+
+    @torch.no_grad()
+    def _forced(self, inputs: dict[str, Any], options: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (all options, tokens, vocabulary) at every place of the options, the ids there, and which are no padding."""
         mask: Tensor = inputs["attention_mask"]
         lengths = mask.sum(1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -255,10 +266,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 input_ids=ids[:, :-1], attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True
             ).logits
             logits = torch.cat([logits, rest], 1)
-        logits = logits.float() if logits.dtype in HALF else logits
-        picked = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         real = torch.arange(ids.shape[1], device=device) < sizes
-        return list((picked * real).sum(1).split([len(own) for own in options]))
+        return logits.float() if logits.dtype in HALF else logits, ids, real
 
     @torch.no_grad()
     def fold(self) -> dict[str, float]:

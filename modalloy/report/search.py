@@ -17,9 +17,16 @@ td:first-child,th:first-child{text-align:left}tr.chosen{background:#ebf8ff;font-
 td,th{border-color:#2d3748}.note{color:#a0aec0}}
 """
 LOSSES = {
-    "consistency": "share of answers that differ from the neighbours'",
+    "normalised": "share of answers that differ from the neighbours'",
+    "exact": "share of answers that differ from the neighbours'",
+    "embedding": "1 − cosine of the answers and the neighbours'",
+    "top1": "share of tokens for which the neighbours expect others",
     "labels": "share of wrong answers",
     "agreement": "nats a token of the specialists' own answers",
+}
+AGGREGATES = {
+    "senses": ", mean over the senses' groups in units of a group's own mean",
+    "minimax": ", of the worst of the senses' groups in units of a group's own mean",
 }
 
 
@@ -33,12 +40,14 @@ def page(found: dict[str, Any]) -> str:
         f'<p class="note">{html.escape(found["method"])}, chosen by {_objective(found)} on {found["probes"]} probes '
         f"({html.escape(senses)}); the recipe has {html.escape(default)}</p>",
     ]
+    if "target" in found:
+        parts.append(f'<p class="note">{html.escape(target_words(found))}</p>')
     if found["warnings"]:
         parts.append("<ul>" + "".join(f"<li>{html.escape(one)}</li>" for one in found["warnings"]) + "</ul>")
     for sweep in found["sweeps"]:
         parts.append(f"<h2>{html.escape(' × '.join(sweep['axes']))}</h2>")
         if len(sweep["axes"]) == 1:
-            parts.append(_curve(sweep, LOSSES[found["objective"]]))
+            parts.append(_curve(sweep, _loss(found)))
         parts.append(_table(sweep))
         if sweep["duplicates"]:
             same = ", ".join(f"{value} as {shown(of)}" for value, of in sweep["duplicates"].items())
@@ -46,9 +55,7 @@ def page(found: dict[str, Any]) -> str:
         if sweep["steps"]:
             parts.append('<p class="note">Differences are divided by how far apart neighbouring merges are.</p>')
         if len(sweep["chosen_by_senses"]) > 1:
-            rows = {name: sweep["rows"][index]["candidate"] for name, index in sweep["chosen_by_senses"].items()}
-            alone = "; ".join(f"{name} {', '.join(shown(row[a]) for a in sweep['axes'])}" for name, row in rows.items())
-            parts.append(f'<p class="note">Chosen by the probes of these senses alone: {html.escape(alone)}.</p>')
+            parts.append(f'<p class="note">{html.escape(senses_words(sweep))}</p>')
         if (proxy := sweep["proxy"]) is not None:
             parts.append(f'<p class="note">{html.escape(proxy_words(proxy))}</p>')
     parts.append(f"<h2>Cost</h2><p>{html.escape(cost_words(found['cost']))}</p>")
@@ -70,10 +77,19 @@ def text(found: dict[str, Any]) -> str:
             lines.append(f"{mark} " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
         if (proxy := sweep["proxy"]) is not None:
             lines.append(proxy_words(proxy))
+        if len(sweep["chosen_by_senses"]) > 1:
+            lines.append(senses_words(sweep))
         lines.append("")
     lines += [f"warning  {one}" for one in found["warnings"]]
+    lines += [f"note     {target_words(found)}"] if "target" in found else []
     chosen = ", ".join(f"{name} = {shown(value)}" for name, value in found["chosen"].items())
     return "\n".join([*lines, f"cost     {cost_words(found['cost'])}", f"chosen   {chosen}"])
+
+
+def target_words(found: dict[str, Any]) -> str:
+    """What the figures of a merge with a target are measured from."""
+    alpha = "alpha is the weight of the donors, 0 = target unchanged; " if "alpha" in found["chosen"] else ""
+    return f"Merged into {found['target']}: {alpha}distances are from the target, not from a base."
 
 
 def shown(value: Any) -> str:
@@ -89,6 +105,13 @@ def proxy_words(proxy: dict[str, Any]) -> str:
     return said + ("." if rank is None else f"; Spearman of objective and accuracy {rank:+.2f}.")
 
 
+def senses_words(sweep: dict[str, Any]) -> str:
+    """What the probes of each combination of senses would choose by themselves."""
+    rows = {name: sweep["rows"][index]["candidate"] for name, index in sweep["chosen_by_senses"].items()}
+    alone = "; ".join(f"{name} {', '.join(shown(row[a]) for a in sweep['axes'])}" for name, row in rows.items())
+    return f"Chosen by the probes of these senses alone: {alone}."
+
+
 def cost_words(cost: dict[str, Any]) -> str:
     """What the search cost, and the estimate of the published way."""
     s, other = cost["seconds"], cost["published_way"]
@@ -101,19 +124,27 @@ def cost_words(cost: dict[str, Any]) -> str:
 
 
 def _objective(found: dict[str, Any]) -> str:
-    return found["objective"] + (f" ({found['variant']}, {found['match']} match)" if "variant" in found else "")
+    how = [found["variant"], f"{found['match']} match"] if "variant" in found else []
+    how += {"senses": ["mean over senses"], "minimax": ["worst of the senses"]}.get(found["aggregate"], [])
+    return found["objective"] + (f" ({', '.join(how)})" if how else "")
+
+
+def _loss(found: dict[str, Any]) -> str:
+    """What the loss is, in words."""
+    return LOSSES[found.get("match", found["objective"])] + AGGREGATES.get(found["aggregate"], "")
 
 
 def _cells(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a comparison."""
     accurate, healthy = "accuracy" in sweep["rows"][0], "health" in sweep["rows"][0]
-    head = [*sweep["axes"], "loss", "chosen in bootstrap", *(["accuracy"] if accurate else [])]
-    head += ["empty", "over-long", "repetitive", "same"] if healthy else []
+    head = [*sweep["axes"], "loss", "chosen in bootstrap", *(["accuracy"] if accurate else []), "from base"]
+    head += ["empty", "over-long", "repetitive", "same", "other script"] if healthy else []
     rows = []
     for row in sweep["rows"]:
         cells = [shown(row["candidate"][name]) for name in sweep["axes"]]
         cells += ["–" if row["loss"] is None else f"{row['loss']:.3f}", f"{row['chosen_in_bootstrap']:.0%}"]
         cells += [f"{row['accuracy']:.3f}"] if accurate else []
+        cells += [f"{row['distance_from_base']:.3g}"]
         cells += [f"{rate:.0%}" for rate in row["health"].values()] if healthy else []
         rows.append(cells)
     return head, rows

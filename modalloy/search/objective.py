@@ -3,10 +3,10 @@
 Lower is better, and NaN means that a candidate cannot be chosen. No model is needed here.
 """
 
-import itertools
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from modalloy.evals.sanity import is_repetitive
 from modalloy.evals.scoring import parse_letter, vqa_normalize
 
 Variant = Literal["sum", "union", "one-sided"]
-Match = Literal["normalised", "exact"]
+Match = Literal["normalised", "exact", "embedding", "top1"]
+Aggregate = Literal["probes", "senses", "minimax"]
 Table = NDArray[np.float64]  # (candidates, probes)
 Point = tuple[int, ...]  # place of a candidate on the axes
 SLACK = 0.2  # share of answers by which a candidate may be worse than the best rate of parents and candidates
@@ -28,28 +29,30 @@ TIE = 1e-9
 
 
 def compared(text: str, sample: Sample, match: Match) -> str:
-    """What of an answer is compared: "exact" the whole of it in lower case, as AdaMMS' code does; "normalised" the option
-    that it names where there are some, else the words as the VQA challenge compares them."""
+    """What of an answer must be the same: "exact" the whole of it in lower case, as AdaMMS' code does; "normalised" the
+    option that it names where there are some, else the words as the VQA challenge compares them."""
     if match == "exact":
         return text.lower()
     letter = parse_letter(text, sample.choices) if sample.choices else None
     return f"option {letter}" if letter is not None else vqa_normalize(text)
 
 
-def inconsistency(answers: Sequence[Sequence[str]], variant: Variant, steps: Sequence[float] | None = None) -> Table:
+def inconsistency(changed: Table, variant: Variant, steps: Sequence[float] | None = None) -> Table:
     """How much every candidate's answers (candidates in order, probes) differ from its neighbours' (AdaMMS 3.3).
 
-    - sum (Algorithm 1): the number of neighbours whose answer is another one: 0, 1 or 2
-    - union (appendix B): 1 if either neighbour's is
-    - one-sided (the published Qwen script): 1 if that of the candidate before is
+    - sum (Algorithm 1): the difference to both neighbours; of answers that are the same or not, 0, 1 or 2
+    - union (appendix B): the larger of the two; 1 if either answer is another one
+    - one-sided (the published Qwen script): the difference to the candidate before
 
-    The ends cannot be chosen: they lack a neighbour. `steps` are the distances of neighbours, where they are not alike:
-    a change counts the less the further apart they are, in units of the mean.
+    The ends cannot be chosen: they lack a neighbour.
+
+    Args:
+        changed: (candidates − 1, probes), how much the answers of neighbours differ: 0 or 1, or anything between.
+        steps: distances of neighbours, where they are not alike: a change counts the less the further apart they are, in
+            units of the mean.
     """
-    n, probes = len(answers), len(answers[0])
-    loss = np.full((n, probes), np.nan)
-    pairs = itertools.pairwise(answers)
-    changed = np.array([[float(a != b) for a, b in zip(*pair, strict=True)] for pair in pairs])
+    n = len(changed) + 1
+    loss = np.full((n, changed.shape[1]), np.nan)
     if n < (2 if variant == "one-sided" else 3):
         return loss
     weights = np.ones(n - 1) if steps is None else np.asarray(steps, dtype=np.float64) / np.mean(steps)
@@ -61,6 +64,32 @@ def inconsistency(answers: Sequence[Sequence[str]], variant: Variant, steps: Seq
     else:
         loss[1:-1] = np.maximum(changed[:-1], changed[1:]) / ((weights[:-1] + weights[1:]) / 2)[:, None]
     return loss
+
+
+def totals(loss: Table, groups: Sequence[str], aggregate: Aggregate, resamples: int = 0) -> Table:
+    """Loss of every candidate over all probes (1, candidates), or over bootstrap samples of them (resamples, candidates).
+
+    - probes: the mean over all of them
+    - senses: of every group of probes the mean, divided by its mean over the candidates that can be chosen, so that a
+      group whose answers change easily, or that is large, does not decide alone; then the mean over the groups
+    - minimax: the same, and the largest of the groups in place of their mean
+
+    Samples are drawn within a group, where groups count. A group in which no candidate loses anything is 0 for all.
+    """
+    everything = list(range(loss.shape[1]))
+    generator = np.random.default_rng(0)
+    means = []
+    for own in [everything] if aggregate == "probes" else grouped(groups).values():
+        even = np.full(len(own), 1 / len(own))
+        counts = generator.multinomial(len(own), even, resamples) if resamples else np.ones((1, len(own)))
+        means.append(counts @ loss[:, own].T / len(own))
+    found = np.stack(means)  # (groups, samples, candidates)
+    if aggregate == "probes":
+        return found[0]
+    able = ~np.isnan(found)
+    level = np.nansum(found, 2, keepdims=True) / np.maximum(able.sum(2, keepdims=True), 1)
+    found = found / np.where(level > 0, level, 1)
+    return found.mean(0) if aggregate == "senses" else found.max(0)
 
 
 def choose(points: Sequence[Point], losses: Sequence[float], default: Point | None = None) -> tuple[int, list[int]]:
@@ -109,36 +138,59 @@ def _plateaus(places: dict[Point, int]) -> list[dict[Point, int]]:
     return found
 
 
-def stability(loss: Table, choice: Callable[[Sequence[float]], int], *, seed: int = 0) -> list[float]:
+def stability(
+    loss: Table, groups: Sequence[str], aggregate: Aggregate, choice: Callable[[Sequence[float]], int]
+) -> list[float]:
     """Share of bootstrap samples of the probes in which each candidate is chosen."""
-    probes = loss.shape[1]
-    drawn = np.random.default_rng(seed).multinomial(probes, np.full(probes, 1 / probes), RESAMPLES)
-    chosen = Counter(choice(means) for means in (loss @ drawn.T / probes).T.tolist())
+    chosen = Counter(choice(losses) for losses in totals(loss, groups, aggregate, RESAMPLES).tolist())
     return [chosen[index] / RESAMPLES for index in range(len(loss))]
 
 
 @dataclass(frozen=True)
 class Health:
-    """Shares of a model's answers that are no answers."""
+    """Shares of a model's answers that are no answers, or not such as were to be expected."""
 
     empty: float
     cut: float  # as long as they may be
     repetitive: float
     same: float  # share of the most frequent answer
+    foreign: float  # share of the letters
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def health(texts: Sequence[str], at_limit: Sequence[bool]) -> Health:
-    """What share of the answers is empty, was cut at the length limit, repeats itself, or is one and the same."""
+def health(texts: Sequence[str], at_limit: Sequence[bool], scripts: Collection[str]) -> Health:
+    """What share of the answers is empty, was cut at the length limit, repeats itself, or is one and the same, and what share
+    of their letters is of none of the `scripts`."""
     n = len(texts)
+    letters = Counter(script for text in texts for script in _scripts(text))
     return Health(
         empty=sum(not re.search(r"\w", text) for text in texts) / n,
         cut=sum(at_limit) / n,
         repetitive=sum(map(is_repetitive, texts)) / n,
         same=max(Counter(text.lower() for text in texts).values()) / n,
+        foreign=sum(count for script, count in letters.items() if script not in scripts) / max(1, letters.total()),
     )
+
+
+def scripts(texts: Iterable[str]) -> set[str]:
+    """The scripts that texts are written in: LATIN, CYRILLIC, CJK, …"""
+    return {script for text in texts for script in _scripts(text)}
+
+
+def _scripts(text: str) -> list[str]:
+    """The script of every letter, as Unicode's name of it begins."""
+    return [unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()]
+
+
+REASONS = {
+    "empty": "of its answers are empty",
+    "cut": "of its answers are over-long",
+    "repetitive": "of its answers are repetitive",
+    "same": "of its answers are the same",
+    "foreign": "of its letters are of a script that neither the questions nor the specialists use",
+}
 
 
 def degenerate(candidates: Sequence[Health], parents: Sequence[Health] = ()) -> list[str]:
@@ -150,16 +202,11 @@ def degenerate(candidates: Sequence[Health], parents: Sequence[Health] = ()) -> 
     found = []
     for one in candidates:
         reasons = []
-        for name, words in (
-            ("empty", "empty"),
-            ("cut", "over-long"),
-            ("repetitive", "repetitive"),
-            ("same", "the same"),
-        ):
+        for name, words in REASONS.items():
             rate = getattr(one, name)
             least = min(getattr(other, name) for other in (*candidates, *parents))
             if rate > max(least + SLACK, COLLAPSED if name == "same" else 0.0):
-                reasons.append(f"{rate:.0%} of its answers are {words}")
+                reasons.append(f"{rate:.0%} {words}")
         found.append("; ".join(reasons))
     return found
 

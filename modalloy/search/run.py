@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,170 +23,36 @@ from modalloy.plan import Plan, plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.search import page
 from modalloy.search.candidates import Server, distance
+from modalloy.search.embedding import EMBEDDER, Embedder
+from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import (
+    Aggregate,
     Health,
     Match,
     Point,
     Table,
     Variant,
-    choose,
     compared,
     degenerate,
     grouped,
     health,
     inconsistency,
-    spearman,
-    stability,
+    scripts,
 )
 from modalloy.search.probes import read_probes
 from modalloy.search.space import Axis, Changes, applied, default_axes, parse_axes, relocated, start
 from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, serve_target, target_senses
-from modalloy.search.trials import SCHEMA, Trials
+from modalloy.search.trials import Trials
 
 Objective = Literal["consistency", "labels", "agreement"]
-OBJECTIVES = ("consistency", "labels", "agreement")
+OBJECTIVES = get_args(Objective)
 STRATEGIES = ("auto", "grid", "coordinate", "tpe", "random")
 PASSES = 2  # over the axes, coordinate by coordinate
 TARGET = "target"  # in the log: the model of α = 0
 SAME = 1e-4  # relative distance below which two merges are one
-STEADY = 0.5  # share of bootstrap samples with the same choice, below which the page warns
+FACTORS = ("alpha", "scale")  # of the whole update: their steps are known, and would be blurred by tensors of few bits
+ALIKE = 0.01  # steps between neighbours that differ by less count as even
 Line = dict[str, Any]
-
-
-@dataclass
-class Sweep:
-    """Candidates that were compared with each other: the values of one axis, or points of a grid."""
-
-    axes: list[Axis]
-    candidates: list[Changes]
-    points: list[Point]
-    loss: Table
-    default: Point | None
-    duplicates: dict[str, Any] = field(default_factory=dict)  # value → the value whose merge is the same
-    steps: list[float] | None = None
-    health: list[Health] = field(default_factory=list)
-    disqualified: list[str] = field(default_factory=list)
-    accuracy: list[float] | None = None
-    groups: list[str] = field(default_factory=list)  # of the probes
-
-    def __post_init__(self) -> None:
-        self.disqualified = self.disqualified or [""] * len(self.candidates)
-        self.loss[[bool(reason) for reason in self.disqualified]] = np.nan
-        self.losses = self.loss.mean(1).tolist()
-
-    @cached_property
-    def chosen(self) -> int | None:
-        """Index of the candidate of choice, None where none can be chosen."""
-        return None if np.isnan(self.losses).all() else choose(self.points, self.losses, self.default)[0]
-
-    @cached_property
-    def stability(self) -> list[float]:
-        """Share of bootstrap samples in which each candidate is chosen."""
-        if self.chosen is None:
-            return [0.0] * len(self.candidates)
-        return stability(self.loss, lambda losses: choose(self.points, losses, self.default)[0])
-
-    @property
-    def alone(self) -> dict[str, int]:
-        """Which candidate the probes of each combination of senses would choose by themselves."""
-        if self.chosen is None:
-            return {}
-        tables = {name: self.loss[:, own].mean(1).tolist() for name, own in grouped(self.groups).items()}
-        return {name: choose(self.points, losses, self.default)[0] for name, losses in tables.items()}
-
-    def warnings(self) -> list[str]:
-        """What is worth a look, in words."""
-        names, found = " × ".join(axis.name for axis in self.axes), []
-        for index, reason in enumerate(self.disqualified):
-            if reason:
-                found.append(f"{_shown(self.candidates[index], self.axes)} is out: {reason}")
-        if self.chosen is None:
-            return [*found, f"{names}: no candidate can be chosen; the recipe's own value is kept"]
-        can = [loss for loss in self.losses if not math.isnan(loss)]
-        if len(can) > 1 and max(can) - min(can) < 1e-9:
-            found.append(f"{names}: all candidates are alike to these probes; the choice is by the rule for ties")
-        elif self.stability[self.chosen] < STEADY:
-            found.append(f"{names}: only {self.stability[self.chosen]:.0%} of bootstrap samples choose the same")
-        for number, axis in enumerate(self.axes):
-            places = [
-                point[number] for point, loss in zip(self.points, self.losses, strict=True) if not math.isnan(loss)
-            ]
-            end = {min(places): "lowest", max(places): "highest"}.get(self.points[self.chosen][number])
-            if axis.ordered and end is not None and self.points[self.chosen] != self.default:
-                value = self.candidates[self.chosen][axis.name]
-                found.append(f"{axis.name} = {value:g} is the {end} that could be chosen; the best may lie beyond it")
-        return found
-
-    def proxy(self) -> dict[str, float | None] | None:
-        """Does the objective know what is right? Against accuracy, where every probe has a gold answer."""
-        if self.accuracy is None or self.chosen is None:
-            return None
-        able = [index for index, loss in enumerate(self.losses) if not math.isnan(loss)]
-        default = next((i for i, point in enumerate(self.points) if point == self.default), None)
-        right = self.accuracy[self.chosen]
-        return {
-            "spearman": spearman([-self.losses[i] for i in able], [self.accuracy[i] for i in able]),
-            "accuracy": right,
-            "regret_to_oracle": max(self.accuracy) - right,
-            "gain_over_default": None if default is None else right - self.accuracy[default],
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for `search.json`."""
-        rows = []
-        for index, candidate in enumerate(self.candidates):
-            loss = self.losses[index]
-            row: dict[str, Any] = {"candidate": candidate, "loss": None if math.isnan(loss) else loss}
-            if not math.isnan(loss):
-                found = grouped(self.groups)
-                row["loss_by_senses"] = {name: float(self.loss[index, own].mean()) for name, own in found.items()}
-            row |= {"chosen_in_bootstrap": self.stability[index], "disqualified": self.disqualified[index] or None}
-            row |= {"health": self.health[index].to_dict()} if self.health else {}
-            row |= {"accuracy": self.accuracy[index]} if self.accuracy is not None else {}
-            rows.append(row)
-        default = next((i for i, point in enumerate(self.points) if point == self.default), None)
-        ties = [] if self.chosen is None else choose(self.points, self.losses, self.default)[1]
-        return {
-            "axes": [axis.name for axis in self.axes],
-            "ordered": all(axis.ordered for axis in self.axes),
-            "rows": rows,
-            "chosen": self.chosen,
-            "default": default,
-            "ties": ties,
-            "chosen_by_senses": self.alone,
-            "duplicates": self.duplicates,
-            "steps": self.steps,
-            "proxy": self.proxy(),
-        }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found, in the folder `out`: the chosen changes of the recipe, the comparisons, what it cost."""
-
-    out: Path
-    chosen: Changes
-    default: Changes
-    sweeps: list[Sweep]
-    settings: dict[str, Any]
-    cost: dict[str, Any]
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is worth a look, in words."""
-        return [warning for sweep in self.sweeps for warning in sweep.warnings()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for `search.json` and `--json`."""
-        return {
-            "schema": SCHEMA,
-            **self.settings,
-            "chosen": self.chosen,
-            "default": self.default,
-            "sweeps": [sweep.to_dict() for sweep in self.sweeps],
-            "warnings": self.warnings,
-            "cost": self.cost,
-        }
 
 
 def search(
@@ -199,6 +64,8 @@ def search(
     objective: Objective = "consistency",
     variant: Variant = "sum",
     match: Match = "normalised",
+    embedder: str = EMBEDDER,
+    aggregate: Aggregate = "probes",
     strategy: str = "auto",
     trials: int = 30,
     max_new_tokens: int = 32,
@@ -222,7 +89,11 @@ def search(
             no labels; "labels" the most accurate; "agreement" the one to which the specialists' own answers to probes of
             one sense are likeliest (mean nats a token, teacher-forced).
         variant: of consistency, see `objective.inconsistency`.
-        match: how answers are compared, see `objective.compared`.
+        match: how consistency compares answers: "normalised" or "exact" (see `objective.compared`), "embedding" (1 − cosine
+            of the embeddings of the answers), or "top1", for which nothing but the recipe's own answers is generated: the
+            share of their tokens before which neighbours expect another next one, teacher-forced.
+        embedder: folder or hub id of the model of `match="embedding"`, see `embedding.Embedder`.
+        aggregate: of the losses of probes, see `objective.totals`.
         strategy: "grid" of all combinations; "coordinate": one axis after the other, the others held; "tpe" or "random":
             samplers of Optuna. "auto" is grid for one axis, else coordinate.
         trials: candidates that a sampler may try.
@@ -241,30 +112,37 @@ def search(
     probes = read_probes(Path(probe))
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     axes = parse_axes(vary, recipe) or default_axes(planned)
-    strategy = _strategy(strategy, axes, objective, variant)
+    _check_known(objective, strategy, variant, match, aggregate)
+    strategy = _strategy(strategy, axes, objective, variant, aggregate)
     _check_probes(probes, planned, objective, load)
     if planned.across is not None and not allow_base_mismatch:
         check_kinship(planned)  # as the merge will
+    by_meaning = objective == "consistency" and match == "embedding"
+    meaning = Embedder(embedder, device) if by_meaning else None
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype, "device": device}
     with Trials(out, {"inputs": planned.fingerprint, **lengths}, resume=resume) as log:
         asking = _Asking(
             planned, axes, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, load, on_answer
         )
-        compare = _Compare(asking, axes, objective, variant, match)
+        compare = _Compare(asking, objective, variant, match, aggregate, meaning)
         if strategy == "coordinate":
-            chosen, sweeps = _by_coordinate(compare, axes)
+            chosen, sweeps, settled = _by_coordinate(compare, axes)
         else:
-            chosen, sweeps = _whole(compare, axes, strategy, trials)
+            chosen, sweep = _whole(compare, axes, strategy, trials)
+            sweeps, settled = [sweep], True
         settings = {
             "method": recipe.merge_method,
+            **({} if recipe.target is None else {"target": planned.base_name}),
             "objective": objective,
             **({"variant": variant, "match": match} if objective == "consistency" else {}),
+            **({"embedder": embedder} if by_meaning else {}),
+            "aggregate": aggregate,
             "strategy": strategy,
             "probes": len(probes),
             "senses": {name: len(own) for name, own in grouped([p.group["senses"] for p in probes]).items()},
             "axes": {axis.name: list(axis.values) for axis in axes},
         }
-        found = Found(out, chosen, start(planned, axes), sweeps, settings, asking.cost())
+        found = Found(out, chosen, start(planned, axes), sweeps, settled, settings, asking.cost())
     _write(found, recipe)
     return found
 
@@ -303,8 +181,10 @@ class _Asking:
         for modality, path in dict.fromkeys(medium for probe in self.probes for medium in probe.media):
             self.cache.features(found.chat, modality, path)
         seconds = {"load_s": loaded - begin, "features_s": time.perf_counter() - loaded}
-        own = found.chat.model.parameters()
-        size = self.planned.write_bytes if across else sum(one.numel() * one.element_size() for one in own)
+        if across:
+            size = self.planned.write_bytes
+        else:
+            size = sum(one.numel() * one.element_size() for one in found.chat.model.parameters())
         self.log.add("loaded", seconds | {"checkpoint_bytes": size})
         return found
 
@@ -317,11 +197,13 @@ class _Asking:
         found: list[float] = self.used[key]["sketch"]
         return found
 
-    def ask(self, changes: Changes, asked: Sequence[Sample]) -> list[Line]:
-        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some."""
+    def ask(self, changes: Changes, asked: Sequence[Sample], *, predict: bool = False) -> list[Line]:
+        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some, or with
+        `predict` the likeliest token at every place of its option."""
         # the target itself is a parent too, and asked once
         is_target = self.planned.recipe.target is not None and not any(self.sketch(changes))
-        return self._lines(TARGET if is_target else self._key(changes), lambda: self._serve(changes), asked)
+        name = TARGET if is_target else self._key(changes)
+        return self._lines(name, lambda: self._serve(changes), asked, predict)
 
     @cached_property
     def parents(self) -> dict[str, Line]:
@@ -338,13 +220,16 @@ class _Asking:
                 found |= {probe.id: line for probe, line in zip(own, lines, strict=True)}
         return found
 
-    def _lines(self, name: str, serve: Callable[[], None], asked: Sequence[Sample]) -> list[Line]:
-        keys = [f"{name} · {probe.id} · {json.dumps(probe.options)}" for probe in asked]
+    def _lines(
+        self, name: str, serve: Callable[[], None], asked: Sequence[Sample], predict: bool = False
+    ) -> list[Line]:
+        mark = " · top1" if predict else ""
+        keys = [f"{name} · {probe.id} · {json.dumps(probe.options)}{mark}" for probe in asked]
         todo = [(index, probe) for index, probe in enumerate(asked) if keys[index] not in self.log.lines]
         if todo:
             serve()
             size, limit = self.lengths["batch_size"], self.lengths["max_new_tokens"]
-            for entries in answers(self.server.chat, todo, limit, size, self.cache):
+            for entries in answers(self.server.chat, todo, limit, size, self.cache, predict=predict):
                 for entry in entries:
                     if entry.status != "ok":
                         kind = MediaError if entry.status == "media_error" else ModalloyError
@@ -353,6 +238,7 @@ class _Asking:
                         )
                     line: Line = {"model": name, "probe": entry.sample.id, "text": entry.answer.text}
                     line |= {"likelihoods": list(entry.answer.likelihoods), "n_out": entry.new_tokens}
+                    line |= {"predicted": list(entry.answer.predicted)} if predict else {}
                     self.log.add(keys[entry.index], line | {"seconds": round(entry.seconds, 4)})
                 self._progress()
         self.used |= {key: self.log.lines[key] for key in keys}
@@ -395,7 +281,7 @@ class _Asking:
             "merges": len(served),
             "candidates_asked": len(models),
             "generated": sum(line["n_out"] > 0 for line in asked),
-            "scored": sum(bool(line["likelihoods"]) for line in asked),
+            "scored": sum(line["n_out"] == 0 for line in asked),
             "seconds": {
                 "load": round(loaded["load_s"], 2),
                 "features": round(loaded["features_s"], 2),
@@ -417,10 +303,11 @@ class _Compare:
     """Makes tables of losses of candidates."""
 
     asking: _Asking
-    axes: list[Axis]
     objective: Objective
     variant: Variant
     match: Match
+    aggregate: Aggregate
+    embedder: Embedder | None
 
     def axis(self, axis: Axis, others: Changes) -> Sweep:
         """The values of one axis, the others held. Of merges that are the same, the lowest value stands for all."""
@@ -439,11 +326,16 @@ class _Compare:
             sketches.append(sketch)
             self._lines(changes)
         default = (kept.index(home),) if home in kept else None
-        steps = None
-        if self.objective == "consistency" and not Axis(axis.name, tuple(kept)).even:
+        steps: list[float] = []
+        if self.objective == "consistency" and axis.name in FACTORS:
+            steps = [high - low for low, high in itertools.pairwise(kept)]
+        elif self.objective == "consistency":
             steps = [distance(*pair) for pair in itertools.pairwise(sketches)]
+        uneven = len(steps) > 1 and max(steps) - min(steps) > ALIKE * max(steps)
         candidates = [others | {axis.name: value} for value in kept]
-        return self._sweep([axis], candidates, [(index,) for index in range(len(kept))], default, duplicates, steps)
+        return self._sweep(
+            [axis], candidates, [(index,) for index in range(len(kept))], default, duplicates, steps if uneven else None
+        )
 
     def points(self, axes: list[Axis], points: list[Point]) -> Sweep:
         """Points of the grid that the axes span."""
@@ -461,12 +353,19 @@ class _Compare:
         return float(np.mean(self._losses([self._lines(changes)], None)))
 
     def _lines(self, changes: Changes) -> list[Line]:
-        return self.asking.ask(changes, self._asked)
+        return self.asking.ask(changes, self._asked, predict=self._predicts)
+
+    @property
+    def _predicts(self) -> bool:
+        return self.objective == "consistency" and self.match == "top1"
 
     @cached_property
     def _asked(self) -> list[Sample]:
         """The probes as they are put to a candidate."""
         probes = self.asking.probes
+        if self._predicts:
+            own = self.asking.ask(self.asking.home, probes)
+            return [replace(probe, options=(line["text"],)) for probe, line in zip(probes, own, strict=True)]
         if self.objective == "consistency":
             return probes
         if self.objective == "labels":
@@ -479,14 +378,21 @@ class _Compare:
     def _losses(self, lines: list[list[Line]], steps: list[float] | None) -> Table:
         asked = self._asked
         if self.objective == "consistency":
-            said = [
-                [compared(line["text"], p, self.match) for line, p in zip(own, asked, strict=True)] for own in lines
-            ]
-            return inconsistency(said, self.variant, steps)
+            pairs = itertools.pairwise(lines)
+            changed = [[self._difference(*one) for one in zip(asked, *pair, strict=True)] for pair in pairs]
+            return inconsistency(np.reshape(changed, (len(lines) - 1, len(asked))), self.variant, steps)
         if self.objective == "labels":
             return np.array([[1.0 - is_right(p, line) for line, p in zip(own, asked, strict=True)] for own in lines])
         sizes = [self.asking.parents[probe.id]["n_out"] for probe in asked]
         return np.array([[-line["likelihoods"][0] / n for line, n in zip(own, sizes, strict=True)] for own in lines])
+
+    def _difference(self, probe: Sample, one: Line, other: Line) -> float:
+        """How much two answers to a probe differ."""
+        if self._predicts:
+            return float(np.mean(np.not_equal(one["predicted"], other["predicted"])))
+        if self.embedder is not None:
+            return self.embedder.difference(one["text"], other["text"])
+        return float(compared(one["text"], probe, self.match) != compared(other["text"], probe, self.match))
 
     def _sweep(
         self,
@@ -501,25 +407,38 @@ class _Compare:
         states: list[Health] = []
         out: list[str] = []
         accuracy = None
-        if self.objective != "agreement":
+        if self.objective != "agreement" and not self._predicts:
+            said = self.asking.parents if self.objective == "consistency" else {}
+            texts = [text for probe in asked for text in (probe.text, *probe.choices)]
+            known = scripts([*texts, *(line["text"] for line in said.values())])
             limit = self.asking.lengths["max_new_tokens"]
-            states = [_health(own, asked, limit) for own in lines]
-            parents = []
-            if self.objective == "consistency":
-                said = self.asking.parents
-                by_parent = grouped([line["model"] for line in said.values()])
-                parents = [_health([list(said.values())[i] for i in own], asked, limit) for own in by_parent.values()]
-            out = degenerate(states, parents)
+            by_parent = grouped([line["model"] for line in said.values()])
+            spoken = [[list(said.values())[index] for index in own] for own in by_parent.values()]
+            states = [_health(own, asked, limit, known) for own in lines]
+            out = degenerate(states, [_health(own, asked, limit, known) for own in spoken])
             if all(probe.golds for probe in asked):
                 right = [[is_right(p, line) for line, p in zip(own, asked, strict=True)] for own in lines]
                 accuracy = [sum(own) / len(own) for own in right]
-        loss = self._losses(lines, steps)
-        groups = [probe.group["senses"] for probe in asked]
-        return Sweep(axes, candidates, points, loss, default, duplicates, steps, states, out, accuracy, groups)
+        sketches = [self.asking.sketch(changes) for changes in candidates]
+        return Sweep(
+            axes,
+            candidates,
+            points,
+            self._losses(lines, steps),
+            default,
+            duplicates,
+            steps,
+            health=states,
+            disqualified=out,
+            accuracy=accuracy,
+            groups=[probe.group["senses"] for probe in asked],
+            aggregate=self.aggregate,
+            sizes=[distance(sketch, [0.0] * len(sketch)) for sketch in sketches],
+        )
 
 
-def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[Sweep]]:
-    """One axis after the other, the others held, until nothing changes or PASSES are over."""
+def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[Sweep], bool]:
+    """One axis after the other, the others held, until nothing changes or PASSES are over; and whether nothing did."""
     current = start(compare.asking.planned, axes)
     sweeps: dict[str, Sweep] = {}
     for _ in range(PASSES):
@@ -531,10 +450,10 @@ def _by_coordinate(compare: _Compare, axes: list[Axis]) -> tuple[Changes, list[S
                 current[axis.name] = sweeps[axis.name].candidates[index][axis.name]
         if current == before:
             break
-    return current, list(sweeps.values())
+    return current, list(sweeps.values()), current == before
 
 
-def _whole(compare: _Compare, axes: list[Axis], strategy: str, trials: int) -> tuple[Changes, list[Sweep]]:
+def _whole(compare: _Compare, axes: list[Axis], strategy: str, trials: int) -> tuple[Changes, Sweep]:
     """All combinations, or those that a sampler of Optuna tries."""
     asking = compare.asking
     if len(axes) == 1 and strategy == "grid":
@@ -548,7 +467,7 @@ def _whole(compare: _Compare, axes: list[Axis], strategy: str, trials: int) -> t
             points = _sampled(lambda point: compare.loss(compare.at(axes, point)), axes, strategy, trials)
         sweep = compare.points(axes, points)
     chosen = start(asking.planned, axes) if sweep.chosen is None else sweep.candidates[sweep.chosen]
-    return chosen, [sweep]
+    return chosen, sweep
 
 
 def _sampled(loss: Callable[[Point], float], axes: list[Axis], strategy: str, trials: int) -> list[Point]:
@@ -596,13 +515,13 @@ def _predicted(probe: Sample, line: Line) -> str | None:
     return LETTERS[max(range(len(line["likelihoods"])), key=lambda index: (line["likelihoods"][index], -index))]
 
 
-def _health(lines: list[Line], asked: Sequence[Sample], limit: int) -> Health:
+def _health(lines: list[Line], asked: Sequence[Sample], limit: int, known: set[str]) -> Health:
     choices = {probe.id: probe for probe in asked}
     texts = []
     for line in lines:
         letter = _predicted(choices[line["probe"]], line) if line["likelihoods"] else None
         texts.append(line["text"] if letter is None else choices[line["probe"]].choices[LETTERS.index(letter)])
-    return health(texts, [line["n_out"] >= limit for line in lines])
+    return health(texts, [line["n_out"] >= limit for line in lines], known)
 
 
 def _is_same(a: list[float], b: list[float]) -> bool:
@@ -610,18 +529,28 @@ def _is_same(a: list[float], b: list[float]) -> bool:
     return distance(a, b) <= SAME * max(distance(a, zero), distance(b, zero))
 
 
-def _shown(changes: Changes, axes: list[Axis]) -> str:
-    return ", ".join(f"{axis.name} = {changes[axis.name]}" for axis in axes)
-
-
-def _strategy(given: str, axes: list[Axis], objective: str, variant: str) -> str:
-    """The strategy that is meant; refused where the objective cannot follow it."""
-    for option, value, known in (("--strategy", given, STRATEGIES), ("--objective", objective, OBJECTIVES)):
+def _check_known(objective: str, strategy: str, variant: str, match: str, aggregate: str) -> None:
+    for option, value, known in (
+        ("--objective", objective, OBJECTIVES),
+        ("--strategy", strategy, STRATEGIES),
+        ("--variant", variant, get_args(Variant)),
+        ("--match", match, get_args(Match)),
+        ("--aggregate", aggregate, get_args(Aggregate)),
+    ):
         if value not in known:
             raise ModalloyError(f"{option} {value}: there is none of that name; {nearest(value, known)}")
+
+
+def _strategy(given: str, axes: list[Axis], objective: str, variant: str, aggregate: str) -> str:
+    """The strategy that is meant; refused where the objective cannot follow it."""
     strategy = ("grid" if len(axes) == 1 else "coordinate") if given == "auto" else given
     if strategy in ("tpe", "random"):
         _optuna()
+        if aggregate != "probes":
+            raise ModalloyError(
+                f"--aggregate {aggregate}: compares a candidate with all others, and --strategy {strategy} sees one at a "
+                "time; use --strategy grid or coordinate"
+            )
     if objective != "consistency":
         return strategy
     if strategy in ("tpe", "random") or (strategy == "grid" and len(axes) > 1):

@@ -1,6 +1,5 @@
 """What is varied: axes over parameters of the recipe's method and over specialists' weights, checked against its signature."""
 
-import itertools
 import json
 import math
 import os
@@ -38,14 +37,6 @@ class Axis:
     def ordered(self) -> bool:
         """Whether neighbouring values mean neighbouring models: they are numbers."""
         return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values)
-
-    @property
-    def even(self) -> bool:
-        """Whether the values are equally far apart."""
-        if not self.ordered:
-            return False
-        gaps = [high - low for low, high in itertools.pairwise(self.values)]
-        return not gaps or max(gaps) - min(gaps) <= 1e-6 * max(gaps)
 
 
 def parse_axes(given: Iterable[str], recipe: Recipe) -> list[Axis]:
