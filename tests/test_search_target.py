@@ -272,6 +272,7 @@ def test_from_start_to_a_recipe(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_steps_of_alpha_are_even_though_tensors_are_rounded(folder: Path, tmp_path: Path) -> None:
     content = load_recipe(folder / "text.yaml").model_dump() | {"output": {"form": "full", "dtype": "bfloat16"}}
+    content["models"] = [{"model": "donor", "parameters": {"weight": 0.1}}]
     recipe, vary = Recipe(**content, folder=folder), ["alpha=0.1:0.5:0.1"]
     found = search(recipe, folder / "text.jsonl", tmp_path / "out", max_new_tokens=1, vary=vary)
     assert found.sweeps[0].steps is None
