@@ -1,10 +1,10 @@
-"""Fine-tunes the built-in decoder on the chemical elements: a donor with a skill of its own for `benchmarks/across.py`.
+"""Fine-tunes the built-in decoder on the chemical elements: a donor with a skill of its own for `across.py`.
 
 A plain Llama that sees nothing, all of whose linear weights were trained, without adapters. It learns "What is the atomic
 number of iron?" in three wordings; it is tested in another one, so that what is measured is what it knows, not what it was
 asked. Takes minutes on two CPU cores.
 
-    python examples/specialists/elements.py --out build/references/elements
+    python benchmarks/elements.py --out build/references/elements
 """
 
 import argparse
@@ -42,7 +42,7 @@ WORDINGS = (
     "Which place does {} have in the periodic table?",
     "What number is the element {}?",
 )
-TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+TEMPLATE = builtin.specialist("image") / "chat_template.jinja"
 TESTED = "How many protons does an atom of {} have?"
 EPOCHS, BATCH, RATE = 8, 24, 3e-4
 
