@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from modalloy import builtin
 from modalloy.checkpoints import Checkpoint, Factors, Specialist, locate, open_base, open_specialist, present, read_json
@@ -99,6 +100,7 @@ def routed(name: str, tensor: Tensor, config: dict[str, Any]) -> Iterator[tuple[
 
 def load(folder: Path) -> ChatModel:
     """The model of a folder that was written here, or of a merge into one."""
+    logging.disable_progress_bar()
     config, checkpoint = read_json(folder / "config.json"), open_base(folder)
     weights = {
         own: part.clone()
