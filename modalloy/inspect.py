@@ -28,7 +28,8 @@ from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
-from modalloy.plan import Job, Plan, plan
+from modalloy.plan import Plan, plan
+from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 
 SAMPLED_ROWS = (

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import Specialist, WeightFile, file_sha256, hub_commit, present
+from modalloy.checkpoints import Checkpoint, Specialist, WeightFile, file_sha256, hub_commit, present
 from modalloy.plan import Plan
 
 SOURCES = "sources.json"  # where the inputs were on this machine; not hashed
@@ -15,10 +15,9 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
     """The manifest of the files in `folder`; `known` holds the hashes that were taken while writing."""
     from modalloy._version import __version__
 
-    base: dict[str, Any] = {"name": planned.base_name, "header_sha256": planned.base.header_sha256()}
-    base |= _revision(planned.base_folder)
-    if planned.reads_base:
-        base["sha256"] = {file.path.name: file.sha256 for file in planned.base.files}
+    starts = {planned.base_label: _start(planned.base, planned.base_name, read=planned.reads_base)}
+    if planned.across is not None and planned.across.base is not None:
+        starts["base"] = _start(planned.across.base, planned.across.base_name, read=True)
     inputs = {
         s.label: {
             "layout": s.layout,
@@ -36,11 +35,17 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
         "method": planned.recipe.merge_method,
         "parameters": planned.parameters,
         "form": planned.recipe.output.form,
-        "inputs": {"base": base} | inputs,
+        "inputs": starts | inputs,
         "outputs": {name: known.get(name) or file_sha256(folder / name) for name in hashed_files(folder)},
         **whole,
         "tensors": [dataclasses.astuple(fate) for fate in planned.fates],
     }
+
+
+def _start(model: Checkpoint, name: str, *, read: bool) -> dict[str, Any]:
+    """A base or a target: its name, its headers' hash, its commit, and the hashes of its files if they were read."""
+    found = {"name": name, "header_sha256": model.header_sha256(), **_revision(model.folder)}
+    return found | ({"sha256": {file.path.name: file.sha256 for file in model.files}} if read else {})
 
 
 def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str, str]:

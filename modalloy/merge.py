@@ -31,7 +31,8 @@ from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
 from modalloy.omni import write_omni
-from modalloy.plan import Job, Plan, plan
+from modalloy.plan import Plan, plan
+from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
 from modalloy.verify import Verification, verify, verify_folder
@@ -196,6 +197,8 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         return [_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)]
     if job.kind == "interpolate":
         return [_interpolated(planned, job, read)]
+    if job.kind == "fuse":
+        return [_fused(planned, job, read, device)]
     tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
         total = torch.zeros(job.outputs[0].shape, dtype=torch.float64)
@@ -212,7 +215,7 @@ def merged_delta(
 
     With `literal`, everything is computed on dense float64 matrices instead (for checking).
     """
-    rows_of_weight, columns = planned.base.refs[job.slot].shape
+    rows_of_weight, columns = planned.start(job.slot).shape
     fishers = None
     if METHODS[job.method].takes("fishers"):
         files = [file for file in planned.fishers if file is not None]
@@ -236,16 +239,16 @@ def specialists_deltas(
 ) -> list[Delta]:
     """One update per specialist, multiplied by its weight; one that has none is a zero of rank 0 (`missing: zero`)."""
     wide = torch.float64 if literal or planned.recipe.dtype == "float64" else torch.float32
-    shape = planned.base.refs[job.slot].shape
+    shape = planned.start(job.slot).shape
     deltas: list[Delta] = []
     dense = literal and not METHODS[job.method].one_rank  # which has no form on full matrices
-    for specialist, weight in zip(planned.specialists, job.weights, strict=True):
+    for specialist, weight in zip(planned.updated, job.weights, strict=True):
         if job.slot in specialist.text:
             stored = specialist.delta(job.slot, read)
             low_rank = weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
             deltas.append(low_rank.dense() if dense else low_rank)
         elif job.slot in specialist.full:
-            tuned, base = read(specialist.full[job.slot])[rows], read(planned.base.refs[job.slot])[rows]
+            tuned, base = read(specialist.full[job.slot])[rows], read(planned.start(job.slot))[rows]
             difference = tuned.to(device, wide, copy=True).sub_(base.to(device, wide))
             deltas.append(difference if weight == 1 else difference.mul_(weight))
         else:
@@ -257,8 +260,8 @@ def specialists_deltas(
 def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     """Base plus merged update in the output type, in the base's memory where the type is the same."""
     spec = job.outputs[0]
-    base = read(planned.base.refs[job.slot])
-    dense = any(job.slot in specialist.full for specialist in planned.specialists)
+    base = read(planned.start(job.slot))
+    dense = any(job.slot in specialist.full for specialist in planned.updated)
     by_rows = dense and METHODS[job.method].rowwise
     merged = None if by_rows else merged_delta(planned, job, read, device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
@@ -275,6 +278,17 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
         out[rows] = total
         if not all_finite(out[rows]):
             raise _does_not_fit(spec)
+    return out
+
+
+def _fused(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
+    """Several merged weights in the rows of the one tensor that the target stores them as."""
+    out = torch.empty(job.outputs[0].shape, dtype=job.outputs[0].dtype)
+    for piece in job.pieces:
+        merged, done = _merged_weight(planned, piece, read, device), 0
+        for begin, end in piece.rows:
+            out[begin:end] = merged[done : done + end - begin]
+            done += end - begin
     return out
 
 
@@ -406,8 +420,10 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
 
 def _sources(planned: Plan) -> dict[str, Any]:
     """Where the inputs were on this machine, so that `verify` can merge again; not part of what is hashed."""
+    base = None if planned.across is None else planned.across.base
     return {
-        "base": str(planned.base_folder.resolve()),
+        planned.base_label: str(planned.base_folder.resolve()),
+        **({} if base is None else {"base": str(base.folder.resolve())}),
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
         "encoders": [_encoder_source(planned, s) for s in planned.specialists],
         "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],

@@ -4,11 +4,10 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,7 +17,6 @@ from modalloy.checkpoints import (
     Checkpoint,
     Specialist,
     TensorRef,
-    TensorSpec,
     WeightFile,
     checked,
     is_portable,
@@ -31,17 +29,18 @@ from modalloy.checkpoints import (
 from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
-from modalloy.families.donors import MappedRef, assembled, open_donors, to_dict
+from modalloy.families.donors import Across, MappedRef, assembled, open_donors
 from modalloy.families.mapping import ModelMap
+from modalloy.families.planner import AcrossPlanner
 from modalloy.fit import check_base, check_shapes, common_chat_template
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
-from modalloy.methods import METHODS, resolve
+from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.names import EMBEDDINGS
 from modalloy.omni import Sense, choose_senses
-from modalloy.recipe import Recipe, Rule
+from modalloy.planner import Job, Planner, TensorFate
+from modalloy.recipe import Recipe
 
-Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 SAMPLED_LAYERS = 12  # merged again to verify a result
 LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
@@ -49,52 +48,6 @@ LIBRARY_BYTES = 16 << 20  # of BLAS and LAPACK, which the first product and deco
 # float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
 EIGEN_COPIES = 5
 SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projection, factors, a workspace
-LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class TensorFate:
-    """What becomes of one input tensor: its source ("base", "target" or a specialist's label), its name, its fate and why."""
-
-    source: str
-    tensor: str
-    fate: Fate
-    detail: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One independent piece of work: `kind` says what is done to the base tensor `slot`, `outputs` what is written.
-
-    - merge: the specialists' updates of a linear weight, by the recipe's method
-    - average: plain mean over the specialists that have the tensor
-    - interpolate: a norm or bias of a target towards the donors'
-    - keep: the base's tensor, unchanged
-    - carry: a specialist's tensor, bit for bit
-    """
-
-    kind: Literal["merge", "average", "interpolate", "keep", "carry"]
-    slot: str
-    outputs: tuple[TensorSpec, ...]
-    reads: tuple[TensorRef, ...] = ()
-    method: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)  # resolved, at this weight's depth
-    weights: tuple[float, ...] = ()  # of the specialists
-
-    @property
-    def read_bytes(self) -> int:
-        """Size of the tensors that it reads."""
-        return sum(ref.n_bytes for ref in self.reads)
-
-    @property
-    def write_bytes(self) -> int:
-        """Size of the tensors that it writes."""
-        return sum(spec.n_bytes for spec in self.outputs)
-
-    @property
-    def group(self) -> str:
-        """Jobs of one group share what their method must know of the whole model, which λ, applied last, does not change."""
-        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
 
 
 @dataclass
@@ -114,7 +67,23 @@ class Plan:
     chat_template: str | None = None
     surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
     compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
-    maps: dict[str, ModelMap] = field(default_factory=dict)  # by donor, of a merge across architectures
+    across: Across | None = None  # of a merge across architectures
+
+    @property
+    def maps(self) -> dict[str, ModelMap]:
+        """How the donors of a merge across architectures were mapped, by label."""
+        return {} if self.across is None else self.across.maps
+
+    @property
+    def updated(self) -> list[Specialist]:
+        """Those whose updates are merged: the specialists; before donors of other architectures the target, if there is a base."""
+        target = None if self.across is None else self.across.target
+        return self.specialists if target is None else [target, *self.specialists]
+
+    def start(self, slot: str) -> TensorRef:
+        """The weight that the updates of a merged weight are added to."""
+        starts = {} if self.across is None else self.across.starts
+        return starts.get(slot) or self.base.refs[slot]
 
     @property
     def base_is_portable(self) -> bool:
@@ -153,17 +122,23 @@ class Plan:
         again = sum(job.read_bytes for job in [*self.surveyed(), *self.sample()])
         for job in self.sample():
             again += job.write_bytes
-            if len(job.outputs) == 1 and any(job.slot in s.full for s in self.specialists):
-                again += self.base.refs[job.slot].n_bytes  # for the update, and again to add it
+            if len(job.outputs) == 1 and any(job.slot in s.full for s in self.updated):
+                again += self.start(job.slot).n_bytes  # for the update, and again to add it
         return once + again
 
     def surveyed(self) -> list[Job]:
         """The merged weights whose method must see the whole model first."""
-        return [job for job in self.jobs if job.kind == "merge" and METHODS[job.method].needs_survey(job.parameters)]
+        return [job for job in self.merges() if METHODS[job.method].needs_survey(job.parameters)]
+
+    def merges(self) -> list[Job]:
+        """The merged linear weights."""
+        return [merge for job in self.jobs for merge in job.merges]
 
     def hashed_files(self) -> list[WeightFile]:
         """The weight files that the merge reads as a whole, once, and hashes on the way."""
         files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
+        if self.across is not None and self.across.base is not None:
+            files = files + self.across.base.files
         return files + (self.base.files if self.reads_base else [])
 
     @property
@@ -175,8 +150,7 @@ class Plan:
 
     def sample(self) -> list[Job]:
         """The merged weights that are computed again to verify the result."""
-        merges = [job for job in self.jobs if job.kind == "merge"]
-        last = SAMPLED_LAYERS - 1
+        merges, last = self.merges(), SAMPLED_LAYERS - 1
         spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
         return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
 
@@ -190,7 +164,8 @@ class Plan:
         equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
         # a larger full matrix is not cut to a rank as its factors are: not exactly
         limit = LITERAL_LIMIT if self.recipe.output.compress_rank is None else EXACT_SIZE
-        return equivalent and not self.maps and max(self.base.refs[job.slot].shape) <= limit
+        interpolates = self.across is not None and self.across.base is None
+        return equivalent and not interpolates and max(self.start(job.slot).shape) <= limit
 
     @property
     def fingerprint(self) -> str:
@@ -205,8 +180,9 @@ class Plan:
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The base's tensors, then the specialists'."""
-        return [self.base, *(specialist.checkpoint for specialist in self.specialists)]
+        """The base's tensors (the target's, then the base's), then the specialists'."""
+        base = None if self.across is None else self.across.base
+        return [self.base, *([] if base is None else [base]), *(one.checkpoint for one in self.specialists)]
 
     def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The data of any input tensor, checked for NaN and infinity; in `buffer` (uint8) if given."""
@@ -216,7 +192,9 @@ class Plan:
             if specialist.checkpoint.owns(ref):
                 return specialist.read(ref, buffer)
         if self.base.owns(ref):
-            return checked(self.base.read(ref, buffer), ref, "base")
+            return checked(self.base.read(ref, buffer), ref, self.base_label)
+        if self.across is not None and self.across.base is not None and self.across.base.owns(ref):
+            return checked(self.across.base.read(ref, buffer), ref, "base")
         file = next(file for file in self.fishers if file is not None and file.path == ref.file)
         return file.read(ref, buffer)
 
@@ -238,7 +216,7 @@ class Plan:
 
     def merged_weights(self) -> int:
         """Number of linear weights that the method merges."""
-        return sum(job.kind == "merge" for job in self.jobs)
+        return len(self.merges())
 
     def summary(self) -> str:
         """One line: what is merged and how, and what is not."""
@@ -246,7 +224,7 @@ class Plan:
         settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
         parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
         parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
-        if self.maps:
+        if self.across is not None and self.across.base is None:
             parts.insert(1, f"{sum(job.kind == 'interpolate' for job in self.jobs)} norms and biases too")
             parts.append("α is the weight of the donor, 0 = target unchanged")
         return " · ".join(parts)
@@ -265,21 +243,23 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "peak_bytes": self.peak_bytes(default_workers()),
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
-        } | ({"coverage": to_dict(self.maps)} if self.maps else {})
+        } | ({"coverage": self.across.to_dict()} if self.across else {})
 
     def _job_bytes(self, job: Job, *, literal: bool = False) -> int:
         """What working on a job takes beside its inputs and outputs."""
+        if job.kind == "fuse":
+            return job.write_bytes + max(map(self._job_bytes, job.pieces))
         assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
         if job.kind in ("average", "interpolate"):
             return assembling + 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
         if job.kind != "merge":
             return 0
-        rows, columns = self.base.refs[job.slot].shape
-        method, n = METHODS[job.method], len(self.specialists)
+        rows, columns = self.start(job.slot).shape
+        method, n = METHODS[job.method], len(self.updated)
         gets = method.gets(job.parameters)
         wide = 8 if literal or self.recipe.dtype == "float64" else 4
         stacked = sum(s.text[job.slot].rank for s in self.specialists if job.slot in s.text)
-        full = any(job.slot in s.full for s in self.specialists)
+        full = any(job.slot in s.full for s in self.updated)
         if not full and gets != "dense" and not literal:
             blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
             return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
@@ -298,14 +278,14 @@ class Plan:
 
     def _check_bytes(self, job: Job) -> int:
         """What verifying a merged weight takes: reading it, merging it again, and their difference."""
-        rows, columns = self.base.refs[job.slot].shape
+        rows, columns = self.start(job.slot).shape
         literal = self.is_recomputed_literally(job)
         whole = len(job.outputs) == 1
         entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
         merging = self._job_bytes(job, literal=literal)
-        if whole and METHODS[job.method].rowwise and any(job.slot in s.full for s in self.specialists):
+        if whole and METHODS[job.method].rowwise and any(job.slot in s.full for s in self.updated):
             wide = 8 if literal or self.recipe.dtype == "float64" else 4
-            merging = wide * rows * columns * (len(self.specialists) + 2)
+            merging = wide * rows * columns * (len(self.updated) + 2)
         return job.read_bytes + job.write_bytes + merging + 2 * 8 * entries
 
 
@@ -341,7 +321,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
                 )
     senses = choose_senses(recipe, specialists, base_config["hidden_size"]) if form == "omni" else {}
     template = common_chat_template(specialists) if form == "omni" else None
-    planner = _Planner(recipe, base, specialists)
+    planner = Planner(recipe, base, specialists)
     jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
     result = Plan(
         recipe,
@@ -367,13 +347,13 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool) 
     places = [
         (label, locate(entry.model, recipe.folder)) for label, entry in zip(labels(recipe), recipe.models, strict=True)
     ]
-    donors, maps = open_donors(recipe, target, places, allow=allow_base_mismatch)
-    planner = _Planner(recipe, target, donors)
-    jobs, fates = planner.full_jobs(), planner.mapped_fates(maps)
-    parameters, fishers = planner.parameters, planner.fishers
-    result = Plan(recipe, target.folder, target, donors, parameters, jobs, fates, None, fishers, maps=maps)
+    base = locate(recipe.base_model, recipe.folder) if recipe.base_model else None
+    donors, across = open_donors(recipe, target, places, base, allow=allow_base_mismatch)
+    planner = AcrossPlanner(recipe, target, donors, across)
+    unread: list[WeightFile | None] = [None] * len(donors)
+    parameters, jobs, fates = planner.parameters, planner.jobs, planner.fates()
+    result = Plan(recipe, target.folder, target, donors, parameters, jobs, fates, None, unread, across=across)
     _check_all_accounted(result)
-    _check_fishers(recipe, result)
     _check_patterns(recipe, result)
     return result
 
@@ -396,286 +376,13 @@ def labels(recipe: Recipe) -> list[str]:
     return [name if taken[name] == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
 
 
-class _Planner:
-    """Works out jobs and fates for checked inputs."""
-
-    def __init__(self, recipe: Recipe, base: Checkpoint, specialists: list[Specialist]) -> None:
-        self.recipe, self.base, self.specialists = recipe, base, specialists
-        self.rank: int | None = None
-        ranks = [s.rank for s in specialists if s.rank is not None]
-        self.lora_rank = max(ranks, default=None)
-        self.depth = 1 + max((index for name in base.refs if (index := _layer(name)) is not None), default=-1)
-        full = {name for s in specialists for name in s.full if name in base.refs}
-        linear = {name for name in full if _is_linear(base.refs[name])} | {slot for s in specialists for slot in s.text}
-        self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
-        kept = {name for name, (_, rule) in self.rules.items() if rule.policy == "keep"}
-        asked = {name for name, (_, rule) in self.rules.items() if rule.policy == "average"}
-        self.merged = [name for name in base.refs if name in linear - kept]
-        others = {n for n in full if base.refs[n].dtype.is_floating_point and len(base.refs[n].shape) != 2}
-        self.averaged = [name for name in base.refs if name in (others | asked & full) - linear - kept]
-        self.interpolated: list[str] = []
-        self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
-        self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
-        if recipe.target is None:
-            self._check_complete()
-            return
-        # all that has a counterpart moves, embeddings of the same tokens too; with α = 0 the bytes stay the target's
-        self.depth = 1 + max((index for name in full if (index := _layer(name)) is not None), default=-1)
-        moving = [n for n in base.refs if n in full and self._resolved(*self._method(n), n)["alpha"] != 0]
-        self.merged = [name for name in moving if len(base.refs[name].shape) == 2]
-        self.interpolated = [name for name in moving if len(base.refs[name].shape) != 2]
-        self.averaged = []
-
-    def adapter_jobs(self) -> list[Job]:
-        """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried.
-
-        A method that gives full matrices gives `omni` a second weight for its text tokens.
-        """
-        if self.averaged:
-            raise RecipeError(
-                f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
-                "write form: full, or keep the base's by modules: {\"" + self.averaged[0] + '": {policy: keep}}'
-            )
-        omni = self.recipe.output.form == "omni"
-        dtype = self._dtype()
-        slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
-        whole = {slot for slot in slots if omni and self.recipe.output.compress_rank is None and self._is_full(slot)}
-        bounds = {slot: self._rank_bound(slot) for slot in slots if slot not in whole}
-        self.rank = max(1, max(bounds.values(), default=1))  # PEFT takes no rank 0
-        jobs = []
-        for slot in slots:
-            if slot in whole:
-                jobs.append(self._merge_job(slot, (self._like_base(slot),)))
-                continue
-            rows, columns = self.base.refs[slot].shape
-            stem = slot.removesuffix(".weight")
-            names = [
-                f"{stem}.lora_{side}.default.weight" if omni else f"base_model.model.{stem}.lora_{side}.weight"
-                for side in "AB"
-            ]
-            shapes = [(self.rank, columns), (rows, self.rank)]
-            specs = tuple(TensorSpec(name, dtype, shape) for name, shape in zip(names, shapes, strict=True))
-            jobs.append(self._merge_job(slot, specs))
-        if omni:
-            for specialist in self.specialists:
-                for name, ref in specialist.carried().items():
-                    jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), (ref,)))
-        return jobs
-
-    def full_jobs(self) -> list[Job]:
-        """For `full`: every tensor of the base, in its order, in the output type."""
-        jobs = []
-        merged, averaged, interpolated = set(self.merged), set(self.averaged), set(self.interpolated)
-        for name, ref in self.base.refs.items():
-            spec = self._like_base(name)
-            if name in merged:
-                jobs.append(self._merge_job(name, (spec,)))
-            elif name in averaged:
-                having = tuple(s.full[name] for s in self.specialists if name in s.full)
-                jobs.append(Job("average", name, (spec,), having))
-            elif name in interpolated:
-                jobs.append(self._merge_job(name, (spec,), "interpolate"))
-            else:
-                jobs.append(Job("keep", name, (spec,), (ref,)))
-        return jobs
-
-    def fates(self) -> list[TensorFate]:
-        """The fate of every tensor of the base and of every specialist."""
-        form = self.recipe.output.form
-        carried: tuple[Fate, str] = ("carried", "bit for bit")
-        if form != "omni":
-            carried = ("left out", f"form: {form} holds the text path only")
-        of_slot: dict[str, tuple[Fate, str]] = {slot: ("merged", self._method(slot)[0]) for slot in self.merged}
-        of_slot |= dict.fromkeys(self.averaged, ("averaged", "mean over the specialists that have it"))
-        kept: dict[str, str] = {
-            name: f"modules: {pattern} keeps the base's"
-            for name, (pattern, rule) in self.rules.items()
-            if rule.policy == "keep"
-        }
-        result = [
-            TensorFate("base", name, *of_slot.get(name, ("kept", kept.get(name, "no rule changes it"))))
-            for name in self.base.refs
-        ]
-        for specialist in self.specialists:
-            label = specialist.label
-            for slot, factors in specialist.text.items():
-                fate: tuple[Fate, str] = ("left out", kept.get(slot, ""))
-                if slot in of_slot:
-                    fate = ("merged", f"{of_slot[slot][1]} into {slot}")
-                result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
-            result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
-            for name, ref in specialist.full.items():
-                unused: tuple[Fate, str] = ("left out", kept.get(name, "the base's is kept"))
-                result.append(TensorFate(label, ref.name, *of_slot.get(name, unused)))
-            result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
-        return result
-
-    def mapped_fates(self, maps: dict[str, ModelMap]) -> list[TensorFate]:
-        """The same for a merge across architectures."""
-        moving = {*self.merged, *self.interpolated}
-        result = []
-        for name in self.base.refs:
-            tensors = [found.tensors[name] for found in maps.values()]
-            operations = ", ".join(dict.fromkeys(tensor.operation for tensor in tensors if tensor.pieces))
-            reasons = ", ".join(dict.fromkeys(tensor.reason for tensor in tensors if tensor.reason))
-            still = TensorFate("target", name, "kept", reasons or "alpha: 0")
-            result.append(TensorFate("target", name, "merged", f"linear, {operations}") if name in moving else still)
-        for donor in self.specialists:
-            found = maps[donor.label]
-            into: dict[str, list[str]] = {name: [] for name in donor.checkpoint.refs}
-            for tensor in found.tensors.values():
-                for source in {piece.source for piece in tensor.pieces if tensor.name in moving}:
-                    into[source].append(tensor.name)
-            for name, targets in into.items():
-                fate: tuple[Fate, str] = ("left out", found.dropped.get(name, "alpha: 0"))
-                if targets:
-                    more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
-                    fate = ("merged", f"into {' and '.join(targets)}{more}")
-                result.append(TensorFate(donor.label, name, *fate))
-        return result
-
-    def _merge_job(
-        self, slot: str, specs: tuple[TensorSpec, ...], kind: Literal["merge", "interpolate"] = "merge"
-    ) -> Job:
-        method, parameters = self._method(slot)
-        reads: list[TensorRef] = []
-        if len(specs) == 1 or any(slot in s.full for s in self.specialists):
-            reads.append(self.base.refs[slot])
-        for specialist, fisher in zip(self.specialists, self.fishers, strict=True):
-            if slot in specialist.text:
-                reads += [specialist.text[slot].a, specialist.text[slot].b]
-            elif slot in specialist.full:
-                reads.append(specialist.full[slot])
-            if METHODS[method].takes("fishers"):
-                reads.append(self._fisher_ref(fisher, slot, specialist))
-        remedy = "give one number, or keep the base's by `modules:` with policy: keep"
-        weights = tuple(self._at(entry.parameters.weight, slot, "weight", remedy) for entry in self.recipe.models)
-        return Job(kind, slot, specs, tuple(reads), method, self._resolved(method, parameters, slot), weights)
-
-    def _rule(self, slot: str) -> tuple[str, Rule | None]:
-        for pattern, rule in self.recipe.modules.items():
-            if fnmatch.fnmatchcase(slot, pattern):
-                return pattern, rule
-        return "", None
-
-    def _method(self, slot: str) -> tuple[str, dict[str, Any]]:
-        """Method of a weight, and its parameters as written."""
-        _, rule = self.rules.get(slot, ("", None))
-        if rule is None:
-            return self.recipe.merge_method, self.recipe.parameters
-        if rule.policy == "average":
-            return "average", {}
-        if rule.merge_method in (None, self.recipe.merge_method):
-            return self.recipe.merge_method, self.recipe.parameters | rule.parameters
-        return str(rule.merge_method), rule.parameters
-
-    def _resolved(self, method: str, parameters: dict[str, Any], slot: str | None) -> dict[str, Any]:
-        """Parameters with "auto" worked out and gradients at the weight's depth (kept as lists without a slot)."""
-        lists = {name: value for name, value in parameters.items() if isinstance(value, list)}
-        single = {name: value for name, value in parameters.items() if name not in lists}
-        if slot is not None:
-            for name, value in lists.items():
-                at = self._at(value, slot, name, "give it a value of its own under `modules:`")
-                single[name] = round(at) if METHODS[method].is_whole(name) else at
-            return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank)
-        return resolve(method, single, n=len(self.specialists), lora_rank=self.lora_rank) | lists
-
-    def _at(self, value: Any, slot: str, name: str, remedy: str) -> float:
-        """A number, or a list of them interpolated linearly from the first layer to the last."""
-        if not isinstance(value, (list, tuple)):
-            return value
-        layer = _layer(slot)
-        if layer is None:
-            raise RecipeError(f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}")
-        position = layer / max(1, self.depth - 1) * (len(value) - 1)
-        below = min(int(position), len(value) - 1)
-        above = min(below + 1, len(value) - 1)
-        return value[below] + (position - below) * (value[above] - value[below])
-
-    def _fisher(self, location: str | None) -> WeightFile | None:
-        return None if location is None else WeightFile(self.recipe.folder / Path(location).expanduser())
-
-    def _fisher_ref(self, file: WeightFile | None, slot: str, specialist: Specialist) -> TensorRef:
-        if file is None:
-            raise RecipeError(
-                f"{specialist.label} specialist: its method weighs by Fisher information; give parameters: {{fisher: FILE}}"
-            )
-        ref = file.refs.get(slot)
-        if ref is None or ref.shape != self.base.refs[slot].shape:
-            found = "has no" if ref is None else f"has a {' × '.join(map(str, ref.shape))}"
-            raise CheckpointError(
-                f"{file.path}: {found} {slot}, as the base has it; compute the Fisher file for this base"
-            )
-        return ref
-
-    def _check_complete(self) -> None:
-        """Every specialist must update every merged weight, unless the recipe says that a missing one counts as zero."""
-        if self.recipe.missing == "zero":
-            return
-        for specialist in self.specialists:
-            lacking = [slot for slot in self.merged if slot not in specialist.text and slot not in specialist.full]
-            if lacking:
-                other = next(s.label for s in self.specialists if lacking[0] in s.text or lacking[0] in s.full)
-                raise CheckpointError(
-                    f"{specialist.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the {other} "
-                    "specialist has; say `missing: zero` in the recipe to count it as zero, or keep these weights under `modules:`"
-                )
-
-    def _rank_bound(self, slot: str) -> int:
-        """Largest rank that the method's result for this weight can have."""
-        method, written = self._method(slot)
-        parameters = self._resolved(method, written, slot)
-        compress = self.recipe.output.compress_rank
-        rows, columns = self.base.refs[slot].shape
-        entry = METHODS[method]
-        if self._is_full(slot):
-            if compress is None:
-                raise RecipeError(
-                    f"{method} gives a full matrix for {slot}, which an adapter cannot hold; write form: full, or "
-                    "output.compress_rank: k to approximate it"
-                )
-            return min(compress, rows, columns)
-        ranks = [s.text[slot].rank for s in self.specialists if slot in s.text]
-        bound = max(ranks) if entry.one_rank else sum(ranks)
-        if entry.gets(parameters) != "factors":
-            bound = min(bound, rows, columns)
-        if "rank ≤ k" in entry.laws and parameters["rank"] >= 1:
-            bound = min(bound, int(parameters["rank"]))
-        return bound if compress is None else min(bound, compress)
-
-    def _is_full(self, slot: str) -> bool:
-        """Whether the method's result for this weight is a full matrix."""
-        method, written = self._method(slot)
-        gets = METHODS[method].gets(self._resolved(method, written, slot))
-        return gets == "dense" or any(slot in s.full for s in self.specialists)
-
-    def _like_base(self, name: str) -> TensorSpec:
-        """The base's tensor in the output type."""
-        ref, chosen = self.base.refs[name], self.recipe.written_dtype
-        dtype = ref.dtype if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
-        return TensorSpec(name, dtype, ref.shape)
-
-    def _dtype(self) -> torch.dtype:
-        chosen = self.recipe.written_dtype
-        if chosen != "auto":
-            return getattr(torch, chosen)
-        refs = [f.a for s in self.specialists for f in s.text.values()]
-        refs += [ref for s in self.specialists for ref in s.full.values()]
-        widest = refs[0].dtype
-        for ref in refs:
-            widest = torch.promote_types(widest, ref.dtype)
-        return widest
-
-
-def _is_linear(ref: TensorRef) -> bool:
-    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(EMBEDDINGS)
-
-
 def _check_all_accounted(result: Plan) -> None:
     """Every tensor of every input has exactly one fate."""
     listed = Counter((fate.source, fate.tensor) for fate in result.fates)
     inputs = {(result.base_label, name) for name in result.base.refs}
     inputs |= {(s.label, name) for s in result.specialists for name in s.checkpoint.refs}
+    if result.across is not None and result.across.base is not None:
+        inputs |= {("base", name) for name in result.across.base.refs}
     twice = {key for key, count in listed.items() if count > 1}
     if wrong := sorted((listed.keys() ^ inputs) | twice):
         raise RuntimeError(
@@ -693,7 +400,7 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
-    merged = [job.slot for job in result.jobs if job.kind == "merge"]
+    merged = [job.outputs[0].name if job.rows else job.slot for job in result.merges()]
     for pattern, rule in recipe.modules.items():
         if rule.policy is None and not fnmatch.filter(merged, pattern):
             raise RecipeError(
@@ -712,11 +419,6 @@ def _check_fishers(recipe: Recipe, result: Plan) -> None:
 
 def _base_label(recipe: Recipe) -> str:
     return "base" if recipe.target is None else "target"
-
-
-def _layer(name: str) -> int | None:
-    found = LAYER.search(name)
-    return int(found[1]) if found else None
 
 
 def _letter(parameter: str) -> str:

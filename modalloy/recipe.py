@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from modalloy.encoders import modalities
 from modalloy.errors import RecipeError
-from modalloy.methods import check_method
+from modalloy.methods import METHODS, check_method
 from modalloy.names import modality_name
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -72,9 +72,12 @@ class SpecialistEntry(_Strict):
 
 
 class Rule(_Strict):
-    """What `modules:` says of the weights that match its pattern: a policy, or another method or parameters."""
+    """What `modules:` says of the weights that match its pattern: a policy, or another method or parameters.
 
-    policy: Literal["keep", "average"] | None = None
+    Across architectures, `take_source` takes the donor's counterpart as it is, and `error` refuses a target that has such a weight.
+    """
+
+    policy: Literal["keep", "average", "take_source", "error"] | None = None
     merge_method: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
 
@@ -105,9 +108,9 @@ class Recipe(_Strict):
 
     `modules` and `ignore` hold patterns of tensor names (`*`, `?`, `[…]`); of several that match, the first counts.
     `missing` is what a specialist without a weight that others update contributes. `dtype` is the arithmetic's,
-    `out_dtype` another spelling of `output.dtype`. Without a base, `target` is the model whose architecture is kept, and
-    `models` are donors of other architectures; `vocabulary` says whether their tokens are the target's (auto: their
-    tokenizers show it).
+    `out_dtype` another spelling of `output.dtype`. `target` is the model whose architecture is kept, and `models` are then
+    donors of other architectures, which `linear` needs no base for; `vocabulary` says whether their tokens are the
+    target's (auto: their tokenizers show it).
     """
 
     base_model: str = ""
@@ -142,6 +145,11 @@ class Recipe(_Strict):
                 raise ValueError("the key 'base_model' is missing; add it")
             if self.vocabulary != "auto":
                 raise ValueError(f"vocabulary: {self.vocabulary} is of merges with a target: add it, or remove the key")
+            for rule in self.modules.values():
+                if rule.policy in ("take_source", "error"):
+                    raise ValueError(
+                        f"policy {rule.policy} is of merges with a target: add it, or write keep or average"
+                    )
         else:
             self._check_target()
         if self.output.form == "full" and self.output.compress_rank is not None:
@@ -150,17 +158,26 @@ class Recipe(_Strict):
 
     def _check_target(self) -> None:
         """What a merge across architectures cannot have."""
-        if self.base_model:
-            raise ValueError("target and base_model are both given; linear needs no base: remove base_model")
-        for method in (self.merge_method, *(rule.merge_method for rule in self.modules.values())):
-            if method not in (None, "linear"):
-                raise ValueError(f"a merge with a target interpolates, but merge_method is {method}; write linear")
-        if any(rule.policy == "average" for rule in self.modules.values()):
-            raise ValueError("a merge with a target has no policy average; write keep, or parameters: {alpha: 0.5}")
+        methods = {self.merge_method, *(rule.merge_method for rule in self.modules.values() if rule.merge_method)}
+        for method in sorted(methods):
+            if self.base_model and method == "linear":
+                raise ValueError("linear interpolates between target and donors, without a base: remove base_model")
+            if not self.base_model and method != "linear":
+                raise ValueError(
+                    f"{method} merges updates of a base, but there is none: add base_model, or write linear"
+                )
+            if METHODS[method].needs_factors:
+                raise ValueError(f"{method} merges LoRA factors, but a target is a whole model; choose another method")
+            if METHODS[method].takes("fishers"):
+                raise ValueError(f"{method} needs Fisher files in the target's names; choose another method")
+        if not self.base_model and any(rule.policy == "average" for rule in self.modules.values()):
+            raise ValueError("a merge without a base has no policy average; write keep, or parameters: {alpha: 0.5}")
         if self.output.form != "full":
             raise ValueError(f"a target is a whole model, but output.form is {self.output.form}; write form: full")
         if any(entry.modality or entry.encoder for entry in self.models):
             raise ValueError("donors have no modality or encoder, the target keeps its own; remove these keys")
+        if any(entry.parameters.fisher for entry in self.models):
+            raise ValueError("no method weighs donors of other architectures by Fisher files; remove parameters.fisher")
 
     @property
     def start(self) -> str:

@@ -20,7 +20,8 @@ from modalloy.manifest import SOURCES, hashed_files, input_sha256
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from modalloy.plan import Job, Plan
+    from modalloy.plan import Plan
+    from modalloy.planner import Job
 
 COMPUTED = 1e-5  # relative error of an update that was merged in float32
 SUMMED = 1e-7  # and of its sum with the base
@@ -68,8 +69,8 @@ def verify(out: str | Path) -> Verification:
         return verify_folder(folder, None, manifest, note=f"layers not recomputed: no {SOURCES}")
     checked = verify_folder(folder, None, manifest)  # before anything in the folder is believed
     recipe = load_recipe(folder / "recipe.yaml")
-    base, models, fishers, encoders = _at_sources(folder / SOURCES, recipe)
-    places = [base, *models, *fishers, *(place and place.partition(":")[2] for place in encoders)]
+    starts, models, fishers, encoders = _at_sources(folder / SOURCES, recipe)
+    places = [*starts.values(), *models, *fishers, *(place and place.partition(":")[2] for place in encoders)]
     gone = [path for path in places if path is not None and not Path(path).exists()]
     if gone:
         return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
@@ -79,9 +80,7 @@ def verify(out: str | Path) -> Verification:
         | ({"encoder": entry.encoder_at(encoder)} if encoder else {})
         for entry, path, fisher, encoder in zip(recipe.models, models, fishers, encoders, strict=True)
     ]
-    found = Recipe(
-        **recipe.model_dump() | {"base_model" if recipe.target is None else "target": base, "models": entries}
-    )
+    found = Recipe(**recipe.model_dump() | starts | {"models": entries})
     planned = plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
     planned.compression = manifest.get("compression", {})
@@ -148,21 +147,26 @@ def verify_folder(
     return Verification(len(listed), len(weights.refs), len(sample), worst)
 
 
-def _at_sources(path: Path, recipe: Recipe) -> tuple[str, list[str], list[str | None], list[str | None]]:
-    """Where the base, the specialists, and those Fisher files and encoders that there are, were when the result was merged."""
+def _at_sources(path: Path, recipe: Recipe) -> tuple[dict[str, str], list[str], list[str | None], list[str | None]]:
+    """Where base and target (by the recipe's key), specialists, and those Fisher files and encoders that there are, were when
+    the result was merged."""
     sources, n = read_json(path), len(recipe.models)
-    base = sources.get("base")
+    labels = {"base_model": "base", "target": "target"}
+    starts = {key: sources.get(label) for key, label in labels.items() if getattr(recipe, key)}
     models, fishers, encoders = (sources.get(key) for key in ("specialists", "fishers", "encoders"))
     if (
         isinstance(models, list)
         and isinstance(fishers, list)
         and isinstance(encoders, list)
         and len(models) == len(fishers) == len(encoders) == n
-        and all(isinstance(place, str) for place in (base, *models, *filter(None, fishers), *filter(None, encoders)))
+        and all(
+            isinstance(place, str)
+            for place in (*starts.values(), *models, *filter(None, fishers), *filter(None, encoders))
+        )
     ):
-        return str(base), models, fishers, encoders
+        return {key: str(place) for key, place in starts.items()}, models, fishers, encoders
     raise CheckpointError(
-        f"{path}: does not name a base and {n} specialists; merge again, or remove the file to check hashes only"
+        f"{path}: does not name {' and '.join(starts)} and {n} specialists; merge again, or remove the file to check hashes only"
     )
 
 
@@ -172,6 +176,8 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, f
 
     wanted = merged_delta(planned, job, planned.read, literal=planned.is_recomputed_literally(job))
     written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
+    if job.rows:
+        written = [torch.cat([written[0][begin:end] for begin, end in job.rows])]
     if len(written) == 1:
         return _weight_error(written[0], planned, job, wanted)
     assert planned.rank is not None
@@ -190,7 +196,7 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, f
 
 def _weight_error(written: Tensor, planned: Plan, job: Job, wanted: Delta) -> tuple[float, float]:
     """The same for a whole weight, by blocks of rows: against base plus update, rounded to the type that is written."""
-    base = planned.read(planned.base.refs[job.slot])
+    base = planned.read(planned.start(job.slot))
     step = max(1, BLOCK_ENTRIES // written.shape[1])
     distance = size = changed = 0.0
     for start in range(0, len(written), step):

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modalloy import load_recipe, merge, plan
-from modalloy.checkpoints import TensorRef
+from modalloy.checkpoints import TensorRef, file_sha256
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.families import FAMILIES
 from modalloy.families.donors import MappedRef, assembled
 from modalloy.families.rules import rows_of
 from modalloy.families.vocabulary import shared_tokens
+from modalloy.methods import METHODS
+from modalloy.recipe import Recipe
 from modalloy.verify import verify
 
 WIDTH, FFN, LAYERS, HEADS, TOKENS = 16, 24, 2, 4, 11
@@ -270,8 +272,30 @@ def test_padded_vocabularies_are_merged_to_the_last_token(tmp_path: Path, recipe
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_model": "x/y"}, "target and base_model are both given"),
-        ({"merge_method": "ssam", "parameters": {}}, "a merge with a target interpolates, but merge_method is ssam"),
+        ({"base_model": "x/y"}, "linear interpolates between target and donors, without a base: remove base_model"),
+        (
+            {"merge_method": "ssam", "parameters": {}},
+            "ssam merges updates of a base, but there is none: add base_model",
+        ),
+        (
+            {"merge_method": "factorwise", "parameters": {}, "base_model": "x/y"},
+            "factorwise merges LoRA factors, but a target is a whole model",
+        ),
+        ({"merge_method": "fisher", "parameters": {}, "base_model": "x/y"}, "fisher needs Fisher files in the target"),
+        (
+            {"models": [{"model": "x", "parameters": {"fisher": "f.safetensors"}}]},
+            r"no method weighs donors .* by Fisher files",
+        ),
+        (
+            {
+                "target": None,
+                "base_model": "x",
+                "modules": {"*": {"policy": "error"}},
+                "merge_method": "average",
+                "parameters": {},
+            },
+            "policy error is of merges with a target",
+        ),
         ({"output": {"form": "adapter"}}, r"output\.form is adapter; write form: full"),
         ({"modules": {"*": {"policy": "average"}}}, "has no policy average"),
         ({"models": [{"model": "x", "modality": "image"}]}, "donors have no modality or encoder"),
@@ -310,34 +334,234 @@ def test_there_is_a_recipe_for_every_pair_of_the_paper() -> None:
     assert len(list(RECIPES.glob("*.yaml"))) == 8
 
 
+def without_data(folder: Path, keys: str) -> Path:
+    """A published model's config, and a file of its true names and shapes without data, which takes no room."""
+    header, config = published(keys)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    entries, end = {}, 0
+    for tensor, shape in header.items():
+        size = 2 * int(torch.Size(shape).numel())
+        entries[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # sparse
+    return folder
+
+
+@pytest.mark.parametrize("method", ["linear", "ssam"])
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_plans_of_the_paper_cover_all_tensors(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans on files that have the true names and shapes, and no data."""
-    recipe, places = load_recipe(path), {}
-    for name in (str(recipe.target), recipe.models[0].model):
-        keys = KEYS[name]
-        header, config = published(keys)
-        folder = tmp_path / keys
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
-        entries, end = {}, 0
-        for tensor, shape in header.items():
-            size = 2 * int(torch.Size(shape).numel())
-            entries[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + size]}
-            end += size
-        text = json.dumps(entries).encode()
-        with (folder / "model.safetensors").open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)  # sparse: takes no room
-        places[name] = folder
+def test_plans_of_the_paper_cover_all_tensors(
+    path: Path, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(path)
+    models = {name: KEYS[name] for name in (str(recipe.target), recipe.models[0].model)}
+    if method != "linear":
+        bases = {"Qwen": ("Qwen/Qwen2-7B", "qwen2-7b"), "34b": ("nyu-visionx/cambrian-34b", "cambrian-34b")}
+        base = next((keys for part, keys in bases.items() if part in "".join(models)), None)
+        name, models[name] = base or ("meta-llama/Llama-2-7b-hf", "vicuna-7b-v1.5")
+        content = recipe.model_dump() | {"base_model": name, "merge_method": method, "parameters": {"rank": 128}}
+        recipe = Recipe(**content)
+    places = {name: without_data(tmp_path / keys, keys) for name, keys in models.items()}
     monkeypatch.setattr(sys.modules["modalloy.plan"], "locate", lambda location, folder: places[location])
     planned = plan(recipe)
     target = published(KEYS[str(recipe.target)])[0]
     assert [spec.name for job in planned.jobs for spec in job.outputs] == list(target)
     assert [tuple(spec.shape) for job in planned.jobs for spec in job.outputs] == list(target.values())
     donor = published(KEYS[recipe.models[0].model])[0]
-    assert len(planned.fates) == len(target) + len(donor)
-    merged = {job.slot for job in planned.jobs if job.kind != "keep"}
-    assert ("lm_head.weight" in merged) == (recipe.vocabulary == "same")
-    moved = [name for name in target if name.startswith("model.layers.") and "inv_freq" not in name]
-    assert merged >= set(moved)
+    base_tensors = 0 if method == "linear" else len(published(models[recipe.base_model])[0])
+    assert len(planned.fates) == len(target) + len(donor) + base_tensors
+    changing = {job.slot for job in planned.jobs if job.kind != "keep"}
+    assert ("lm_head.weight" in changing) == (recipe.vocabulary == "same")
+    moved = {name for name in target if name.startswith("model.layers.") and "inv_freq" not in name}
+    assert changing >= moved
+    if method == "ssam":
+        n_layers = {"Qwen": 28, "llava": 32, "mplug": 32, "cogvlm": 32, "cambrian": 60}
+        experts = {"cogvlm-chat": 14, "mplug-owl2": 9}.get(KEYS[str(recipe.target)], 7)
+        layers = next(n for part, n in n_layers.items() if part in "".join(models))
+        assert planned.merged_weights() == layers * experts
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+SEEDED = ("dare_linear", "dare_ties")  # whose masks belong to a weight's name
+UPDATE_METHODS = [name for name in METHODS if name not in ("linear", "fisher", "factorwise", "core_space")]
+
+
+def expert(cog: dict[str, Tensor], name: str, owner: str) -> Tensor:
+    """A weight of a plain decoder as one of CogVLM's experts has it."""
+    layer, leaf = name.rsplit(".", 3)[0], name.rsplit(".", 2)[1].removesuffix("_proj")
+    if leaf in ("q", "k", "v"):
+        fused = cog[f"{layer}.self_attn.{owner}_expert_query_key_value.weight"]
+        return fused[WIDTH * "qkv".index(leaf) :][:WIDTH].clone()
+    return cog[
+        f"{layer}.self_attn.{owner}_expert_dense.weight"
+        if leaf == "o"
+        else f"{layer}.mlp.{owner}_mlp.{leaf}_proj.weight"
+    ]
+
+
+def plain_copy(folder: Path, cog: Path, like: Path, owner: str) -> Path:
+    """One of CogVLM's two decoders as a plain one of its own."""
+    fused, tensors = weights(cog), weights(like)
+    for name in tensors:
+        if name.rsplit(".", 2)[-2].removesuffix("_proj") in LINEARS and name.startswith("model.layers."):
+            tensors[name] = expert(fused, name, owner)
+        elif name in fused:
+            tensors[name] = fused[name].clone()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    for file in ("config.json", "tokenizer.json"):
+        (folder / file).write_text((like / file).read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def family_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, a donor of its architecture, a CogVLM as target, and its two decoders as plain models."""
+    folder = tmp_path_factory.mktemp("three")
+    base = write(folder / "base", "vicuna-7b-v1.5", 1)
+    donor, target = write(folder / "donor", "vicuna-7b-v1.5", 2), write(folder / "target", "cogvlm-chat", 3)
+    copies = {owner: plain_copy(folder / owner, target, base, owner) for owner in ("language", "vision")}
+    return {"base": base, "donor": donor, "target": target, **copies}
+
+
+@pytest.mark.parametrize("method", UPDATE_METHODS)
+def test_methods_merge_mapped_updates_as_those_of_one_architecture(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path, method: str
+) -> None:
+    models = family_of_three
+    across = recipe(
+        models["target"], models["donor"], base_model=str(models["base"]), merge_method=method, parameters={}
+    )
+    report = merge(across, tmp_path / "across")
+    assert report.verification.layers == 12 and verify(tmp_path / "across").layers == 12
+    before, after = weights(models["target"]), weights(tmp_path / "across")
+    for owner in ("language", "vision"):
+        content = {
+            "base_model": str(models["base"]),
+            "merge_method": method,
+            "models": [{"model": str(models[owner])}, {"model": str(models["donor"])}],
+            "output": {"form": "full"},
+        }
+        (tmp_path / "plain.yaml").write_text(yaml.safe_dump(content))
+        merge(tmp_path / "plain.yaml", tmp_path / owner)
+        alone = weights(tmp_path / owner)
+        for name, tensor in alone.items():
+            if "norm" in name:  # averaged in both
+                assert torch.equal(after[name], tensor)
+            elif name.startswith("model.layers.") and method not in SEEDED:
+                assert torch.equal(expert(after, name, owner), tensor), name
+                assert not torch.equal(tensor, expert(before, name, owner))
+    mean = (before["lm_head.weight"].double() + weights(models["donor"])["lm_head.weight"].double()) / 2
+    assert torch.equal(after["lm_head.weight"], mean.float())  # the same tensors whatever the method (B4)
+    kept = [name for name in before if name.startswith("model.vision.")]
+    assert kept and all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in kept)
+
+
+def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models = family_of_three
+    base = {"base_model": str(models["base"]), "merge_method": "ssam", "parameters": {"rank": 3}}
+    report = merge(recipe(models["target"], models["donor"], **base), tmp_path / "out")
+    planned = report.plan
+    assert report.to_dict()["parameters"]["scale"] == 0.5  # 1/n: the target counts
+    assert (
+        f"{LAYERS * 14} linear weights merged (ssam, k=3, λ=1/2" in planned.summary() and "α" not in planned.summary()
+    )
+    rows = {(fate.source, fate.tensor): (fate.fate, fate.detail) for fate in planned.fates}
+    q = "model.layers.1.self_attn.q_proj.weight"
+    both = " and ".join(
+        f"model.layers.1.self_attn.{owner}_expert_query_key_value.weight" for owner in ("language", "vision")
+    )
+    assert (
+        set(rows["base", q][1].split()) == set(f"the updates of {both} start there".split())
+        and rows["base", q][0] == "merged"
+    )
+    assert rows["base", "model.norm.weight"] == ("left out", "no linear weight, so no update of it is merged")
+    assert rows["target", "model.norm.weight"] == ("averaged", "mean of target and donors, same")
+    assert rows["donor", "model.norm.weight"] == ("averaged", "into model.norm.weight")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert list(manifest["inputs"]) == ["target", "base", "donor"] and manifest["inputs"]["base"]["name"] == "base"
+    assert manifest["inputs"]["base"]["sha256"].keys() == {"model.safetensors"}
+    # one linear weight changed by hand, where others were fused around it
+    tensors = weights(tmp_path / "out")
+    tensors["model.layers.0.self_attn.vision_expert_query_key_value.weight"][WIDTH] += 1
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    manifest["outputs"]["model.safetensors"] = file_sha256(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        CheckpointError, match=r"vision_expert_query_key_value\.weight:k differs from what the recipe gives"
+    ):
+        verify(tmp_path / "out")
+
+
+def test_updates_of_a_base_give_the_interpolation_too(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path
+) -> None:
+    models, alpha = family_of_three, 0.3  # θ_0 + (1 − α) τ_1 + α τ_2 = (1 − α) θ_1 + α θ_2
+    merge(recipe(models["target"], models["donor"], alpha=alpha), tmp_path / "linear")
+    content = yaml.safe_load(
+        recipe(
+            models["target"],
+            models["donor"],
+            base_model=str(models["base"]),
+            merge_method="task_arithmetic",
+            parameters={"scale": 1 - alpha},
+        ).read_text()
+    )
+    content["models"][0]["parameters"] = {"weight": alpha / (1 - alpha)}
+    (tmp_path / "sum.yaml").write_text(yaml.safe_dump(content))
+    merge(tmp_path / "sum.yaml", tmp_path / "sum")
+    linear, summed = weights(tmp_path / "linear"), weights(tmp_path / "sum")
+    for name in linear:
+        if "expert" in name or "_mlp." in name:
+            assert torch.allclose(linear[name], summed[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_bases_are_mapped_in_either_form(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path, form: str
+) -> None:
+    """A base that stores its attention fused gives the same as one that does not; a target merged with itself stays itself."""
+    models = family_of_three
+    base = models["language"] if form == "plain" else models["target"]
+    more = {"base_model": str(base), "merge_method": "average", "parameters": {}}
+    merge(recipe(models["donor"], models["donor"], **more), tmp_path / "out")
+    after, before = weights(tmp_path / "out"), weights(models["donor"])
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+    more = {"base_model": str(base), "merge_method": "tsv", "parameters": {}}
+    merge(recipe(models["base"], models["donor"], **more), tmp_path / "tsv")
+    other = {"base_model": str(models["language"]), "merge_method": "tsv", "parameters": {}}
+    merge(recipe(models["base"], models["donor"], **other), tmp_path / "reference")
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "reference")[name]) for name, tensor in weights(tmp_path / "tsv").items()
+    )
+
+
+def test_policies_across_architectures(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models = family_of_three
+    rules = {
+        "*vision_expert_query*": {"policy": "take_source"},
+        "*.mlp.*": {"policy": "keep"},
+        "*nothing*": {"policy": "error"},
+    }
+    source = recipe(models["target"], models["donor"], modules=rules)
+    with pytest.raises(RecipeError, match=r"modules: no tensor matches '\*nothing\*'"):
+        plan(load_recipe(source))
+    del rules["*nothing*"]
+    merge(recipe(models["target"], models["donor"], modules=rules), tmp_path / "out")
+    before, donor, after = weights(models["target"]), weights(models["donor"]), weights(tmp_path / "out")
+    layer = "model.layers.1."
+    fused = torch.cat([donor[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"])
+    assert torch.equal(after[f"{layer}self_attn.vision_expert_query_key_value.weight"], fused)
+    assert torch.equal(after[f"{layer}mlp.vision_mlp.up_proj.weight"], before[f"{layer}mlp.vision_mlp.up_proj.weight"])
+    fates = {
+        (fate.source, fate.tensor): fate.fate for fate in plan(load_recipe(tmp_path / "out" / "recipe.yaml")).fates
+    }
+    assert fates["target", f"{layer}self_attn.vision_expert_query_key_value.weight"] == "left out"
+    assert fates["donor", f"{layer}self_attn.q_proj.weight"] == "merged"  # into the language expert
+    with pytest.raises(RecipeError, match=r"policy take_source of .*vision_expert.* needs one donor, 2 have it"):
+        plan(load_recipe(recipe(models["target"], models["donor"], models["base"], modules=rules)))
+    with pytest.raises(CheckpointError, match=r"target: model\.vision\.boi is there, which the recipe forbids"):
+        plan(load_recipe(recipe(models["target"], models["donor"], modules={"*.boi": {"policy": "error"}})))

@@ -120,7 +120,7 @@ def is_repetitive(text: str, words: int = 4, times: int = 3) -> bool:
 def sanity(
     out: str | Path, *, device: str = "cpu", on_model: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Sanity]:
-    """The examination of a merge's result ("merged"), its base ("base"), and the text path of every specialist.
+    """The examination of a merge's result ("merged"), its base and target, and the text path of every specialist.
 
     Raises:
         ModalloyError: `out` is no `omni` or `full` result of a merge on this machine.
@@ -129,16 +129,18 @@ def sanity(
     if not (out / "config.json").is_file():
         raise ModalloyError(f"{out}: is no model by itself; sanity is checked of output.form omni or full")
     sources, manifest = read_json(out / SOURCES), read_json(out / "manifest.json")
-    labels = [label for label in manifest["inputs"] if label != "base"]
-    places = dict(zip(labels, sources["specialists"], strict=True))
+    starts = [label for label in ("target", "base") if label in sources]
+    labels = [label for label in manifest["inputs"] if label not in starts]
+    places = [(label, None, sources[label]) for label in starts]
+    places += [(*named, sources[starts[0]]) for named in zip(labels, sources["specialists"], strict=True)]
     merged = load_model(out, device=device, dtype="auto")
     found, tokenizer = {"merged": examine(merged)}, merged.processor.tokenizer
     del merged
-    for done, (name, place) in enumerate([("base", None), *places.items()], 1):
+    for done, (name, place, start) in enumerate(places, 1):
         gc.collect()
-        on_model(done, len(places) + 2)
-        found[name] = examine(load_text_path(place, sources["base"], tokenizer, device=device))
-    on_model(len(places) + 2, len(places) + 2)
+        on_model(done, len(places) + 1)
+        found[name] = examine(load_text_path(place, start, tokenizer, device=device))
+    on_model(len(places) + 1, len(places) + 1)
     return found
 
 

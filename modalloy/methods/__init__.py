@@ -70,6 +70,11 @@ class Method:
             return "dense"
         return self.receives
 
+    @property
+    def needs_factors(self) -> bool:
+        """Whether it merges low-rank updates only: what it does with factors has no counterpart on full matrices."""
+        return self.receives == "factors" and not self.rowwise
+
     def needs_survey(self, parameters: dict[str, Any]) -> bool:
         """Whether it must see the whole model first."""
         return self.survey is not None and parameters.get(self.survey_when[0]) == self.survey_when[1]

@@ -16,7 +16,8 @@ from modalloy.methods.ssam import aligned
 from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
 from modalloy.model.routing import TEXT, RoutedLinear
-from modalloy.plan import Job, Plan, plan
+from modalloy.plan import Plan, plan
+from modalloy.planner import Job
 from modalloy.search.space import Changes, applied
 
 Result = TypeVar("Result")

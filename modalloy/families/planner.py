@@ -1,0 +1,114 @@
+"""Works out what a merge across architectures does, as `modalloy.planner` does for models of one architecture."""
+
+from collections.abc import Container
+from typing import Any, Literal
+
+from modalloy.checkpoints import Checkpoint, Specialist, TensorSpec
+from modalloy.errors import RecipeError
+from modalloy.families.donors import Across
+from modalloy.families.mapping import ModelMap
+from modalloy.planner import Choices, Fate, Job, TensorFate, layers
+from modalloy.recipe import Recipe
+
+FATES: dict[str, Fate] = {"merge": "merged", "interpolate": "merged", "fuse": "merged", "average": "averaged"}
+
+
+class AcrossPlanner(Choices):
+    """Jobs and fates of donors that are merged into a target of another architecture.
+
+    Without a base, all that has a counterpart moves towards it: linear weights, norms, biases, embeddings of the same tokens.
+    With a base, the method merges the updates of linear weights, each by itself where the target stores several as one
+    tensor, and the target counts as one of the models; whatever else has a counterpart is averaged.
+    """
+
+    def __init__(self, recipe: Recipe, target: Checkpoint, donors: list[Specialist], across: Across) -> None:
+        super().__init__(recipe, target, len(donors) + (across.base is not None))
+        self.donors, self.across = donors, across
+        mapped = (name for found in across.maps.values() for name, one in found.tensors.items() if one.pieces)
+        self.depth = layers(mapped)  # of the decoder
+        self.jobs = [self._job(name) for name in target.refs]
+
+    def _job(self, name: str) -> Job:
+        spec, own = self._like_base(name), self.base.refs[name]
+        counterparts = [donor.full[name] for donor in self.donors if name in donor.full]
+        if not counterparts:
+            return Job("keep", name, (spec,), (own,))
+        if self._policy(name) == "take_source":
+            if len(counterparts) > 1:
+                raise RecipeError(f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it")
+            return Job("carry", name, (spec,), (counterparts[0],))
+        method, written = self._method(name)
+        if self.across.base is not None:
+            if name not in self.across.parts:
+                return Job("average", name, (spec,), (own, *counterparts))
+            return self._fused(name, spec, method, self._resolved(method, written, name))
+        parameters = self._resolved(method, written, name)
+        if parameters["alpha"] == 0:  # whose bytes stay the target's
+            return Job("keep", name, (spec,), (own,))
+        kind: Literal["merge", "interpolate"] = "merge" if len(own.shape) == 2 else "interpolate"
+        return Job(kind, name, (spec,), (own, *counterparts), method, parameters, self._weights(name))
+
+    def _fused(self, name: str, spec: TensorSpec, method: str, parameters: dict[str, Any]) -> Job:
+        """The merges of the linear weights in a tensor of the target."""
+        across = self.across
+        assert across.target is not None
+        weights, pieces, parts = (1.0, *self._weights(name)), [], across.parts[name]
+        for slot, rows in parts:
+            reads = (across.starts[slot], *(model.full[slot] for model in (across.target, *self.donors)))
+            output = TensorSpec(name, spec.dtype, reads[0].shape)
+            if len(parts) == 1:
+                return Job("merge", slot, (output,), reads, method, parameters, weights)
+            pieces.append(Job("merge", slot, (output,), reads, method, parameters, weights, rows=rows))
+        return Job("fuse", name, (spec,), tuple(ref for piece in pieces for ref in piece.reads), pieces=tuple(pieces))
+
+    def fates(self) -> list[TensorFate]:
+        """The fate of every tensor of the target, of every donor and of the base."""
+        changing = {job.outputs[0].name: job for job in self.jobs if job.kind != "keep"}
+        result = []
+        for name in self.base.refs:
+            tensors = [found.tensors[name] for found in self.across.maps.values()]
+            operations = ", ".join(dict.fromkeys(tensor.operation for tensor in tensors if tensor.pieces))
+            reasons = ", ".join(dict.fromkeys(tensor.reason for tensor in tensors if tensor.reason))
+            fate: tuple[Fate, str] = ("kept", reasons or "alpha: 0")
+            if job := changing.get(name):
+                fate = (FATES.get(job.kind, "left out"), f"{_how(job)}, {operations}")
+            result.append(TensorFate("target", name, *fate))
+        for donor in self.donors:
+            found = self.across.maps[donor.label]
+            used = _uses(found, changing)
+            for name in donor.checkpoint.refs:
+                fate = ("left out", found.dropped.get(name, "alpha: 0"))
+                if targets := used.get(name):
+                    more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
+                    kinds = {changing[target].kind for target in targets}
+                    into: Fate = next((FATES[kind] for kind in FATES if kind in kinds), "carried")
+                    fate = (into, f"into {' and '.join(targets)}{more}")
+                result.append(TensorFate(donor.label, name, *fate))
+        if self.across.base is not None and self.across.base_map is not None:
+            used = _uses(self.across.base_map, self.across.parts)
+            for name in self.across.base.refs:
+                fate = (
+                    "left out",
+                    self.across.base_map.dropped.get(name, "no linear weight, so no update of it is merged"),
+                )
+                if targets := used.get(name):
+                    fate = ("merged", f"the updates of {' and '.join(targets)} start there")
+                result.append(TensorFate("base", name, *fate))
+        return result
+
+
+def _how(job: Job) -> str:
+    """What is done, in the words of the plan."""
+    if job.kind in ("average", "carry"):
+        return {"average": "mean of target and donors", "carry": "the donor's is taken"}[job.kind]
+    return (job.merges or (job,))[0].method
+
+
+def _uses(found: ModelMap, targets: Container[str]) -> dict[str, list[str]]:
+    """Which of `targets` every tensor of a mapped model goes into."""
+    into: dict[str, list[str]] = {}
+    for tensor in found.tensors.values():
+        if tensor.name in targets:
+            for source in dict.fromkeys(piece.source for piece in tensor.pieces):
+                into.setdefault(source, []).append(tensor.name)
+    return into
