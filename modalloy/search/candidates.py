@@ -132,15 +132,19 @@ def _sketch(linear: RoutedLinear, seed: int) -> Tensor:
 
     So the distance of two merges is that of their sketches, to a tenth, and 0 for equal ones.
     """
-    generator = torch.Generator().manual_seed(seed)
-    (rows, columns), device = linear.weight.shape, linear.weight.device
-    x = torch.randn(columns, SKETCHED, generator=generator).to(device)
-    y = torch.randn(rows, SKETCHED, generator=generator).to(device)
+    x, y = (side.to(linear.weight.device) for side in directions(linear.out_features, linear.in_features, seed))
     if linear.text_weight is not None:
         product = (linear.text_weight.float() - linear.weight.float()) @ x
     else:
         product = linear.update(TEXT).to(torch.float32) @ x
     return (product.double() * y.double()).sum(0).cpu()
+
+
+def directions(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random x (columns, SKETCHED) and y (rows, SKETCHED) of a weight's sketch."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(columns, SKETCHED, generator=generator)
+    return x, torch.randn(rows, SKETCHED, generator=generator)
 
 
 def distance(a: list[float], b: list[float]) -> float:

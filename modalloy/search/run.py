@@ -40,12 +40,14 @@ from modalloy.search.objective import (
 )
 from modalloy.search.probes import read_probes
 from modalloy.search.space import Axis, Changes, applied, default_axes, parse_axes, relocated, start
+from modalloy.search.target import LoadedTarget, Loader, serve_target, target_senses
 from modalloy.search.trials import SCHEMA, Trials
 
 Objective = Literal["consistency", "labels", "agreement"]
 OBJECTIVES = ("consistency", "labels", "agreement")
 STRATEGIES = ("auto", "grid", "coordinate", "tpe", "random")
 PASSES = 2  # over the axes, coordinate by coordinate
+TARGET = "target"  # in the log: the model of α = 0
 SAME = 1e-4  # relative distance below which two merges are one
 STEADY = 0.5  # share of bootstrap samples with the same choice, below which the page warns
 Line = dict[str, Any]
@@ -205,15 +207,16 @@ def search(
     dtype: str = "float32",
     resume: bool = False,
     allow_base_mismatch: bool = False,
+    load: Loader | None = None,
     on_answer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
     """The recipe with the parameters that `objective` prefers, in `out`/recipe.yaml, with log, figures and a page.
 
     Args:
-        recipe: a Recipe of `form: omni`, or the path of its YAML file.
+        recipe: a Recipe of `form: omni` or with a `target`, or the path of its YAML file.
         probe: file of probes (see `read_probes`).
         out: folder of recipe.yaml, trials.jsonl, search.json and index.html.
-        vary: axes as `NAME=VALUES` (see `parse_axes`); without any, λ and k of ssam.
+        vary: axes as `NAME=VALUES` (see `parse_axes`); without any, λ and k of ssam, or α of linear.
         objective: "consistency" chooses the candidate whose answers differ least from its neighbours' (AdaMMS 3.3), with
             no labels; "labels" the most accurate; "agreement" the one to which the specialists' own answers to probes of
             one sense are likeliest (mean nats a token, teacher-forced).
@@ -225,6 +228,8 @@ def search(
         max_new_tokens: of an answer; one that is as long counts as over-long.
         cache: encoder features shared with other runs.
         resume: go on with the log in `out`.
+        load: makes a model of a plan and all tensors of its checkpoint by name, for a target whose architecture modalloy
+            does not run (see `target.LoadedTarget`).
         on_answer: called with (answers there are, answers that are expected at most).
 
     Raises:
@@ -236,10 +241,12 @@ def search(
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     axes = parse_axes(vary, recipe) or default_axes(planned)
     strategy = _strategy(strategy, axes, objective, variant)
-    _check_probes(probes, planned, objective)
+    _check_probes(probes, planned, objective, load)
     lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": dtype, "device": device}
     with Trials(out, {"inputs": planned.fingerprint, **lengths}, resume=resume) as log:
-        asking = _Asking(planned, axes, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, on_answer)
+        asking = _Asking(
+            planned, axes, probes, log, cache or FeatureCache(), lengths, allow_base_mismatch, load, on_answer
+        )
         compare = _Compare(asking, axes, objective, variant, match)
         if strategy == "coordinate":
             chosen, sweeps = _by_coordinate(compare, axes)
@@ -271,30 +278,30 @@ class _Asking:
         cache: FeatureCache,
         lengths: dict[str, Any],
         allow_base_mismatch: bool,
+        load: Loader | None,
         on_answer: Callable[[int, int], None],
     ) -> None:
         self.planned, self.probes, self.log, self.cache, self.lengths = planned, probes, log, cache, lengths
-        self.allow_base_mismatch, self.on_answer = allow_base_mismatch, on_answer
+        self.allow_base_mismatch, self.load, self.on_answer = allow_base_mismatch, load, on_answer
         self.home = start(planned, axes)
         self.expected = 0
         self.used: dict[str, Line] = {}  # lines of the log that this search wanted
         self.serving = ""
 
     @cached_property
-    def server(self) -> Server:
+    def server(self) -> Server | LoadedTarget:
         """Loaded when there is something to ask, and every medium encoded once."""
         begin = time.perf_counter()
-        found = Server(
-            self.planned,
-            device=self.lengths["device"],
-            dtype=self.lengths["dtype"],
-            allow_base_mismatch=self.allow_base_mismatch,
-        )
+        options = {"device": self.lengths["device"], "dtype": self.lengths["dtype"]}
+        options["allow_base_mismatch"] = self.allow_base_mismatch
+        across = self.planned.recipe.target is not None
+        found = serve_target(self.planned, self.load, **options) if across else Server(self.planned, **options)
         loaded = time.perf_counter()
         for modality, path in dict.fromkeys(medium for probe in self.probes for medium in probe.media):
             self.cache.features(found.chat, modality, path)
         seconds = {"load_s": loaded - begin, "features_s": time.perf_counter() - loaded}
-        size = sum(one.numel() * one.element_size() for one in found.chat.model.parameters())
+        own = found.chat.model.parameters()
+        size = self.planned.write_bytes if across else sum(one.numel() * one.element_size() for one in own)
         self.log.add("loaded", seconds | {"checkpoint_bytes": size})
         return found
 
@@ -309,12 +316,17 @@ class _Asking:
 
     def ask(self, changes: Changes, asked: Sequence[Sample]) -> list[Line]:
         """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some."""
-        return self._lines(self._key(changes), lambda: self._serve(changes), asked)
+        # the target itself is a parent too, and asked once
+        is_target = self.planned.recipe.target is not None and not any(self.sketch(changes))
+        return self._lines(TARGET if is_target else self._key(changes), lambda: self._serve(changes), asked)
 
     @cached_property
     def parents(self) -> dict[str, Line]:
-        """The answer of the specialist of its sense to every probe of one sense, by the probe's id."""
+        """The answer of the specialist of its sense to every probe of one sense, by the probe's id; or of the target to all."""
         found: dict[str, Line] = {}
+        if self.planned.recipe.target is not None:
+            lines = self._lines(TARGET, lambda: self._serve_parent(0), self.probes)
+            return {probe.id: line for probe, line in zip(self.probes, lines, strict=True)}
         for index, specialist in enumerate(self.planned.specialists):
             own = [probe for probe in self.probes if {m for m, _ in probe.media} == {specialist.modality}]
             if own:
@@ -629,21 +641,22 @@ def _strategy(given: str, axes: list[Axis], objective: str, variant: str) -> str
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    if recipe.output.form != "omni":
+    if recipe.target is None and recipe.output.form != "omni":
         raise RecipeError(
             f"output.form '{recipe.output.form}': a search asks the merged model about media, so it needs the encoders; "
             "write form: omni (the chosen parameters hold for any form)"
         )
 
 
-def _check_probes(probes: list[Sample], planned: Plan, objective: str) -> None:
-    able = [specialist.modality for specialist in planned.specialists]
+def _check_probes(probes: list[Sample], planned: Plan, objective: str, load: Loader | None) -> None:
+    across = planned.recipe.target is not None
+    able = target_senses(planned, load) if across else [specialist.modality for specialist in planned.specialists]
     for probe in probes:
         for modality, _ in probe.media:
-            if modality not in able:
+            if able is not None and modality not in able:
+                takes = ", ".join(map(str, able)) or "text only"
                 raise ModalloyError(
-                    f"the probe {probe.text!r} shows {modality}, and the recipe's model takes {', '.join(map(str, able))}; "
-                    "remove the probe"
+                    f"the probe {probe.text!r} shows {modality}, and the recipe's model takes {takes}; remove the probe"
                 )
         if objective == "labels" and not probe.golds:
             raise ModalloyError(f"the probe {probe.text!r} has no gold answer, which --objective labels needs; add it")
@@ -653,7 +666,7 @@ def _check_probes(probes: list[Sample], planned: Plan, objective: str) -> None:
                 raise ModalloyError(
                     f"the probe {probe.text!r}: its gold {probe.golds[0]!r} is none of its choices; correct it"
                 )
-    if objective == "agreement" and not any(len({m for m, _ in probe.media}) == 1 for probe in probes):
+    if objective == "agreement" and not across and not any(len({m for m, _ in probe.media}) == 1 for probe in probes):
         raise ModalloyError(
             "no probe shows one sense alone, which --objective agreement asks the specialists about; add some"
         )

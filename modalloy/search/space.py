@@ -91,8 +91,13 @@ def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
 
 
 def default_axes(planned: Plan) -> list[Axis]:
-    """λ and k of ssam: λ in steps of half its default 1/n up to 1, k the powers of two from r/4 to n·r, and r."""
+    """λ and k of ssam: λ in steps of half its default 1/n up to 1, k the powers of two from r/4 to n·r, and r.
+
+    α of a merge with a target: 0 to 0.6 in steps of 0.1, as AdaMMS.
+    """
     recipe = planned.recipe
+    if recipe.target is not None and recipe.merge_method == "linear":
+        return [Axis("alpha", tuple(step / 10 for step in range(7)))]
     if recipe.merge_method != "ssam":
         known = [*schema(METHODS[recipe.merge_method].function), *(WEIGHT + label for label in labels(recipe))]
         raise RecipeError(
@@ -145,7 +150,8 @@ def relocated(recipe: Recipe, folder: Path) -> Recipe:
         return os.path.relpath((recipe.folder / path).resolve(), folder.resolve())
 
     content = recipe.model_dump()
-    content["base_model"] = place(recipe.base_model)
+    content["base_model"] = recipe.base_model and place(recipe.base_model)
+    content["target"] = recipe.target and place(recipe.target)
     for entry, model in zip(content["models"], recipe.models, strict=True):
         entry["model"] = place(model.model)
         if model.encoder is not None:
