@@ -9,7 +9,9 @@ specialists. What a donor senses with is not merged, so nothing it hears can com
 and the capitals of the `senses` benchmark, and the target alone (α = 0) is what a merge must beat.
 
 Parts: `check` (the conversion, and one merge through files against the same in memory), `curves` (accuracy per donor and α),
-`reverse` (a LLaVA as the target, the CogVLM as the donor), `methods`. Every candidate is computed by the function that
+`methods` (those that merge
+updates, with the base), `search` (α by AdaMMS's consistency of answers, from validation questions without labels),
+`reverse` (a LLaVA as the target, the CogVLM as the donor). Every candidate is computed by the function that
 `modalloy merge` writes files with, and set in memory; its answers are a run in --out, so a stopped benchmark goes on where it
 was. Intervals are 95 % bootstraps of concepts and, within them, files; differences to the target are paired, and * marks
 those that McNemar's test, corrected for all candidates of a table, and the interval both call real. Prints Markdown for
@@ -20,6 +22,7 @@ import argparse
 import functools
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -44,12 +47,30 @@ from modalloy.evals.statistics import holm
 from modalloy.merge import compute, survey
 from modalloy.model import ChatModel, load_model
 from modalloy.model.chat import user_message
+from modalloy.model.load import Stored
 from modalloy.plan import Plan, plan
 from modalloy.recipe import Output, Recipe, SpecialistEntry
+from modalloy.search import search
+from modalloy.search.objective import spearman
 
 CELLS = ("image", "text")
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)
-PARTS = ("check", "curves", "reverse", "methods")
+PARTS = ("check", "curves", "methods", "search", "reverse")
+# methods that merge updates of the base, at their defaults but for ssam's k: a full matrix does not tell that its update has rank 8
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "average": ("average", {}),
+    "SSAM, k = 8": ("ssam", {"rank": 8}),
+    "SSAM, k = 128": ("ssam", {}),
+    "task arithmetic": ("task_arithmetic", {}),
+    "TIES": ("ties", {}),
+    "DARE-TIES": ("dare_ties", {}),
+    "TSV": ("tsv", {}),
+    "OptMerge": ("optmerge", {}),
+    "Iso-C": ("iso_c", {}),
+    "WUDI": ("wudi", {}),
+    "KnOTS": ("knots", {}),
+}
+SEARCHED = ALPHAS[:-1]  # AdaMMS's, with 0
 CHECKED = 0.3  # the α of the merge that goes through files
 BATCH = 8
 
@@ -93,7 +114,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/across"), help="folder of converted models and runs")
     parser.add_argument("--references", type=Path, default=Path("build/references/same"), help="single-path models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--donors", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument("--donors", nargs="+", metavar="NAME", help="only these; methods take the first")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="only these"
+    )
     args = parser.parse_args()
     bench = Bench(args.data, args.out, args.references, FeatureCache(args.out / "features"), {})
     donors = args.donors or list(bench.sources())
@@ -104,7 +128,11 @@ def main() -> None:
             document[part] = check(bench, donors[0])
         elif part == "curves":
             document[part] = curves(bench, "cogvlm", donors)
-        elif part == "reverse" and "image single-path" in bench.sources():
+        elif part == "methods":
+            document[part] = methods(bench, "cogvlm", donors[0], args.methods)
+        elif part == "search":
+            document[part] = searches(bench, "cogvlm", donors)
+        elif "image single-path" in bench.sources():
             document[part] = curves(bench, "image single-path", ["cogvlm"])
         print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     print(json.dumps(document, allow_nan=False))
@@ -113,6 +141,7 @@ def main() -> None:
 def recipe_of(bench: Bench, target: str, donors: Sequence[str], method: str = "linear", **parameters: Any) -> Recipe:
     """The recipe of a merge of converted models."""
     return Recipe(
+        base_model="" if method == "linear" else builtin.BASE,
         target=str(bench.target(target).resolve()),
         merge_method=method,
         parameters=parameters,
@@ -175,6 +204,90 @@ def curves(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def methods(bench: Bench, target: str, donor: str, names: Sequence[str]) -> dict[str, Any]:
+    """Accuracy of the methods that merge updates, the target's and the donor's, each from the base that both started from."""
+    alone = asked(bench, f"{target} alone", recipe_of(bench, target, [donor], alpha=0.0))
+    runs = {
+        name: asked(bench, f"{donor} into {target} {name}", recipe_of(bench, target, [donor], method, **parameters))
+        for name in names
+        for method, parameters in [METHODS[name]]
+    }
+    found = against(alone, runs)
+    rows = [[name, *(difference(found[name][cell]) for cell in CELLS)] for name in names]
+    print(table([f"{donor} into {target}", *CELLS], rows) + "\n")
+    return {name: accuracies(runs[name]) | figures(found[name]) for name in names}
+
+
+def searches(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]:
+    """What AdaMMS's consistency of answers chooses without labels, against the accuracy about pictures that the curves have."""
+    probes = write_probes(bench)
+    alone = asked(bench, f"{target} alone", recipe_of(bench, target, donors[:1], alpha=0.0))
+    rows, document = [], {}
+    for donor in donors:
+        recipe = recipe_of(bench, target, [donor], alpha=ALPHAS[0])
+        found = search(
+            recipe,
+            probes,
+            bench.out / "search" / donor.replace(" ", "-"),
+            max_new_tokens=12,
+            batch_size=BATCH,
+            cache=bench.cache,
+            resume=True,
+            load=functools.partial(served, bench),
+        )
+        (sweep,) = found.sweeps
+        accuracy = {0.0: accuracies(alone)["image"]}
+        for alpha in SEARCHED:
+            run = asked(bench, f"{donor} into {target} {alpha:g}", recipe_of(bench, target, [donor], alpha=alpha))
+            accuracy[alpha] = accuracies(run)["image"]
+        losses = {
+            candidate["alpha"]: loss
+            for candidate, loss in zip(sweep.candidates, sweep.losses, strict=True)
+            if not math.isnan(loss)
+        }
+        chosen, best = found.chosen["alpha"], max(accuracy, key=lambda alpha: (accuracy[alpha], -alpha))
+        rank = spearman([-loss for loss in losses.values()], [accuracy[alpha] for alpha in losses])
+        share = 0.0 if sweep.chosen is None else sweep.stability[sweep.chosen]
+        rows.append(
+            [
+                donor,
+                f"{chosen:g} ({share:.0%})",
+                f"{accuracy[chosen]:.2f}",
+                f"{best:g}: {accuracy[best]:.2f}",
+                *(
+                    f"{100 * (accuracy[chosen] - other):+.0f}"
+                    for other in (accuracy[best], accuracy[0.1], accuracy[0.0])
+                ),
+                "–" if rank is None else f"{rank:+.2f}",
+            ]
+        )
+        document[donor] = {"chosen": chosen, "in_bootstrap": share, "losses": losses, "image": accuracy}
+        document[donor] |= {"best": best, "spearman": rank, "cost": found.cost, "warnings": found.warnings}
+    header = ["donor", "α chosen (in bootstrap)", "image", "best α", "over best", "over 0.1", "over target", "Spearman"]
+    print(table(header, rows) + "\n")
+    return document
+
+
+def served(bench: Bench, planned: Plan, tensors: dict[str, Stored]) -> ChatModel:
+    """The model in memory with a candidate's tensors, for `search`."""
+    chat, config = bench.chat(planned.base_folder), read_json(planned.base_folder / "config.json")
+    experts.set_weights(chat, ((name, stored[...]) for name, stored in tensors.items()), config)
+    return chat
+
+
+def write_probes(bench: Bench) -> Path:
+    """The questions about one picture of the validation set, without answers or choices."""
+    asked_there = find_benchmark("senses").samples(Source(bench.data, variant="validation", modalities=("image",)))
+    rows = {
+        json.dumps({"text": one.text, "media": [[m, str(Path(file).resolve())] for m, file in one.media]}): None
+        for one in asked_there
+        if one.group["cell"] == "image"
+    }
+    path = bench.out / "probe.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
 def against(alone: Run, runs: dict[Any, Run]) -> dict[Any, dict[str, Paired]]:
     """Every run's difference to the target alone, by cell, its p corrected for all these runs and cells."""
     compared = {key: compare(alone, run).groups["likelihood"]["cell"] for key, run in runs.items()}
@@ -205,6 +318,13 @@ def interval(run: Run, cell: str) -> str:
     found = result(run)["groups"]["cell"][cell]
     low, high = found["ci95_clustered"] or found["ci95"]
     return f"{cell} {found['acc']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def difference(pair: Paired) -> str:
+    """A run's accuracy, and by how many points it differs from the target alone."""
+    low, high = pair.ci95
+    real = "*" if pair.real else ""
+    return f"{pair.acc_b:.2f} ({100 * pair.difference:+.0f}{real}, {100 * low:+.0f} to {100 * high:+.0f})"
 
 
 def figures(pairs: dict[str, Paired]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from modalloy.model.processor import ModalloyProcessor
 from modalloy.omni import specialist_config
 from modalloy.projectors import projector_class
 
-ANCESTOR = "HuggingFaceTB/SmolLM2-135M-Instruct"
 COGVLM, LLAVA, LLAMA = "CogVLMForCausalLM", "LlavaLlamaForCausalLM", "LlamaForCausalLM"
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 # where each architecture keeps the projector, and the trained tokens before and after a picture
@@ -150,7 +149,7 @@ def _written(
 ) -> Path:
     """The folder of a whole model, with the base's geometry and tokenizer, and what `load` must know of its sense."""
     config = read_json(base.folder / "config.json")
-    config |= {"architectures": [architecture], "model_type": kind, "_name_or_path": ANCESTOR}
+    config |= {"architectures": [architecture], "model_type": kind, "_name_or_path": builtin.BASE}
     if sense is not None:
         modalities = specialist_config(sense, base, None)["modalities"]
         if architecture == COGVLM:  # a path of its own, with no update: the linears have two weights
