@@ -9,9 +9,8 @@ specialists. What a donor senses with is not merged, so nothing it hears can com
 and the capitals of the `senses` benchmark, and the target alone (α = 0) is what a merge must beat.
 
 Parts: `check` (the conversion, and one merge through files against the same in memory), `curves` (accuracy per donor and α),
-`methods` (those that merge
-updates, with the base), `search` (α by AdaMMS's consistency of answers, from validation questions without labels),
-`reverse` (a LLaVA as the target, the CogVLM as the donor). Every candidate is computed by the function that
+`methods` (those that merge updates, with the base), `search` (α by AdaMMS's consistency of answers to validation questions,
+without labels), `reverse` (a LLaVA as the target, the CogVLM as the donor). Every candidate is computed by the function that
 `modalloy merge` writes files with, and set in memory; its answers are a run in --out, so a stopped benchmark goes on where it
 was. Intervals are 95 % bootstraps of concepts and, within them, files; differences to the target are paired, and * marks
 those that McNemar's test, corrected for all candidates of a table, and the interval both call real. Prints Markdown for
