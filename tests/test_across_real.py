@@ -1,8 +1,9 @@
-"""A real pair of architectures: the first layers of the built-in decoder and its specialists, as a CogVLM and as Llamas."""
+"""A real pair of architectures: the first layer of the built-in decoder and its specialists, as a CogVLM and as Llamas."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from modalloy import builtin, merge, plan
 from modalloy.checkpoints import open_base, read_json
+from modalloy.merge import compute
 from modalloy.model import ChatModel, load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
-LAYERS, TOKENS = 2, 64
+LAYERS, TOKENS = 1, 64
 WIDTH, KEYS = 576, 192  # rows of the queries, and of keys or values: three heads share one
 Merge = Callable[..., dict[str, Tensor]]
 
@@ -32,6 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
         import experts
 
         yield {
+            "base": base,
             "specialist": image,
             "single": single,
             "cogvlm": experts.write_cogvlm(image, folder / "cogvlm"),
@@ -45,33 +48,42 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
 def merged(models: dict[str, Path], tmp_path: Path) -> Merge:
     """The tensors of a merge of a donor into a target."""
 
-    def run(target: str, donor: str, alpha: float) -> dict[str, Tensor]:
-        merge(recipe_of(models, target, donor, alpha), tmp_path / "out", overwrite=True)
+    def run(*chosen: Any, **parameters: Any) -> dict[str, Tensor]:
+        merge(recipe_of(models, *chosen, **parameters), tmp_path / "out", overwrite=True)
         return weights(tmp_path / "out")
 
     return run
 
 
-def recipe_of(models: dict[str, Path], target: str, donor: str, alpha: float) -> Recipe:
+def recipe_of(
+    models: dict[str, Path],
+    target: str,
+    donor: str,
+    alpha: float | None = None,
+    method: str = "linear",
+    **parameters: Any,
+) -> Recipe:
     return Recipe(
+        base_model="" if method == "linear" else str(models["base"]),
         target=str(models[target]),
-        merge_method="linear",
-        parameters={"alpha": alpha},
+        merge_method=method,
+        parameters=parameters if alpha is None else {"alpha": alpha},
         models=(SpecialistEntry(model=str(models[donor])),),
         output=Output(form="full"),
     )
 
 
 def cut_base(folder: Path) -> Path:
-    """The first layers of the built-in base, and its first tokens."""
-    source, folder = builtin.base(), folder
+    """The first layer of the built-in base, and its first tokens."""
     folder.mkdir()
+    source = builtin.base()
     base = open_base(source)
     names = [name for name in base.refs if ".layers." not in name or int(name.split(".")[2]) < LAYERS]
     tensors = {name: base.read(base.refs[name]) for name in names}
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:TOKENS].clone()
     save_file(tensors, folder / "model.safetensors")
     config = read_json(source / "config.json") | {"num_hidden_layers": LAYERS, "vocab_size": TOKENS}
+    config["_name_or_path"] = builtin.BASE
     (folder / "config.json").write_text(json.dumps(config))
     vocabulary = {f"t{row}": row for row in range(TOKENS)}
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}}
@@ -143,7 +155,7 @@ def test_pictures_and_text_use_weights_of_their_own(models: dict[str, Path]) -> 
 def test_the_target_is_of_another_architecture(models: dict[str, Path]) -> None:
     found = plan(recipe_of(models, "cogvlm", "llava", 0.3)).maps["llava"]
     assert (found.target, found.donor) == ("cogvlm", "llama")
-    fused = found.tensors["model.layers.1.self_attn.vision_expert_query_key_value.weight"]
+    fused = found.tensors["model.layers.0.self_attn.vision_expert_query_key_value.weight"]
     assert [(piece.source.rpartition("self_attn.")[2], piece.rows[0]) for piece in fused.pieces] == [
         ("q_proj.weight", (0, WIDTH)),
         ("k_proj.weight", (WIDTH, WIDTH + KEYS)),
@@ -214,13 +226,29 @@ def test_both_directions_agree_on_what_is_shared(models: dict[str, Path], merged
     assert compared == len(weights(models["llama"])) == 9 * LAYERS + 2
 
 
+def test_methods_merge_updates_of_the_base(models: dict[str, Path], merged: Merge) -> None:
+    between, after = merged("cogvlm", "llama", 0.5), merged("cogvlm", "llama", method="average")
+    assert all(torch.allclose(after[name], weight, atol=1e-6) for name, weight in between.items())
+    planned = plan(recipe_of(models, "cogvlm", "llama", method="ssam", rank=16))  # of two updates of rank 8
+    job = next(job for job in planned.jobs if job.kind == "fuse")
+    assert torch.allclose(compute(planned, job, planned.read)[0], between[job.slot], atol=1e-6)
+    target, donor, start = weights(models["cogvlm"]), weights(models["llama"]), weights(models["base"])
+    after, block = merged("cogvlm", "llama", method="task_arithmetic"), "model.layers.0"
+    for expert in ("language", "vision"):  # both start from the one weight that the base has
+        name, plain = f"{block}.mlp.{expert}_mlp.up_proj.weight", f"{block}.mlp.up_proj.weight"
+        assert torch.allclose(after[name], target[name] + donor[plain] - start[plain], atol=1e-6)
+    fused = f"{block}.self_attn.vision_expert_query_key_value.weight"
+    keys, plain = slice(WIDTH, WIDTH + KEYS), f"{block}.self_attn.k_proj.weight"
+    assert torch.allclose(after[fused][keys], target[fused][keys] + donor[plain] - start[plain], atol=1e-6)
+
+
 def test_a_merge_in_memory_is_the_one_in_files(models: dict[str, Path], tmp_path: Path) -> None:
     import across
     import experts
 
     recipe = recipe_of(models, "cogvlm", "llama", 0.3)
     report = merge(recipe, tmp_path / "out")
-    assert report.verification.layers == 12
+    assert report.verification.layers == 11
     assert bits(dict(across.merged(plan(recipe)))) == bits(weights(tmp_path / "out"))
     chat, config = experts.load(models["cogvlm"]), read_json(tmp_path / "out" / "config.json")
     before = logits(chat)
