@@ -196,14 +196,16 @@ def inspect(
     Cost per weight: a merge, and for n specialists n SVDs of size r and n (n − 1) / 2 · SAMPLED_ROWS · in for the signs.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if recipe.target is not None:
-        raise RecipeError("inspect shows updates of one base, but this recipe has a target; see its plan instead")
+    if not recipe.base_model:
+        raise RecipeError(
+            "inspect shows updates of a base, but linear has none; see the plan, or add base_model and a method"
+        )
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
-    merges = [job for job in planned.jobs if job.kind == "merge"]
-    ranks = [s.rank for s in planned.specialists if s.rank is not None]
+    merges = planned.merges()
+    ranks = [s.rank for s in planned.updated if s.rank is not None]
     planned.surveys = survey(planned)
     projects = recipe.merge_method == "ssam"
-    automatic = resolve("ssam", {}, n=len(planned.specialists), lora_rank=max(ranks, default=None))["rank"]
+    automatic = resolve("ssam", {}, n=len(planned.updated), lora_rank=max(ranks, default=None))["rank"]
     slots = []
     results = local.run(
         merges,
@@ -217,23 +219,23 @@ def inspect(
             on_job(done, len(merges))
     slots.sort(key=lambda slot: (-1 if slot.layer is None else slot.layer, _place_in_layer(slot.module)))
     norms = _norms(slots)
+    weights = [entry.parameters.weight for entry in recipe.models]
+    if recipe.target is not None:
+        weights.insert(0, 1.0)  # of the target
     facts = tuple(
-        SpecialistFacts(
-            s.label, s.modality, s.layout, s.rank, entry.parameters.weight, math.hypot(*norms[s.label].values())
-        )
-        for s, entry in zip(planned.specialists, recipe.models, strict=True)
+        SpecialistFacts(s.label, s.modality, s.layout, s.rank, weight, math.hypot(*norms[s.label].values()))
+        for s, weight in zip(planned.updated, weights, strict=True)
     )
     found = findings(facts, slots, projects=projects, balance=planned.parameters.get("balance", "none"))
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
-    return Inspection(
-        recipe.merge_method, planned.parameters, planned.base_name, k_of, facts, tuple(slots), tuple(found)
-    )
+    base = planned.base_name if planned.across is None else planned.across.base_name
+    return Inspection(recipe.merge_method, planned.parameters, base, k_of, facts, tuple(slots), tuple(found))
 
 
 def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     """Every figure of one weight; `rank` is SSAM's k, or below 1 the share of energy that chooses it."""
     deltas = _deltas(planned, job)
-    shape = (planned.base.refs[job.slot].shape[0], planned.base.refs[job.slot].shape[1])
+    shape = (planned.start(job.slot).shape[0], planned.start(job.slot).shape[1])
     factored = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
     if len(factored) == len(deltas):
         small: list[Delta] = [*_in_common_bases(factored)]
@@ -254,7 +256,7 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
         turns = "rotation" in METHODS[job.method].laws
         merged = apply(job.method, small, job.parameters, shape) if turns else merged_delta(planned, job, planned.read)
         merged_norm = norm(merged)
-    mean_norm = sum_norm / len(planned.specialists)
+    mean_norm = sum_norm / len(planned.updated)
     rows = _sampled_rows(job.slot, shape[0])
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
     k = kept.k if kept else None
@@ -290,7 +292,7 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
 
 def _deltas(planned: Plan, job: Job) -> dict[str, Delta]:
     """The update of one weight by specialist, weighted as the recipe says; those without one are not listed."""
-    deltas = zip(planned.specialists, specialists_deltas(planned, job, planned.read), strict=True)
+    deltas = zip(planned.updated, specialists_deltas(planned, job, planned.read), strict=True)
     return {s.label: delta for s, delta in deltas if job.slot in s.text or job.slot in s.full}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, WeightFile, file_sha256, hub_commit, present
+from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.plan import Plan
 
 SOURCES = "sources.json"  # where the inputs were on this machine; not hashed
@@ -51,7 +52,8 @@ def _start(model: Checkpoint, name: str, *, read: bool) -> dict[str, Any]:
 def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str, str]:
     """Hashes of the files that a specialist's part depends on: weights, the config that sets their scaling, Fisher file."""
     folder = specialist.checkpoint.folder
-    configs = present(folder, ("config.json", "adapter_config.json"))
+    tokens = VOCABULARY_FILES if specialist.layout == "donor" else ()  # by which its rows were chosen
+    configs = present(folder, ("config.json", "adapter_config.json", *tokens))
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
     weights |= {} if fisher is None else {"fisher": fisher.sha256}
     return weights | {name: file_sha256(folder / name) for name in configs}

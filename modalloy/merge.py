@@ -27,6 +27,8 @@ from modalloy.checkpoints.writer import disk_errors
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
+from modalloy.families.ancestors import check_kinship
+from modalloy.families.donors import MappedRef
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
@@ -77,6 +79,8 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the list of tensors, for `--json`."""
         planned = {key: value for key, value in self.plan.to_dict().items() if key != "tensors"}
+        if self.plan.kinship:
+            planned["kinship"] = {label: found.to_dict() for label, found in self.plan.kinship.items()}
         return planned | {
             "out": str(self.out),
             "merge_seconds": round(self.merge_s, 3),
@@ -130,6 +134,8 @@ def merge(
         verification = _finished_before(out, fingerprint)
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, local.peak_bytes(), predicted)
+    if planned.across is not None and not allow_base_mismatch:
+        planned.kinship = check_kinship(planned)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         _check_disk(planned, staging)
@@ -201,7 +207,7 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         return [_fused(planned, job, read, device)]
     tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
-        total = torch.zeros(job.outputs[0].shape, dtype=torch.float64)
+        total = torch.full(job.outputs[0].shape, -0.0, dtype=torch.float64)  # to which adding −0 is −0
         for tensor in tensors:
             total += tensor
         return [_fitted(total.div_(len(tensors)), job.outputs[0])]
@@ -265,6 +271,7 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     by_rows = dense and METHODS[job.method].rowwise
     merged = None if by_rows else merged_delta(planned, job, read, device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
+    keeps_rows = any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
     step = max(1, BLOCK_ENTRIES // spec.shape[1])
     for start in range(0, spec.shape[0], step):
         rows = slice(start, start + step)
@@ -274,7 +281,10 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
             total = torch.addmm(base[rows].to(up.device, up.dtype), up, update.down)
         else:
             update = update if merged is None else update[rows]
-            total = base[rows].to(update.device, update.dtype) + update
+            old = base[rows].to(update.device)
+            total = old.to(update.dtype) + update
+            if keeps_rows:
+                total = torch.where(update == 0, old, total)  # bit for bit: adding 0 would change −0
         out[rows] = total
         if not all_finite(out[rows]):
             raise _does_not_fit(spec)

@@ -29,9 +29,11 @@ from modalloy.checkpoints import (
 from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.families.ancestors import Kinship, kinship_pairs
 from modalloy.families.donors import Across, MappedRef, assembled, open_donors
 from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
+from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_shapes, common_chat_template
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
@@ -68,6 +70,9 @@ class Plan:
     surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
     compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
     across: Across | None = None  # of a merge across architectures
+    kinship: dict[str, Kinship] = field(
+        default_factory=dict
+    )  # of its models with the target, once the merge has measured it
 
     @property
     def maps(self) -> dict[str, ModelMap]:
@@ -120,6 +125,7 @@ class Plan:
         """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
         once = sum(file.path.stat().st_size for file in self.hashed_files())
         again = sum(job.read_bytes for job in [*self.surveyed(), *self.sample()])
+        again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(self))
         for job in self.sample():
             again += job.write_bytes
             if len(job.outputs) == 1 and any(job.slot in s.full for s in self.updated):
@@ -172,7 +178,8 @@ class Plan:
         """Hash of what is made from what: recipe, program, jobs, and every input file's name, size and time of change."""
         files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
         files += [file.path for file in self.fishers if file is not None]
-        configs = ("config.json", "adapter_config.json")  # which set the updates' scale, and are copied
+        configs = ["config.json", "adapter_config.json"]  # which set the updates' scale, and are copied
+        configs += VOCABULARY_FILES if self.across else []  # which set the rows that are merged
         files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         jobs = [(job.kind, job.slot, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]

@@ -110,12 +110,12 @@ class Recipe(_Strict):
     `missing` is what a specialist without a weight that others update contributes. `dtype` is the arithmetic's,
     `out_dtype` another spelling of `output.dtype`. `target` is the model whose architecture is kept, and `models` are then
     donors of other architectures, which `linear` needs no base for; `vocabulary` says whether their tokens are the
-    target's (auto: their tokenizers show it).
+    target's: `auto` merges rows of embeddings where the tokenizers are the same, `by_token` those of equal token strings.
     """
 
     base_model: str = ""
     target: str | None = None
-    vocabulary: Literal["auto", "same", "keep"] = "auto"
+    vocabulary: Literal["auto", "same", "keep", "by_token"] = "auto"
     merge_method: str = "ssam"
     parameters: dict[str, Any] = Field(default_factory=dict)
     models: tuple[SpecialistEntry, ...] = Field(min_length=1)

@@ -42,6 +42,16 @@ def average(deltas: list[Matrix], scale: float) -> Matrix:
 task_arithmetic = damc = average
 
 
+def metagpt(deltas: list[Matrix], scale: float) -> Matrix:
+    return metagpt_model([deltas], scale)[0]
+
+
+def metagpt_model(layers: list[list[Matrix]], scale: float) -> list[Matrix]:
+    squares = np.array([[np.sum(delta**2) for delta in deltas] for deltas in layers]).sum(0)
+    weights = squares / squares.sum()
+    return [scale * np.einsum("i,ijk->jk", weights, np.array(deltas)) for deltas in layers]
+
+
 def linear(deltas: list[Matrix], alpha: float) -> Matrix:
     return alpha * np.mean(deltas, axis=0)
 

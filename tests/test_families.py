@@ -10,8 +10,9 @@ from family_keys import MODELS, published
 from modalloy.errors import CheckpointError
 from modalloy.families import FAMILIES, family_of
 from modalloy.families.ancestors import ancestor, check_ancestors
-from modalloy.families.mapping import ModelMap, map_models, same_tokens
-from modalloy.families.rules import Slot, Spelling, rows_of
+from modalloy.families.mapping import ModelMap, map_models
+from modalloy.families.rules import Slot, Spelling, remaining, rows_of
+from modalloy.families.vocabulary import same_rows, shared_tokens
 
 # donor, target, tokens that both tokenizers have: the pairs of the paper's tables
 PAIRS = [
@@ -28,7 +29,8 @@ LAYER = "model.layers.7."
 
 
 def mapped(donor: str, target: str, tokens: int | None = None, **options: Any) -> ModelMap:
-    return map_models(*published(target), *published(donor), shared_tokens=tokens, **options)
+    shared = None if tokens is None else same_rows(tokens)
+    return map_models(*published(target), *published(donor), shared_tokens=shared, **options)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -160,11 +162,25 @@ def test_vocabulary() -> None:
     assert padded.tensors["language_model.lm_head.weight"].pieces[0].rows == ((0, 32000),)
     assert padded.coverage()["kept"]["parameters"] >= 2 * 64 * 4096
     with pytest.raises(
-        CheckpointError, match=r"have 32001 tokens, but model.embed_tokens.weight .* 32000 and 32064 rows"
+        CheckpointError,
+        match=r"target: its tokenizer has a token in row 32000, but model.embed_tokens.weight has 32000 rows",
     ):
         mapped("llava-1.5-7b-hf", "llava-v1.5-7b", 32001)
-    assert same_tokens([{"a": 0, "b": 1}, {"b": 1, "a": 0}]) == 2
-    assert same_tokens([{"a": 0, "b": 1}, {"a": 1, "b": 0}]) is None
+    assert remaining([((2, 3), (5, 6)), ((3, 4),)], 8) == ((0, 2), (4, 5), (6, 8)) and remaining([((0, 8),)], 8) == ()
+
+
+def test_shared_tokens() -> None:
+    same = shared_tokens({"a": 0, "b": 1}, {"b": 1, "a": 0})
+    assert same.same and same.rows == same.source_rows == ((0, 2),)
+    swapped = shared_tokens({"a": 0, "b": 1}, {"a": 1, "b": 0})
+    assert not swapped.same and (swapped.rows, swapped.source_rows) == (((0, 1), (1, 2)), ((1, 2), (0, 1)))
+    # one stretch as long as both go on; "x" and "y" are one model's only
+    found = shared_tokens({"x": 0, "a": 1, "b": 2, "c": 3}, {"a": 5, "b": 6, "c": 8, "y": 9})
+    assert (found.rows, found.source_rows) == (((1, 3), (3, 4)), ((5, 7), (8, 9)))
+    assert (found.count, found.sizes, found.heights) == (3, (4, 4), (4, 10))
+    more = shared_tokens({"a": 0}, {"a": 0, "y": 1})
+    assert more.rows == more.source_rows and not more.same
+    assert shared_tokens({"Ġa": 0}, {"▁a": 0}).count == 0
 
 
 def test_policies() -> None:
@@ -223,7 +239,7 @@ def changed(model: str, config: dict[str, Any] | None = None, **tensors: Any) ->
 )
 def test_what_does_not_fit_is_refused(donor: tuple[dict[str, Any], dict[str, Any]], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        map_models(*published("llava-v1.5-7b"), *donor, shared_tokens=32000)
+        map_models(*published("llava-v1.5-7b"), *donor, shared_tokens=same_rows(32000))
     assert "\n" not in str(caught.value)
 
 
@@ -247,13 +263,16 @@ def test_missing_and_unclaimed_tensors_are_refused() -> None:
 def test_ancestors() -> None:
     llama = "meta-llama/Llama-2-7b-hf"
     assert ancestor({"_name_or_path": "/data/models/llava-v1.5-7b/"}) == llama
+    assert ancestor({"_name_or_path": r"C:\models\llava-v1.5-7b"}) == llama
     assert ancestor({"_name_or_path": "./out", "text_config": {"_name_or_path": "lmsys/vicuna-7b-v1.5"}}) == llama
     assert ancestor({}, "MAGAer13/mplug-owl2-llama2-7b@main") == llama == ancestor({}, llama)
-    assert ancestor({"_name_or_path": "acme/base"}) == "acme/base" and ancestor({"_name_or_path": "./x"}, "y/z") is None
-    check_ancestors(("target", llama), [("donor", llama)])
+    assert ancestor({"_name_or_path": "/cache/hub/models--lmsys--vicuna-7b-v1.5/snapshots/3321f76"}) == llama
+    # a folder looks like a hub id, and an unknown model may be of any ancestor: its weights will tell
+    assert ancestor({"_name_or_path": "output/vicuna-ft"}) is None and ancestor({"_name_or_path": 3}, "y/z") is None
+    assert check_ancestors(("target", llama), ("donor", llama)) == llama
     with pytest.raises(
         CheckpointError, match=r"donor descends from 'Qwen/Qwen2-7B', target from 'meta-llama.* --allow-base-mismatch"
     ):
-        check_ancestors(("target", llama), [("donor", "Qwen/Qwen2-7B")])
-    with pytest.raises(CheckpointError, match="donor: nothing records which pretrained decoder"):
-        check_ancestors(("target", llama), [("donor", None)])
+        check_ancestors(("target", llama), ("donor", "Qwen/Qwen2-7B"))
+    for pair in ((llama, None), (None, llama), (None, None)):
+        assert "compares weights" in check_ancestors(("target", pair[0]), ("donor", pair[1]))

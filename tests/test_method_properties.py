@@ -402,6 +402,7 @@ def after_dare(layers: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
 @pytest.mark.parametrize(
     ("method", "parameters", "wanted"),
     [
+        ("metagpt", {"scale": 0.5}, lambda layers: reference.metagpt_model(layers, 0.5)),
         ("ties", {}, lambda layers: [reference.ties(layer, 0.2, "mean", 1.0) for layer in layers]),
         (
             "ties",
@@ -416,7 +417,7 @@ def after_dare(layers: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
         ),
         ("consensus", {}, lambda layers: [reference.consensus(layer, 2, 0.4, 1.0) for layer in layers]),
     ],
-    ids=["ties", "global ties", "dare_linear", "global dare_ties", "consensus"],
+    ids=["metagpt", "ties", "global ties", "dare_linear", "global dare_ties", "consensus"],
 )
 def test_a_merged_model_is_what_the_reference_gives(
     method: str,

@@ -17,7 +17,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -483,11 +483,11 @@ def all_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file, or a CheckpointError that names the file; `pairs` makes objects of keys and values."""
     try:
         with reading(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
     if not isinstance(content, dict):

@@ -1,7 +1,7 @@
 """Donors and base of a merge across architectures, seen through the target's names: renamed, joined, split or copied."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, is_portable, open_base, read_json
-from modalloy.errors import CheckpointError
+from modalloy.checkpoints import (
+    Checkpoint,
+    Specialist,
+    TensorRef,
+    is_portable,
+    open_base,
+    open_specialist,
+    read_json,
+)
+from modalloy.checkpoints.specialist import Factors
+from modalloy.errors import CheckpointError, RecipeError
 from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
-from modalloy.families.rules import Rows
-from modalloy.families.vocabulary import shared_tokens
+from modalloy.families.rules import Rows, height_of, remaining
+from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
+from modalloy.fit import check_base, check_shapes
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
+ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class MappedRef(TensorRef):
-    """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become)."""
+    """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become).
+
+    With `keeps`, some of these rows are the target's own.
+    """
 
     parts: tuple[tuple[TensorRef, Rows, Rows], ...] = ()
+    keeps: bool = False
 
     @property
     def largest_bytes(self) -> int:
@@ -46,20 +61,21 @@ class Across:
     base_name: str = ""  # without local folders
     base_map: ModelMap | None = None
     target: Specialist | None = None
+    updates: dict[str, dict[str, Factors]] = field(default_factory=dict)  # of adapters, by label and the base's names
     starts: dict[str, TensorRef] = field(default_factory=dict)
     parts: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The coverage of every donor, for `--json`."""
-        return {
-            one: {"family": found.donor, "into": found.target} | found.coverage() for one, found in self.maps.items()
-        }
+        return {one: found.to_dict() for one, found in self.maps.items()}
 
 
 def open_donors(
     recipe: Recipe, target: Checkpoint, places: Sequence[tuple[str, Path]], base_folder: Path | None, *, allow: bool
 ) -> tuple[list[Specialist], Across]:
-    """The donors at `places` (label, folder) as full models in the target's names, and how they and the base were mapped.
+    """The donors at `places` (label, folder) in the target's names, and how they and the base were mapped.
+
+    A donor is a full model, or, with a base, an adapter of that.
 
     Raises:
         CheckpointError: a donor or the base does not fit the target (see `map_models`), or they have no common ancestor and
@@ -69,13 +85,12 @@ def open_donors(
     wanted = ("target", ancestor(config, str(recipe.target)))
 
     def mapped(
-        label: str, model: Checkpoint, location: str, tokens: Callable[[Header, Header], int | None]
+        label: str, model: Checkpoint, location: str, tokens: Callable[[Header, Header], SharedTokens | None]
     ) -> ModelMap:
         own = read_json(model.folder / "config.json")
-        if not allow:
-            check_ancestors(wanted, [(label, ancestor(own, location))])
+        ancestry = "not checked" if allow else check_ancestors(wanted, (label, ancestor(own, location)))
         header, own_header = ({name: ref.shape for name, ref in one.refs.items()} for one in (target, model))
-        return map_models(
+        found = map_models(
             header,
             config,
             own_header,
@@ -84,23 +99,85 @@ def open_donors(
             policies=_policies(recipe),
             labels=("target", label),
         )
+        return replace(found, ancestry=ancestry)
 
+    base = base_map = None
+    if base_folder is not None:
+        base = open_base(base_folder)
+        base_map = mapped("base", base, recipe.base_model, lambda *_: None)  # updates of embeddings are not merged
     donors, maps = [], {}
     for (label, folder), entry in zip(places, recipe.models, strict=True):
-        checkpoint = open_base(folder)
-        found = mapped(label, checkpoint, entry.model, partial(_shared, recipe, target.folder, folder))
-        maps[label] = found
-        full = {name: _ref(one, target, checkpoint) for name, one in found.tensors.items() if one.pieces}
-        own = read_json(folder / "config.json")
-        donors.append(Specialist(label, checkpoint, "donor", own, None, full=full, dropped=found.dropped))
-    if base_folder is None:
+        if any(folder.glob("adapter_model.*")):
+            donor = _open_adapter(label, folder, recipe, base, allow=allow)
+            maps[label] = _adapter_map(donor, base_map)
+        else:
+            checkpoint, own = open_base(folder), read_json(folder / "config.json")
+            maps[label] = mapped(label, checkpoint, entry.model, partial(_shared, recipe, target.folder, folder))
+            tensors = maps[label].tensors.values()
+            full = {one.name: _ref(one, target, checkpoint) for one in tensors if one.pieces}
+            donor = Specialist(label, checkpoint, "donor", own, None, full=full, dropped=maps[label].dropped)
+        donors.append(donor)
+    if base is None or base_map is None:
         return donors, Across(maps)
-    base = open_base(base_folder)
-    base_map = mapped("base", base, recipe.base_model, lambda *_: None)  # updates of embeddings are not merged
-    name = recipe.base_model if is_portable(recipe.base_model, recipe.folder) else base_folder.name
-    across = Across(maps, base, name, base_map, Specialist("target", target, "full", config, None))
+    name = recipe.base_model if is_portable(recipe.base_model, recipe.folder) else base.folder.name
+    updates = {donor.label: donor.text for donor in donors}
+    across = Across(maps, base, name, base_map, Specialist("target", target, "full", config, None), updates)
     _take_apart(across, target, donors)
+    _check_complete(across, recipe, donors)
     return donors, across
+
+
+def _open_adapter(label: str, folder: Path, recipe: Recipe, base: Checkpoint | None, *, allow: bool) -> Specialist:
+    """A donor that is a LoRA adapter of the base."""
+    if base is None:
+        raise RecipeError(
+            f"{label} is an adapter, an update of a base: add base_model, and a merge_method other than linear"
+        )
+    donor = open_specialist(folder, label=label, ignore=recipe.ignore)
+    config = read_json(base.folder / "config.json")
+    check_base(donor, recipe, config, allow)
+    check_shapes(donor, base, config)
+    if donor.full:
+        raise CheckpointError(
+            f"{label}: {next(iter(donor.full.values())).name} is a whole tensor beside the adapter's; merge the adapter into its "
+            "base first, or list the tensor under `ignore:`"
+        )
+    donor.dropped |= {ref.name: "belongs to the donor's own sense" for ref in donor.carried().values()}
+    return donor
+
+
+def _adapter_map(donor: Specialist, base_map: ModelMap | None) -> ModelMap:
+    """Where an adapter's updates of the base's weights go: as these do, where it has one."""
+    assert base_map is not None
+    tensors = {}
+    for name, one in base_map.tensors.items():
+        pieces = tuple(piece for piece in one.pieces if piece.source in donor.text)
+        reason = one.reason if not one.pieces else "" if pieces else "the adapter does not update it"
+        tensors[name] = replace(one, pieces=pieces, reason=reason, operation=one.operation if pieces else "none")
+    used = {piece.source for one in tensors.values() for piece in one.pieces}
+    unused = [factors for slot, factors in donor.text.items() if slot not in used]
+    dropped = {ref.name: "updates what the target keeps" for factors in unused for ref in (factors.a, factors.b)}
+    donor.dropped |= dropped
+    header = {name: ref.shape for name, ref in donor.checkpoint.refs.items()}
+    return replace(
+        base_map,
+        donor=f"{base_map.donor} adapter",
+        tensors=tensors,
+        dropped=donor.dropped,
+        partly={},
+        donor_header=header,
+    )
+
+
+def _check_complete(across: Across, recipe: Recipe, donors: list[Specialist]) -> None:
+    """Every donor must update every merged weight, unless the recipe says that a missing one counts as zero."""
+    for donor in donors:
+        lacking = [slot for slot in across.starts if slot not in donor.full and slot not in donor.text]
+        if lacking and recipe.missing == "refuse":
+            raise CheckpointError(
+                f"{donor.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the target has; say "
+                "`missing: zero` in the recipe to count it as zero, or keep these weights under `modules:`"
+            )
 
 
 def _policies(recipe: Recipe) -> dict[str, Policy]:
@@ -114,6 +191,8 @@ def _policies(recipe: Recipe) -> dict[str, Policy]:
 def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) -> None:
     """Enter every linear weight of the target's tensors under a slot of its own: θ_0's, the target's and the donors'."""
     assert across.base is not None and across.base_map is not None and across.target is not None
+    for donor in donors:
+        donor.text = {}  # by the target's slots from here on
     for name, origin in across.base_map.tensors.items():
         if len(origin.shape) != 2 or not origin.pieces or origin.policy == "take_source":
             continue
@@ -125,8 +204,11 @@ def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) ->
             across.starts[slot] = _rows(slot, across.base.refs[piece.source], piece.source_rows)
             across.target.full[slot] = _rows(slot, target.refs[name], piece.rows)
             for donor in donors:
-                own = across.maps[donor.label].tensors[name].pieces[index]
-                donor.full[slot] = _rows(slot, donor.checkpoint.refs[own.source], own.source_rows)
+                if stored := across.updates[donor.label].get(piece.source):
+                    donor.text[slot] = replace(stored, b=_rows(f"{slot}.lora_B", stored.b, piece.source_rows))
+                elif donor.layout == "donor":
+                    own = across.maps[donor.label].tensors[name].pieces[index]
+                    donor.full[slot] = _rows(slot, donor.checkpoint.refs[own.source], own.source_rows)
 
 
 def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
@@ -134,22 +216,48 @@ def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tenso
     if buffer is None:
         buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
     out = buffer[: ref.n_bytes].view(ref.dtype).reshape(ref.shape)
-    sources = {source: read(source) for source in dict.fromkeys(source for source, _, _ in ref.parts)}
-    for source, taken, rows in ref.parts:
-        stretches = torch.cat([sources[source][begin:end] for begin, end in taken])
-        for begin, end in rows:
-            out[begin:end], stretches = stretches[: end - begin], stretches[end - begin :]
+    for source in dict.fromkeys(source for source, _, _ in ref.parts):
+        data = read(source)
+        for taken, rows in ((taken, rows) for one, taken, rows in ref.parts if one == source):
+            steps = zip(_index(taken).split(ROWS_AT_ONCE), _index(rows).split(ROWS_AT_ONCE), strict=True)
+            for some, places in steps:
+                out.index_copy_(0, places, data.index_select(0, some).to(ref.dtype))
     return out
 
 
-def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_header: Header) -> int | None:
-    """How many rows of embeddings are of the same tokens, as the recipe says or the tokenizers show."""
-    if recipe.vocabulary == "auto":
-        return shared_tokens(target, donor)
+def _index(rows: Rows) -> Tensor:
+    """The number of every row, in order; a vocabulary can be cut into a stretch for each token."""
+    begins, ends = torch.tensor(rows).T
+    lengths = ends - begins
+    first = begins - (lengths.cumsum(0) - lengths)  # what is added to a row's place among all
+    return torch.arange(height_of(rows)) + first.repeat_interleave(lengths)
+
+
+def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_header: Header) -> SharedTokens | None:
+    """Which rows of embeddings are of the same tokens, as the recipe says or the tokenizers show."""
     if recipe.vocabulary == "keep":
         return None
-    heights = [shape[0] for one in (header, own_header) for name, shape in one.items() if name.endswith(EMBEDDED)]
-    return min(heights, default=0)
+    if recipe.vocabulary == "same":
+        heights = [shape[0] for one in (header, own_header) for name, shape in one.items() if name.endswith(EMBEDDED)]
+        return same_rows(min(heights, default=0))
+    vocabularies = []
+    for folder in (target, donor):
+        tokens = read_tokens(folder)
+        if tokens is None and recipe.vocabulary == "by_token":
+            raise CheckpointError(
+                f"{folder}: holds no {' or '.join(TOKENIZER_FILES)}, so its rows have no tokens to be aligned by; put its "
+                "tokenizer there, or write vocabulary: keep"
+            )
+        vocabularies.append(tokens or {})
+    found = shared_tokens(*vocabularies)
+    if recipe.vocabulary == "auto":
+        return found if found.count and found.same else None
+    if not found.count:
+        raise CheckpointError(
+            f"{donor}: its tokenizer ({found.sizes[1]} tokens) and the target's ({found.sizes[0]}) have no token in common; "
+            "write vocabulary: keep"
+        )
+    return found
 
 
 def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
@@ -160,21 +268,20 @@ def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
     if len(sources) == 1 and mapped.pieces[0].rows == whole:
         return _rows(mapped.name, _floating(sources[0]), mapped.pieces[0].source_rows)
     parts = [(ref, piece.source_rows, piece.rows) for ref, piece in zip(sources, mapped.pieces, strict=True)]
-    end = sum(piece.height for piece in mapped.pieces)
-    if end < height:  # padding of the vocabulary, which stays the target's
-        rest = ((end, height),)
+    rest = remaining((piece.rows for piece in mapped.pieces), height)
+    if rest:  # tokens that only the target has, and padding
         parts.append((own, rest, rest))
-    dtype = _floating(own).dtype if end < height else _floating(sources[0]).dtype
+    dtype = _floating(own).dtype if rest else _floating(sources[0]).dtype
     for ref in sources:
         dtype = torch.promote_types(dtype, _floating(ref).dtype)
-    return MappedRef(mapped.name, dtype, mapped.shape, sources[0].file, -1, tuple(parts))
+    return MappedRef(mapped.name, dtype, mapped.shape, sources[0].file, -1, tuple(parts), bool(rest))
 
 
 def _rows(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
     """Some rows of a stored tensor as one of its own; the tensor itself where they are all of it."""
     if rows == ((0, ref.shape[0]),):
         return ref
-    height = sum(end - begin for begin, end in rows)
+    height = height_of(rows)
     return MappedRef(name, _floating(ref).dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
 
 

@@ -9,13 +9,14 @@ import fnmatch
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from modalloy.errors import CheckpointError
 from modalloy.families import family_of
-from modalloy.families.rules import Family, Found, Geometry, Rows, Slot, Spelling, rows_of
+from modalloy.families.rules import Family, Found, Geometry, Rows, Slot, Spelling, height_of, rows_of
+from modalloy.families.vocabulary import SharedTokens
 
 Header = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 Operation = Literal["same", "rename", "dup", "cat", "split", "slice_rows", "none"]
@@ -48,7 +49,7 @@ class Piece:
     @property
     def height(self) -> int:
         """How many rows."""
-        return sum(end - begin for begin, end in self.rows)
+        return height_of(self.rows)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class ModelMap:
     dropped: dict[str, str]  # donor tensor -> why nothing of it is used
     partly: dict[str, tuple[int, str]]  # donor tensor of which some rows are unused -> parameters, why
     donor_header: Header
+    tokens: SharedTokens | None = None  # whose rows of embeddings and head are merged
+    ancestry: str = ""  # what is known of a common ancestor
 
     def coverage(self) -> dict[str, dict[str, int]]:
         """Tensors and parameters that are merged, duplicated (merged with the weight they were copied from), kept, dropped."""
@@ -93,6 +96,16 @@ class ModelMap:
         for parameters, _ in self.partly.values():
             counted["dropped"].update(tensors=0, parameters=parameters)
         return {fate: {key: counts[key] for key in ("tensors", "parameters")} for fate, counts in counted.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The account for `--json`; `tokens` is null where the target's rows of embeddings and head are kept."""
+        tokens = None if self.tokens is None else self.tokens.to_dict()
+        return {
+            "family": self.donor,
+            "into": self.target,
+            "ancestor": self.ancestry,
+            "tokens": tokens,
+        } | self.coverage()
 
     def page(self) -> str:
         """The same by kind of tensor, on one page: layers are folded into {i}, what is kept or dropped by its reason."""
@@ -123,7 +136,15 @@ class ModelMap:
                 lines.items(), key=lambda line: order[line[0][0]]
             )
         ]
-        return "\n".join([f"{self.donor} into {self.target}: {totals}", *table])
+        notes = [f"ancestor: {self.ancestry}"] if self.ancestry else []
+        notes += [f"tokens: {self.shared()}"]
+        return "\n".join([f"{self.donor} into {self.target}: {totals}", *notes, *table])
+
+    def shared(self) -> str:
+        """Of how many tokens the embeddings are merged."""
+        if self.tokens is None:
+            return "the target's are kept"
+        return f"{self.tokens.count} of {self.tokens.sizes[0]} merged, the donor has {self.tokens.sizes[1]}"
 
 
 def map_models(
@@ -132,7 +153,7 @@ def map_models(
     donor_header: Header,
     donor_config: dict[str, Any],
     *,
-    shared_tokens: int | None = None,
+    shared_tokens: SharedTokens | None = None,
     policies: Mapping[str, Policy] | None = None,
     labels: tuple[str, str] = ("target", "donor"),
 ) -> ModelMap:
@@ -143,8 +164,8 @@ def map_models(
         target_config: its config.json.
         donor_header: names and shapes of the other model.
         donor_config: its config.json.
-        shared_tokens: how many tokens the two tokenizers have, if they are the same: then embeddings and head are
-            merged, all rows or, where one is padded, those of tokens. None: the target's are kept.
+        shared_tokens: rows of embeddings and head that belong to the same tokens and are merged; where the tokenizers are
+            the same and neither model is padded further than the other, all rows. None: the target's are kept.
         policies: pattern of names -> what to do instead of the rule: `keep_target`, `take_source` or `error` of target
             tensors, `drop_source` of donor tensors that the target has no place for. The first that matches counts.
         labels: how messages call the two.
@@ -170,14 +191,18 @@ def map_models(
     for name, shape in rest.items():
         unused = donor.unused(name, used[name])
         if used[name] and not unused:
+            if donor.found[name].slots[0].role in VOCABULARY and (rows := shape[0] - max(map(height_of, used[name]))):
+                partly[name] = (rows * math.prod(shape[1:]), "tokens that the target does not have, or padding")
             continue
         reason = _why_dropped(name, unused, target, donor, tensors)
         if used[name]:
-            height = sum(end - begin for slot in unused for begin, end in donor.slots[slot][1])
+            height = sum(height_of(donor.slots[slot][1]) for slot in unused)
             partly[name] = (height * math.prod(shape[1:]), reason)
         else:
             dropped[name] = reason
-    return ModelMap(target.family.name, donor.family.name, tensors, dropped, partly, donor_header)
+    roles = {piece.slot.role for mapped in tensors.values() for piece in mapped.pieces}
+    tokens = shared_tokens if roles.intersection(VOCABULARY) else None
+    return ModelMap(target.family.name, donor.family.name, tensors, dropped, partly, donor_header, tokens)
 
 
 class _Model:
@@ -253,7 +278,9 @@ def _policy(name: str, policies: Mapping[str, Policy]) -> Policy | None:
     return next((policy for pattern, policy in policies.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
-def _mapped(name: str, target: _Model, donor: _Model, shared_tokens: int | None, policy: Policy | None) -> Mapped:
+def _mapped(
+    name: str, target: _Model, donor: _Model, shared_tokens: SharedTokens | None, policy: Policy | None
+) -> Mapped:
     """The fate of one target tensor."""
     shape, found = target.header[name], target.found.get(name)
     if policy == "keep_target":
@@ -267,7 +294,7 @@ def _mapped(name: str, target: _Model, donor: _Model, shared_tokens: int | None,
         )
     if not found.slots:
         return Mapped(name, shape, "keep_target", "none", reason=found.rule.reason)
-    if found.slots[0].role in VOCABULARY and shared_tokens is None:
+    if shared_tokens is None and found.slots[0].role in VOCABULARY:
         return Mapped(name, shape, "keep_target", "none", reason="the tokenizers are not known to be the same")
     pieces = []
     for slot, rows in zip(found.slots, rows_of(found, target.geometry, shape[0]), strict=True):
@@ -278,29 +305,34 @@ def _mapped(name: str, target: _Model, donor: _Model, shared_tokens: int | None,
                 "target's by a `modules:` rule with policy: keep"
             )
         source, source_rows, duplicated = counterpart
-        if slot.role in VOCABULARY and shape[0] != donor.header[source][0]:
-            rows = source_rows = _token_rows(name, shape, source, donor, shared_tokens or 0)
+        if (
+            slot.role in VOCABULARY
+            and shared_tokens
+            and not (shared_tokens.same and shape[0] == donor.header[source][0])
+        ):
+            places = ((target.label, name, shape[0]), (donor.label, source, donor.header[source][0]))
+            rows, source_rows = _token_rows(shared_tokens, places)
         piece = Piece(slot, rows, source, source_rows, duplicated)
         _check_piece(piece, name, shape, donor)
         pieces.append(piece)
     return Mapped(name, shape, policy or "merge", _operation(name, shape, pieces, donor), tuple(pieces))
 
 
-def _token_rows(name: str, shape: tuple[int, ...], source: str, donor: _Model, shared_tokens: int) -> Rows:
-    """The rows of tokens, where the models pad their vocabulary to different sizes."""
-    least = min(shape[0], donor.header[source][0])
-    if shared_tokens > least:
-        raise CheckpointError(
-            f"{donor.label}: the tokenizers have {shared_tokens} tokens, but {name} and {source} have {shape[0]} and "
-            f"{donor.header[source][0]} rows; a tokenizer does not belong to its model: download both again"
-        )
-    return ((0, shared_tokens),)
+def _token_rows(shared_tokens: SharedTokens, places: tuple[tuple[str, str, int], ...]) -> tuple[Rows, Rows]:
+    """The rows of shared tokens in the target's tensor and in the donor's, each with its label, name and height."""
+    for (label, name, height), needed in zip(places, shared_tokens.heights, strict=True):
+        if needed > height:
+            raise CheckpointError(
+                f"{label}: its tokenizer has a token in row {needed - 1}, but {name} has {height} rows; it does not belong to "
+                "its model: download both again, or write vocabulary: keep"
+            )
+    return shared_tokens.rows, shared_tokens.source_rows
 
 
 def _check_piece(piece: Piece, name: str, shape: tuple[int, ...], donor: _Model) -> None:
     """After the operation both sides must have one shape."""
     other = donor.header[piece.source]
-    height = sum(end - begin for begin, end in piece.source_rows)
+    height = height_of(piece.source_rows)
     if (piece.height, *shape[1:]) != (height, *other[1:]):
         raise CheckpointError(
             f"{donor.label}: the {piece.slot} is {(height, *other[1:])} in {piece.source}, but {(piece.height, *shape[1:])} in "
@@ -311,14 +343,15 @@ def _check_piece(piece: Piece, name: str, shape: tuple[int, ...], donor: _Model)
 def _operation(name: str, shape: tuple[int, ...], pieces: list[Piece], donor: _Model) -> Operation:
     """What turns the donor's tensors into the target's."""
     first = pieces[0]
-    if first.slot.role in VOCABULARY and first.height < shape[0]:
+    whole = (((0, shape[0]),), ((0, donor.header[first.source][0]),))
+    if first.slot.role in VOCABULARY and (first.rows, first.source_rows) != whole:
         return "slice_rows"
     if len({piece.source for piece in pieces}) > 1:
         return "cat"
     if any(piece.duplicated for piece in pieces):
         return "dup"
     if sum(piece.height for piece in pieces) < donor.header[first.source][0]:
-        return "slice_rows" if first.slot.role in VOCABULARY else "split"
+        return "split"
     return "same" if first.source == name else "rename"
 
 
@@ -351,9 +384,3 @@ def _fate(mapped: Mapped) -> str:
 
 def _folded(name: str) -> str:
     return re.sub(r"(?<=\.layers\.)\d+(?=\.)", "{i}", name)
-
-
-def same_tokens(vocabularies: Iterable[Mapping[str, int]]) -> int | None:
-    """How many tokens vocabularies (token -> row) that are all the same have; None if they differ."""
-    first, *others = vocabularies
-    return 1 + max(first.values(), default=-1) if all(other == first for other in others) else None

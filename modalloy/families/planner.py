@@ -31,12 +31,12 @@ class AcrossPlanner(Choices):
     def _job(self, name: str) -> Job:
         spec, own = self._like_base(name), self.base.refs[name]
         counterparts = [donor.full[name] for donor in self.donors if name in donor.full]
-        if not counterparts:
-            return Job("keep", name, (spec,), (own,))
         if self._policy(name) == "take_source":
-            if len(counterparts) > 1:
+            if len(counterparts) != 1:
                 raise RecipeError(f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it")
             return Job("carry", name, (spec,), (counterparts[0],))
+        if not any(found.tensors[name].pieces for found in self.across.maps.values()):
+            return Job("keep", name, (spec,), (own,))
         method, written = self._method(name)
         if self.across.base is not None:
             if name not in self.across.parts:
@@ -54,11 +54,16 @@ class AcrossPlanner(Choices):
         assert across.target is not None
         weights, pieces, parts = (1.0, *self._weights(name)), [], across.parts[name]
         for slot, rows in parts:
-            reads = (across.starts[slot], *(model.full[slot] for model in (across.target, *self.donors)))
+            reads = [across.starts[slot]]
+            for model in (across.target, *self.donors):
+                if slot in model.text:
+                    reads += [model.text[slot].a, model.text[slot].b]
+                elif slot in model.full:
+                    reads.append(model.full[slot])
             output = TensorSpec(name, spec.dtype, reads[0].shape)
             if len(parts) == 1:
-                return Job("merge", slot, (output,), reads, method, parameters, weights)
-            pieces.append(Job("merge", slot, (output,), reads, method, parameters, weights, rows=rows))
+                return Job("merge", slot, (output,), tuple(reads), method, parameters, weights)
+            pieces.append(Job("merge", slot, (output,), tuple(reads), method, parameters, weights, rows=rows))
         return Job("fuse", name, (spec,), tuple(ref for piece in pieces for ref in piece.reads), pieces=tuple(pieces))
 
     def fates(self) -> list[TensorFate]:
@@ -76,9 +81,11 @@ class AcrossPlanner(Choices):
         for donor in self.donors:
             found = self.across.maps[donor.label]
             used = _uses(found, changing)
+            updates = self.across.updates.get(donor.label, {}).items()
+            sources = {ref.name: source for source, factors in updates for ref in (factors.a, factors.b)}
             for name in donor.checkpoint.refs:
                 fate = ("left out", found.dropped.get(name, "alpha: 0"))
-                if targets := used.get(name):
+                if targets := used.get(sources.get(name, name)):
                     more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
                     kinds = {changing[target].kind for target in targets}
                     into: Fate = next((FATES[kind] for kind in FATES if kind in kinds), "carried")

@@ -163,6 +163,21 @@ class Family:
         )
 
 
+def height_of(rows: Rows) -> int:
+    """How many rows the stretches hold."""
+    return sum(end - begin for begin, end in rows)
+
+
+def remaining(taken: Iterable[Rows], height: int) -> Rows:
+    """The stretches of rows, of `height`, that are not in `taken`."""
+    left, place = [], 0
+    for begin, end in [*sorted(stretch for rows in taken for stretch in rows), (height, height)]:
+        if begin > place:
+            left.append((place, begin))
+        place = end
+    return tuple(left)
+
+
 def rows_of(found: Found, geometry: Geometry, height: int) -> list[Rows]:
     """Where each slot's rows are in a tensor of `height` rows.
 

@@ -1,58 +1,162 @@
-"""Do two models number their tokens alike? Only then can rows of embeddings be merged."""
+"""Which rows of two models' embeddings belong to the same tokens? Only these can be merged."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import present, read_json
+from modalloy.checkpoints import read_json
 from modalloy.checkpoints.tensors import reading
 from modalloy.errors import CheckpointError
+from modalloy.families.rules import Rows
 
-SENTENCEPIECE, ADDED = "tokenizer.model", "added_tokens.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
+ADDED, CONFIG = "added_tokens.json", "tokenizer_config.json"
+VOCABULARY_FILES = (*TOKENIZER_FILES, ADDED, CONFIG)
+REMEDY = "download the file again, or write vocabulary: keep"
 
 
-def shared_tokens(first: Path, second: Path) -> int | None:
-    """How many rows the tokens of two models' folders take, if every token has the same row in both; None otherwise.
+@dataclass(frozen=True)
+class SharedTokens:
+    """The tokens that a target and a donor share: stretches of the target's rows, and the donor's rows beside them."""
 
-    None too where the folders hold no tokenizer in a common format. What is compared is tokenizer.json, else
-    SentencePiece's tokenizer.model and added_tokens.json.
+    rows: Rows
+    source_rows: Rows
+    sizes: tuple[int, int]  # tokens of the target, and of the donor
+    heights: tuple[int, int]  # rows that these need: one more than their last token's
+
+    @property
+    def count(self) -> int:
+        """How many tokens are shared."""
+        return sum(end - begin for begin, end in self.rows)
+
+    @property
+    def same(self) -> bool:
+        """Whether both number the same tokens alike, and have no others."""
+        return self.rows == self.source_rows and self.sizes == (self.count, self.count)
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts, for `--json`."""
+        return {"shared": self.count, "target": self.sizes[0], "donor": self.sizes[1]}
+
+
+def shared_tokens(target: Mapping[str, int], donor: Mapping[str, int]) -> SharedTokens:
+    """The rows of the tokens that two vocabularies (token -> row) share, by their strings and never by their numbers.
+
+    Only identical strings are one token: "Ġthe" of a byte-level vocabulary and "▁the" of SentencePiece are two, and so
+    are the byte "<0x0A>" of the one and "Ċ" of the other. Costs O(n log n).
     """
-    if all((folder / "tokenizer.json").is_file() for folder in (first, second)):
-        tokens, others = _tokens(first / "tokenizer.json"), _tokens(second / "tokenizer.json")
-        return 1 + max(tokens.values(), default=-1) if tokens == others else None
-    if all((folder / SENTENCEPIECE).is_file() for folder in (first, second)):
-        with reading(first / SENTENCEPIECE), reading(second / SENTENCEPIECE):
-            model, other = (folder.joinpath(SENTENCEPIECE).read_bytes() for folder in (first, second))
-        added, others = (read_json(f / ADDED) if present(f, [ADDED]) else {} for f in (first, second))
-        if model == other and added == others:
-            return max([_pieces(model, first / SENTENCEPIECE), *(1 + int(row) for row in added.values())])
-    return None
+    rows: list[tuple[int, int]] = []
+    source_rows: list[tuple[int, int]] = []
+    for row, source in sorted((row, donor[token]) for token, row in target.items() if token in donor):
+        if rows and rows[-1][1] == row and source_rows[-1][1] == source:  # goes on where the last stretch ends
+            (begin, _), (source_begin, _) = rows.pop(), source_rows.pop()
+        else:
+            begin, source_begin = row, source
+        rows.append((begin, row + 1))
+        source_rows.append((source_begin, source + 1))
+    heights = (1 + max(target.values(), default=-1), 1 + max(donor.values(), default=-1))
+    return SharedTokens(tuple(rows), tuple(source_rows), (len(target), len(donor)), heights)
 
 
-def _tokens(path: Path) -> dict[str, int]:
-    """Token -> row of a tokenizer.json."""
-    content = read_json(path)
+def same_rows(count: int) -> SharedTokens:
+    """What two models share of which nothing but the number of their common tokens is known: the first `count` rows."""
+    rows = ((0, count),) if count else ()
+    return SharedTokens(rows, rows, (count, count), (count, count))
+
+
+def read_tokens(folder: Path) -> dict[str, int] | None:
+    """Token -> row of the tokenizer in a model's folder; None if there is none that is read.
+
+    Read are tokenizer.json, else SentencePiece's tokenizer.model with added_tokens.json, and with either the tokens that
+    tokenizer_config.json adds. A row goes by the name of the added token where one took the place of a piece, as
+    InternLM2's chat tokens do.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not give each token one row and each row one token.
+    """
+    path = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    added: list[tuple[Any, Any]] = []
     try:
-        vocabulary: Any = content["model"]["vocab"]
-        tokens = vocabulary if isinstance(vocabulary, dict) else {entry[0]: row for row, entry in enumerate(vocabulary)}
-        return tokens | {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-    except (KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: holds no vocabulary ({error!r}); download the file again") from error
+        if path.suffix == ".json":
+            content = read_json(path, _unique)
+            found: Any = content["model"]["vocab"]
+            pieces = list(found.items()) if isinstance(found, dict) else _numbered(piece for piece, *_ in found)
+            added += [(entry["content"], entry["id"]) for entry in content.get("added_tokens") or ()]
+        else:
+            with reading(path):
+                pieces = _numbered(_pieces(path.read_bytes()))
+            if (folder / ADDED).is_file():
+                added += read_json(folder / ADDED, _unique).items()
+        if (folder / CONFIG).is_file():
+            decoder = read_json(folder / CONFIG).get("added_tokens_decoder") or {}
+            added += [(entry["content"], int(row)) for row, entry in decoder.items()]
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: holds no vocabulary that can be read ({error!r}); {REMEDY}") from error
+    first, later = _table(pieces, path), _table(dict.fromkeys(added), path)
+    for token, row in later.items():
+        if first.get(token, row) != row:
+            raise CheckpointError(f"{path}: {token!r} is in rows {first[token]} and {row}; {REMEDY}")
+    renamed = set(later.values())
+    return {token: row for token, row in first.items() if row not in renamed} | later
 
 
-def _pieces(model: bytes, path: Path) -> int:
-    """Number of tokens of a SentencePiece model: how often its protocol buffer has field 1."""
-    count = place = 0
-    try:
-        while place < len(model):
-            key, place = _varint(model, place)
-            if key & 7 != 2:  # the model's parts are all of the kind that says its length
-                raise IndexError
-            size, place = _varint(model, place)
+def _table(entries: Iterable[tuple[Any, Any]], path: Path) -> dict[str, int]:
+    """The entries as a dictionary that can be inverted."""
+    tokens: dict[str, int] = {}
+    names: dict[int, str] = {}
+    for token, row in entries:
+        if not isinstance(token, str) or type(row) is not int or row < 0:
+            raise CheckpointError(f"{path}: {token!r} is in row {row!r}, not a token and its number; {REMEDY}")
+        if token in tokens:
+            raise CheckpointError(f"{path}: {token!r} is in rows {tokens[token]} and {row}; {REMEDY}")
+        if row in names:
+            raise CheckpointError(f"{path}: row {row} belongs to {names[row]!r} and {token!r}; {REMEDY}")
+        tokens[token], names[row] = row, token
+    return tokens
+
+
+def _numbered(pieces: Iterable[Any]) -> list[tuple[Any, int]]:
+    return [(piece, row) for row, piece in enumerate(pieces)]
+
+
+def _unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice, the last would win."""
+    content = dict(entries)
+    if len(content) < len(entries):
+        names = [name for name, _ in entries]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
+def _pieces(model: bytes) -> Iterator[str]:
+    """The pieces of a SentencePiece model: field 1 of its protocol buffer, and of each of these field 1, its string."""
+    for number, piece in _fields(model):
+        if number == 1:
+            yield next(content for field, content in _fields(piece) if field == 1).decode()
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each field of a protocol buffer; without a content those that are numbers."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        content = b""
+        if key & 7 == 2:  # says its length
+            size, place = _varint(data, place)
+            content = data[place : place + size]
             place += size
-            count += key >> 3 == 1
-    except IndexError as error:
-        raise CheckpointError(f"{path}: not a SentencePiece model; download the file again") from error
-    return count
+        elif key & 7 == 0:
+            _, place = _varint(data, place)
+        elif key & 7 in (1, 5):
+            place += 8 if key & 7 == 1 else 4
+        else:
+            raise ValueError("not a SentencePiece model")
+        if place > len(data):
+            raise ValueError("the SentencePiece model is cut")
+        yield key >> 3, content
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from modalloy.methods.fisher import fisher
 from modalloy.methods.iso import iso_c, iso_cts
 from modalloy.methods.knots import knots
 from modalloy.methods.linear import linear
+from modalloy.methods.metagpt import metagpt, survey_metagpt
 from modalloy.methods.optmerge import optmerge
 from modalloy.methods.parameters import Rank, check_value, documentation, is_whole, parse_rank, schema
 from modalloy.methods.ssam import ssam
@@ -59,7 +60,7 @@ class Method:
     scale_when: tuple[str, str, float] | None = None  # a parameter, its value, and what `scale: auto` means there
     one_rank: bool = False  # takes only LoRA factors, all of one rank, which its result has too
     survey: Callable[..., dict[str, Any]] | None = None  # whole-model numbers that it needs first (see `survey_model`)
-    survey_when: tuple[str, str] = ("threshold", "global")  # the parameter and its value that need them
+    survey_when: tuple[str, str] | None = None  # the parameter and its value that need them (None: always)
     copies: bool = False  # holds a second copy of every update
     copies_unless: tuple[str, str] | None = None  # a parameter and its value; with any other it holds such copies
     rowwise: bool = False  # every row of the result depends on that row of the updates only
@@ -77,7 +78,8 @@ class Method:
 
     def needs_survey(self, parameters: dict[str, Any]) -> bool:
         """Whether it must see the whole model first."""
-        return self.survey is not None and parameters.get(self.survey_when[0]) == self.survey_when[1]
+        when = self.survey_when
+        return self.survey is not None and (when is None or parameters[when[0]] == when[1])
 
     def copies_updates(self, parameters: dict[str, Any]) -> bool:
         """Whether it holds a second copy of every update under these parameters."""
@@ -133,6 +135,7 @@ ENTRY_LAWS = ("permutation", "scaling", "transpose", "gauge", "factored = dense"
 MASK_LAWS = ("scaling", "gauge", "factored = dense")  # a mask belongs to one specialist and one place
 LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
 FLAT_LAWS = LINEAR_LAWS[1:]  # a given spectrum, or a given share, is no identity
+GLOBAL = ("threshold", "global")
 ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and columns of D_i play different parts
 
 
@@ -148,7 +151,16 @@ METHODS = {
     ),
     "damc": Method(damc, "factors", "arXiv 2402.12750", True, LINEAR_LAWS, rowwise=True),
     "dare_linear": Method(dare_linear, "dense", "arXiv 2311.03099", False, MASK_LAWS),
-    "dare_ties": Method(dare_ties, "dense", "arXiv 2311.03099", False, MASK_LAWS, survey=survey_dare_ties, copies=True),
+    "dare_ties": Method(
+        dare_ties,
+        "dense",
+        "arXiv 2311.03099",
+        False,
+        MASK_LAWS,
+        survey=survey_dare_ties,
+        survey_when=GLOBAL,
+        copies=True,
+    ),
     "factorwise": Method(
         factorwise,
         "factors",
@@ -168,6 +180,7 @@ METHODS = {
         ("permutation", "scaling", "left rotation", "gauge", "factored = dense", "rank ≤ Σ r_i"),
     ),
     "linear": Method(linear, "factors", "arXiv 2503.23733", False, FLAT_LAWS, rowwise=True),
+    "metagpt": Method(metagpt, "factors", "arXiv 2406.11385", False, LINEAR_LAWS, survey=survey_metagpt, rowwise=True),
     "optmerge": Method(
         optmerge,
         "core",
@@ -188,7 +201,7 @@ METHODS = {
     ),
     "swudi": Method(swudi, "core", "arXiv 2606.07289", False, ROW_LAWS),
     "task_arithmetic": Method(task_arithmetic, "factors", "arXiv 2212.04089", False, LINEAR_LAWS, rowwise=True),
-    "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties),
+    "ties": Method(ties, "dense", "arXiv 2306.01708", False, ENTRY_LAWS, survey=survey_ties, survey_when=GLOBAL),
     "tsv": Method(tsv, "core", "arXiv 2412.00081", False, LINEAR_LAWS),
     "wudi": Method(wudi, "core", "arXiv 2503.08099", False, ROW_LAWS, dense_when=("solver", "adam")),
 }
@@ -298,7 +311,9 @@ def survey_model(
     entry = METHODS[method]
     if entry.survey is None or not entry.needs_survey(parameters):
         return None
-    return entry.survey(lambda: ((slot, dense_matrices(deltas)) for slot, deltas in model()), **parameters)
+    if entry.gets(parameters) == "dense":
+        return entry.survey(lambda: ((slot, dense_matrices(deltas)) for slot, deltas in model()), **parameters)
+    return entry.survey(model, **parameters)
 
 
 def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = False) -> None:

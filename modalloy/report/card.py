@@ -67,8 +67,8 @@ def _card_across(planned: Plan, front: dict[str, object]) -> str:
     for label, found in planned.maps.items():
         counts = found.coverage()
         shown = " | ".join(f"{counts[fate]['tensors']} ({counts[fate]['parameters'] / 1e6:.1f}M)" for fate in fates)
-        rows.append(f"| {label} | {found.donor} | {shown} |")
-    table = "\n".join([f"| donor | family | {' | '.join(fates)} |", "|---|---|---|---|---|---|", *rows])
+        rows.append(f"| {label} | {found.donor} | {shown} | {found.shared()} |")
+    table = "\n".join([f"| donor | family | {' | '.join(fates)} | tokens |", "|---|---|---|---|---|---|---|", *rows])
     family = next(iter(planned.maps.values())).target
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -80,7 +80,7 @@ The architecture, encoder and projector are those of `{planned.base_name}` ({fam
 donors', without training and without data ({METHODS[planned.recipe.merge_method].paper}): {planned.summary()}.
 
 Tensors (parameters) of the target that were merged with the donor's, merged with the weight that the target had copied them
-from, or kept; and tensors of the donor that were left out:
+from, or kept; tensors of the donor that were left out; and of how many tokens the rows of embeddings and head were merged:
 
 {table}
 
