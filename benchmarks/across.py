@@ -55,14 +55,14 @@ from modalloy.search.objective import spearman
 CELLS = ("image", "text")
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)
 PARTS = ("check", "curves", "methods", "search", "reverse")
-# methods that merge updates of the base, at their defaults but for ssam's k: a full matrix does not tell that its update has rank 8
+# methods that merge updates of the base, at their defaults but for ssam's k: a full matrix does not tell that its update has
+# rank 8. The average is α = 0.5, and so is ssam where k is as large as the ranks together
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "average": ("average", {}),
-    "SSAM, k = 8": ("ssam", {"rank": 8}),
-    "SSAM, k = 128": ("ssam", {}),
     "task arithmetic": ("task_arithmetic", {}),
     "TIES": ("ties", {}),
     "DARE-TIES": ("dare_ties", {}),
+    "MetaGPT": ("metagpt", {}),
+    "SSAM, k = 8": ("ssam", {"rank": 8}),
     "TSV": ("tsv", {}),
     "OptMerge": ("optmerge", {}),
     "Iso-C": ("iso_c", {}),
