@@ -49,6 +49,7 @@ DESCENDANTS = {
     "Qwen/Qwen2.5-0.5B": ("Qwen/Qwen2.5-0.5B-Instruct", "OpenGVLab/InternVL2_5-1B"),
     "Qwen/Qwen2.5-3B": ("Qwen/Qwen2.5-3B-Instruct", "OpenGVLab/InternVL2_5-4B"),
     "Qwen/Qwen2.5-32B": ("Qwen/Qwen2.5-32B-Instruct", "OpenGVLab/InternVL2_5-38B"),
+    "HuggingFaceTB/SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M-Instruct", "builtin:smollm2-135m-instruct"),
     "mistralai/Mistral-7B-v0.2": ("mistralai/Mistral-7B-Instruct-v0.2", "liuhaotian/llava-v1.6-mistral-7b"),
 }
 # by the last part of the name too, which is what a downloaded folder is called
