@@ -1,12 +1,13 @@
 """What does a merge across architectures give? A CogVLM and Llamas of one ancestor, merged by mapping, per α and per method.
 
-    python benchmarks/across.py --data DIR [--references DIR] [--only PART …]
+    python benchmarks/across.py --data DIR [--references DIR] [--elements DIR] [--only PART …]
 
 The built-in image specialist is written as a CogVLM (`experts.py`): its text tokens and its picture tokens use weights of their
 own. Donors are Llamas that were fine-tuned on other data or otherwise: the single-path models of
 `examples/specialists/single_path.py` (in DIR; without them their rows are left out), and the text paths of the other built-in
 specialists. What a donor senses with is not merged, so nothing it hears can come along: the questions are those about pictures
-and the capitals of the `senses` benchmark, and the target alone (α = 0) is what a merge must beat.
+and the capitals of the `senses` benchmark, and the target alone (α = 0) is what a merge must beat. One more donor knows what
+the target does not, the chemical elements (`elements.py`); it is asked about these too.
 
 Parts: `check` (the conversion, and one merge through files against the same in memory), `curves` (accuracy per donor and α),
 `methods` (those that merge updates, with the base), `search` (α by AdaMMS's consistency of answers to validation questions,
@@ -29,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import elements
 import experts
 import torch
 from measuring import machine, table
@@ -53,6 +55,7 @@ from modalloy.search import search
 from modalloy.search.objective import spearman
 
 CELLS = ("image", "text")
+SKILL = "elements"  # a donor, and the questions about what it alone knows
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)
 PARTS = ("check", "curves", "methods", "search", "reverse")
 # methods that merge updates of the base, at their defaults but for ssam's k: a full matrix does not tell that its update has
@@ -81,11 +84,14 @@ class Bench:
     data: Path
     out: Path
     references: Path
+    elements: Path
     cache: FeatureCache
     chats: dict[Path, ChatModel]
 
     def target(self, name: str) -> Path:
         """Folder of a converted model, made when it is first wanted: "cogvlm", or a donor's name."""
+        if name == SKILL:
+            return self.elements
         folder = self.out / "models" / name.replace(" ", "-")
         if not folder.is_dir():
             source = builtin.specialist("image") if name == "cogvlm" else self.sources()[name]
@@ -112,25 +118,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
     parser.add_argument("--out", type=Path, default=Path("build/across"), help="folder of converted models and runs")
     parser.add_argument("--references", type=Path, default=Path("build/references/same"), help="single-path models")
+    parser.add_argument("--elements", type=Path, default=Path("build/references/elements"), help="of elements.py")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--donors", nargs="+", metavar="NAME", help="only these; methods take the first")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help="only these"
     )
     args = parser.parse_args()
-    bench = Bench(args.data, args.out, args.references, FeatureCache(args.out / "features"), {})
-    donors = args.donors or list(bench.sources())
+    bench = Bench(args.data, args.out, args.references, args.elements, FeatureCache(args.out / "features"), {})
+    groups = [list(bench.sources()), [SKILL] if args.elements.is_dir() else []]  # a table each
+    groups = [[one for one in group if not args.donors or one in args.donors] for group in groups]
+    groups = [group for group in groups if group]
     document: dict[str, Any] = {"machine": machine()}
     for part in args.only:
         begin = time.perf_counter()
         if part == "check":
-            document[part] = check(bench, donors[0])
+            document[part] = check(bench, groups[0][0])
         elif part == "curves":
-            document[part] = curves(bench, "cogvlm", donors)
+            document[part] = [curves(bench, "cogvlm", group) for group in groups]
         elif part == "methods":
-            document[part] = methods(bench, "cogvlm", donors[0], args.methods)
+            document[part] = methods(bench, "cogvlm", groups[-1][0], args.methods)
         elif part == "search":
-            document[part] = searches(bench, "cogvlm", donors)
+            document[part] = [searches(bench, "cogvlm", group) for group in groups]
         elif "image single-path" in bench.sources():
             document[part] = curves(bench, "image single-path", ["cogvlm"])
         print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
@@ -158,7 +167,9 @@ def merged(planned: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def asked(bench: Bench, name: str, recipe: Recipe) -> Run:
-    """The run of a candidate, finished if it was not."""
+    """The run of a candidate, finished if it was not. With the skilled donor it is asked about the elements too."""
+    skilled = recipe.models[0].model == str(bench.elements.resolve())
+    name += " with elements" if skilled else ""
     folder, start = bench.out / "runs" / "".join(c if c.isalnum() else "-" for c in name), time.perf_counter()
     if (folder / "done").is_file():
         return load_run(folder)
@@ -171,7 +182,7 @@ def asked(bench: Bench, name: str, recipe: Recipe) -> Run:
         return chat
 
     benchmark = find_benchmark("senses")
-    few = replace(benchmark, samples=functools.partial(of_cells, benchmark))
+    few = replace(benchmark, samples=functools.partial(of_cells, benchmark, skilled=skilled))
     identity: dict[str, Any] = {"path": name, "fingerprint": planned.fingerprint, "recipe": None, "options": {}}
     source = Source(bench.data, variant="test", modalities=("image",))
     run = evaluate(load, identity, few, source, folder, resume=True, batch_size=BATCH, cache=bench.cache)
@@ -180,9 +191,10 @@ def asked(bench: Bench, name: str, recipe: Recipe) -> Run:
     return run
 
 
-def of_cells(benchmark: Benchmark, source: Source) -> list[Sample]:
+def of_cells(benchmark: Benchmark, source: Source, *, skilled: bool) -> list[Sample]:
     """The questions about one picture, and those of text."""
-    return [one for one in benchmark.samples(source) if one.group["cell"] in CELLS]
+    found = [one for one in benchmark.samples(source) if one.group["cell"] in CELLS]
+    return found + (elements.samples() if skilled else [])
 
 
 def curves(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]:
@@ -194,9 +206,9 @@ def curves(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]:
         for alpha in ALPHAS
     }
     found = against(alone, runs)
-    print(f"{target} alone: {', '.join(interval(alone, cell) for cell in CELLS)}\n")
+    print(f"{target} alone: {', '.join(interval(alone, cell) for cell in accuracies(alone))}\n")
     rows = [[donor, *(marked(runs[donor, alpha], found[donor, alpha]) for alpha in ALPHAS)] for donor in donors]
-    print(table(["image / text", *(f"α = {alpha:g}" for alpha in ALPHAS)], rows) + "\n")
+    print(table([" / ".join(accuracies(alone)), *(f"α = {alpha:g}" for alpha in ALPHAS)], rows) + "\n")
     return {"alone": accuracies(alone)} | {
         donor: {f"{alpha:g}": accuracies(runs[donor, alpha]) | figures(found[donor, alpha]) for alpha in ALPHAS}
         for donor in donors
@@ -212,14 +224,15 @@ def methods(bench: Bench, target: str, donor: str, names: Sequence[str]) -> dict
         for method, parameters in [METHODS[name]]
     }
     found = against(alone, runs)
-    rows = [[name, *(difference(found[name][cell]) for cell in CELLS)] for name in names]
-    print(table([f"{donor} into {target}", *CELLS], rows) + "\n")
+    cells = accuracies(alone)
+    rows = [[name, *(difference(found[name][cell]) for cell in cells)] for name in names]
+    print(table([f"{donor} into {target}", *cells], rows) + "\n")
     return {name: accuracies(runs[name]) | figures(found[name]) for name in names}
 
 
 def searches(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]:
-    """What AdaMMS's consistency of answers chooses without labels, against the accuracy about pictures that the curves have."""
-    probes = write_probes(bench)
+    """What AdaMMS's consistency of answers chooses without labels, against the accuracy that the curves have."""
+    probes = write_probes(bench, skilled=SKILL in donors)
     alone = asked(bench, f"{target} alone", recipe_of(bench, target, donors[:1], alpha=0.0))
     rows, document = [], {}
     for donor in donors:
@@ -235,10 +248,10 @@ def searches(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]
             load=functools.partial(served, bench),
         )
         (sweep,) = found.sweeps
-        accuracy = {0.0: accuracies(alone)["image"]}
+        accuracy = {0.0: worth(alone)}
         for alpha in SEARCHED:
             run = asked(bench, f"{donor} into {target} {alpha:g}", recipe_of(bench, target, [donor], alpha=alpha))
-            accuracy[alpha] = accuracies(run)["image"]
+            accuracy[alpha] = worth(run)
         losses = {
             candidate["alpha"]: loss
             for candidate, loss in zip(sweep.candidates, sweep.losses, strict=True)
@@ -260,9 +273,18 @@ def searches(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]
                 "–" if rank is None else f"{rank:+.2f}",
             ]
         )
-        document[donor] = {"chosen": chosen, "in_bootstrap": share, "losses": losses, "image": accuracy}
+        document[donor] = {"chosen": chosen, "in_bootstrap": share, "losses": losses, "accuracy": accuracy}
         document[donor] |= {"best": best, "spearman": rank, "cost": found.cost, "warnings": found.warnings}
-    header = ["donor", "α chosen (in bootstrap)", "image", "best α", "over best", "over 0.1", "over target", "Spearman"]
+    header = [
+        "donor",
+        "α chosen (in bootstrap)",
+        "accuracy",
+        "best α",
+        "over best",
+        "over 0.1",
+        "over target",
+        "Spearman",
+    ]
     print(table(header, rows) + "\n")
     return document
 
@@ -274,15 +296,24 @@ def served(bench: Bench, planned: Plan, tensors: dict[str, Stored]) -> ChatModel
     return chat
 
 
-def write_probes(bench: Bench) -> Path:
-    """The questions about one picture of the validation set, without answers or choices."""
+def worth(run: Run) -> float:
+    """Accuracy about pictures; where the elements are asked for too, the mean of both."""
+    found = [accuracy for cell, accuracy in accuracies(run).items() if cell != "text"]
+    return sum(found) / len(found)
+
+
+def write_probes(bench: Bench, *, skilled: bool) -> Path:
+    """The questions about one picture of the validation set, without answers or choices; with the skilled donor, questions about
+    a third of the elements too."""
     asked_there = find_benchmark("senses").samples(Source(bench.data, variant="validation", modalities=("image",)))
     rows = {
         json.dumps({"text": one.text, "media": [[m, str(Path(file).resolve())] for m, file in one.media]}): None
         for one in asked_there
         if one.group["cell"] == "image"
     }
-    path = bench.out / "probe.jsonl"
+    if skilled:
+        rows |= {json.dumps({"text": elements.TESTED.format(name)}): None for name in elements.NAMES[::3]}
+    path = bench.out / f"probe{'-elements' if skilled else ''}.jsonl"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 
@@ -290,7 +321,7 @@ def write_probes(bench: Bench) -> Path:
 def against(alone: Run, runs: dict[Any, Run]) -> dict[Any, dict[str, Paired]]:
     """Every run's difference to the target alone, by cell, its p corrected for all these runs and cells."""
     compared = {key: compare(alone, run).groups["likelihood"]["cell"] for key, run in runs.items()}
-    places = [(key, cell) for key in runs for cell in CELLS]
+    places = [(key, cell) for key in runs for cell in compared[key]]
     adjusted = holm([compared[key][cell].p for key, cell in places])
     for (key, cell), p in zip(places, adjusted, strict=True):
         compared[key][cell] = replace(compared[key][cell], p_adjusted=p)
@@ -299,7 +330,8 @@ def against(alone: Run, runs: dict[Any, Run]) -> dict[Any, dict[str, Paired]]:
 
 def accuracies(run: Run) -> dict[str, Any]:
     """Accuracy by cell."""
-    return {cell: result(run)["groups"]["cell"][cell]["acc"] for cell in CELLS}
+    found = result(run)["groups"]["cell"]
+    return {cell: found[cell]["acc"] for cell in (*CELLS, SKILL) if cell in found}
 
 
 def shown(run: Run) -> str:
