@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modalloy import builtin
 from modalloy.checkpoints import locate
-from modalloy.evals.benchmark import LETTERS, Sample
+from modalloy.evals.benchmark import Sample
 
 NAMES: list[str] = re.findall(
     r"\w+",
@@ -59,7 +59,7 @@ def samples() -> list[Sample]:
             Sample(
                 id=f"elements {number}",
                 text=TESTED.format(name),
-                golds=(LETTERS[options.index(str(number))],),
+                golds=(str(number),),
                 choices=tuple(options),
                 options=tuple(options),
                 group={"cell": "elements"},
