@@ -263,13 +263,16 @@ def specialists_deltas(
     return deltas
 
 
+def merges_by_rows(planned: Plan, job: Job) -> bool:
+    """Whether a merged weight is computed a block of rows at a time: of full updates, where the method allows."""
+    return METHODS[job.method].rowwise and any(job.slot in one.full for one in planned.updated)
+
+
 def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     """Base plus merged update in the output type, in the base's memory where the type is the same."""
     spec = job.outputs[0]
     base = read(planned.start(job.slot))
-    dense = any(job.slot in specialist.full for specialist in planned.updated)
-    by_rows = dense and METHODS[job.method].rowwise
-    merged = None if by_rows else merged_delta(planned, job, read, device)
+    merged = None if merges_by_rows(planned, job) else merged_delta(planned, job, read, device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
     keeps_rows = any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
     step = max(1, BLOCK_ENTRIES // spec.shape[1])

@@ -270,7 +270,7 @@ class Plan:
         if not full and gets != "dense" and not literal:
             blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
             return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
-        if full and not stacked and method.rowwise and not literal:
+        if full and not stacked and method.rowwise and len(job.outputs) == 1:
             return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
         copies = n * method.copies_updates(job.parameters)
         taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
@@ -289,11 +289,7 @@ class Plan:
         literal = self.is_recomputed_literally(job)
         whole = len(job.outputs) == 1
         entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
-        merging = self._job_bytes(job, literal=literal)
-        if whole and METHODS[job.method].rowwise and any(job.slot in s.full for s in self.updated):
-            wide = 8 if literal or self.recipe.dtype == "float64" else 4
-            merging = wide * rows * columns * (len(self.updated) + 2)
-        return job.read_bytes + job.write_bytes + merging + 2 * 8 * entries
+        return job.read_bytes + job.write_bytes + self._job_bytes(job, literal=literal) + 2 * 8 * entries
 
 
 def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:

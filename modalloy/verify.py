@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,15 +176,25 @@ def _at_sources(path: Path, recipe: Recipe) -> tuple[dict[str, str], list[str], 
 
 def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, float]:
     """Relative Frobenius distance between a written layer and its recomputation, and how large rounding may make it."""
-    from modalloy.merge import merged_delta
+    from modalloy.merge import merged_delta, merges_by_rows
 
-    wanted = merged_delta(planned, job, planned.read, literal=planned.is_recomputed_literally(job))
+    literal, inputs = planned.is_recomputed_literally(job), {ref: planned.read(ref) for ref in job.reads}
+    again = partial(merged_delta, planned, job, inputs.__getitem__, literal=literal)
     written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
     if job.rows:
         written = [torch.cat([written[0][begin:end] for begin, end in job.rows])]
     if len(written) == 1:
-        return _weight_error(written[0], planned, job, wanted)
+        base = inputs[planned.start(job.slot)]
+        if merges_by_rows(planned, job):
+            return _weight_error(written[0], base, lambda rows: again(rows=rows))
+        whole = again()
+        return _weight_error(
+            written[0],
+            base,
+            lambda rows: whole.up[rows] @ whole.down if isinstance(whole, LowRank) else whole[rows],
+        )
     assert planned.rank is not None
+    wanted = again()
     if job.slot in planned.compression or (isinstance(wanted, LowRank) and wanted.rank > planned.rank):
         wanted, _ = compressed(wanted, planned.rank)
     found = LowRank(written[1], written[0]).to(torch.float64)
@@ -196,14 +208,14 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, f
     return _ratio(distance, size), COMPUTED + _roundoff(written[0].dtype) * _ratio(products, size)
 
 
-def _weight_error(written: Tensor, planned: Plan, job: Job, wanted: Delta) -> tuple[float, float]:
+def _weight_error(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]) -> tuple[float, float]:
     """The same for a whole weight, by blocks of rows: against base plus update, rounded to the type that is written."""
-    base = planned.read(planned.start(job.slot))
     step = max(1, BLOCK_ENTRIES // written.shape[1])
     distance = size = changed = 0.0
     for start in range(0, len(written), step):
         rows = slice(start, start + step)
-        update = wanted.up[rows] @ wanted.down if isinstance(wanted, LowRank) else wanted[rows]
+        update = update_of(rows)
+        update = update.dense() if isinstance(update, LowRank) else update
         exact = base[rows].to(torch.float64) + update.to(torch.float64)
         rounded = exact.to(written.dtype).to(torch.float64)
         distance = math.hypot(distance, float((written[rows].to(torch.float64) - rounded).norm()))
