@@ -207,10 +207,7 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         return [_fused(planned, job, read, device)]
     tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
-        total = torch.full(job.outputs[0].shape, -0.0, dtype=torch.float64)  # to which adding −0 is −0
-        for tensor in tensors:
-            total += tensor
-        return [_fitted(total.div_(len(tensors)), job.outputs[0])]
+        return [_averaged(tensors, job.outputs[0])]
     return [_fitted(tensors[0], job.outputs[0])]
 
 
@@ -302,6 +299,19 @@ def _fused(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
         for begin, end in piece.rows:
             out[begin:end] = merged[done : done + end - begin]
             done += end - begin
+    return out
+
+
+def _averaged(tensors: list[Tensor], spec: TensorSpec) -> Tensor:
+    """The mean of tensors of one shape, by blocks in float64 until the one cast."""
+    out = torch.empty(spec.shape, dtype=spec.dtype)
+    flat, given = out.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for start in range(0, len(flat), BLOCK_ENTRIES):
+        block = slice(start, start + BLOCK_ENTRIES)
+        total = torch.full(flat[block].shape, -0.0, dtype=torch.float64)  # to which adding −0 is −0
+        for one in given:
+            total += one[block]
+        flat[block] = _fitted(total.div_(len(given)), spec)
     return out
 
 

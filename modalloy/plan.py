@@ -258,7 +258,8 @@ class Plan:
             return job.write_bytes + max(map(self._job_bytes, job.pieces))
         assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
         if job.kind in ("average", "interpolate"):
-            return assembling + 2 * 8 * job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
+            entries = job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
+            return assembling + 2 * 8 * (min(entries, BLOCK_ENTRIES) if job.kind == "average" else entries)
         if job.kind != "merge":
             return 0
         rows, columns = self.start(job.slot).shape
