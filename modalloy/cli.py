@@ -87,6 +87,11 @@ def merge(
     if dry_run:
         plan(recipe, allow_base_mismatch, as_json)
         return
+    if sanity:
+        from modalloy.evals.sanity import check_askable
+        from modalloy.recipe import load_recipe
+
+        check_askable(load_recipe(recipe))
     if push_to_hub is not None:
         check_target(push_to_hub)
     elif private:

@@ -16,9 +16,6 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
     """The manifest of the files in `folder`; `known` holds the hashes that were taken while writing."""
     from modalloy._version import __version__
 
-    starts = {planned.base_label: _start(planned.base, planned.base_name, read=planned.reads_base)}
-    if planned.across is not None and planned.across.base is not None:
-        starts["base"] = _start(planned.across.base, planned.across.base_name, read=True)
     inputs = {
         s.label: {
             "layout": s.layout,
@@ -36,11 +33,19 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
         "method": planned.recipe.merge_method,
         "parameters": planned.parameters,
         "form": planned.recipe.output.form,
-        "inputs": starts | inputs,
+        "inputs": recorded_starts(planned) | inputs,
         "outputs": {name: known.get(name) or file_sha256(folder / name) for name in hashed_files(folder)},
         **whole,
         "tensors": [dataclasses.astuple(fate) for fate in planned.fates],
     }
+
+
+def recorded_starts(planned: Plan) -> dict[str, dict[str, Any]]:
+    """What the manifest says of base and target, by label."""
+    found = {planned.base_label: _start(planned.base, planned.base_name, read=planned.reads_base)}
+    if planned.across is not None and planned.across.base is not None:
+        found["base"] = _start(planned.across.base, planned.across.base_name, read=True)
+    return found
 
 
 def _start(model: Checkpoint, name: str, *, read: bool) -> dict[str, Any]:

@@ -396,7 +396,8 @@ def _check_all_accounted(result: Plan) -> None:
 
 def _check_patterns(recipe: Recipe, result: Plan) -> None:
     """A pattern that matches nothing is a mistake in writing."""
-    theirs = [name for specialist in result.specialists for name in specialist.checkpoint.refs]
+    others = [checkpoint for checkpoint in result.checkpoints() if checkpoint is not result.base]
+    theirs = [name for checkpoint in others for name in checkpoint.refs]
     for key, patterns, names in (
         ("modules", recipe.modules, list(result.base.refs)),
         ("ignore", recipe.ignore, theirs),
@@ -404,11 +405,16 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
-    merged = [job.outputs[0].name if job.rows else job.slot for job in result.merges()]
+    merged = [job.slot for job in result.jobs if job.method or job.pieces]
+    averaged = merged + [job.slot for job in result.jobs if job.kind == "average"]
     for pattern, rule in recipe.modules.items():
         if rule.policy is None and not fnmatch.filter(merged, pattern):
             raise RecipeError(
                 f"modules: '{pattern}' names a method, but no weight that it matches is merged; write policy: keep or average"
+            )
+        if rule.policy == "average" and not fnmatch.filter(averaged, pattern):
+            raise RecipeError(
+                f"modules: '{pattern}' is to be averaged, but no other model has what it matches; remove the rule"
             )
 
 

@@ -18,7 +18,7 @@ from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.engines import local
 from modalloy.errors import CheckpointError
 from modalloy.linalg import BLOCK_ENTRIES
-from modalloy.manifest import SOURCES, hashed_files, input_sha256
+from modalloy.manifest import SOURCES, hashed_files, input_sha256, recorded_starts
 from modalloy.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -86,9 +86,17 @@ def verify(out: str | Path) -> Verification:
     planned = plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
     planned.compression = manifest.get("compression", {})
+    inputs = manifest.get("inputs", {})
+    for label, start in recorded_starts(planned).items():
+        known = inputs.get(label, {})
+        if any(key in known and known[key] != start.get(key) for key in ("header_sha256", "sha256")):
+            place = starts["target" if label == "target" else "base_model"]
+            raise CheckpointError(
+                f"{place}: the {label} has changed since the merge (its sha256 is not the one in manifest.json); merge again"
+            )
     # by the labels of the recipe as written: those of the local folders differ where it names hub models
     for label, specialist, fisher in zip(labels(recipe), planned.specialists, planned.fishers, strict=True):
-        recorded = manifest.get("inputs", {}).get(label, {}).get("sha256")
+        recorded = inputs.get(label, {}).get("sha256")
         if recorded != input_sha256(specialist, fisher):
             raise CheckpointError(
                 f"{specialist.checkpoint.folder}: the {label} specialist has changed since the merge (its sha256 is "

@@ -881,3 +881,80 @@ def test_policies_across_architectures(family_of_three: dict[str, Path], recipe:
         plan(load_recipe(recipe(models["target"], models["donor"], models["base"], modules=rules)))
     with pytest.raises(CheckpointError, match=r"target: model\.vision\.boi is there, which the recipe forbids"):
         plan(load_recipe(recipe(models["target"], models["donor"], modules={"*.boi": {"policy": "error"}})))
+
+
+def test_rules_for_what_is_no_linear_weight(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    """A list over the layers leaves values for the rest to `modules:`, the last norm among them; unused rules are refused."""
+    models = family_of_three
+    alone = {name: {"parameters": {"alpha": 0.5}} for name in ("lm_head.weight", "*embed_tokens*", "model.norm.weight")}
+    merge(recipe(models["target"], models["donor"], alpha=[0, 1], modules=alone), tmp_path / "out")
+    before, other, after = weights(models["target"]), weights(models["donor"]), weights(tmp_path / "out")
+    name = "model.norm.weight"
+    assert torch.allclose(after[name], (before[name] + other[name]) / 2)
+    name = "model.layers.{}.post_attention_layernorm.weight"
+    assert torch.equal(after[name.format(0)], before[name.format(0)])
+    assert torch.equal(after[name.format(1)], other[name.format(1)])
+    unmoved = {"*layers.0.*norm*": {"parameters": {"alpha": 0}}}  # says what it does, though nothing is merged
+    plan(load_recipe(recipe(models["target"], models["donor"], modules=unmoved)))
+    base = {"base_model": str(models["base"]), "merge_method": "ssam", "parameters": {}}
+    idle = {"*vision.transformer*": {"policy": "average"}}
+    with pytest.raises(RecipeError, match=r"'\*vision\.transformer\*' is to be averaged, but no other model has what"):
+        plan(load_recipe(recipe(models["target"], models["donor"], modules=idle, **base)))
+    taken = {"*": {"policy": "take_source"}}
+    with pytest.raises(RecipeError, match=r"inv_freq needs one donor, 0 have it; keep the target's by a rule above it"):
+        plan(load_recipe(recipe(models["target"], models["donor"], modules=taken)))
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    shutil.copytree(source, folder)
+    tensors = weights(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_whole_numbers_are_not_merged(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models, name = family_of_three, "model.layers.0.mlp.up_proj.weight"
+    own = "model.layers.0.mlp.language_mlp.up_proj.weight"
+    base = changed(models["base"], tmp_path / "b", lambda found: found.update({name: found[name].to(torch.int8)}))
+    target = changed(models["target"], tmp_path / "t", lambda found: found.update({own: found[own].to(torch.int8)}))
+    more = {"merge_method": "ssam", "parameters": {}}
+    for source in (
+        load_recipe(recipe(target, models["donor"])),
+        load_recipe(recipe(models["target"], models["donor"], base_model=str(base), **more)),
+    ):
+        with pytest.raises(CheckpointError, match=r"up_proj\.weight is stored as torch\.int8, which cannot be merged"):
+            plan(source)
+
+
+def test_tensors_of_the_base_are_ignored_too(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    """One that no rule has, as its message advises; and embeddings, of which no update is merged."""
+    models = family_of_three
+    base = changed(models["base"], tmp_path / "b", lambda found: found.update({"extra.weight": torch.zeros(2)}))
+    more = {"base_model": str(base), "merge_method": "ssam", "parameters": {}}
+    with pytest.raises(CheckpointError, match=r"base: no rule of family llama has extra\.weight .*`ignore:`"):
+        plan(load_recipe(recipe(models["target"], models["donor"], **more)))
+    ignored = {"ignore": ["extra*"], **more}
+    planned = plan(load_recipe(recipe(models["target"], models["donor"], **ignored)))
+    assert ("base", "extra.weight", "left out") in [(fate.source, fate.tensor, fate.fate) for fate in planned.fates]
+    adapter, _ = write_adapter(tmp_path / "lora", models["base"], lambda name: True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    saved = {"base_model.model.model.embed_tokens.weight": torch.ones(TOKENS, WIDTH)}
+    save_file(tensors | saved, adapter / "adapter_model.safetensors")
+    ignored["ignore"] = ["extra*", "*embed_tokens*"]
+    assert plan(load_recipe(recipe(models["target"], adapter, **ignored))).merged_weights() == LAYERS * 14
+
+
+@pytest.mark.parametrize("label", ["target", "base"])
+def test_verify_names_the_model_that_changed(
+    family_of_three: dict[str, Path], recipe: Models, tmp_path: Path, label: str
+) -> None:
+    """Even where it changed in what no layer that is merged again shows."""
+    models = family_of_three | {label: shutil.copytree(family_of_three[label], tmp_path / label)}
+    base = {"base_model": str(models["base"]), "merge_method": "average", "parameters": {}}
+    merge(recipe(models["target"], models["donor"], **base), tmp_path / "out")
+    tensors = weights(models[label])
+    tensors["model.embed_tokens.weight"] += 1
+    save_file(tensors, models[label] / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{label}: the {label} has changed since the merge"):
+        verify(tmp_path / "out")

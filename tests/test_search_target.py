@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ import yaml
 from conftest import WORDS, base_tokenizer
 from family_keys import published
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import modalloy
 from modalloy import cli
 from modalloy.checkpoints import open_base
 from modalloy.errors import MediaError, RecipeError
+from modalloy.evals import sanity
 from modalloy.model import ChatModel
 from modalloy.model.chat import user_message
 from modalloy.model.hosted import HostedModel, places
@@ -325,3 +328,63 @@ def test_refusals(
     with monkeypatch.context() as patch:
         patch.setattr("modalloy.families.ancestors.LEAST_COSINE", 1.0)
         assert "donor and target are unrelated" in refusal(text, folder / "text.jsonl", out, patch, capsys)
+
+
+@pytest.mark.parametrize("donor", ["donor", "lora"])
+def test_sanity_asks_a_target_of_transformers_and_its_parents(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, donor: str
+) -> None:
+    """A LLaVA answers about text; an adapter is asked on the base that it updates, not on the target."""
+    for name in ("PROMPTS", "HARMFUL"):
+        monkeypatch.setattr(sanity, name, getattr(sanity, name)[:1])
+    monkeypatch.setattr(sanity, "TEXT", "do you hear a dog ?")
+    monkeypatch.setattr(sanity, "NEW_TOKENS", 2)
+    capitals = sanity.capital_samples()[:2]
+    monkeypatch.setattr(sanity, "capital_samples", lambda: capitals)
+    content = yaml.safe_load((folder / "ties.yaml").read_text())
+    places = {key: str(folder / content[key]) for key in ("target", "base_model")}
+    place = folder / "donor"
+    if donor == "lora":
+        place = tmp_path / "lora"
+        place.mkdir()
+        wide = {"a.weight": (2, 32), "b.weight": (32, 2)}
+        stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+        factors = {f"{stem}{name[0].upper()}.weight": torch.ones(shape) / 9 for name, shape in wide.items()}
+        save_file(factors, place / "adapter_model.safetensors")
+        (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    recipe = Recipe(**content | places | {"models": [{"model": str(place)}], "missing": "zero"})
+    modalloy.merge(recipe, tmp_path / "out", jobs=1)
+    found = sanity.sanity(tmp_path / "out")
+    assert list(found) == ["merged", "target", "base", donor]
+    text = modalloy.load_model(folder / "base", dtype="auto")
+    assert found["base"].perplexity == pytest.approx(sanity.examine(text).perplexity)
+    if donor == "lora":
+        text.model.decoder.model.layers[0].self_attn.q_proj.weight.data += 2 / 81
+        assert found["lora"].perplexity == pytest.approx(sanity.examine(text).perplexity, rel=1e-4)
+
+
+def test_sanity_of_what_cannot_be_asked_is_refused_before_the_merge(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = shutil.copytree(folder / "text", tmp_path / "cog")
+    config = json.loads((target / "config.json").read_text()) | {"architectures": ["CogVLMForCausalLM"]}
+    (target / "config.json").write_text(json.dumps(config))
+    content = yaml.safe_load((folder / "text.yaml").read_text()) | {"target": str(target)}
+    for change, message in (
+        (
+            {"models": [{"model": str(folder / "donor")}]},
+            r"cog is a CogVLMForCausalLM, which modalloy can merge but not",
+        ),
+        (
+            {"target": None, "base_model": "x", "merge_method": "ssam", "parameters": {}, "output": {}},
+            "--sanity: an adapter is no model by itself; write output.form: omni or full",
+        ),
+    ):
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content | change))
+        command = ["modalloy", "merge", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "--sanity"]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and re.search(message, error) and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()

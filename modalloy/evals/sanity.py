@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from modalloy.checkpoints import file_sha256, read_json
+from modalloy.checkpoints import file_sha256, locate, read_json
 from modalloy.checkpoints.writer import disk_errors, replace_text
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import Answer, likeliest
@@ -22,7 +22,9 @@ from modalloy.evals.senses import capital_samples
 from modalloy.manifest import SOURCES
 from modalloy.model import load_model
 from modalloy.model.chat import ChatModel, user_message
-from modalloy.model.load import load_text_path
+from modalloy.model.hosted import is_hosted
+from modalloy.model.load import is_language_model, load_text_path
+from modalloy.recipe import Recipe
 
 HEADING = "## Sanity"
 NEW_TOKENS = 24
@@ -117,6 +119,24 @@ def is_repetitive(text: str, words: int = 4, times: int = 3) -> bool:
     return max(runs.values(), default=0) >= times
 
 
+def check_askable(recipe: Recipe) -> None:
+    """Refuse a recipe before it is merged, the result or a parent of which could not be asked: an adapter, or a target,
+    donor or base of an architecture that modalloy does not run."""
+    if recipe.output.form == "adapter":
+        raise ModalloyError("--sanity: an adapter is no model by itself; write output.form: omni or full")
+    models = [recipe.target, *(entry.model for entry in recipe.models), recipe.base_model] if recipe.target else []
+    for location in filter(None, models):
+        folder = locate(location, recipe.folder)
+        config = (
+            read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+        )  # an adapter has none
+        if config is not None and not is_hosted(config) and not is_language_model(config):
+            found = ", ".join(config.get("architectures") or ["model of no architecture"])
+            raise ModalloyError(
+                f"--sanity: {location} is a {found}, which modalloy can merge but not run; leave --sanity out"
+            )
+
+
 def sanity(
     out: str | Path, *, device: str = "cpu", on_model: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Sanity]:
@@ -132,14 +152,19 @@ def sanity(
     starts = [label for label in ("target", "base") if label in sources]
     labels = [label for label in manifest["inputs"] if label not in starts]
     places = [(label, None, sources[label]) for label in starts]
-    places += [(*named, sources[starts[0]]) for named in zip(labels, sources["specialists"], strict=True)]
+    places += [(*named, sources[starts[-1]]) for named in zip(labels, sources["specialists"], strict=True)]
     merged = load_model(out, device=device, dtype="auto")
     found, tokenizer = {"merged": examine(merged)}, merged.processor.tokenizer
     del merged
     for done, (name, place, start) in enumerate(places, 1):
         gc.collect()
         on_model(done, len(places) + 1)
-        found[name] = examine(load_text_path(place, start, tokenizer, device=device))
+        whole = manifest["inputs"][name].get("layout") == "donor"  # has a tokenizer of its own
+        found[name] = examine(
+            load_model(place, device=device, dtype="auto")
+            if whole and place is not None
+            else load_text_path(place, start, tokenizer, device=device)
+        )
     on_model(len(places) + 1, len(places) + 1)
     return found
 

@@ -262,27 +262,27 @@ def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_heade
 
 def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
     """Where a target tensor's counterpart is: a stored tensor, or rows of several."""
-    own, height = target.refs[mapped.name], mapped.shape[0]
-    sources = [donor.refs[piece.source] for piece in mapped.pieces]
+    own, height = _floating(target.refs[mapped.name]), mapped.shape[0]
+    sources = [_floating(donor.refs[piece.source]) for piece in mapped.pieces]
     whole = ((0, height),)
     if len(sources) == 1 and mapped.pieces[0].rows == whole:
-        return _rows(mapped.name, _floating(sources[0]), mapped.pieces[0].source_rows)
+        return _rows(mapped.name, sources[0], mapped.pieces[0].source_rows)
     parts = [(ref, piece.source_rows, piece.rows) for ref, piece in zip(sources, mapped.pieces, strict=True)]
     rest = remaining((piece.rows for piece in mapped.pieces), height)
     if rest:  # tokens that only the target has, and padding
         parts.append((*_stretch(own, rest), rest))
-    dtype = _floating(own).dtype if rest else _floating(sources[0]).dtype
+    dtype = own.dtype if rest else sources[0].dtype
     for ref in sources:
-        dtype = torch.promote_types(dtype, _floating(ref).dtype)
+        dtype = torch.promote_types(dtype, ref.dtype)
     return MappedRef(mapped.name, dtype, mapped.shape, sources[0].file, -1, tuple(parts), bool(rest))
 
 
 def _rows(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
     """Some rows of a stored tensor as one of its own; the tensor itself where they are all of it."""
-    if rows == ((0, ref.shape[0]),):
+    if rows == ((0, _floating(ref).shape[0]),):
         return ref
     height = height_of(rows)
-    return MappedRef(name, _floating(ref).dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
+    return MappedRef(name, ref.dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
 
 
 def _stretch(ref: TensorRef, rows: Rows) -> tuple[TensorRef, Rows]:

@@ -9,7 +9,7 @@ import fnmatch
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -180,7 +180,7 @@ def map_models(
     dropped = {name: "the recipe leaves it out" for name in donor_header if _policy(name, left)}
     rest = {name: shape for name, shape in donor_header.items() if name not in dropped}
     target = _Model(labels[0], target_header, target_config)
-    donor = _Model(labels[1], rest, donor_config)
+    donor = _Model(labels[1], donor_header, donor_config, dropped)
     _check_geometry(target, donor)
     tensors = {name: _mapped(name, target, donor, shared_tokens, _policy(name, rules)) for name in target_header}
     used: dict[str, set[Rows]] = defaultdict(set)
@@ -208,7 +208,7 @@ def map_models(
 class _Model:
     """One model's names understood: every tensor's rule, and where every slot's rows are."""
 
-    def __init__(self, label: str, header: Header, config: dict[str, Any]) -> None:
+    def __init__(self, label: str, header: Header, config: dict[str, Any], without: Container[str] = ()) -> None:
         self.label, self.header = label, header
         try:
             self.family: Family = family_of(config)
@@ -220,7 +220,7 @@ class _Model:
         self.slots: dict[Slot, tuple[str, Rows]] = {}
         for name, shape in header.items():
             found = self.family.find(name, self.spelling)
-            if found is None:
+            if found is None or name in without:
                 continue
             self.found[name] = found
             for slot, rows in zip(found.slots, self._rows(name, found, shape), strict=True):

@@ -33,7 +33,10 @@ class AcrossPlanner(Choices):
         counterparts = [donor.full[name] for donor in self.donors if name in donor.full]
         if self._policy(name) == "take_source":
             if len(counterparts) != 1:
-                raise RecipeError(f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it")
+                raise RecipeError(
+                    f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it; keep the target's by "
+                    "a rule above it with policy: keep, or write a narrower pattern"
+                )
             return Job("carry", name, (spec,), (counterparts[0],))
         if not any(found.tensors[name].pieces for found in self.across.maps.values()):
             return Job("keep", name, (spec,), (own,))
@@ -44,7 +47,7 @@ class AcrossPlanner(Choices):
             return self._fused(name, spec, method, self._resolved(method, written, name))
         parameters = self._resolved(method, written, name)
         if parameters["alpha"] == 0:  # whose bytes stay the target's
-            return Job("keep", name, (spec,), (own,))
+            return Job("keep", name, (spec,), (own,), method, parameters)
         kind: Literal["merge", "interpolate"] = "merge" if len(own.shape) == 2 else "interpolate"
         return Job(kind, name, (spec,), (own, *counterparts), method, parameters, self._weights(name))
 

@@ -119,7 +119,10 @@ def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device:
     `tokenizer` has the chat template that is wanted; weights have the base's type.
     """
     folder = Path(base)
-    config, weights = ModalloyConfig(read_json(folder / "config.json")), _base_weights(folder)
+    content = read_json(folder / "config.json")
+    if specialist is None and is_hosted(content):
+        return load_model(folder, device=device, dtype="auto")
+    config, weights = ModalloyConfig(content), _base_weights(folder)
     if specialist is not None:
         opened = open_specialist(Path(specialist))
         if not opened.text:
