@@ -28,7 +28,7 @@ from modalloy.delta import Delta, LowRank, compressed
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
 from modalloy.families.ancestors import check_kinship
-from modalloy.families.donors import MappedRef
+from modalloy.families.stored import MappedRef
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model

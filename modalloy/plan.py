@@ -30,9 +30,10 @@ from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.families.ancestors import Kinship, kinship_pairs
-from modalloy.families.donors import Across, MappedRef, assembled, open_donors
+from modalloy.families.donors import Across, open_donors
 from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
+from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_shapes, common_chat_template
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE

@@ -20,8 +20,8 @@ from modalloy import load_recipe, merge, plan
 from modalloy.checkpoints import TensorRef, file_sha256
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.families import FAMILIES
-from modalloy.families.donors import MappedRef, assembled
 from modalloy.families.rules import rows_of
+from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import shared_tokens
 from modalloy.inspect import inspect
 from modalloy.methods import METHODS

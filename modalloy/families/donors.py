@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from modalloy.checkpoints import (
     Checkpoint,
@@ -22,29 +21,14 @@ from modalloy.checkpoints.specialist import Factors
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
-from modalloy.families.rules import Rows, height_of, remaining
+from modalloy.families.rules import Rows, remaining
+from modalloy.families.stored import MappedRef, floating, rows_of_tensor, stretch
 from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
 from modalloy.fit import check_base, check_shapes
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
 ROWS_AT_ONCE = 512  # so that the copy stays in the cache
-
-
-@dataclass(frozen=True)
-class MappedRef(TensorRef):
-    """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become).
-
-    With `keeps`, some of these rows are the target's own.
-    """
-
-    parts: tuple[tuple[TensorRef, Rows, Rows], ...] = ()
-    keeps: bool = False
-
-    @property
-    def largest_bytes(self) -> int:
-        """Size of the largest source, which is read whole."""
-        return max(source.n_bytes for source, _, _ in self.parts)
 
 
 @dataclass(frozen=True)
@@ -201,36 +185,14 @@ def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) ->
         for index, piece in enumerate(origin.pieces):
             slot = f"{name}:{piece.slot.role}" if several else name
             across.parts[name].append((slot, piece.rows))
-            across.starts[slot] = _rows(slot, across.base.refs[piece.source], piece.source_rows)
-            across.target.full[slot] = _rows(slot, target.refs[name], piece.rows)
+            across.starts[slot] = rows_of_tensor(slot, across.base.refs[piece.source], piece.source_rows)
+            across.target.full[slot] = rows_of_tensor(slot, target.refs[name], piece.rows)
             for donor in donors:
                 if stored := across.updates[donor.label].get(piece.source):
-                    donor.text[slot] = replace(stored, b=_rows(f"{slot}.lora_B", stored.b, piece.source_rows))
+                    donor.text[slot] = replace(stored, b=rows_of_tensor(f"{slot}.lora_B", stored.b, piece.source_rows))
                 elif donor.layout == "donor":
                     own = across.maps[donor.label].tensors[name].pieces[index]
-                    donor.full[slot] = _rows(slot, donor.checkpoint.refs[own.source], own.source_rows)
-
-
-def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
-    """The data of a mapped tensor, in a new tensor or in `buffer` (uint8)."""
-    if buffer is None:
-        buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
-    out = buffer[: ref.n_bytes].view(ref.dtype).reshape(ref.shape)
-    for source in dict.fromkeys(source for source, _, _ in ref.parts):
-        data = read(source)
-        for taken, rows in ((taken, rows) for one, taken, rows in ref.parts if one == source):
-            steps = zip(_index(taken).split(ROWS_AT_ONCE), _index(rows).split(ROWS_AT_ONCE), strict=True)
-            for some, places in steps:
-                out.index_copy_(0, places, data.index_select(0, some).to(ref.dtype))
-    return out
-
-
-def _index(rows: Rows) -> Tensor:
-    """The number of every row, in order; a vocabulary can be cut into a stretch for each token."""
-    begins, ends = torch.tensor(rows).T
-    lengths = ends - begins
-    first = begins - (lengths.cumsum(0) - lengths)  # what is added to a row's place among all
-    return torch.arange(height_of(rows)) + first.repeat_interleave(lengths)
+                    donor.full[slot] = rows_of_tensor(slot, donor.checkpoint.refs[own.source], own.source_rows)
 
 
 def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_header: Header) -> SharedTokens | None:
@@ -262,43 +224,16 @@ def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_heade
 
 def _ref(mapped: Mapped, target: Checkpoint, donor: Checkpoint) -> TensorRef:
     """Where a target tensor's counterpart is: a stored tensor, or rows of several."""
-    own, height = _floating(target.refs[mapped.name]), mapped.shape[0]
-    sources = [_floating(donor.refs[piece.source]) for piece in mapped.pieces]
+    own, height = floating(target.refs[mapped.name]), mapped.shape[0]
+    sources = [floating(donor.refs[piece.source]) for piece in mapped.pieces]
     whole = ((0, height),)
     if len(sources) == 1 and mapped.pieces[0].rows == whole:
-        return _rows(mapped.name, sources[0], mapped.pieces[0].source_rows)
+        return rows_of_tensor(mapped.name, sources[0], mapped.pieces[0].source_rows)
     parts = [(ref, piece.source_rows, piece.rows) for ref, piece in zip(sources, mapped.pieces, strict=True)]
     rest = remaining((piece.rows for piece in mapped.pieces), height)
     if rest:  # tokens that only the target has, and padding
-        parts.append((*_stretch(own, rest), rest))
+        parts.append((*stretch(own, rest), rest))
     dtype = own.dtype if rest else sources[0].dtype
     for ref in sources:
         dtype = torch.promote_types(dtype, ref.dtype)
     return MappedRef(mapped.name, dtype, mapped.shape, sources[0].file, -1, tuple(parts), bool(rest))
-
-
-def _rows(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
-    """Some rows of a stored tensor as one of its own; the tensor itself where they are all of it."""
-    if rows == ((0, _floating(ref).shape[0]),):
-        return ref
-    height = height_of(rows)
-    return MappedRef(name, ref.dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
-
-
-def _stretch(ref: TensorRef, rows: Rows) -> tuple[TensorRef, Rows]:
-    """As little of a stored tensor as holds these rows, and where they are in it: padding is a small part of a vocabulary."""
-    if ref.begin < 0:  # not in one piece
-        return ref, rows
-    first, height = rows[0][0], rows[-1][1] - rows[0][0]
-    begin = ref.begin + first * ref.n_bytes // ref.shape[0]
-    less = replace(ref, shape=(height, *ref.shape[1:]), begin=begin)
-    return less, tuple((begin - first, end - first) for begin, end in rows)
-
-
-def _floating(ref: TensorRef) -> TensorRef:
-    """The tensor, if it is of a type that can be merged."""
-    if not ref.dtype.is_floating_point:
-        raise CheckpointError(
-            f"{ref.file}: {ref.name} is stored as {ref.dtype}, which cannot be merged; convert it to bfloat16 or float32"
-        )
-    return ref
