@@ -39,6 +39,7 @@ bench: install  ## measure merges and models of 7B size (80 GB of disk, two hour
 	$(BIN)/python benchmarks/merge_adapters.py --peft
 	$(BIN)/python benchmarks/merge_full.py
 	$(BIN)/python benchmarks/merge_dense.py
+	$(BIN)/python benchmarks/merge_across.py
 	$(BIN)/python benchmarks/optmerge.py --full
 	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/omni7b.py
