@@ -72,38 +72,45 @@ class AcrossPlanner(Choices):
     def fates(self) -> list[TensorFate]:
         """The fate of every tensor of the target, of every donor and of the base."""
         changing = {job.outputs[0].name: job for job in self.jobs if job.kind != "keep"}
-        result = []
-        for name in self.base.refs:
-            tensors = [found.tensors[name] for found in self.across.maps.values()]
-            operations = ", ".join(dict.fromkeys(tensor.operation for tensor in tensors if tensor.pieces))
-            reasons = ", ".join(dict.fromkeys(tensor.reason for tensor in tensors if tensor.reason))
-            fate: tuple[Fate, str] = ("kept", reasons or "alpha: 0")
-            if job := changing.get(name):
-                fate = (FATES.get(job.kind, "left out"), f"{_how(job)}, {operations}")
-            result.append(TensorFate("target", name, *fate))
+        result = [TensorFate("target", name, *self._of_target(name, changing.get(name))) for name in self.base.refs]
         for donor in self.donors:
-            found = self.across.maps[donor.label]
-            used = _uses(found, changing)
-            updates = self.across.updates.get(donor.label, {}).items()
-            sources = {ref.name: source for source, factors in updates for ref in (factors.a, factors.b)}
-            for name in donor.checkpoint.refs:
-                fate = ("left out", found.dropped.get(name, "alpha: 0"))
-                if targets := used.get(sources.get(name, name)):
-                    more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
-                    kinds = {changing[target].kind for target in targets}
-                    into: Fate = next((FATES[kind] for kind in FATES if kind in kinds), "carried")
-                    fate = (into, f"into {' and '.join(targets)}{more}")
-                result.append(TensorFate(donor.label, name, *fate))
-        if self.across.base is not None and self.across.base_map is not None:
-            used = _uses(self.across.base_map, self.across.parts)
-            for name in self.across.base.refs:
-                fate = (
-                    "left out",
-                    self.across.base_map.dropped.get(name, "no linear weight, so no update of it is merged"),
-                )
-                if targets := used.get(name):
-                    fate = ("merged", f"the updates of {' and '.join(targets)} start there")
-                result.append(TensorFate("base", name, *fate))
+            result += self._of_donor(donor, changing)
+        return result + self._of_base()
+
+    def _of_target(self, name: str, job: Job | None) -> tuple[Fate, str]:
+        tensors = [found.tensors[name] for found in self.across.maps.values()]
+        if job is None:
+            reasons = dict.fromkeys(tensor.reason for tensor in tensors if tensor.reason)
+            return "kept", ", ".join(reasons) or "alpha: 0"
+        operations = dict.fromkeys(tensor.operation for tensor in tensors if tensor.pieces)
+        return FATES.get(job.kind, "left out"), f"{_how(job)}, {', '.join(operations)}"
+
+    def _of_donor(self, donor: Specialist, changing: dict[str, Job]) -> list[TensorFate]:
+        found, updates = self.across.maps[donor.label], self.across.updates.get(donor.label, {})
+        used = _uses(found, changing)
+        sources = {ref.name: source for source, factors in updates.items() for ref in (factors.a, factors.b)}
+        result = []
+        for name in donor.checkpoint.refs:
+            fate: tuple[Fate, str] = ("left out", found.dropped.get(name, "alpha: 0"))
+            if targets := used.get(sources.get(name, name)):
+                more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
+                kinds = {changing[target].kind for target in targets}
+                into: Fate = next((FATES[kind] for kind in FATES if kind in kinds), "carried")
+                fate = (into, f"into {' and '.join(targets)}{more}")
+            result.append(TensorFate(donor.label, name, *fate))
+        return result
+
+    def _of_base(self) -> list[TensorFate]:
+        across = self.across
+        if across.base is None or across.base_map is None:
+            return []
+        used, result = _uses(across.base_map, across.parts), []
+        for name in across.base.refs:
+            reason = across.base_map.dropped.get(name, "no linear weight, so no update of it is merged")
+            fate: tuple[Fate, str] = ("left out", reason)
+            if targets := used.get(name):
+                fate = ("merged", f"the updates of {' and '.join(targets)} start there")
+            result.append(TensorFate("base", name, *fate))
         return result
 
 
