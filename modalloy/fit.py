@@ -1,5 +1,6 @@
 """Do the inputs fit together? Every check reads headers and configs only, and refuses with one line."""
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
@@ -67,6 +68,25 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
             f"{specialist.label} specialist: {own.name} is {own.shape}, the base's is {wanted.shape} ({own.file}); "
             "use the base it was trained from"
         )
+
+
+def check_complete(
+    recipe: Recipe, specialists: Sequence[Specialist], slots: Iterable[str], owner: Callable[[str], str]
+) -> None:
+    """Every specialist must update every merged weight, unless the recipe says that a missing one counts as zero.
+
+    `owner` names one that updates a weight, for the message.
+    """
+    if recipe.missing == "zero":
+        return
+    wanted = list(slots)
+    for specialist in specialists:
+        if lacking := [slot for slot in wanted if slot not in specialist.text and slot not in specialist.full]:
+            raise CheckpointError(
+                f"{specialist.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the "
+                f"{owner(lacking[0])} has; say `missing: zero` in the recipe to count it as zero, or keep these weights under "
+                "`modules:`"
+            )
 
 
 def common_chat_template(specialists: list[Specialist]) -> str | None:

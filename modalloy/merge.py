@@ -443,7 +443,7 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
 
 def _sources(planned: Plan) -> dict[str, Any]:
     """Where the inputs were on this machine, so that `verify` can merge again; not part of what is hashed."""
-    base = None if planned.across is None else planned.across.base
+    base = planned.across_base
     return {
         planned.base_label: str(planned.base_folder.resolve()),
         **({} if base is None else {"base": str(base.folder.resolve())}),

@@ -81,6 +81,11 @@ class Plan:
         return {} if self.across is None else self.across.maps
 
     @property
+    def across_base(self) -> Checkpoint | None:
+        """θ_0 of a merge across architectures that has one; `base` is the target there."""
+        return None if self.across is None else self.across.base
+
+    @property
     def updated(self) -> list[Specialist]:
         """Those whose updates are merged: the specialists; before donors of other architectures the target, if there is a base."""
         target = None if self.across is None else self.across.target
@@ -144,8 +149,8 @@ class Plan:
     def hashed_files(self) -> list[WeightFile]:
         """The weight files that the merge reads as a whole, once, and hashes on the way."""
         files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
-        if self.across is not None and self.across.base is not None:
-            files = files + self.across.base.files
+        if self.across_base is not None:
+            files = files + self.across_base.files
         return files + (self.base.files if self.reads_base else [])
 
     @property
@@ -189,8 +194,8 @@ class Plan:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The base's tensors (the target's, then the base's), then the specialists'."""
-        base = None if self.across is None else self.across.base
-        return [self.base, *([] if base is None else [base]), *(one.checkpoint for one in self.specialists)]
+        starts = [self.base] if self.across_base is None else [self.base, self.across_base]
+        return starts + [one.checkpoint for one in self.specialists]
 
     def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The data of any input tensor, checked for NaN and infinity; in `buffer` (uint8) if given."""
@@ -201,8 +206,8 @@ class Plan:
                 return specialist.read(ref, buffer)
         if self.base.owns(ref):
             return checked(self.base.read(ref, buffer), ref, self.base_label)
-        if self.across is not None and self.across.base is not None and self.across.base.owns(ref):
-            return checked(self.across.base.read(ref, buffer), ref, "base")
+        if self.across_base is not None and self.across_base.owns(ref):
+            return checked(self.across_base.read(ref, buffer), ref, "base")
         file = next(file for file in self.fishers if file is not None and file.path == ref.file)
         return file.read(ref, buffer)
 
@@ -386,8 +391,8 @@ def _check_all_accounted(result: Plan) -> None:
     listed = Counter((fate.source, fate.tensor) for fate in result.fates)
     inputs = {(result.base_label, name) for name in result.base.refs}
     inputs |= {(s.label, name) for s in result.specialists for name in s.checkpoint.refs}
-    if result.across is not None and result.across.base is not None:
-        inputs |= {("base", name) for name in result.across.base.refs}
+    if result.across_base is not None:
+        inputs |= {("base", name) for name in result.across_base.refs}
     twice = {key for key, count in listed.items() if count > 1}
     if wrong := sorted((listed.keys() ^ inputs) | twice):
         raise RuntimeError(

@@ -13,6 +13,7 @@ import torch
 from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec, WeightFile
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.families.rules import Rows
+from modalloy.fit import check_complete
 from modalloy.methods import METHODS, resolve
 from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
@@ -156,7 +157,11 @@ class Planner(Choices):
         others = {n for n in full if base.refs[n].dtype.is_floating_point and len(base.refs[n].shape) != 2}
         self.averaged = [name for name in base.refs if name in (others | asked & full) - linear - kept]
         self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
-        self._check_complete()
+        check_complete(recipe, specialists, self.merged, self._owner)
+
+    def _owner(self, slot: str) -> str:
+        """One that updates a weight."""
+        return next(f"{s.label} specialist" for s in self.specialists if slot in s.text or slot in s.full)
 
     def adapter_jobs(self) -> list[Job]:
         """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried.
@@ -270,19 +275,6 @@ class Planner(Choices):
                 f"{file.path}: {found} {slot}, as the base has it; compute the Fisher file for this base"
             )
         return ref
-
-    def _check_complete(self) -> None:
-        """Every specialist must update every merged weight, unless the recipe says that a missing one counts as zero."""
-        if self.recipe.missing == "zero":
-            return
-        for specialist in self.specialists:
-            lacking = [slot for slot in self.merged if slot not in specialist.text and slot not in specialist.full]
-            if lacking:
-                other = next(s.label for s in self.specialists if lacking[0] in s.text or lacking[0] in s.full)
-                raise CheckpointError(
-                    f"{specialist.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the {other} "
-                    "specialist has; say `missing: zero` in the recipe to count it as zero, or keep these weights under `modules:`"
-                )
 
     def _rank_bound(self, slot: str) -> int:
         """Largest rank that the method's result for this weight can have."""

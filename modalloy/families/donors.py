@@ -24,11 +24,10 @@ from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_mode
 from modalloy.families.rules import Rows, remaining
 from modalloy.families.stored import MappedRef, floating, rows_of_tensor, stretch
 from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
-from modalloy.fit import check_base, check_shapes
+from modalloy.fit import check_base, check_complete, check_shapes
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
-ROWS_AT_ONCE = 512  # so that the copy stays in the cache
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def open_donors(
     updates = {donor.label: donor.text for donor in donors}
     across = Across(maps, base, name, base_map, Specialist("target", target, "full", config, None), updates)
     _take_apart(across, target, donors)
-    _check_complete(across, recipe, donors)
+    check_complete(recipe, donors, across.starts, lambda _: "target")
     return donors, across
 
 
@@ -151,17 +150,6 @@ def _adapter_map(donor: Specialist, base_map: ModelMap | None) -> ModelMap:
         partly={},
         donor_header=header,
     )
-
-
-def _check_complete(across: Across, recipe: Recipe, donors: list[Specialist]) -> None:
-    """Every donor must update every merged weight, unless the recipe says that a missing one counts as zero."""
-    for donor in donors:
-        lacking = [slot for slot in across.starts if slot not in donor.full and slot not in donor.text]
-        if lacking and recipe.missing == "refuse":
-            raise CheckpointError(
-                f"{donor.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the target has; say "
-                "`missing: zero` in the recipe to count it as zero, or keep these weights under `modules:`"
-            )
 
 
 def _policies(recipe: Recipe) -> dict[str, Policy]:

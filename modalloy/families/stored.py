@@ -10,7 +10,7 @@ from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError
 from modalloy.families.rules import Rows, height_of
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 512  # so that the copy stays in the cache
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,14 @@ class Server:
 
     def serve(self, changes: Changes) -> list[float]:
         """Set the text path to the merge of a candidate; returns its `sketch`."""
-        planned = plan(applied(self.planned.recipe, changes), allow_base_mismatch=self.allow_base_mismatch)
-        planned.surveys = survey(planned)
+        planned = candidate(self.planned, changes, self.allow_base_mismatch)
         work = partial(_merged, planned, self.kept)
-        return self._set((job.slot, tensors) for job, tensors in in_parallel(work, _merges(planned)))
+        return self._set((job.slot, tensors) for job, tensors in in_parallel(work, planned.merges()))
 
     def serve_parent(self, index: int) -> None:
         """Set the text path to that of one specialist: the model is then that specialist, for its own sense."""
         work = partial(_parent, self.planned, index)
-        self._set((job.slot, [tensor]) for job, tensor in in_parallel(work, _merges(self.planned)))
+        self._set((job.slot, [tensor]) for job, tensor in in_parallel(work, self.planned.merges()))
 
     def _set(self, found: Iterator[tuple[str, list[Delta]]]) -> list[float]:
         """Replace the text path by one update, or one whole weight, for every linear."""
@@ -67,8 +66,11 @@ class Server:
         return total.tolist()
 
 
-def _merges(planned: Plan) -> list[Job]:
-    return [job for job in planned.jobs if job.kind == "merge"]
+def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> Plan:
+    """The plan of a candidate, ready to be computed."""
+    found = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch)
+    found.surveys = survey(found)
+    return found
 
 
 def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:

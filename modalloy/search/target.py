@@ -11,14 +11,14 @@ from modalloy.checkpoints import read_json
 from modalloy.engines.local import one_thread
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
-from modalloy.merge import compute, survey
+from modalloy.merge import compute
 from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
-from modalloy.plan import Plan, plan
+from modalloy.plan import Plan
 from modalloy.planner import Job
-from modalloy.search.candidates import SKETCHED, directions, in_parallel
-from modalloy.search.space import Changes, applied
+from modalloy.search.candidates import SKETCHED, candidate, directions, in_parallel
+from modalloy.search.space import Changes
 
 Loader = Callable[[Plan, dict[str, Stored]], ChatModel]
 
@@ -39,7 +39,7 @@ class PlacedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Put the merge of a candidate in the target's place; returns its sketch, all zero for the target itself."""
-        planned = _candidate(self.planned, changes, self.allow_base_mismatch)
+        planned = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         wanted = changed | self.changed
         jobs = [job for job in planned.jobs if any(spec.name in wanted for spec in job.outputs)]
@@ -82,7 +82,7 @@ class LoadedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Load the merge of a candidate; returns its sketch, all zero for the target itself."""
-        planned = _candidate(self.planned, changes, self.allow_base_mismatch)
+        planned = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         if not changed:
             self.serve_parent()
@@ -147,13 +147,6 @@ def target_senses(planned: Plan, load: Loader | None) -> tuple[str, ...] | None:
         f"target: {planned.base_name} is a {found}, which modalloy can merge but not run; merge some values of alpha and "
         "ask them with that model's own code, or give search(…, load=…) a function that loads it (in Python)"
     )
-
-
-def _candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> Plan:
-    """The plan of a candidate, ready to be computed."""
-    found = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch)
-    found.surveys = survey(found)
-    return found
 
 
 def _changed(planned: Plan) -> set[str]:
