@@ -5,7 +5,7 @@ from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
 from modalloy.errors import CheckpointError
-from modalloy.names import EMBEDDINGS
+from modalloy.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
             f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"
         )
     keys = ["hidden_size", "intermediate_size", "num_hidden_layers"]
-    if not any(name.endswith(EMBEDDINGS) for name in specialist.checkpoint.refs):
+    if not any(is_of_tokens(name) for name in specialist.checkpoint.refs):
         keys.append("vocab_size")  # else `check_shapes` compares the embeddings, and `ignore:` can leave them out
     for key in keys:
         own, base = specialist.config.get(key), base_config.get(key)
@@ -49,14 +49,8 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
                     f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
                     "use the base it was trained from"
                 )
-    for slot, factors in specialist.text.items():
-        if slot.endswith(EMBEDDINGS):
-            raise CheckpointError(
-                f"{specialist.label} specialist: {factors.a.name} updates {slot}, but embeddings are kept as the base has "
-                f"them; list '*{slot.removesuffix('.weight')}.*' under `ignore:` to do without"
-            )
     misfits = [(ref, base.refs[name]) for name, ref in specialist.full.items() if ref.shape != base.refs[name].shape]
-    resized = [pair for pair in misfits if pair[1].name.endswith(EMBEDDINGS) and pair[0].shape[1:] == pair[1].shape[1:]]
+    resized = [pair for pair in misfits if is_of_tokens(pair[1].name) and pair[0].shape[1:] == pair[1].shape[1:]]
     for own, wanted in resized:
         raise CheckpointError(
             f"{specialist.label} specialist: its vocabulary has {own.shape[0]} tokens, the base's has {wanted.shape[0]} "
@@ -68,6 +62,27 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
             f"{specialist.label} specialist: {own.name} is {own.shape}, the base's is {wanted.shape} ({own.file}); "
             "use the base it was trained from"
         )
+
+
+def check_rows_are_ruled(specialists: Sequence[Specialist], name: str, kind: Kind, *, asked: bool) -> None:
+    """Refuse what a specialist trained apart from linear weights (embeddings, a head, a router), unless a rule speaks of it.
+
+    A full model holds a copy of everything, trained or not: there the base's is kept, and the merge says what differed.
+    """
+    for specialist in () if asked else specialists:
+        rule = f'modules: {{"{name}": {{policy: average}}}}'
+        if name in specialist.text:
+            factors, pattern = specialist.text[name], name.removesuffix(".weight")
+            raise CheckpointError(
+                f"{specialist.label} specialist: {factors.a.name} updates {name}, but {PLURALS[kind]} are kept as the base has "
+                f"them; list '*{pattern}.*' under `ignore:` to do without, or merge it by a rule: {rule}, or a merge_method there"
+            )
+        if name in specialist.full and specialist.layout != "full":
+            ref = specialist.full[name]
+            raise CheckpointError(
+                f"{specialist.label} specialist: {ref.name} was trained ({ref.file}), but {PLURALS[kind]} are kept as the base "
+                f"has them; write {rule} to merge it, or policy: keep to do without"
+            )
 
 
 def check_complete(

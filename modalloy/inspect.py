@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, norm, thin_svd
+from modalloy.differences import settled_plan
 from modalloy.engines import local
 from modalloy.errors import RecipeError
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
-from modalloy.plan import Plan, plan
+from modalloy.plan import Plan
 from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 
@@ -200,12 +201,12 @@ def inspect(
         raise RecipeError(
             "inspect shows updates of a base, but linear has none; see the plan, or add base_model and a method"
         )
-    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    planned = settled_plan(recipe, allow_base_mismatch=allow_base_mismatch)
     merges = planned.merges()
-    ranks = [s.rank for s in planned.updated if s.rank is not None]
+    ranks = [s.rank for s in planned.counted if s.rank is not None]
     planned.surveys = survey(planned)
     projects = recipe.merge_method == "ssam"
-    automatic = resolve("ssam", {}, n=len(planned.updated), lora_rank=max(ranks, default=None))["rank"]
+    automatic = resolve("ssam", {}, n=len(planned.counted), lora_rank=max(ranks, default=None))["rank"]
     slots = []
     results = local.run(
         merges,
@@ -225,6 +226,7 @@ def inspect(
     facts = tuple(
         SpecialistFacts(s.label, s.modality, s.layout, s.rank, weight, math.hypot(*norms[s.label].values()))
         for s, weight in zip(planned.updated, weights, strict=True)
+        if s.label not in planned.absent
     )
     found = findings(facts, slots, projects=projects, balance=planned.parameters.get("balance", "none"))
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
@@ -256,7 +258,7 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
         turns = "rotation" in METHODS[job.method].laws
         merged = apply(job.method, small, job.parameters, shape) if turns else merged_delta(planned, job, planned.read)
         merged_norm = norm(merged)
-    mean_norm = sum_norm / len(planned.updated)
+    mean_norm = sum_norm / len(planned.taking_part(job))
     rows = _sampled_rows(job.slot, shape[0])
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
     k = kept.k if kept else None
@@ -292,8 +294,8 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
 
 def _deltas(planned: Plan, job: Job) -> dict[str, Delta]:
     """The update of one weight by specialist, weighted as the recipe says; those without one are not listed."""
-    deltas = zip(planned.updated, specialists_deltas(planned, job, planned.read), strict=True)
-    return {s.label: delta for s, delta in deltas if job.slot in s.text or job.slot in s.full}
+    deltas = zip(planned.taking_part(job), specialists_deltas(planned, job, planned.read), strict=True)
+    return {s.label: delta for (s, _), delta in deltas if job.slot in s.text or job.slot in s.full}
 
 
 def _in_common_bases(deltas: list[LowRank]) -> list[LowRank]:

@@ -25,6 +25,7 @@ from modalloy.checkpoints import (
 )
 from modalloy.checkpoints.writer import disk_errors
 from modalloy.delta import Delta, LowRank, compressed
+from modalloy.differences import settled_plan
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
 from modalloy.families.ancestors import check_kinship
@@ -33,7 +34,7 @@ from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
 from modalloy.omni import write_omni
-from modalloy.plan import Plan, plan
+from modalloy.plan import Plan
 from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
@@ -126,7 +127,7 @@ def merge(
     start = time.perf_counter()
     chosen_device = resolve_device(device)
     n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
-    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    planned = settled_plan(recipe, allow_base_mismatch=allow_base_mismatch)
     predicted = planned.peak_bytes(n_workers)
     _check_memory(planned, predicted, n_workers, max_memory)
     fingerprint = planned.fingerprint
@@ -205,10 +206,9 @@ def compute(planned: Plan, job: Job, read: Read, device: str = "cpu") -> list[Te
         return [_interpolated(planned, job, read)]
     if job.kind == "fuse":
         return [_fused(planned, job, read, device)]
-    tensors = [read(ref) for ref in job.reads]
     if job.kind == "average":
-        return [_averaged(tensors, job.outputs[0])]
-    return [_fitted(tensors[0], job.outputs[0])]
+        return [_averaged(job, read)]
+    return [_fitted(read(job.reads[0]), job.outputs[0])]
 
 
 def merged_delta(
@@ -221,7 +221,8 @@ def merged_delta(
     rows_of_weight, columns = planned.start(job.slot).shape
     fishers = None
     if METHODS[job.method].takes("fishers"):
-        files = [file for file in planned.fishers if file is not None]
+        shares = zip(planned.fishers, job.weights, strict=True)
+        files = [file for file, share in shares if file is not None and share is not None]
         fishers = [read(file.refs[job.slot]).to(device) for file in files]
     try:
         return apply(
@@ -240,12 +241,12 @@ def merged_delta(
 def specialists_deltas(
     planned: Plan, job: Job, read: Read, device: str = "cpu", *, literal: bool = False, rows: slice = slice(None)
 ) -> list[Delta]:
-    """One update per specialist, multiplied by its weight; one that has none is a zero of rank 0 (`missing: zero`)."""
+    """The update of every specialist that takes part, times its weight; one that has none is a zero of rank 0 (`missing: zero`)."""
     wide = torch.float64 if literal or planned.recipe.dtype == "float64" else torch.float32
     shape = planned.start(job.slot).shape
     deltas: list[Delta] = []
     dense = literal and not METHODS[job.method].one_rank  # which has no form on full matrices
-    for specialist, weight in zip(planned.updated, job.weights, strict=True):
+    for specialist, weight in planned.taking_part(job):
         if job.slot in specialist.text:
             stored = specialist.delta(job.slot, read)
             low_rank = weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
@@ -271,7 +272,8 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     base = read(planned.start(job.slot))
     merged = None if merges_by_rows(planned, job) else merged_delta(planned, job, read, device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
-    keeps_rows = any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
+    # bit for bit the base where nothing is added: adding 0 would change −0
+    keeps = job.parameters.get("scale") == 0 or any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
     step = max(1, BLOCK_ENTRIES // spec.shape[1])
     for start in range(0, spec.shape[0], step):
         rows = slice(start, start + step)
@@ -279,13 +281,12 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
         if isinstance(update, LowRank):
             up = update.up if merged is None else update.up[rows]
             total = torch.addmm(base[rows].to(up.device, up.dtype), up, update.down)
+            changed = None if not keeps else (up @ update.down) != 0
         else:
             update = update if merged is None else update[rows]
-            old = base[rows].to(update.device)
-            total = old.to(update.dtype) + update
-            if keeps_rows:
-                total = torch.where(update == 0, old, total)  # bit for bit: adding 0 would change −0
-        out[rows] = total
+            total = base[rows].to(update.device, update.dtype) + update
+            changed = None if not keeps else update != 0
+        out[rows] = total if changed is None else torch.where(changed, total, base[rows].to(total.device))
         if not all_finite(out[rows]):
             raise _does_not_fit(spec)
     return out
@@ -302,27 +303,35 @@ def _fused(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     return out
 
 
-def _averaged(tensors: list[Tensor], spec: TensorSpec) -> Tensor:
-    """The mean of tensors of one shape, by blocks in float64 until the one cast."""
+def _averaged(job: Job, read: Read) -> Tensor:
+    """Base plus the scaled mean of the weighted updates of some tensors of one shape, by blocks in float64 until the one cast.
+
+    What no update changes is the base's, bit for bit.
+    """
+    spec, scale = job.outputs[0], job.parameters["scale"]
+    base, *tuned = (read(ref).reshape(-1) for ref in job.reads)
     out = torch.empty(spec.shape, dtype=spec.dtype)
-    flat, given = out.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    flat = out.view(-1)
     for start in range(0, len(flat), BLOCK_ENTRIES):
         block = slice(start, start + BLOCK_ENTRIES)
-        total = torch.full(flat[block].shape, -0.0, dtype=torch.float64)  # to which adding −0 is −0
-        for one in given:
-            total += one[block]
-        flat[block] = _fitted(total.div_(len(given)), spec)
+        old = base[block].to(torch.float64)
+        update = torch.zeros_like(old)
+        for weight, one in zip(job.weights, tuned, strict=True):
+            assert weight is not None
+            update.add_(one[block].to(torch.float64).sub_(old), alpha=weight)
+        update.mul_(scale / max(1, len(tuned)))
+        flat[block] = _fitted(torch.where(update == 0, old, old + update), spec)
     return out
 
 
 def _interpolated(planned: Plan, job: Job, read: Read) -> Tensor:
     """A tensor of any shape on its way from the target's to the donors', in float64 until the one cast."""
     target = read(planned.base.refs[job.slot]).to(torch.float64)
-    total = target.clone()
-    share = job.parameters["alpha"] / len(planned.specialists)
-    for donor, weight in zip(planned.specialists, job.weights, strict=True):
+    total, donors = target.clone(), planned.taking_part(job)
+    for donor, weight in donors:
         if job.slot in donor.full:
-            total.add_(read(donor.full[job.slot]).to(torch.float64).sub_(target), alpha=share * weight)
+            share = job.parameters["alpha"] / len(donors) * weight
+            total.add_(read(donor.full[job.slot]).to(torch.float64).sub_(target), alpha=share)
     return _fitted(total, job.outputs[0])
 
 

@@ -4,7 +4,10 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
+import math
+import os
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +39,10 @@ from modalloy.families.planner import AcrossPlanner
 from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_shapes, common_chat_template
+from modalloy.kinds import PLURALS, Kind, check_numbers, kinds
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
-from modalloy.names import EMBEDDINGS
 from modalloy.omni import Sense, choose_senses
 from modalloy.planner import Job, Planner, TensorFate
 from modalloy.recipe import Recipe
@@ -71,6 +74,11 @@ class Plan:
     surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
     compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
     across: Across | None = None  # of a merge across architectures
+    kinds: dict[str, Kind] = field(default_factory=dict)  # of the base's tensors
+    absent: dict[str, str] = field(default_factory=dict)  # why a model does not count, by label
+    idle: tuple[str, ...] = ()  # those of them whose every update is zero
+    must_be_equal: list[str] = field(default_factory=list)  # kept tensors that no model may have changed
+    trained: dict[str, list[str]] = field(default_factory=dict)  # who changed what is kept, once `settle` has compared
     kinship: dict[str, Kinship] = field(
         default_factory=dict
     )  # of its models with the target, once the merge has measured it
@@ -90,6 +98,16 @@ class Plan:
         """Those whose updates are merged: the specialists; before donors of other architectures the target, if there is a base."""
         target = None if self.across is None else self.across.target
         return self.specialists if target is None else [target, *self.specialists]
+
+    @property
+    def counted(self) -> list[Specialist]:
+        """Those of `updated` that count: a base among the models, a weight of 0 and an update of zeros do not."""
+        return [one for one in self.updated if one.label not in self.absent]
+
+    def taking_part(self, job: Job) -> list[tuple[Specialist, float]]:
+        """Those whose updates a merged weight is made of, and the factors of their updates."""
+        pairs = zip(self.updated, job.weights, strict=True)
+        return [(specialist, weight) for specialist, weight in pairs if weight is not None]
 
     def start(self, slot: str) -> TensorRef:
         """The weight that the updates of a merged weight are added to."""
@@ -145,6 +163,10 @@ class Plan:
     def merges(self) -> list[Job]:
         """The merged linear weights."""
         return [merge for job in self.jobs for merge in job.merges]
+
+    def changed(self) -> set[str]:
+        """The base's tensors that the result changes."""
+        return {job.slot for job in self.jobs if job.kind not in ("keep", "carry")}
 
     def hashed_files(self) -> list[WeightFile]:
         """The weight files that the merge reads as a whole, once, and hashes on the way."""
@@ -237,10 +259,28 @@ class Plan:
         settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
         parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
         parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
+        parts += [f"{label} does not count ({reason})" for label, reason in self.absent.items()]
+        parts += self._said_of_trained()
+        if any(set(job.weights) - {None, 1.0} for job in self.jobs):
+            parts.append("a model's weight is a factor of its update, never normalised")
         if self.across is not None and self.across.base is None:
             parts.insert(1, f"{sum(job.kind == 'interpolate' for job in self.jobs)} norms and biases too")
             parts.append("α is the weight of the donor, 0 = target unchanged")
         return " · ".join(parts)
+
+    def _said_of_trained(self) -> list[str]:
+        """What models changed and the result does not have, by kind, with its share of the parameters."""
+        sizes = {name: math.prod(ref.shape) for name, ref in self.base.refs.items()}
+        said = []
+        for kind, plural in PLURALS.items():
+            if names := [name for name in self.trained if self.kinds[name] == kind]:
+                share, who = sum(sizes[name] for name in names) / sum(sizes.values()), set()
+                for name in names:
+                    who |= set(self.trained[name])
+                said.append(
+                    f"{len(names)} {plural} that {', '.join(sorted(who))} changed stay the base's ({share:.1%} of the parameters)"
+                )
+        return said
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for `--json`."""
@@ -251,6 +291,8 @@ class Plan:
             "specialists": [s.label for s in self.specialists],
             "merged_weights": self.merged_weights(),
             "counts": self.counts(),
+            "absent": self.absent,
+            "trained_but_kept": self.trained,
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "disk_bytes": self.disk_bytes,
@@ -299,8 +341,10 @@ class Plan:
         return job.read_bytes + job.write_bytes + self._job_bytes(job, literal=literal) + 2 * 8 * entries
 
 
-def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
+def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[str] = ()) -> Plan:
     """The plan of `recipe`: opens every input's headers, checks that they fit, and lists every tensor's fate.
+
+    `idle`: labels of models whose updates are known to be zero, which do not count (see `modalloy.differences`).
 
     Raises:
         CheckpointError: an input is missing, damaged, or does not fit the base.
@@ -309,21 +353,29 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     base_folder = locate(recipe.start, recipe.folder)
     base = open_base(base_folder)
     if recipe.target is not None:
-        return _plan_across(recipe, base, allow_base_mismatch)
+        return _plan_across(recipe, base, allow_base_mismatch, idle)
+    base_config = read_json(base_folder / "config.json")
+    check_numbers("base", base_folder, base_config, base.refs)
     specialists = [
         open_specialist(
             locate_specialist(entry.model, recipe.folder), modality=entry.modality, label=label, ignore=recipe.ignore
         )
         for entry, label in zip(recipe.models, labels(recipe), strict=True)
     ]
-    base_config = read_json(base_folder / "config.json")
+    absent = _absent(recipe, specialists, base_folder, idle)
     for specialist in specialists:
+        if specialist.layout == "full":
+            check_numbers(
+                f"{specialist.label} specialist", specialist.checkpoint.folder, specialist.config, specialist.full
+            )
         check_base(specialist, recipe, base_config, allow_base_mismatch)
         check_shapes(specialist, base, base_config)
     form, compress = recipe.output.form, recipe.output.compress_rank
+    found = kinds(base_config, base.refs)
+    planner = Planner(recipe, base, specialists, found, absent)
     if form == "adapter" and compress is None:
-        for specialist in specialists:
-            if whole := next((ref for name, ref in specialist.full.items() if not name.endswith(EMBEDDINGS)), None):
+        for specialist in planner.counted:
+            if whole := next((specialist.full[name] for name in planner.merged if name in specialist.full), None):
                 holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
                 raise RecipeError(
                     f"output.form 'adapter' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
@@ -331,7 +383,6 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
                 )
     senses = choose_senses(recipe, specialists, base_config["hidden_size"]) if form == "omni" else {}
     template = common_chat_template(specialists) if form == "omni" else None
-    planner = Planner(recipe, base, specialists)
     jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
     result = Plan(
         recipe,
@@ -345,6 +396,10 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
         planner.fishers,
         senses,
         template,
+        kinds=found,
+        absent=planner.reasons,
+        idle=tuple(idle),
+        must_be_equal=planner.must_be_equal(),
     )
     _check_all_accounted(result)
     _check_fishers(recipe, result)
@@ -352,17 +407,59 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
     return result
 
 
-def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool) -> Plan:
+def _absent(recipe: Recipe, specialists: list[Specialist], base: Path, idle: Collection[str]) -> dict[int, str]:
+    """Why a model of the recipe does not count, by its index.
+
+    Raises:
+        RecipeError: none counts.
+    """
+    reasons = {}
+    for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
+        weight = entry.parameters.weight
+        if specialist.layout in ("full", "donor") and os.path.samefile(specialist.checkpoint.folder, base):
+            reasons[index] = "is the base itself, which is no specialist"
+        elif not any(weight if isinstance(weight, tuple) else (weight,)):
+            reasons[index] = "its weight is 0"
+        elif specialist.label in idle:
+            reasons[index] = "changes nothing: every update is zero"
+    if len(reasons) == len(specialists):
+        listed = "; ".join(f"{specialists[index].label}: {reason}" for index, reason in reasons.items())
+        raise RecipeError(f"nothing would be merged ({listed}); give models that were trained from the base")
+    return reasons
+
+
+def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, idle: Collection[str]) -> Plan:
     """The plan of a merge of donors into a target of another architecture."""
     places = [
         (label, locate(entry.model, recipe.folder)) for label, entry in zip(labels(recipe), recipe.models, strict=True)
     ]
     base = locate(recipe.base_model, recipe.folder) if recipe.base_model else None
     donors, across = open_donors(recipe, target, places, base, allow=allow_base_mismatch)
-    planner = AcrossPlanner(recipe, target, donors, across)
+    absent = _absent(recipe, donors, base or target.folder, idle)
+    check_numbers("target", target.folder, read_json(target.folder / "config.json"), target.refs)
+    if across.base is not None:
+        check_numbers("base", across.base.folder, read_json(across.base.folder / "config.json"), across.base.refs)
+    for donor in donors:
+        if donor.layout == "donor":
+            check_numbers(donor.label, donor.checkpoint.folder, donor.config, donor.checkpoint.refs)
+    planner = AcrossPlanner(recipe, target, donors, across, absent)
     unread: list[WeightFile | None] = [None] * len(donors)
     parameters, jobs, fates = planner.parameters, planner.jobs, planner.fates()
-    result = Plan(recipe, target.folder, target, donors, parameters, jobs, fates, None, unread, across=across)
+    reasons = {donors[index].label: reason for index, reason in absent.items()}
+    result = Plan(
+        recipe,
+        target.folder,
+        target,
+        donors,
+        parameters,
+        jobs,
+        fates,
+        None,
+        unread,
+        across=across,
+        absent=reasons,
+        idle=tuple(idle),
+    )
     _check_all_accounted(result)
     _check_patterns(recipe, result)
     return result
@@ -414,7 +511,8 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
     merged = [job.slot for job in result.jobs if job.method or job.pieces]
     averaged = merged + [job.slot for job in result.jobs if job.kind == "average"]
     for pattern, rule in recipe.modules.items():
-        if rule.policy is None and not fnmatch.filter(merged, pattern):
+        reached = averaged if rule.merge_method is None else merged  # λ reaches norms and biases too
+        if rule.policy is None and not fnmatch.filter(reached, pattern):
             raise RecipeError(
                 f"modules: '{pattern}' names a method, but no weight that it matches is merged; write policy: keep or average"
             )

@@ -2,8 +2,7 @@
 
 import fnmatch
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +12,13 @@ import torch
 from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec, WeightFile
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.families.rules import Rows
-from modalloy.fit import check_complete
+from modalloy.fit import check_complete, check_rows_are_ruled
+from modalloy.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.methods import METHODS, resolve
-from modalloy.names import EMBEDDINGS
 from modalloy.recipe import Recipe, Rule
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
-LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
+Treatment = Literal["merge", "sum", "average", "keep"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Job:
     """One independent piece of work: `kind` says what is done to the base tensor `slot`, `outputs` what is written.
 
     - merge: the specialists' updates of a linear weight, by the recipe's method
-    - average: plain mean over the specialists that have the tensor
+    - average: base + scale · mean of the weighted updates of the specialists that have the tensor, of any shape
     - interpolate: a norm or bias of a target towards the donors'
     - fuse: several merged weights, `pieces`, that the target stores as one tensor
     - keep: the base's tensor, unchanged
@@ -50,7 +49,7 @@ class Job:
     reads: tuple[TensorRef, ...] = ()
     method: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)  # resolved, at this weight's depth
-    weights: tuple[float, ...] = ()  # of the specialists
+    weights: tuple[float | None, ...] = ()  # of the specialists' updates; None of one that takes no part
     pieces: tuple["Job", ...] = ()
     rows: Rows = ()  # of a piece, in the tensor of its output
 
@@ -78,9 +77,14 @@ class Job:
 class Choices:
     """What a recipe says of every weight: its rule, its method, its parameters and weights at its depth."""
 
-    def __init__(self, recipe: Recipe, base: Checkpoint, n: int, lora_rank: int | None = None) -> None:
-        """Of `n` updates, the largest rank of which is `lora_rank`, that are added to the weights of `base`."""
-        self.recipe, self.base, self.n, self.lora_rank = recipe, base, n, lora_rank
+    def __init__(
+        self, recipe: Recipe, base: Checkpoint, absent: Collection[int], *, own: int = 0, lora_rank: int | None = None
+    ) -> None:
+        """`base` holds the weights that updates are added to. `absent`: indexes of the recipe's models that do not count.
+
+        `own`: how many models are merged beside the recipe's. `lora_rank`: the largest LoRA rank among all.
+        """
+        self.recipe, self.base, self.absent, self.own, self.lora_rank = recipe, base, absent, own, lora_rank
         self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
         self.depth = layers(base.refs)
         self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
@@ -90,9 +94,30 @@ class Choices:
         return self.rules[name][1].policy if name in self.rules else None
 
     def _weights(self, slot: str) -> tuple[float, ...]:
-        """The factors of the specialists' updates, at the weight's depth."""
+        """The factors of the models' updates, at the weight's depth; 0 for those that do not count."""
         remedy = "give one number, or keep the base's by `modules:` with policy: keep"
-        return tuple(self._at(entry.parameters.weight, slot, "weight", remedy) for entry in self.recipe.models)
+        entries = enumerate(self.recipe.models)
+        return tuple(
+            0.0 if index in self.absent else self._at(entry.parameters.weight, slot, "weight", remedy)
+            for index, entry in entries
+        )
+
+    def _shares(self, slot: str, method: str, parameters: dict[str, Any]) -> tuple[float | None, ...]:
+        """The same, with None for models that take no part: a weight of 0 is absence.
+
+        A method that surveys the whole model gets the same models at every depth.
+        """
+        everywhere = METHODS[method].needs_survey(parameters)
+        return tuple(
+            None if index in self.absent or (weight == 0 and not everywhere) else weight
+            for index, weight in enumerate(self._weights(slot))
+        )
+
+    def _count(self, slot: str | None) -> int:
+        """How many models are merged, at the depth of a weight if one is given."""
+        if slot is None:
+            return self.own + len(self.recipe.models) - len(self.absent)
+        return self.own + sum(weight != 0 for weight in self._weights(slot))
 
     def _rule(self, slot: str) -> tuple[str, Rule | None]:
         for pattern, rule in self.recipe.modules.items():
@@ -106,10 +131,23 @@ class Choices:
         if rule is None:
             return self.recipe.merge_method, self.recipe.parameters
         if rule.policy == "average":
-            return "average", {}
+            return "average", {"scale": self._mean_factor(slot) / max(1, self._count(slot))}
         if rule.merge_method in (None, self.recipe.merge_method):
             return self.recipe.merge_method, self.recipe.parameters | rule.parameters
         return str(rule.merge_method), rule.parameters
+
+    def _mean_factor(self, name: str) -> float:
+        """What multiplies the mean of the updates of a tensor that is averaged: λ / λ_auto, so that "auto" is the mean itself.
+
+        For `linear` it is α, which has no "auto".
+        """
+        _, rule = self.rules.get(name, ("", None))
+        averages = rule is not None and rule.policy == "average"
+        method, written = (self.recipe.merge_method, self.recipe.parameters) if averages else self._method(name)
+        parameters = self._resolved(method, written, name)
+        if "scale" not in parameters:
+            return parameters.get("alpha", 1.0)
+        return parameters["scale"] / METHODS[method].automatic_scale(max(1, self._count(name)), parameters)
 
     def _resolved(self, method: str, parameters: dict[str, Any], slot: str | None) -> dict[str, Any]:
         """Parameters with "auto" worked out and gradients at the weight's depth (kept as lists without a slot)."""
@@ -119,14 +157,15 @@ class Choices:
             for name, value in lists.items():
                 at = self._at(value, slot, name, "give it a value of its own under `modules:`")
                 single[name] = round(at) if METHODS[method].is_whole(name) else at
-            return resolve(method, single, n=self.n, lora_rank=self.lora_rank)
-        return resolve(method, single, n=self.n, lora_rank=self.lora_rank) | lists
+        n = max(1, self._count(slot))
+        found = resolve(method, single, n=n, lora_rank=self.lora_rank)
+        return found if slot is not None else found | lists
 
     def _at(self, value: Any, slot: str, name: str, remedy: str) -> float:
         """A number, or a list of them interpolated linearly from the first layer to the last."""
         if not isinstance(value, (list, tuple)):
             return value
-        layer = _layer(slot)
+        layer = layer_of(slot)
         if layer is None:
             raise RecipeError(f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}")
         position = layer / max(1, self.depth - 1) * (len(value) - 1)
@@ -144,24 +183,84 @@ class Choices:
 class Planner(Choices):
     """Works out jobs and fates for checked inputs."""
 
-    def __init__(self, recipe: Recipe, base: Checkpoint, specialists: list[Specialist]) -> None:
-        ranks = [s.rank for s in specialists if s.rank is not None]
-        super().__init__(recipe, base, len(specialists), max(ranks, default=None))
-        self.specialists = specialists
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Checkpoint,
+        specialists: list[Specialist],
+        kinds: Mapping[str, Kind],
+        absent: Mapping[int, str],
+    ) -> None:
+        """`kinds` of the base's tensors; `absent`: why a model does not count, by its index."""
+        self.counted = [one for index, one in enumerate(specialists) if index not in absent]
+        ranks = [s.rank for s in self.counted if s.rank is not None]
+        super().__init__(recipe, base, absent, lora_rank=max(ranks, default=None))
+        self.specialists, self.kinds = specialists, kinds
+        self.reasons = {specialists[index].label: reason for index, reason in absent.items()}
         self.rank: int | None = None
-        full = {name for s in specialists for name in s.full if name in base.refs}
-        linear = {name for name in full if _is_linear(base.refs[name])} | {slot for s in specialists for slot in s.text}
-        kept = {name for name in base.refs if self._policy(name) == "keep"}
-        asked = {name for name in base.refs if self._policy(name) == "average"}
-        self.merged = [name for name in base.refs if name in linear - kept]
-        others = {n for n in full if base.refs[n].dtype.is_floating_point and len(base.refs[n].shape) != 2}
-        self.averaged = [name for name in base.refs if name in (others | asked & full) - linear - kept]
+        self.low_rank = {slot for s in self.counted for slot in s.text}
+        self.changeable = self.low_rank | {name for s in self.counted for name in s.full if name in base.refs}
+        self.treatments = {name: self._treatment(name) for name in base.refs}
+        self.merged = [name for name in base.refs if self.treatments[name] == "merge"]
+        self.averaged = [name for name in base.refs if self.treatments[name] in ("average", "sum")]
         self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
-        check_complete(recipe, specialists, self.merged, self._owner)
+        sums = [name for name in self.averaged if self.treatments[name] == "sum"]
+        check_complete(recipe, self.counted, [*self.merged, *sums], self._owner)
+        if not recipe.modules and not self.merged and not sums:
+            raise RecipeError(
+                "nothing would be merged: no model holds a tuned linear weight of the base; check that they are fine-tunes of "
+                "it, or say by `modules:` what becomes of what they hold"
+            )
+
+    def _treatment(self, name: str) -> Treatment:
+        """What is done to a tensor of the base that some model may have changed."""
+        kind, ref, policy = self.kinds[name], self.base.refs[name], self._policy(name)
+        if name not in self.changeable or policy == "keep":
+            return "keep"
+        if not ref.dtype.is_floating_point:
+            if policy == "average" or self._asks_for_method(name):
+                raise RecipeError(f"modules: {name} holds whole numbers, which have no mean; write policy: keep")
+            return "keep"
+        if kind == "linear" or name in self.low_rank:
+            if kind in OF_ROWS:
+                check_rows_are_ruled(self.counted, name, kind, asked=policy is not None or self._asks_for_method(name))
+            return "merge"
+        if policy == "average" or kind == "vector":
+            return "average"
+        if self._asks_for_method(name) and len(ref.shape) == 2:
+            return "merge"
+        if kind in OF_ROWS:
+            check_rows_are_ruled(self.counted, name, kind, asked=False)
+            return "keep"
+        method, _ = self._method(name)
+        if METHODS[method].is_sum:
+            return "sum"
+        if self._asks_for_method(name):
+            raise RecipeError(
+                f"modules: {method} merges matrices, but {name} is one of the {PLURALS[kind]} "
+                f"({' × '.join(map(str, ref.shape))}); write policy: keep or average, or a method that is a sum of the updates "
+                f"({', '.join(name for name, method in METHODS.items() if method.is_sum)})"
+            )
+        return "keep"
+
+    def _asks_for_method(self, name: str) -> bool:
+        """Whether a rule names a method for this tensor."""
+        return name in self.rules and self.rules[name][1].merge_method is not None
+
+    def must_be_equal(self) -> list[str]:
+        """Kept tensors that no method merges, and no rule speaks of: no model may have changed them."""
+        return [
+            name
+            for name, treatment in self.treatments.items()
+            if treatment == "keep"
+            and name in self.changeable
+            and self._policy(name) is None
+            and self.kinds[name] not in OF_ROWS
+        ]
 
     def _owner(self, slot: str) -> str:
         """One that updates a weight."""
-        return next(f"{s.label} specialist" for s in self.specialists if slot in s.text or slot in s.full)
+        return next(f"{s.label} specialist" for s in self.counted if slot in s.text or slot in s.full)
 
     def adapter_jobs(self) -> list[Job]:
         """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried.
@@ -208,8 +307,7 @@ class Planner(Choices):
             if name in merged:
                 jobs.append(self._merge_job(name, (spec,)))
             elif name in averaged:
-                having = tuple(s.full[name] for s in self.specialists if name in s.full)
-                jobs.append(Job("average", name, (spec,), having))
+                jobs.append(self._average_job(name, spec))
             else:
                 jobs.append(Job("keep", name, (spec,), (ref,)))
         return jobs
@@ -221,8 +319,18 @@ class Planner(Choices):
         if form != "omni":
             carried = ("left out", f"form: {form} holds the text path only")
         of_slot: dict[str, tuple[Fate, str]] = {slot: ("merged", self._method(slot)[0]) for slot in self.merged}
-        of_slot |= dict.fromkeys(self.averaged, ("averaged", "mean over the specialists that have it"))
-        kept: dict[str, str] = {
+        for name in self.averaged:
+            is_sum = self.treatments[name] == "sum"
+            of_slot[name] = (
+                ("merged", self._method(name)[0]) if is_sum else ("averaged", "mean over the specialists that have it")
+            )
+        kept: dict[str, str] = dict.fromkeys(self.must_be_equal(), "no model may have changed it: the merge compares")
+        kept |= {
+            name: f"{self.kinds[name]}: the base's is kept"
+            for name in self.changeable
+            if self.treatments[name] == "keep" and self.kinds[name] in OF_ROWS
+        }
+        kept |= {
             name: f"modules: {pattern} keeps the base's"
             for name, (pattern, rule) in self.rules.items()
             if rule.policy == "keep"
@@ -233,32 +341,52 @@ class Planner(Choices):
         ]
         for specialist in self.specialists:
             label = specialist.label
+            absent = self.reasons.get(label)
             for slot, factors in specialist.text.items():
-                fate: tuple[Fate, str] = ("left out", kept.get(slot, ""))
-                if slot in of_slot:
+                fate: tuple[Fate, str] = ("left out", absent or kept.get(slot, ""))
+                if slot in of_slot and not absent:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
                 result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
             result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
             for name, ref in specialist.full.items():
-                unused: tuple[Fate, str] = ("left out", kept.get(name, "the base's is kept"))
-                result.append(TensorFate(label, ref.name, *of_slot.get(name, unused)))
+                unused: tuple[Fate, str] = ("left out", absent or kept.get(name, "the base's is kept"))
+                result.append(TensorFate(label, ref.name, *(unused if absent else of_slot.get(name, unused))))
             result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
         return result
 
     def _merge_job(self, slot: str, specs: tuple[TensorSpec, ...]) -> Job:
-        method, parameters = self._method(slot)
+        method, written = self._method(slot)
+        parameters = self._resolved(method, written, slot)
+        shares = self._shares(slot, method, parameters)
         reads: list[TensorRef] = []
-        if len(specs) == 1 or any(slot in s.full for s in self.specialists):
+        if len(specs) == 1 or any(slot in s.full for s in self.counted):
             reads.append(self.base.refs[slot])
-        for specialist, fisher in zip(self.specialists, self.fishers, strict=True):
+        for specialist, fisher, share in zip(self.specialists, self.fishers, shares, strict=True):
+            if share is None:
+                continue
             if slot in specialist.text:
                 reads += [specialist.text[slot].a, specialist.text[slot].b]
             elif slot in specialist.full:
                 reads.append(specialist.full[slot])
             if METHODS[method].takes("fishers"):
                 reads.append(self._fisher_ref(fisher, slot, specialist))
-        resolved = self._resolved(method, parameters, slot)
-        return Job("merge", slot, specs, tuple(reads), method, resolved, self._weights(slot))
+        return Job("merge", slot, specs, tuple(reads), method, parameters, shares)
+
+    def _average_job(self, name: str, spec: TensorSpec) -> Job:
+        """The mean of the updates of those that have a tensor; of a method that is a sum, written as a mean."""
+        having = [
+            (specialist.full[name], weight)
+            for specialist, weight in zip(self.specialists, self._weights(name), strict=True)
+            if weight != 0 and name in specialist.full
+        ]
+        method, factor = "", 0.0
+        if self.treatments[name] == "average":
+            factor = self._mean_factor(name)
+        elif having:
+            method, written = self._method(name)
+            factor = METHODS[method].sum_factor(self._resolved(method, written, name), len(having)) * len(having)
+        reads = (self.base.refs[name], *(ref for ref, _ in having))
+        return Job("average", name, (spec,), reads, method, {"scale": factor}, tuple(weight for _, weight in having))
 
     def _fisher(self, location: str | None) -> WeightFile | None:
         return None if location is None else WeightFile(self.recipe.folder / Path(location).expanduser())
@@ -290,7 +418,7 @@ class Planner(Choices):
                     "output.compress_rank: k to approximate it"
                 )
             return min(compress, rows, columns)
-        ranks = [s.text[slot].rank for s in self.specialists if slot in s.text]
+        ranks = [s.text[slot].rank for s in self.counted if slot in s.text]
         bound = max(ranks) if entry.one_rank else sum(ranks)
         if entry.gets(parameters) != "factors":
             bound = min(bound, rows, columns)
@@ -302,29 +430,20 @@ class Planner(Choices):
         """Whether the method's result for this weight is a full matrix."""
         method, written = self._method(slot)
         gets = METHODS[method].gets(self._resolved(method, written, slot))
-        return gets == "dense" or any(slot in s.full for s in self.specialists)
+        return gets == "dense" or any(slot in s.full for s in self.counted)
 
     def _dtype(self) -> torch.dtype:
         chosen = self.recipe.written_dtype
         if chosen != "auto":
             return getattr(torch, chosen)
-        refs = [f.a for s in self.specialists for f in s.text.values()]
-        refs += [ref for s in self.specialists for ref in s.full.values()]
+        refs = [f.a for s in self.counted for f in s.text.values()]
+        refs += [ref for s in self.counted for ref in s.full.values()]
         widest = refs[0].dtype
         for ref in refs:
             widest = torch.promote_types(widest, ref.dtype)
         return widest
 
 
-def _is_linear(ref: TensorRef) -> bool:
-    return len(ref.shape) == 2 and ref.dtype.is_floating_point and not ref.name.endswith(EMBEDDINGS)
-
-
 def layers(names: Iterable[str]) -> int:
     """How many layers tensors of these names are of."""
-    return 1 + max((index for name in names if (index := _layer(name)) is not None), default=-1)
-
-
-def _layer(name: str) -> int | None:
-    found = LAYER.search(name)
-    return int(found[1]) if found else None
+    return 1 + max((index for name in names if (index := layer_of(name)) is not None), default=-1)

@@ -57,7 +57,8 @@ def verify(out: str | Path) -> Verification:
     Raises:
         CheckpointError: a file is missing, changed or damaged, or a layer is not what its recipe gives.
     """
-    from modalloy.plan import labels, plan
+    from modalloy.differences import settled_plan
+    from modalloy.plan import labels
 
     folder = Path(out)
     if not (folder / "manifest.json").is_file():
@@ -83,7 +84,7 @@ def verify(out: str | Path) -> Verification:
         for entry, path, fisher, encoder in zip(recipe.models, models, fishers, encoders, strict=True)
     ]
     found = Recipe(**recipe.model_dump() | starts | {"models": entries})
-    planned = plan(found, allow_base_mismatch=True)
+    planned = settled_plan(found, allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
     planned.compression = manifest.get("compression", {})
     inputs = manifest.get("inputs", {})

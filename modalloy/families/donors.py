@@ -47,6 +47,7 @@ class Across:
     updates: dict[str, dict[str, Factors]] = field(default_factory=dict)  # of adapters, by label and the base's names
     starts: dict[str, TensorRef] = field(default_factory=dict)
     parts: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
+    vectors: dict[str, TensorRef] = field(default_factory=dict)  # θ_0's norms and biases, by the target's names
 
     def to_dict(self) -> dict[str, Any]:
         """The coverage of every donor, for `--json`."""
@@ -166,7 +167,10 @@ def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) ->
     for donor in donors:
         donor.text = {}  # by the target's slots from here on
     for name, origin in across.base_map.tensors.items():
-        if len(origin.shape) != 2 or not origin.pieces or origin.policy == "take_source":
+        if not origin.pieces or origin.policy == "take_source":
+            continue
+        if len(origin.shape) != 2:
+            across.vectors[name] = _ref(origin, target, across.base)
             continue
         several = len(origin.pieces) > 1
         across.parts[name] = []

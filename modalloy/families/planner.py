@@ -1,9 +1,9 @@
 """Works out what a merge across architectures does, as `modalloy.planner` does for models of one architecture."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any, Literal
 
-from modalloy.checkpoints import Checkpoint, Specialist, TensorSpec
+from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec
 from modalloy.errors import RecipeError
 from modalloy.families.donors import Across
 from modalloy.families.mapping import ModelMap
@@ -21,44 +21,65 @@ class AcrossPlanner(Choices):
     tensor, and the target counts as one of the models; whatever else has a counterpart is averaged.
     """
 
-    def __init__(self, recipe: Recipe, target: Checkpoint, donors: list[Specialist], across: Across) -> None:
-        super().__init__(recipe, target, len(donors) + (across.base is not None))
+    def __init__(
+        self, recipe: Recipe, target: Checkpoint, donors: list[Specialist], across: Across, absent: Mapping[int, str]
+    ) -> None:
+        super().__init__(recipe, target, absent, own=int(across.base is not None))
         self.donors, self.across = donors, across
+        self.reasons = {donors[index].label: reason for index, reason in absent.items()}
         mapped = (name for found in across.maps.values() for name, one in found.tensors.items() if one.pieces)
         self.depth = layers(mapped)  # of the decoder
         self.jobs = [self._job(name) for name in target.refs]
 
     def _job(self, name: str) -> Job:
         spec, own = self._like_base(name), self.base.refs[name]
-        counterparts = [donor.full[name] for donor in self.donors if name in donor.full]
+        counterparts = [
+            (donor.full[name], weight)
+            for index, (donor, weight) in enumerate(zip(self.donors, self._weights(name), strict=True))
+            if name in donor.full and weight != 0 and index not in self.absent
+        ]
         if self._policy(name) == "take_source":
             if len(counterparts) != 1:
                 raise RecipeError(
                     f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it; keep the target's by "
                     "a rule above it with policy: keep, or write a narrower pattern"
                 )
-            return Job("carry", name, (spec,), (counterparts[0],))
+            return Job("carry", name, (spec,), (counterparts[0][0],))
         if not any(found.tensors[name].pieces for found in self.across.maps.values()):
             return Job("keep", name, (spec,), (own,))
         method, written = self._method(name)
         if self.across.base is not None:
             if name not in self.across.parts:
-                return Job("average", name, (spec,), (own, *counterparts))
+                return self._averaged(name, spec, counterparts)
             return self._fused(name, spec, method, self._resolved(method, written, name))
         parameters = self._resolved(method, written, name)
-        if parameters["alpha"] == 0:  # whose bytes stay the target's
+        if parameters["alpha"] == 0 or not counterparts:  # whose bytes stay the target's
             return Job("keep", name, (spec,), (own,), method, parameters)
         kind: Literal["merge", "interpolate"] = "merge" if len(own.shape) == 2 else "interpolate"
-        return Job(kind, name, (spec,), (own, *counterparts), method, parameters, self._weights(name))
+        reads = (own, *(ref for ref, _ in counterparts))
+        return Job(kind, name, (spec,), reads, method, parameters, self._shares(name, method, parameters))
+
+    def _averaged(self, name: str, spec: TensorSpec, counterparts: list[tuple[TensorRef, float]]) -> Job:
+        """The mean of the updates of target and donors; of a tensor that θ_0 has not, of the donors' distances to the target."""
+        own, factor = self.base.refs[name], self._mean_factor(name)
+        refs, weights = tuple(ref for ref, _ in counterparts), tuple(weight for _, weight in counterparts)
+        if start := self.across.vectors.get(name):
+            return Job("average", name, (spec,), (start, own, *refs), "", {"scale": factor}, (1.0, *weights))
+        if not counterparts:
+            return Job("keep", name, (spec,), (own,))
+        share = {"scale": factor * len(refs) / (1 + len(refs))}  # the target counts, and its own distance is 0
+        return Job("average", name, (spec,), (own, *refs), "", share, weights)
 
     def _fused(self, name: str, spec: TensorSpec, method: str, parameters: dict[str, Any]) -> Job:
         """The merges of the linear weights in a tensor of the target."""
         across = self.across
         assert across.target is not None
-        weights, pieces, parts = (1.0, *self._weights(name)), [], across.parts[name]
+        weights, pieces, parts = (1.0, *self._shares(name, method, parameters)), [], across.parts[name]
         for slot, rows in parts:
             reads = [across.starts[slot]]
-            for model in (across.target, *self.donors):
+            for model, weight in zip((across.target, *self.donors), weights, strict=True):
+                if weight is None:
+                    continue
                 if slot in model.text:
                     reads += [model.text[slot].a, model.text[slot].b]
                 elif slot in model.full:
@@ -91,7 +112,11 @@ class AcrossPlanner(Choices):
         sources = {ref.name: source for source, factors in updates.items() for ref in (factors.a, factors.b)}
         result = []
         for name in donor.checkpoint.refs:
-            fate: tuple[Fate, str] = ("left out", found.dropped.get(name, "alpha: 0"))
+            reason = self.reasons.get(donor.label) or found.dropped.get(name, "alpha: 0")
+            fate: tuple[Fate, str] = ("left out", reason)
+            if donor.label in self.reasons:
+                result.append(TensorFate(donor.label, name, *fate))
+                continue
             if targets := used.get(sources.get(name, name)):
                 more = f"; some rows: {found.partly[name][1]}" if name in found.partly else ""
                 kinds = {changing[target].kind for target in targets}
@@ -104,9 +129,9 @@ class AcrossPlanner(Choices):
         across = self.across
         if across.base is None or across.base_map is None:
             return []
-        used, result = _uses(across.base_map, across.parts), []
+        used, result = _uses(across.base_map, across.parts.keys() | across.vectors.keys()), []
         for name in across.base.refs:
-            reason = across.base_map.dropped.get(name, "no linear weight, so no update of it is merged")
+            reason = across.base_map.dropped.get(name, "no update of it is merged")
             fate: tuple[Fate, str] = ("left out", reason)
             if targets := used.get(name):
                 fate = ("merged", f"the updates of {' and '.join(targets)} start there")

@@ -76,6 +76,15 @@ class Method:
         """Whether it merges low-rank updates only: what it does with factors has no counterpart on full matrices."""
         return self.receives == "factors" and not self.rowwise
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether the merged update is one factor times the sum of the updates, so that their shape does not matter."""
+        return self.receives == "factors" and self.rowwise and self.survey is None
+
+    def sum_factor(self, parameters: dict[str, Any], n: int) -> float:
+        """What multiplies the sum of `n` updates under these parameters, of a method that is a sum."""
+        return parameters["scale"] if "scale" in parameters else parameters["alpha"] / n
+
     def needs_survey(self, parameters: dict[str, Any]) -> bool:
         """Whether it must see the whole model first."""
         when = self.survey_when

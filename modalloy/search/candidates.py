@@ -68,7 +68,7 @@ class Server:
 
 def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> Plan:
     """The plan of a candidate, ready to be computed."""
-    found = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch)
+    found = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch, idle=planned.idle)
     found.surveys = survey(found)
     return found
 
@@ -83,7 +83,7 @@ def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Ite
 class Aligned:
     """ssam's decomposition of one weight at the largest k and λ = 1, in the coordinates of its cores."""
 
-    weights: tuple[float, ...]  # of the specialists
+    weights: tuple[float | None, ...]  # of the specialists
     U: Tensor
     core: Tensor
     V: Tensor

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from modalloy.checkpoints.writer import replace_text
+from modalloy.differences import settled_plan
 from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest
 from modalloy.evals.benchmark import LETTERS, Answer, Sample
 from modalloy.evals.features import FeatureCache
@@ -19,7 +20,7 @@ from modalloy.evals.run import is_text
 from modalloy.evals.runner import answers
 from modalloy.evals.scoring import normalized_match, parse_letter
 from modalloy.families.ancestors import check_kinship
-from modalloy.plan import Plan, plan
+from modalloy.plan import Plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.search import page
 from modalloy.search.candidates import Server, distance
@@ -110,7 +111,7 @@ def search(
     recipe, out = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Path(out)
     _check_recipe(recipe, load)
     probes = read_probes(Path(probe))
-    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    planned = settled_plan(recipe, allow_base_mismatch=allow_base_mismatch)
     axes = parse_axes(vary, recipe) or default_axes(planned)
     _check_known(objective, strategy, variant, match, aggregate)
     strategy = _strategy(strategy, axes, objective, variant, aggregate)

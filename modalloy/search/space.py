@@ -95,10 +95,10 @@ def default_axes(planned: Plan) -> list[Axis]:
             f"'{recipe.merge_method}' has no default search space; name one with --vary, for example "
             f"--vary {known[0]}=VALUES; it has {', '.join(known)}"
         )
-    automatic = METHODS["ssam"].automatic_scale(len(planned.updated), planned.parameters)
+    automatic = METHODS["ssam"].automatic_scale(len(planned.counted), planned.parameters)
     steps = max(4, round(2 / automatic))
     r = max(s.rank or 128 for s in planned.specialists)
-    ranks = {2**power for power in range(20) if r / 4 <= 2**power <= r * len(planned.updated)} | {r}
+    ranks = {2**power for power in range(20) if r / 4 <= 2**power <= r * len(planned.counted)} | {r}
     return [
         Axis("scale", tuple(automatic * index / 2 for index in range(1, steps + 1))),
         Axis("rank", tuple(sorted(ranks))),
