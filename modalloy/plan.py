@@ -375,7 +375,8 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     planner = Planner(recipe, base, specialists, found, absent)
     if form == "adapter" and compress is None:
         for specialist in planner.counted:
-            if whole := next((specialist.full[name] for name in planner.merged if name in specialist.full), None):
+            changed = (name for name in (*planner.merged, *planner.averaged) if name in specialist.full)
+            if whole := next((specialist.full[name] for name in changed), None):
                 holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
                 raise RecipeError(
                     f"output.form 'adapter' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "

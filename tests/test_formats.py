@@ -167,26 +167,39 @@ def test_a_block_saved_whole_fits_no_adapter(untied: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("form", ["full", "adapter"])
-def test_embeddings_saved_whole_are_kept_as_the_base_has_them(form: str, untied: Path, tmp_path: Path) -> None:
+def test_embeddings_saved_whole_need_a_rule(form: str, untied: Path, tmp_path: Path) -> None:
     folder = train_peft(untied, tmp_path / "peft", modules_to_save=["embed_tokens", "lm_head"])
-    planned = plan_one(untied, folder, output={"form": form})
+    with refused(
+        r"base_model\.model\.lm_head\.weight was trained \(\S+\), but embeddings are kept as the base has them; write "
+        r'modules: \{"lm_head\.weight": \{policy: average\}\} to merge it, or policy: keep to do without'
+    ):
+        plan_one(untied, folder, output={"form": form})
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    kept = plan_one(untied, folder, output={"form": form}, modules=dict.fromkeys(names, {"policy": "keep"}))
+    for name in names:
+        assert fates(kept, "peft")[f"base_model.model.{name}"][0] == "left out"
+        assert fates(kept, "base")[name][0] == "kept"
+
+
+@pytest.mark.parametrize("rule", [{"policy": "average"}, {"merge_method": "average"}])
+def test_embeddings_saved_whole_are_merged_by_rule(rule: dict[str, str], untied: Path, tmp_path: Path) -> None:
+    folder = train_peft(untied, tmp_path / "peft", modules_to_save=["embed_tokens", "lm_head"])
+    found = merge_one(untied, folder, modules={"*embed_tokens.weight": rule, "lm_head.weight": rule})
+    stored = load_file(folder / "adapter_model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert fates(planned, "peft")[f"base_model.model.{name}"] == ("left out", "the base's is kept")
-        assert fates(planned, "base")[name][0] == "kept"
-    if form == "full":
-        found, before = merge_one(untied, folder), load_file(untied / "model.safetensors")
-        assert torch.equal(found["lm_head.weight"], before["lm_head.weight"].double())
+        torch.testing.assert_close(found[name], stored[f"base_model.model.{name}"].double(), atol=1e-7, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT advises to tie them
 def test_head_of_an_adapter_on_a_base_that_ties_it(tied: Path, tmp_path: Path) -> None:
+    keep = {"model.embed_tokens.weight": {"policy": "keep"}}
     apart = train_peft(tied, tmp_path / "apart", modules_to_save=["embed_tokens", "lm_head"])
     message = r"apart specialist: base_model\.model\.lm_head\.weight \(.*\) is a head of its own, but the base ties"
     with refused(message):
         plan_one(tied, apart)
-    assert plan_one(tied, apart, ignore=["*lm_head.weight"]).specialists[0].text
+    assert plan_one(tied, apart, ignore=["*lm_head.weight"], modules=keep).specialists[0].text
     together = train_peft(tied, tmp_path / "together", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    listed = fates(plan_one(tied, together), "together")
+    listed = fates(plan_one(tied, together, modules=keep), "together")
     assert listed["base_model.model.lm_head.weight"] == ("left out", "the base ties it to its embeddings")
 
 
@@ -369,8 +382,11 @@ def test_llava_lora_in_omni(base: Path, tmp_path: Path) -> None:
 def test_llava_lora_with_tuned_embeddings(untied: Path, tmp_path: Path) -> None:
     name = "base_model.model.model.embed_tokens.weight"
     folder = write_llava_lora(untied, tmp_path / "llava", more={name: torch.ones(VOCABULARY, WIDTH)})
-    planned = plan_one(untied, folder, output={"form": "adapter"})
-    assert fates(planned, "llava")[name] == ("left out", "the base's is kept")
+    with refused(rf"{re.escape(name)} was trained \(\S+\), but embeddings are kept as the base has them; write modules"):
+        plan_one(untied, folder, output={"form": "adapter"})
+    keep = {"model.embed_tokens.weight": {"policy": "keep"}}
+    planned = plan_one(untied, folder, output={"form": "adapter"}, modules=keep)
+    assert fates(planned, "llava")[name] == ("left out", "modules: model.embed_tokens.weight keeps the base's")
     larger = write_llava_lora(untied, tmp_path / "larger", more={name: torch.ones(VOCABULARY + 3, WIDTH)})
     edit_config(larger, "config.json", vocab_size=VOCABULARY + 3)
     with refused(rf"its vocabulary has 33 tokens, the base's has 30 \({re.escape(name)} in \S+\.bin\)"):

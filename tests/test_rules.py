@@ -99,7 +99,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str, Deltas], n
     "average": (
         {"parameters": {"scale": 3.0}},
         {"*q_proj*": average},
-        lambda slot, d: (d[0] + d[1]) / 2 if "q_proj" in slot else 3 * sum(d),
+        lambda slot, d: 3 * (d[0] + d[1]) / 2 if "q_proj" in slot else 3 * sum(d),  # λ reaches what is averaged
     ),
     "another method": (
         {"merge_method": "ssam", "parameters": {"rank": 2, "scale": 0.7}},
@@ -690,22 +690,46 @@ def test_memory_limit(
     assert verify(out).layers
 
 
-def test_tensors_of_more_dimensions_are_averaged_and_integers_kept(small: Path, tmp_path: Path) -> None:
-    """A convolution of a tower, and a buffer of positions."""
-    shutil.copytree(small / "base", tmp_path / "base")
+def with_tower(small: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A recipe of full models that hold a convolution of a tower and a buffer of whole numbers, both changed by each."""
     models = []
     for seed, folder in enumerate(("base", "tuned1", "tuned2")):
-        shutil.copytree(small / folder, tmp_path / folder, dirs_exist_ok=True)
+        shutil.copytree(small / folder, tmp_path / folder)
         path = tmp_path / folder / "model.safetensors"
         extra = {"tower.conv.weight": torch.full((2, 3, 4, 4), float(seed)), "tower.positions": torch.arange(5) + seed}
         save_file(load_file(path) | extra, path, metadata={"format": "pt"})
         models.append({"model": folder})
-    content = {"base_model": "base", "merge_method": "average", "models": models[1:], "output": {"form": "full"}}
+    content = {"base_model": "base", "models": models[1:], "output": {"form": "full"}} | changes
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
-    modalloy.merge(tmp_path / "recipe.yaml", tmp_path / "out")
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize(("method", "wanted"), [("average", 1.5), ("task_arithmetic", 3.0), ("linear", 0.75)])
+def test_a_sum_of_updates_merges_tensors_of_any_shape(method: str, wanted: float, small: Path, tmp_path: Path) -> None:
+    path = with_tower(small, tmp_path, merge_method=method, modules={"tower.positions": {"policy": "keep"}})
+    modalloy.merge(path, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
-    assert torch.equal(found["tower.conv.weight"], torch.full((2, 3, 4, 4), 1.5))
+    assert torch.equal(found["tower.conv.weight"], torch.full((2, 3, 4, 4), wanted))
     assert torch.equal(found["tower.positions"], torch.arange(5))
+
+
+def test_a_convolution_that_changed_needs_a_rule(small: Path, tmp_path: Path) -> None:
+    positions = {"tower.positions": {"policy": "keep"}}
+    path = with_tower(small, tmp_path, merge_method="iso_c", modules=positions)
+    message = r"tuned1, tuned2 changed tower\.conv\.weight \(one of the convolutions, 2 × 3 × 4 × 4, which iso_c does not"
+    with pytest.raises(RecipeError, match=message):
+        modalloy.merge(path, tmp_path / "out")
+    content = yaml.safe_load(path.read_text())
+    content["modules"] = positions | {"tower.conv.weight": {"policy": "average"}}
+    path.write_text(yaml.safe_dump(content))
+    modalloy.merge(path, tmp_path / "out")
+    assert bool((load_file(tmp_path / "out" / "model.safetensors")["tower.conv.weight"] == 1.5).all())
+
+
+def test_whole_numbers_that_changed_need_a_rule(small: Path, tmp_path: Path) -> None:
+    path = with_tower(small, tmp_path, merge_method="average")
+    with pytest.raises(RecipeError, match=r"tuned1, tuned2 changed tower\.positions \(torch\.int64, no weights\); write "):
+        modalloy.merge(path, tmp_path / "out")
 
 
 def test_a_fisher_file_that_nothing_reads_is_refused(recipe: WriteRecipe, small: Path, tmp_path: Path) -> None:
