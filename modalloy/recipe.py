@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from modalloy import mergekit
 from modalloy.encoders import modalities
 from modalloy.errors import RecipeError
 from modalloy.methods import METHODS, check_method
@@ -231,13 +232,17 @@ def load_recipe(path: str | Path) -> Recipe:
         if key in content:
             raise RecipeError(f"{path}: {_unknown_key((), key)}")
     try:
-        return Recipe(**content, folder=path.parent, text=text)
+        recipe = Recipe(**content, folder=path.parent, text=text)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error)}") from None
+        raise RecipeError(f"{path}: {mergekit.advice(content) or _explain(error)}") from None
     except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
+        raise RecipeError(f"{path}: {mergekit.advice(content) or error}") from None
     except TypeError as error:  # a key that is not text
         raise RecipeError(f"{path}: {error}; keys must be words") from None
+    for entry in recipe.models:
+        if joined := mergekit.joined_adapter(entry.model, recipe.folder):
+            raise RecipeError(f"{path}: {joined}")
+    return recipe
 
 
 def _explain(error: ValidationError) -> str:

@@ -175,7 +175,7 @@ def test_embeddings_saved_whole_need_a_rule(form: str, untied: Path, tmp_path: P
     ):
         plan_one(untied, folder, output={"form": form})
     names = ("model.embed_tokens.weight", "lm_head.weight")
-    kept = plan_one(untied, folder, output={"form": form}, modules=dict.fromkeys(names, {"policy": "keep"}))
+    kept = plan_one(untied, folder, output={"form": form}, modules={name: {"policy": "keep"} for name in names})
     for name in names:
         assert fates(kept, "peft")[f"base_model.model.{name}"][0] == "left out"
         assert fates(kept, "base")[name][0] == "kept"
@@ -382,7 +382,9 @@ def test_llava_lora_in_omni(base: Path, tmp_path: Path) -> None:
 def test_llava_lora_with_tuned_embeddings(untied: Path, tmp_path: Path) -> None:
     name = "base_model.model.model.embed_tokens.weight"
     folder = write_llava_lora(untied, tmp_path / "llava", more={name: torch.ones(VOCABULARY, WIDTH)})
-    with refused(rf"{re.escape(name)} was trained \(\S+\), but embeddings are kept as the base has them; write modules"):
+    with refused(
+        rf"{re.escape(name)} was trained \(\S+\), but embeddings are kept as the base has them; write modules"
+    ):
         plan_one(untied, folder, output={"form": "adapter"})
     keep = {"model.embed_tokens.weight": {"policy": "keep"}}
     planned = plan_one(untied, folder, output={"form": "adapter"}, modules=keep)

@@ -716,7 +716,9 @@ def test_a_sum_of_updates_merges_tensors_of_any_shape(method: str, wanted: float
 def test_a_convolution_that_changed_needs_a_rule(small: Path, tmp_path: Path) -> None:
     positions = {"tower.positions": {"policy": "keep"}}
     path = with_tower(small, tmp_path, merge_method="iso_c", modules=positions)
-    message = r"tuned1, tuned2 changed tower\.conv\.weight \(one of the convolutions, 2 × 3 × 4 × 4, which iso_c does not"
+    message = (
+        r"tuned1, tuned2 changed tower\.conv\.weight \(one of the convolutions, 2 × 3 × 4 × 4, which iso_c does not"
+    )
     with pytest.raises(RecipeError, match=message):
         modalloy.merge(path, tmp_path / "out")
     content = yaml.safe_load(path.read_text())
@@ -728,7 +730,9 @@ def test_a_convolution_that_changed_needs_a_rule(small: Path, tmp_path: Path) ->
 
 def test_whole_numbers_that_changed_need_a_rule(small: Path, tmp_path: Path) -> None:
     path = with_tower(small, tmp_path, merge_method="average")
-    with pytest.raises(RecipeError, match=r"tuned1, tuned2 changed tower\.positions \(torch\.int64, no weights\); write "):
+    with pytest.raises(
+        RecipeError, match=r"tuned1, tuned2 changed tower\.positions \(torch\.int64, no weights\); write "
+    ):
         modalloy.merge(path, tmp_path / "out")
 
 

@@ -1,0 +1,105 @@
+"""What people paste from mergekit's recipes, and what to write here instead.
+
+mergekit's keys are read where they mean the same. Where they mean something else, or nothing, the refusal says so: the
+same words with another meaning would be a merge of another size.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METHODS = {
+    "slerp": "it goes between two models on a sphere: write linear with two models, or use mergekit",
+    "nuslerp": "it goes between two models on a sphere: write linear with two models, or use mergekit",
+    "multislerp": "it goes between models on a sphere: write average, or use mergekit",
+    "della": "write dare_ties, which drops entries at random too, or use mergekit",
+    "della_linear": "write dare_linear, which drops entries at random too, or use mergekit",
+    "breadcrumbs": "write ties with a density, or use mergekit",
+    "breadcrumbs_ties": "write ties with a density, or use mergekit",
+    "passthrough": "modalloy keeps the base's layers as they are; stack layers with mergekit",
+    "model_stock": "write average, or use mergekit",
+    "arcee_fusion": "use mergekit",
+    "karcher": "write average, or use mergekit",
+    "sce": "write ties, or use mergekit",
+    "nearswap": "use mergekit",
+}
+KEYS = {
+    "slices": "slices of layers are not to be had: every layer is merged with its like; list whole models under `models:`, and "
+    "give values over the depth as lists, for example scale: [0.2, 0.8]",
+    "merge_slices": "one recipe makes one model; write one recipe for each",
+    "tokenizer_source": "the result has the base's tokenizer; leave the key out (models whose vocabulary was resized are "
+    "refused, or left out by `ignore:`)",
+    "tokenizer": "the result has the base's tokenizer; leave the key out",
+    "chat_template": "leave the key out: the base's template is copied, or that which all models share where it has none",
+    "modules_by_name": "write `modules:` with patterns of tensor names",
+}
+PARAMETERS = {
+    "normalize": "weights are factors and never normalised here, as with mergekit's normalize: false; for mergekit's mean over "
+    "models leave every weight at 1 and write merge_method: average, or parameters: {scale: 1/n} as a number",
+    "int8_mask": "it saves memory in mergekit; remove it",
+    "lambda": "λ is called scale here: write parameters: {scale: …}",
+    "t": "it is slerp's place between two models; linear has alpha",
+    "rescale": "remove it: dare rescales as its paper says, ties does not",
+    "epsilon": "it is della's; dare_ties has density",
+    "gamma": "it is breadcrumbs'; ties has density",
+    "select_topk": "it is sce's; ties has density",
+}
+OF_A_MODEL = ("density", "gamma", "epsilon", "lambda", "rescale", "normalize", "t", "scale", "alpha", "rank")
+
+
+def advice(content: Mapping[str, Any]) -> str | None:
+    """One line on the first of mergekit's habits in a recipe that means something else here; None if there is none.
+
+    `content` is the recipe as parsed from YAML, of any shape.
+    """
+    for key, remedy in KEYS.items():
+        if key in content:
+            return f"unknown key '{key}': {remedy}"
+    method = content.get("merge_method")
+    if isinstance(method, str) and method in METHODS:
+        return f"there is no {method} here; {METHODS[method]}"
+    if content.get("dtype") in ("bfloat16", "float16"):
+        return (
+            f"dtype: {content['dtype']}: dtype is the type of the arithmetic (float32 or float64); for the type of the written "
+            f"weights write out_dtype: {content['dtype']}"
+        )
+    return _of_parameters(content.get("parameters"), PARAMETERS) or _of_models(content.get("models"))
+
+
+def joined_adapter(model: str, folder: Path) -> str | None:
+    """One line on a model that is written as mergekit writes a model and its adapter, MODEL+ADAPTER; None of any other."""
+    if "+" not in model or (folder / model).exists():
+        return None
+    base, _, adapter = model.partition("+")
+    return (
+        f"model: '{model}' joins a model and an adapter, as mergekit does; write the adapter alone, model: {adapter}, "
+        f"with base_model: {base}"
+    )
+
+
+def _of_models(models: Any) -> str | None:
+    for index, entry in enumerate(models if isinstance(models, list) else ()):
+        if not isinstance(entry, Mapping):
+            continue
+        parameters = entry.get("parameters")
+        if isinstance(parameters, Mapping):
+            weight = parameters.get("weight")
+            if isinstance(weight, list) and any(isinstance(one, Mapping) for one in weight):
+                return (
+                    f"models.{index}.parameters.weight: filters are not read; write one number (or a list over the depth), and "
+                    "`modules:` with patterns of tensor names for what is merged otherwise"
+                )
+            for name in OF_A_MODEL:
+                if name in parameters:
+                    return (
+                        f"models.{index}.parameters.{name}: models have only weight and fisher here; write {name} once, under the "
+                        f"recipe's own parameters: {{{name}: …}}"
+                    )
+    return None
+
+
+def _of_parameters(parameters: Any, known: Mapping[str, str]) -> str | None:
+    for name, remedy in known.items():
+        if isinstance(parameters, Mapping) and name in parameters:
+            return f"parameters.{name}: {remedy}"
+    return None
