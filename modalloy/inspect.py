@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, norm, thin_svd
-from modalloy.differences import settled_plan
 from modalloy.engines import local
 from modalloy.errors import RecipeError
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
-from modalloy.plan import Plan
+from modalloy.plan import Plan, plan
 from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 
@@ -201,7 +200,7 @@ def inspect(
         raise RecipeError(
             "inspect shows updates of a base, but linear has none; see the plan, or add base_model and a method"
         )
-    planned = settled_plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     merges = planned.merges()
     ranks = [s.rank for s in planned.counted if s.rank is not None]
     planned.surveys = survey(planned)

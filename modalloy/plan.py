@@ -408,7 +408,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     return result
 
 
-def _absent(recipe: Recipe, specialists: list[Specialist], base: Path, idle: Collection[str]) -> dict[int, str]:
+def _absent(recipe: Recipe, specialists: list[Specialist], base: Path | None, idle: Collection[str]) -> dict[int, str]:
     """Why a model of the recipe does not count, by its index.
 
     Raises:
@@ -417,7 +417,8 @@ def _absent(recipe: Recipe, specialists: list[Specialist], base: Path, idle: Col
     reasons = {}
     for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
         weight = entry.parameters.weight
-        if specialist.layout in ("full", "donor") and os.path.samefile(specialist.checkpoint.folder, base):
+        whole = specialist.layout in ("full", "donor")
+        if base is not None and whole and os.path.samefile(specialist.checkpoint.folder, base):
             reasons[index] = "is the base itself, which is no specialist"
         elif not any(weight if isinstance(weight, tuple) else (weight,)):
             reasons[index] = "its weight is 0"
@@ -436,7 +437,7 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, 
     ]
     base = locate(recipe.base_model, recipe.folder) if recipe.base_model else None
     donors, across = open_donors(recipe, target, places, base, allow=allow_base_mismatch)
-    absent = _absent(recipe, donors, base or target.folder, idle)
+    absent = _absent(recipe, donors, base, idle)
     check_numbers("target", target.folder, read_json(target.folder / "config.json"), target.refs)
     if across.base is not None:
         check_numbers("base", across.base.folder, read_json(across.base.folder / "config.json"), across.base.refs)

@@ -669,6 +669,18 @@ def test_metagpt_counts_duplicates_as_weights_of_their_own(
         assert torch.allclose(expert(after, name, "vision"), wanted, atol=1e-5)
 
 
+def test_scale_and_weight_reach_norms(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
+    models, name = family_of_three, "model.norm.weight"
+    start, target, donor = (weights(models[one])[name].double() for one in ("base", "target", "donor"))
+    base = {"base_model": str(models["base"]), "merge_method": "task_arithmetic"}
+    merge(recipe(models["target"], models["donor"], **base, parameters={"scale": 0}), tmp_path / "zero")
+    assert torch.equal(weights(tmp_path / "zero")[name].double(), start)
+    changes = {"models": [{"model": str(models["donor"]), "parameters": {"weight": -2}}], "parameters": {"scale": 0.5}}
+    merge(recipe(models["target"], models["donor"], **base | changes), tmp_path / "weighted")
+    wanted = start + 0.5 * ((target - start) - 2 * (donor - start)) / 2
+    torch.testing.assert_close(weights(tmp_path / "weighted")[name].double(), wanted, atol=1e-6, rtol=0)
+
+
 def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Models, tmp_path: Path) -> None:
     models = family_of_three
     base = {"base_model": str(models["base"]), "merge_method": "ssam", "parameters": {"rank": 3}}
@@ -687,7 +699,10 @@ def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Model
         set(rows["base", q][1].split()) == set(f"the updates of {both} start there".split())
         and rows["base", q][0] == "merged"
     )
-    assert rows["base", "model.norm.weight"] == ("left out", "no linear weight, so no update of it is merged")
+    start = "the updates of model.norm.weight start there"
+    assert rows["base", "model.norm.weight"] == ("averaged", start)
+    embeddings = rows["base", "model.embed_tokens.weight"]
+    assert embeddings[0] == "left out"
     assert rows["target", "model.norm.weight"] == ("averaged", "mean of target and donors, same")
     assert rows["donor", "model.norm.weight"] == ("averaged", "into model.norm.weight")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

@@ -134,7 +134,8 @@ class AcrossPlanner(Choices):
             reason = across.base_map.dropped.get(name, "no update of it is merged")
             fate: tuple[Fate, str] = ("left out", reason)
             if targets := used.get(name):
-                fate = ("merged", f"the updates of {' and '.join(targets)} start there")
+                is_linear = all(target in across.parts for target in targets)
+                fate = ("merged" if is_linear else "averaged", f"the updates of {' and '.join(targets)} start there")
             result.append(TensorFate("base", name, *fate))
         return result
 
