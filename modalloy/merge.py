@@ -438,7 +438,7 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": planned.base_name,
+        "base_model_name_or_path": planned.recorded_base_name,
         "r": planned.rank,
         "lora_alpha": planned.rank,
         "lora_dropout": 0.0,

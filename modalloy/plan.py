@@ -22,6 +22,7 @@ from modalloy.checkpoints import (
     TensorRef,
     WeightFile,
     checked,
+    is_hub_id,
     is_portable,
     locate,
     open_base,
@@ -123,6 +124,13 @@ class Plan:
     def base_name(self) -> str:
         """The base's name without local folders."""
         return self.recipe.start if self.base_is_portable else self.base_folder.name
+
+    @property
+    def recorded_base_name(self) -> str:
+        """What an adapter records as its base: where that is a local folder, the hub id that all its specialists record."""
+        recorded = {one.base_name for one in self.specialists}
+        name = recorded.pop() if len(recorded) == 1 else None
+        return name if not self.base_is_portable and name is not None and is_hub_id(name) else self.base_name
 
     @property
     def base_label(self) -> str:

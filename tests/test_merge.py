@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import SLOTS, compose_tensors, edit_tensors, write_compose
 from safetensors.torch import load_file, save_file
+from synthetic import write_base, write_lora
 
 import modalloy
 from modalloy.checkpoints import file_sha256
@@ -175,6 +177,20 @@ def test_a_peft_adapter_is_a_specialist(write_recipe: WriteRecipe, base: Path, t
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "full")(ids).logits
         torch.testing.assert_close(found, folded(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_on_a_local_base_records_the_hub_id_that_its_specialists_record(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    for seed, recorded in ((1, "owner/name"), (2, "owner/name"), (3, "owner/other")):
+        folder = write_lora(tmp_path / f"lora{seed}", tmp_path / "base", seed=seed)
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": recorded}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    for seeds, wanted in (((1, 2), "owner/name"), ((1, 3), "base")):
+        models = [{"model": f"lora{seed}"} for seed in seeds]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"base_model": "base", "models": models}))
+        modalloy.merge(tmp_path / "recipe.yaml", tmp_path / f"out{seeds}")
+        written = json.loads((tmp_path / f"out{seeds}" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == wanted
 
 
 def test_a_specialist_without_an_update_counts_as_zero_only_on_request(

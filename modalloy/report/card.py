@@ -46,9 +46,9 @@ def model_card(planned: Plan) -> str:
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {" + ".join(s.label for s in planned.specialists)}, merged by {method}
+# {" + ".join(s.label for s in planned.counted)}, merged by {method}
 
-{len(planned.specialists)} specialists on `{planned.base_name}`, merged by modalloy without training and without data
+{len(planned.counted)} specialists on `{planned.base_name}`, merged by modalloy without training and without data
 ({METHODS[method].paper}): {planned.summary()}.
 
 {table}
