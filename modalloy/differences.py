@@ -64,8 +64,11 @@ def _check_unmerged(planned: Plan) -> None:
 def _who_changed(planned: Plan, name: str) -> list[str]:
     """The labels of the models that count and have another value of a tensor than the base."""
     base = planned.base.refs[name]
-    models = (one for one in planned.counted if name in one.full)
-    return [one.label for one in models if _differs(planned, base, one.full[name])]
+    return [
+        one.label
+        for one in planned.counted
+        if name in one.text or (name in one.full and _differs(planned, base, one.full[name]))
+    ]
 
 
 def _updates(planned: Plan, model: Specialist) -> bool:

@@ -62,7 +62,7 @@ BUFFERS = re.compile(
 LONGEST_NAME = 500  # of modules; what is longer is no name that any of these patterns knows
 CODES = re.compile(
     r".*(?:\.(?:qweight|qzeros|g_idx|SCB|absmax|nested_absmax|quant_map|nested_quant_map|weight_packed|weight_format"
-    r"|weight_scale|weight_scale_inv|weight_zero_point|input_scale|quant_state\..+)|_blocks|_scales|\.scales)"
+    r"|weight_scale|weight_scale_inv|weight_zero_point|input_scale|quant_state\..+))"
 )
 
 

@@ -268,7 +268,7 @@ class Plan:
         parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
         parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
         parts += [f"{label} does not count ({reason})" for label, reason in self.absent.items()]
-        parts += self._said_of_trained()
+        parts += self._said_of_rules()
         if any(set(job.weights) - {None, 1.0} for job in self.jobs):
             parts.append("a model's weight is a factor of its update, never normalised")
         if self.across is not None and self.across.base is None:
@@ -276,18 +276,25 @@ class Plan:
             parts.append("α is the weight of the donor, 0 = target unchanged")
         return " · ".join(parts)
 
-    def _said_of_trained(self) -> list[str]:
-        """What models changed and the result does not have, by kind, with its share of the parameters."""
-        sizes = {name: math.prod(ref.shape) for name, ref in self.base.refs.items()}
+    def _said_of_rules(self) -> list[str]:
+        """What is not merged by the recipe's method though models changed it, by kind, with its share of the parameters."""
+        others = Counter(job.method for job in self.merges() if job.method != self.recipe.merge_method)
+        said = [f"{count} of the linear weights by {method}" for method, count in others.items()]
+        averaged = [job.slot for job in self.jobs if job.kind == "average" and not job.method]
+        said += self._by_kind(
+            [name for name in averaged if self.kinds.get(name, "vector") != "vector"], "averaged by rule"
+        )
+        who = sorted({label for labels in self.trained.values() for label in labels})
+        return said + self._by_kind(list(self.trained), f"that {', '.join(who)} changed stay the base's")
+
+    def _by_kind(self, names: list[str], what: str) -> list[str]:
+        """How many tensors of each kind, and their share of the base's parameters."""
+        whole = sum(math.prod(ref.shape) for ref in self.base.refs.values())
         said = []
         for kind, plural in PLURALS.items():
-            if names := [name for name in self.trained if self.kinds[name] == kind]:
-                share, who = sum(sizes[name] for name in names) / sum(sizes.values()), set()
-                for name in names:
-                    who |= set(self.trained[name])
-                said.append(
-                    f"{len(names)} {plural} that {', '.join(sorted(who))} changed stay the base's ({share:.1%} of the parameters)"
-                )
+            if chosen := [name for name in names if self.kinds[name] == kind]:
+                share = sum(math.prod(self.base.refs[name].shape) for name in chosen) / whole
+                said.append(f"{len(chosen)} {plural} {what} ({share:.1%} of the parameters)")
         return said
 
     def to_dict(self) -> dict[str, Any]:

@@ -223,8 +223,9 @@ def test_fused_experts_that_a_model_changed_need_a_rule(models: Path) -> None:
         r"tuned1, tuned2 changed \S+experts\.down_proj \(one of the fused experts, 3 × 4 × 5, which ties does", said
     )
     assert '"model.layers.*.mlp.experts.down_proj": {policy: …}' in said
-    found, _ = merged(models, "tuned1", "tuned2", merge_method="ties", modules={"*experts*": {"policy": "average"}})
+    found, said = merged(models, "tuned1", "tuned2", merge_method="ties", modules={"*experts*": {"policy": "average"}})
     assert bool((found["model.layers.0.mlp.experts.down_proj"] == 1.5).all())
+    assert re.search(r"1 fused experts averaged by rule \(\d\.\d% of the parameters\)", said)
     found, said = merged(models, "tuned1", "tuned2", merge_method="ties", modules={"*experts*": {"policy": "keep"}})
     assert not found["model.layers.0.mlp.experts.down_proj"].any()
     assert "1 fused experts that tuned1, tuned2 changed stay the base's" in said
@@ -263,6 +264,14 @@ def test_an_adapter_of_zeros_is_said_and_not_counted(form: str, models: Path) ->
     found, said = merged(models, "lora1", "lora2", merge_method="average", output={"form": form})
     assert all(torch.equal(found[name], alone[name]) for name in alone)
     assert "lora2 does not count (changes nothing: every update is zero)" in said
+
+
+def test_what_a_rule_merges_otherwise_is_said(models: Path) -> None:
+    rules = {"*q_proj*": {"policy": "average"}, "*k_proj*": {"policy": "keep"}}
+    for names in (("lora1", "lora2"), ("tuned1", "tuned2")):
+        _, said = merged(models, *names, merge_method="ties", modules=rules)
+        assert "5 of the linear weights by average" in said
+        assert f"5 linear weights that {', '.join(names)} changed stay the base's" in said
 
 
 def test_a_merge_of_nothing_is_refused(models: Path) -> None:
