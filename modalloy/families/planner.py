@@ -4,10 +4,11 @@ from collections.abc import Container, Mapping
 from typing import Any, Literal
 
 from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec
+from modalloy.choices import Choices, layers
 from modalloy.errors import RecipeError
 from modalloy.families.donors import Across
 from modalloy.families.mapping import ModelMap
-from modalloy.planner import Choices, Fate, Job, TensorFate, layers
+from modalloy.planner import Fate, Job, TensorFate
 from modalloy.recipe import Recipe
 
 FATES: dict[str, Fate] = {"merge": "merged", "interpolate": "merged", "fuse": "merged", "average": "averaged"}

@@ -1,0 +1,124 @@
+"""What a recipe says of every weight: its rule, its method, its parameters and weights at the weight's depth."""
+
+import fnmatch
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+
+from modalloy.checkpoints import Checkpoint, TensorSpec
+from modalloy.errors import RecipeError
+from modalloy.kinds import layer_of
+from modalloy.methods import METHODS, resolve
+from modalloy.recipe import Recipe, Rule
+
+
+class Choices:
+    """What a recipe says of every weight: its rule, its method, its parameters and weights at its depth."""
+
+    def __init__(
+        self, recipe: Recipe, base: Checkpoint, absent: Collection[int], *, own: int = 0, lora_rank: int | None = None
+    ) -> None:
+        """`base` holds the weights that updates are added to. `absent`: indexes of the recipe's models that do not count.
+
+        `own`: how many models are merged beside the recipe's. `lora_rank`: the largest LoRA rank among all.
+        """
+        self.recipe, self.base, self.absent, self.own, self.lora_rank = recipe, base, absent, own, lora_rank
+        self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
+        self.depth = layers(base.refs)
+        self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
+
+    def _policy(self, name: str) -> str | None:
+        """What a rule says is done to a weight, if one does."""
+        return self.rules[name][1].policy if name in self.rules else None
+
+    def _weights(self, slot: str) -> tuple[float, ...]:
+        """The factors of the models' updates, at the weight's depth; 0 for those that do not count."""
+        remedy = "give one number, or keep the base's by `modules:` with policy: keep"
+        entries = enumerate(self.recipe.models)
+        return tuple(
+            0.0 if index in self.absent else self._at(entry.parameters.weight, slot, "weight", remedy)
+            for index, entry in entries
+        )
+
+    def _shares(self, slot: str, method: str, parameters: dict[str, Any]) -> tuple[float | None, ...]:
+        """The same, with None for models that take no part: a weight of 0 is absence.
+
+        A method that surveys the whole model gets the same models at every depth.
+        """
+        everywhere = METHODS[method].needs_survey(parameters)
+        return tuple(
+            None if index in self.absent or (weight == 0 and not everywhere) else weight
+            for index, weight in enumerate(self._weights(slot))
+        )
+
+    def _count(self, slot: str | None) -> int:
+        """How many models are merged, at the depth of a weight if one is given."""
+        if slot is None:
+            return self.own + len(self.recipe.models) - len(self.absent)
+        return self.own + sum(weight != 0 for weight in self._weights(slot))
+
+    def _rule(self, slot: str) -> tuple[str, Rule | None]:
+        for pattern, rule in self.recipe.modules.items():
+            if fnmatch.fnmatchcase(slot, pattern):
+                return pattern, rule
+        return "", None
+
+    def _method(self, slot: str) -> tuple[str, dict[str, Any]]:
+        """Method of a weight, and its parameters as written."""
+        _, rule = self.rules.get(slot, ("", None))
+        if rule is None:
+            return self.recipe.merge_method, self.recipe.parameters
+        if rule.policy == "average":
+            return "average", {"scale": self._mean_factor(slot) / max(1, self._count(slot))}
+        if rule.merge_method in (None, self.recipe.merge_method):
+            return self.recipe.merge_method, self.recipe.parameters | rule.parameters
+        return str(rule.merge_method), rule.parameters
+
+    def _mean_factor(self, name: str) -> float:
+        """What multiplies the mean of the updates of a tensor that is averaged: λ / λ_auto, so that "auto" is the mean itself.
+
+        For `linear` it is α, which has no "auto".
+        """
+        _, rule = self.rules.get(name, ("", None))
+        averages = rule is not None and rule.policy == "average"
+        method, written = (self.recipe.merge_method, self.recipe.parameters) if averages else self._method(name)
+        parameters = self._resolved(method, written, name)
+        if "scale" not in parameters:
+            return parameters.get("alpha", 1.0)
+        return parameters["scale"] / METHODS[method].automatic_scale(max(1, self._count(name)), parameters)
+
+    def _resolved(self, method: str, parameters: dict[str, Any], slot: str | None) -> dict[str, Any]:
+        """Parameters with "auto" worked out and gradients at the weight's depth (kept as lists without a slot)."""
+        lists = {name: value for name, value in parameters.items() if isinstance(value, list)}
+        single = {name: value for name, value in parameters.items() if name not in lists}
+        if slot is not None:
+            for name, value in lists.items():
+                at = self._at(value, slot, name, "give it a value of its own under `modules:`")
+                single[name] = round(at) if METHODS[method].is_whole(name) else at
+        n = max(1, self._count(slot))
+        found = resolve(method, single, n=n, lora_rank=self.lora_rank)
+        return found if slot is not None else found | lists
+
+    def _at(self, value: Any, slot: str, name: str, remedy: str) -> float:
+        """A number, or a list of them interpolated linearly from the first layer to the last."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        layer = layer_of(slot)
+        if layer is None:
+            raise RecipeError(f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}")
+        position = layer / max(1, self.depth - 1) * (len(value) - 1)
+        below = min(int(position), len(value) - 1)
+        above = min(below + 1, len(value) - 1)
+        return value[below] + (position - below) * (value[above] - value[below])
+
+    def _like_base(self, name: str) -> TensorSpec:
+        """The base's tensor in the output type."""
+        ref, chosen = self.base.refs[name], self.recipe.written_dtype
+        dtype = ref.dtype if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
+        return TensorSpec(name, dtype, ref.shape)
+
+
+def layers(names: Iterable[str]) -> int:
+    """How many layers tensors of these names are of."""
+    return 1 + max((index for name in names if (index := layer_of(name)) is not None), default=-1)
