@@ -165,8 +165,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
+    from modalloy.files import new_file
     from modalloy.inspect import inspect as run
-    from modalloy.report.inspect import new_file, page, require_plotly, text
+    from modalloy.report.inspect import page, require_plotly, text
 
     with ExitStack() as stack:
         if out is not None:  # refused before the work, not after it
@@ -372,8 +373,8 @@ def eval_score(
             "eval-score: a run knows its data; --data and the like belong to --task and a file of answers"
         )
     from modalloy.evals.run import load_run
+    from modalloy.files import new_file
     from modalloy.report.evals import page as page_of
-    from modalloy.report.inspect import new_file
 
     found, other = load_run(run), None if beside is None else load_run(beside)
     if out is not None:

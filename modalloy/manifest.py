@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, WeightFile, file_sha256, hub_commit, present
+from modalloy.checkpoints.staging import MANIFEST
+from modalloy.checkpoints.staging import SOURCES as SOURCES
+from modalloy.checkpoints.tensors import reading
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.plan import Plan
 
-SOURCES = "sources.json"  # where the inputs were on this machine; not hashed
-NOT_HASHED = ("manifest.json", SOURCES)
+NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine
 
 
 def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[str, Any]:
@@ -61,7 +63,8 @@ def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str,
     configs = present(folder, ("config.json", "adapter_config.json", *tokens))
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
     weights |= {} if fisher is None else {"fisher": fisher.sha256}
-    return weights | {name: file_sha256(folder / name) for name in configs}
+    with reading(folder):
+        return weights | {name: file_sha256(folder / name) for name in configs}
 
 
 def _revision(folder: Path) -> dict[str, str]:

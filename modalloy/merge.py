@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,15 @@ from modalloy.checkpoints import (
     present,
     read_json,
 )
-from modalloy.checkpoints.writer import disk_errors
+from modalloy.checkpoints.staging import MANIFEST, check_apart
+from modalloy.checkpoints.writer import copy_file
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.differences import settled_plan
 from modalloy.engines import local
 from modalloy.errors import MethodError, OutputError
 from modalloy.families.ancestors import check_kinship
 from modalloy.families.stored import MappedRef
+from modalloy.files import disk_errors, write_text
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
@@ -121,7 +123,7 @@ def merge(
     Raises:
         ModalloyError: a mistake in the recipe, the inputs or the target; `out` is then as it was.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    file, recipe = (None, recipe) if isinstance(recipe, Recipe) else (Path(recipe), load_recipe(recipe))
     out = Path(out)
     staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
@@ -131,10 +133,11 @@ def merge(
     predicted = planned.peak_bytes(n_workers)
     _check_memory(planned, predicted, n_workers, max_memory)
     fingerprint = planned.fingerprint
-    if resume and out.exists() and not staging.interrupted:
+    if resume and out.is_dir() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, local.peak_bytes(), predicted)
+    check_apart(out, _inputs(planned, file))
     if planned.across is not None and not allow_base_mismatch:
         planned.kinship = check_kinship(planned)
     with staging.begin(fingerprint) as folder, disk_errors(out):
@@ -144,12 +147,12 @@ def merge(
         hashes = _write_weights(planned, staging, n_workers, chosen_device, on_job)
         merge_s = time.perf_counter() - begin
         _write_configs(planned, folder)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(planned), encoding="utf-8")
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_text(folder / "README.md", model_card(planned))
         manifest = build_manifest(planned, folder, hashes)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         sources = _sources(planned) | {"fingerprint": fingerprint}
-        (folder / SOURCES).write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
         verification = verify_folder(folder, planned, manifest, rehash=False, n_workers=n_workers)
     return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, local.peak_bytes(), predicted)
 
@@ -414,17 +417,17 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     recipe, base = planned.recipe, planned.base_folder
     if recipe.output.form == "adapter":
         config = _peft_config(planned)
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
     for name in present(base, TOKENIZER_FILES):
-        shutil.copyfile(base / name, folder / name)
+        copy_file(base / name, folder / name)
     if recipe.output.form == "full":
         config = read_json(base / "config.json")
         config.pop("_name_or_path", None)  # where the base was on someone's machine
         if recipe.written_dtype != "auto":
             config["dtype"] = recipe.written_dtype
             config.pop("torch_dtype", None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         return
     write_omni(planned, folder)
 
@@ -448,6 +451,22 @@ def _peft_config(planned: Plan) -> dict[str, Any]:
         "init_lora_weights": True,
         "target_modules": sorted(leaves if same_leaf == set(stems) else stems),
     }
+
+
+def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
+    """Every file or folder that a merge reads, as a message calls it."""
+    if recipe is not None:
+        yield "the recipe", recipe
+    yield f"the {planned.base_label}", planned.base_folder
+    if planned.across_base is not None:
+        yield "the base", planned.across_base.folder
+    for specialist in planned.specialists:
+        yield f"the model {specialist.label}", specialist.checkpoint.folder
+    for file in filter(None, planned.fishers):
+        yield "a Fisher file", file.path
+    for modality, sense in planned.senses.items():
+        if sense.path is not None:
+            yield f"the encoder of {modality}", sense.path
 
 
 def _sources(planned: Plan) -> dict[str, Any]:

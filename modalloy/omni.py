@@ -1,15 +1,16 @@
 """What an `omni` folder needs beside the merged text path: encoders, projectors, and the configs that tell how to load it."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modalloy.checkpoints import Checkpoint, Factors, Specialist, is_portable, locate, present, read_json
+from modalloy.checkpoints.writer import copy_file
 from modalloy.encoders import EncoderChoice, choose, registered, sizes
 from modalloy.errors import CheckpointError, RecipeError
+from modalloy.files import replace_text, write_text
 from modalloy.names import disk_name
 from modalloy.projectors import build_projector, recognise
 from modalloy.recipe import Recipe
@@ -178,12 +179,12 @@ def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | d
 def write_omni(planned: "Plan", folder: Path) -> None:
     """Everything of an omni folder beside its merged weights and the tokenizer."""
     config = omni_config(planned)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     template, labels = prompt_format(planned)
     if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        replace_text(folder / "chat_template.jinja", template)  # the base's was copied
     processor = processor_config(config["modalities"], labels)
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    write_text(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
     write_remote_code(folder)
     if planned.copies_base:
         _copy(_model_files(planned.base, ["config.json"]), folder / "base")
@@ -201,11 +202,11 @@ def processor_config(modalities: dict[str, dict[str, Any]], labels: bool) -> dic
 
 def write_remote_code(folder: Path) -> None:
     """The module that `auto_map` names, for `trust_remote_code`: it finds everything in the installed package."""
-    (folder / f"{REMOTE_CODE}.py").write_text(
+    replace_text(
+        folder / f"{REMOTE_CODE}.py",
         '"""Classes of this folder\'s model, from the package modalloy."""\n\n'
         "from modalloy.model import ModalloyConfig, ModalloyForConditionalGeneration, ModalloyProcessor\n\n"
         '__all__ = ["ModalloyConfig", "ModalloyForConditionalGeneration", "ModalloyProcessor"]\n',
-        encoding="utf-8",
     )
 
 
@@ -219,7 +220,7 @@ def _model_files(checkpoint: Checkpoint, configs: Iterable[str]) -> list[Path]:
 def _copy(files: Iterable[Path], folder: Path) -> None:
     for file in files:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / file.name)
+        copy_file(file, folder / file.name)
 
 
 def prompt_format(planned: "Plan") -> tuple[str | None, bool]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import modalloy
 from modalloy import cli
+from modalloy.checkpoints import staging
 from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.media import load_audio, load_image
 from modalloy.verify import verify
@@ -45,7 +46,8 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 def earlier_result(out: Path) -> None:
     out.mkdir()
-    (out / "manifest.json").write_text("{}")
+    manifest = {"modalloy": "0.1", "outputs": {"adapter_model.safetensors": "0" * 64}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
     (out / "adapter_model.safetensors").write_bytes(b"earlier")
 
 
@@ -989,6 +991,7 @@ def test_failed_rename_puts_the_earlier_result_back(
     earlier_result(out)
     before = snapshot(tmp_path)
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(staging, "exchange", lambda *_: False)  # as a disk that cannot do it in one step
     with pytest.raises(OutputError, match="out: permission denied; choose another folder; nothing was written"):
         modalloy.merge(recipe, out, overwrite=True)
     assert snapshot(tmp_path) == before

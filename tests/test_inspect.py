@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ import modalloy
 import modalloy.report.inspect as report
 from modalloy import inspect as module
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
+from modalloy.files import new_file
 from modalloy.inspect import Inspection, inspect
 
 WriteRecipe = Callable[..., Path]
@@ -392,19 +394,19 @@ def test_names_cannot_become_markup(tmp_path: Path, write_recipe: WriteRecipe) -
 def test_targets_that_are_refused(place: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "there.html").write_text("mine")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(OutputError, match=message), report.new_file(tmp_path / place):
+    with pytest.raises(OutputError, match=message), new_file(tmp_path / place):
         pytest.fail("entered")
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.html").read_text() == "mine"
 
 
 def test_a_failure_leaves_the_old_page(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("old")
-    with pytest.raises(ModalloyError), report.new_file(path, overwrite=True) as write:
+    path, old = tmp_path / "report.html", "<!DOCTYPE html><title>modalloy inspect · old</title>"
+    path.write_text(old)
+    with pytest.raises(ModalloyError), new_file(path, overwrite=True) as write:
         write("new")
         raise ModalloyError("stop")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with report.new_file(path, overwrite=True) as write:
+    assert path.read_text() == old and list(tmp_path.iterdir()) == [path]
+    with new_file(path, overwrite=True) as write:
         write("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
@@ -413,11 +415,11 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    with pytest.raises(OutputError, match="the disk is full"), report.new_file(tmp_path / "report.html") as write:
-        monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match="the disk is full"), new_file(tmp_path / "report.html") as write:
+        monkeypatch.setattr(os, "write", full)
         write("new")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(PermissionError), report.new_file(tmp_path / "report.html"):
+    with pytest.raises(PermissionError), new_file(tmp_path / "report.html"):
         raise PermissionError(errno.EACCES, "of an input: not to be blamed on the page")
 
 

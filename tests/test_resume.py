@@ -18,7 +18,7 @@ from conftest import SLOTS
 from safetensors.torch import load_file, save_file
 
 import modalloy
-from modalloy.checkpoints.writer import Staging
+from modalloy.checkpoints import Staging
 from modalloy.errors import CheckpointError, OutputError
 
 WriteRecipe = Callable[..., Path]
@@ -29,6 +29,7 @@ FULL = {"form": "full", "max_shard_size": "6KB"}
 KILLER = textwrap.dedent("""
     import json, os, signal, sys
     import modalloy
+    from modalloy.checkpoints import staging
     from pathlib import Path
 
     recipe, out, options, cycle, *points = sys.argv[1:]
@@ -50,7 +51,7 @@ KILLER = textwrap.dedent("""
         write = os.write
         for name in ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate"):
             setattr(os, name, dying(getattr(os, name)))
-        Path.write_text = dying(Path.write_text)
+        staging.exchange = dying(staging.exchange)
         try:
             modalloy.merge(recipe, out, jobs=2, **options)
         finally:

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import secrets
 import shutil
 from pathlib import Path
 
 from modalloy.errors import CheckpointError, nearest
+from modalloy.files import disk_errors
 from modalloy.names import MODALITIES
 
 HERE = Path(__file__).parent
@@ -64,14 +66,16 @@ def _convert_gguf(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain float32 from here on
     model.hf_quantizer = None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".partial-{os.getpid()}"
-    try:
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
-        os.replace(partial, folder)
-    except OSError:
-        if not (folder / "model.safetensors").is_file():  # another process may have finished the same work first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        try:
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
+            os.replace(partial, folder)
+        except OSError:
+            if not (folder / "model.safetensors").is_file():  # another process may have finished the same work first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

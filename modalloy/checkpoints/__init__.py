@@ -4,6 +4,7 @@ from modalloy.checkpoints.full import place
 from modalloy.checkpoints.layouts import open_specialist
 from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
 from modalloy.checkpoints.specialist import Factors, Specialist
+from modalloy.checkpoints.staging import Staging
 from modalloy.checkpoints.tensors import (
     Buffers,
     Checkpoint,
@@ -15,7 +16,7 @@ from modalloy.checkpoints.tensors import (
     present,
     read_json,
 )
-from modalloy.checkpoints.writer import Staging, TensorSpec, WeightWriter
+from modalloy.checkpoints.writer import TensorSpec, WeightWriter
 
 __all__ = [
     "Buffers",

@@ -2,18 +2,18 @@
 
 import hashlib
 import os
-import secrets
 import weakref
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError, MediaError, OutputError
+from modalloy.files import replace_bytes
 from modalloy.model import ChatModel, ModalloyForConditionalGeneration
 
 MEMORY_BYTES = 2_000_000_000
@@ -40,7 +40,7 @@ class FeatureCache:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another --features") from error
-            self.written_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            self.written_bytes = sum(path.lstat().st_size for path in folder.glob("*.safetensors"))
 
     def features(self, chat: ChatModel, modality: str, path: str | Path) -> Tensor:
         """Features (n_features, dim) of one medium, in float32; of a model that is not modalloy's, what its `features` gives.
@@ -64,9 +64,12 @@ class FeatureCache:
             medium = chat.processor.preprocess(modality, path)[None]
             found = chat.model.encode(modality, medium)[0].float().cpu().contiguous()
             if stored is not None and self.written_bytes + found.nbytes <= self.disk_bytes:
-                partial = stored.with_name(f".{key}.{secrets.token_hex(4)}")
-                save_file({"features": found}, partial)
-                os.replace(partial, stored)
+                try:
+                    replace_bytes(stored, save({"features": found}))
+                except OSError as error:
+                    raise OutputError(
+                        f"{stored}: cannot be written ({error.strerror}); free space, or choose another --features"
+                    ) from error
                 self.written_bytes += found.nbytes
         self.kept[key] = found
         self.kept_bytes += found.nbytes

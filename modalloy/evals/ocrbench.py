@@ -5,7 +5,6 @@ the question alone, as most reports do; `ocrbench_llava` adds the line that LLaV
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, choose_variant, fields
+from modalloy.files import is_folder, kind, replace_bytes
 
 RECOGNITION = "Text Recognition"  # what the official script sums six types up to
 AREAS = {
@@ -106,10 +106,11 @@ def _unpacked(folder: Path, image: dict[str, Any]) -> str:
     path = folder / (hashlib.sha256(image["bytes"]).hexdigest()[:16] + (Path(image["path"] or "").suffix or ".jpg"))
     if not path.is_file():
         try:
-            folder.mkdir(exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_bytes(image["bytes"])
-            partial.replace(path)
+            if not folder.is_symlink():
+                folder.mkdir(exist_ok=True)
+            if not is_folder(folder):
+                raise MediaError(f"{folder}: is {kind(folder)}; the table's pictures are unpacked into a folder only")
+            replace_bytes(path, image["bytes"])
         except OSError as error:
             raise MediaError(
                 f"{folder}: the table's pictures cannot be unpacked there ({error.strerror}); copy the data to a folder of yours"

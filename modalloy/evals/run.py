@@ -3,22 +3,22 @@
 Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from modalloy._version import __version__
-from modalloy.checkpoints.writer import replace_text
 from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, Source, Verdict, by_group, wilson
 from modalloy.evals.statistics import bootstrap_interval
+from modalloy.files import is_file, open_log, replace_text
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1
@@ -150,31 +150,34 @@ class Log:
         try:
             self.made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / RUN).is_file() and any(folder.iterdir()):
+            is_new = _is_empty(folder)
+            if not is_new and not is_file(folder / RUN):
                 raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
-            self.file: IO[bytes] = self.path.open("ab")
+            self.file: IO[bytes] = os.fdopen(open_log(self.path), "ab")
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: another process writes this run; wait for it, or choose another folder"
+            ) from error
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         try:
+            if not is_new:
+                _read_meta(folder)  # a file of another program is refused
             self._begin(meta, resume)
         except BaseException:
+            if is_new:
+                self._leave_nothing()
             self.file.close()
             raise
 
     def _begin(self, meta: dict[str, Any], resume: bool) -> None:
         folder = self.folder
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{folder}: another process writes this run; wait for it, or choose another folder"
-            ) from error
         if os.fstat(self.file.fileno()).st_size:
             if not resume:
                 raise OutputError(f"{folder}: holds a run already; go on with --resume, or choose another folder")
             if change := _change(_read_meta(folder), meta):
                 raise OutputError(f"{folder}: is a run of another {change}; choose another folder")
-        self.entries = _read_entries(self.path, cut=True)
+        self.entries = _read_entries(self.path, cut=self.file.fileno())
         write_text(folder / RUN, json.dumps(meta, indent=1) + "\n")
 
     def add(self, benchmark: Benchmark, *entries: Entry) -> None:
@@ -195,11 +198,15 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         if not self.entries:
-            (self.folder / RUN).unlink()
-            self.path.unlink()
-            if self.made:
-                self.folder.rmdir()
+            self._leave_nothing()
         self.file.close()
+
+    def _leave_nothing(self) -> None:
+        (self.folder / RUN).unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        if self.made:
+            with suppress(OSError):  # something was put into it
+                self.folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -208,6 +215,14 @@ def write_text(path: Path, text: str) -> None:
         replace_text(path, text)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror}); copy the run to a folder of yours") from error
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only what a run leaves that is killed before it has begun."""
+    return all(
+        (path.name == PREDS and is_file(path) and not path.lstat().st_size) or path.name.startswith(f".{RUN}.partial-")
+        for path in folder.iterdir()
+    )
 
 
 def load_run(folder: str | Path) -> Run:
@@ -252,15 +267,13 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_entries(path: Path, *, cut: bool = False) -> list[Entry]:
-    """The entries of a log. A last line without its end is left out, and with `cut` cut off the file."""
+def _read_entries(path: Path, *, cut: int | None = None) -> list[Entry]:
+    """The entries of a log. A last line without its end is left out, and cut off the file of the descriptor `cut`."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise ModalloyError(f"{path}: cannot be read ({error.strerror}); run the evaluation again") from error
     whole = raw[: raw.rfind(b"\n") + 1]
-    if cut and len(whole) < len(raw):
-        os.truncate(path, len(whole))
     entries = []
     seen = dict[int, int]()
     for number, text in enumerate(whole.splitlines(), 1):
@@ -271,6 +284,8 @@ def _read_entries(path: Path, *, cut: bool = False) -> list[Entry]:
                 raise ValueError(f"it answers question {entries[-1].index} again, as line {first} does")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModalloyError(f"{path}: line {number} is damaged ({error}); remove it and resume") from error
+    if cut is not None and len(whole) < len(raw):  # once it is known to be a log of ours
+        os.ftruncate(cut, len(whole))
     return entries
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from modalloy.checkpoints import file_sha256, locate, read_json
-from modalloy.checkpoints.writer import disk_errors, replace_text
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import Answer, likeliest
 from modalloy.evals.senses import capital_samples
+from modalloy.files import disk_errors, replace_text
 from modalloy.manifest import SOURCES
 from modalloy.model import load_model
 from modalloy.model.chat import ChatModel, user_message

@@ -8,15 +8,10 @@ inspection and on the installed plotly only.
 import html
 import importlib.util
 import json
-import os
-import secrets
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from modalloy.checkpoints.writer import disk_errors
 from modalloy.errors import OutputError
 from modalloy.inspect import SAMPLED_ROWS, Inspection, Pair, Slot, Update
 
@@ -70,38 +65,6 @@ def text(inspection: Inspection, *, with_tables: bool = True) -> str:
         lines.append("")
     lines += [f"{finding.level:8} {finding.message}" for finding in inspection.findings]
     return "\n".join([*lines, f"verdict  {inspection.verdict}"])
-
-
-@contextmanager
-def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[str], None]]:
-    """A function that writes a text to `path`, which appears when the block ends well and else is as it was.
-
-    Raises:
-        OutputError: `path` is a folder, exists without `overwrite`, or cannot be written; before the block is entered.
-    """
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
-    with disk_errors(path):
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder; name a file in it, for example {path / 'report.html'}")
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path}: already exists; choose another file, or replace it with --overwrite")
-        if not path.parent.is_dir():
-            raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
-        try:
-            partial.touch(exist_ok=False)
-        except FileNotFoundError as error:  # a folder that takes no files, as some of the system's
-            raise OutputError(f"{path}: no file can be made in {path.parent}; choose another folder") from error
-
-    def write(content: str) -> None:
-        with disk_errors(path):
-            partial.write_text(content, encoding="utf-8")
-
-    try:
-        yield write
-        with disk_errors(path):
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def require_plotly() -> None:

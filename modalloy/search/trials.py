@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modalloy.errors import ModalloyError, OutputError
+from modalloy.files import open_log
 
 TRIALS = "trials.jsonl"
 SCHEMA = 1
@@ -25,21 +26,37 @@ class Trials:
             OutputError: the folder holds a search already and `resume` is not given, or one of something else.
         """
         self.path = folder / TRIALS
+        self.lines: dict[str, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(self.path) and any(folder.iterdir()):
+                raise OutputError(f"{folder}: holds other files, and no search; choose another folder")
+            self.file: IO[bytes] = os.fdopen(open_log(self.path), "ab")
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: another process writes this search; wait for it, or choose another folder"
+            ) from error
         except OSError as error:
             raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-        self.lines: dict[str, dict[str, Any]] = {}
-        found = self._read() if self.path.is_file() else []
+        try:
+            self._begin(folder, {"schema": SCHEMA, **identity}, resume)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def _begin(self, folder: Path, header: dict[str, Any], resume: bool) -> None:
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        found = self._lines(whole)
+        if not found and raw and not raw.startswith(b'{"schema": '):
+            raise OutputError(f"{folder}: holds other files, and no search; choose another folder")
         if found and not resume:
             raise OutputError(f"{folder}: holds a search already; go on with --resume, or choose another folder")
-        if not self.path.is_file() and any(folder.iterdir()):
-            raise OutputError(f"{folder}: holds other files, and no search; choose another folder")
-        header = {"schema": SCHEMA, **identity}
         if found and found[0] != header:
-            changed = next(key for key in header if found[0].get(key) != header[key])
+            changed = next((key for key in header if found[0].get(key) != header[key]), "version")
             raise OutputError(f"{self.path}: is a search with another {changed}; choose another folder")
-        self.file: IO[bytes] = self.path.open("ab")
+        if len(whole) < len(raw):  # once it is known to be a log of ours
+            os.ftruncate(self.file.fileno(), len(whole))
         if not found:
             self._append(header)
         for line in found[1:]:
@@ -51,22 +68,22 @@ class Trials:
         self._append(self.lines[key])
 
     def _append(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); see to it, then go on with --resume"
+            ) from error
 
-    def _read(self) -> list[dict[str, Any]]:
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.truncate(self.path, len(whole))
+    def _lines(self, whole: bytes) -> list[dict[str, Any]]:
         lines = []
         for number, text in enumerate(whole.splitlines(), 1):
             try:
                 line = json.loads(text)
-                if number > 1 and not isinstance(line["key"], str):
-                    raise TypeError("its key is no text")
-            except (ValueError, KeyError, TypeError) as error:
+                _check_line(line, first=number == 1)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ModalloyError(f"{self.path}: line {number} is damaged ({error}); remove it and resume") from error
             lines.append(line)
         return lines
@@ -76,3 +93,32 @@ class Trials:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+def _check_line(line: Any, *, first: bool) -> None:
+    """TypeError, KeyError where a line does not say what a search reads of it."""
+    if not isinstance(line, dict):
+        raise TypeError("it is no object")
+    if first:
+        line["schema"]
+        return
+    key = line["key"]
+    if not isinstance(key, str):
+        raise TypeError("its key is no text")
+    texts: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    if key == "loaded":
+        numbers: tuple[str, ...] = ("load_s", "features_s", "checkpoint_bytes")
+    elif key.startswith("served "):
+        numbers, lists = ("seconds",), ("sketch",)
+    else:
+        texts, numbers, lists = ("model", "probe", "text"), ("n_out", "seconds"), ("likelihoods",)
+    for name in texts:
+        if not isinstance(line[name], str):
+            raise TypeError(f"its {name} is no text")
+    for name in numbers:
+        if isinstance(line[name], bool) or not isinstance(line[name], int | float):
+            raise TypeError(f"its {name} is no number")
+    for name in (*lists, *({"predicted"} & line.keys())):
+        if not isinstance(line[name], list) or not all(isinstance(value, int | float) for value in line[name]):
+            raise TypeError(f"its {name} is no list of numbers")

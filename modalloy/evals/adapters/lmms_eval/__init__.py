@@ -19,8 +19,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from modalloy.errors import OutputError
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Source
+from modalloy.files import disk_errors, is_file, kind, read_file, replace_text
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -42,6 +44,9 @@ def export(task: str, data: str | Path, out: str | Path, **source: Any) -> Path:
         line = {"task": task, **sample.to_dict()}
         line["media"] = [[modality, os.path.abspath(path)] for modality, path in sample.media]
         lines.append(json.dumps(line, ensure_ascii=False))
-    path = Path(out) / f"{task}.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path, begin = Path(out) / f"{task}.jsonl", f'{{"task": {json.dumps(task)}, '
+    with disk_errors(path):
+        if os.path.lexists(path) and not (is_file(path) and read_file(path, 200).startswith(begin.encode())):
+            raise OutputError(f"{path}: is {kind(path)} that modalloy did not export; choose another folder")
+        replace_text(path, "\n".join(lines) + "\n")
     return path
