@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -108,7 +109,7 @@ def test_killed_again_and_again(write_recipe: WriteRecipe, tmp_path: Path, undis
     recipe = write_recipe(output=FULL)
     assert killed_at([18], recipe, out, overwrite=True)[0][0] == "killed"
     assert contents(out) == earlier
-    states = killed_at([14] * 30, recipe, out, resume=True)
+    states = killed_at([30] * 30, recipe, out, resume=True)
     assert len(states) > 3 and states[-1][0] == "finished"
     assert contents(out) == undisturbed
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -133,8 +134,9 @@ def test_finished_shards_are_not_made_again(
     lines = [json.loads(line) for line in (tmp_path / ".out.partial.log").read_text().splitlines()]
     shards = [line["file"] for line in lines[1:]]
     assert len(shards) > 3
-    times = {name: (tmp_path / ".out.partial" / name).stat().st_mtime_ns for name in shards}
-    damaged = tmp_path / ".out.partial" / shards[1]
+    folder = tmp_path / f".out.partial-{lines[0]['token']}"
+    times = {name: (folder / name).stat().st_mtime_ns for name in shards}
+    damaged = folder / shards[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     modalloy.merge(recipe, out, resume=True)
     changed = [name for name in shards if (out / name).stat().st_mtime_ns != times[name]]
@@ -181,6 +183,7 @@ def test_a_log_cut_at_any_byte_is_gone_on_with(tmp_path: Path) -> None:
         whole = killed.log.read_bytes()
         for name in ("first", "second"):
             (killed.folder / name).write_text(name)
+    shutil.rmtree(killed.out)
     head, first, _ = whole.splitlines(keepends=True)
     for cut in range(len(head), len(whole) + 1):
         killed.folder.mkdir()
@@ -196,25 +199,35 @@ def test_a_log_cut_at_any_byte_is_gone_on_with(tmp_path: Path) -> None:
         killed._remove()
 
 
-@pytest.mark.parametrize("log", [b"", b"{}\n", b"7\n", b"\x00\x00\xff", b'{"made": "by another version"}\n'])
-def test_a_log_of_something_else_is_refused_or_started_over(log: bytes, tmp_path: Path) -> None:
-    Path(tmp_path / ".out.partial").mkdir()
+HEAD = b'{"modalloy merge": "same", "token": "0123abcd", "overwrite": false}\n'
+
+
+@pytest.mark.parametrize(
+    "log", [b"{}\n", b"7\n", b"\x00\x00\xff", b'{"made": "by another version"}\n', b"notes" + HEAD]
+)
+def test_a_log_of_something_else_is_refused_and_kept(log: bytes, tmp_path: Path) -> None:
     (tmp_path / ".out.partial.log").write_bytes(log)
-    staging = Staging(tmp_path / "out", resume=True).begin("same")
-    if log.startswith(b"{"):
-        with pytest.raises(OutputError, match="the interrupted merge was of another recipe"):
-            staging.__enter__()
-    else:
-        with staging:
-            assert staging.finished == {}
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        message = r"\.out\.partial\.log: is not the log of a merge; move it away, or choose another folder"
+        with pytest.raises(OutputError, match=message):
+            Staging(tmp_path / "out", **options)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial.log"]
+    assert (tmp_path / ".out.partial.log").read_bytes() == log
+
+
+@pytest.mark.parametrize("log", [b"", HEAD[:1], HEAD[:18], HEAD[:40], HEAD, HEAD + b"7", HEAD + b'{"file": 7}\n'])
+def test_a_log_that_a_kill_cut_short_is_gone_on_with_or_started_over(log: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial.log").write_bytes(log)
+    with Staging(tmp_path / "out", resume=True).begin("same") as folder:
+        (folder / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_resumed_run_that_fails_brings_back_what_it_was_to_replace(tmp_path: Path) -> None:
     """Killed between the two renames, then resumed and interrupted."""
-    out = tmp_path / "out"
-    staging = Staging(out).begin("same")
-    with staging as folder:
-        (folder / "manifest.json").write_text("old")
+    out, old = tmp_path / "out", json.dumps({"modalloy": "0.1", "outputs": {}})
+    with Staging(out).begin("same") as folder:
+        (folder / "manifest.json").write_text(old)
     staging = Staging(out, overwrite=True).begin("same")
     staging.__enter__()
     os.close(staging.lock)
@@ -222,7 +235,7 @@ def test_a_resumed_run_that_fails_brings_back_what_it_was_to_replace(tmp_path: P
     with pytest.raises(KeyboardInterrupt), Staging(out, resume=True).begin("same"):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (out / "manifest.json").read_text() == "old"
+    assert (out / "manifest.json").read_text() == old
 
 
 def test_a_refused_run_leaves_no_log(tmp_path: Path) -> None:
