@@ -397,6 +397,8 @@ def _write_weights(
     try:
         for job, (tensors, inputs) in results:
             for spec, tensor in zip(job.outputs, tensors, strict=True):
+                if spec.name in kept:  # of a job whose other tensors are in a later shard
+                    continue
                 if finished := writer.add(spec.name, tensor):
                     staging.note(finished, writer.sha256[finished], planned.compression)
             for tensor in inputs:
