@@ -289,6 +289,15 @@ def test_killed_while_the_base_is_copied(write_recipe: WriteRecipe, tmp_path: Pa
         assert contents(tmp_path / f"out.{point}") == contents(tmp_path / "undisturbed"), f"killed at change {point}"
 
 
+def test_a_shard_that_ends_between_the_two_factors_of_a_weight(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(output={"form": "omni", "max_shard_size": "1KB"})
+    modalloy.merge(recipe, tmp_path / "undisturbed")
+    states = killed_at(range(20, 100, 9), recipe, tmp_path / "out", cycle=True)
+    assert len({shards for _, shards in states}) > 3
+    for index in range(len(states)):
+        assert contents(tmp_path / f"out.{20 + 9 * index}") == contents(tmp_path / "undisturbed")
+
+
 def test_another_scale_is_another_merge(
     write_recipe: WriteRecipe, specialists: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -153,6 +153,8 @@ class Log:
             is_new = _is_empty(folder)
             if not is_new and not is_file(folder / RUN):
                 raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
+            if not is_new:
+                _read_meta(folder)  # a file of another program is refused
             self.file: IO[bytes] = os.fdopen(open_log(self.path), "ab")
         except BlockingIOError as error:
             raise OutputError(
@@ -161,8 +163,6 @@ class Log:
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
         try:
-            if not is_new:
-                _read_meta(folder)  # a file of another program is refused
             self._begin(meta, resume)
         except BaseException:
             if is_new:
