@@ -1,7 +1,7 @@
 """What a merge that is killed (SIGKILL) leaves: merges of every form, killed at random moments, then gone on with.
 
-Half of the kills come after a random time, half just before a random change to the disk (or halfway through a write). After
-every kill the folder of the result must hold what was there before, or all of the new result, byte for byte; what others
+Half of the kills come after a random time, half just before a random change to the disk (or halfway through a write), and half
+of these among the last changes, where the results change places. After every kill the folder of the result must hold what was there before, or all of the new result, byte for byte; what others
 have beside it under names like the staging's must be as it was; and the run after it, with `--resume`, with `--overwrite`
 or as before, must end with the same bytes as one that nobody disturbed, and leave nothing else.
 
@@ -41,6 +41,7 @@ SHARD = "2KB"
 FORMS = ("adapter", "full", "omni", "across")
 BEGINNINGS = ("nothing", "an older result", "the same result", "a killed merge")  # what the killed run finds
 CHANGES = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
+LAST = 24  # changes to the disk in which a result is finished, takes its place and the old one is removed
 KILLED, REFUSED = -signal.SIGKILL, 2
 Contents = dict[str, bytes]
 
@@ -175,7 +176,8 @@ class Bench:
     def _run(self, *, kill: bool = False, overwrite: bool = False, resume: bool = False) -> int:
         """The exit code of a merge in a process of its own, which is killed at a random moment if it is there by then."""
         at_change = self.draw.random() < 0.5
-        change = self.draw.randint(1, self.changes) if kill and at_change else 0
+        first = self.draw.choice((1, max(1, self.changes - LAST)))
+        change = self.draw.randint(first, self.changes) if kill and at_change else 0
         child = forked(lambda: self._merge(change, overwrite, resume))
         if kill and not at_change:
             time.sleep(self.draw.uniform(0, 1.1 * self.seconds))
@@ -210,7 +212,7 @@ class Bench:
         seconds, changes = time.perf_counter() - begin, int(tally.read_text())
         tally.unlink()
         shutil.rmtree(self.out)
-        return seconds, changes + 8  # of a replacement
+        return seconds, changes + 12  # of a replacement
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -286,7 +286,8 @@ def test_a_run_without_an_answer_leaves_nothing_and_is_begun_anew(
         evaluate(stopped, IDENTITY, generated, Source(folder), path)
     assert not path.exists()
     path.mkdir()
-    (path / "run.json").write_text("{}")  # of one that was killed while the model was loaded
+    begun = (run(generated, limit=1, name="other").folder / "run.json").read_text()
+    (path / "run.json").write_text(begun)  # of one that was killed while the model was loaded
     (path / "preds.jsonl").write_text("")
     assert len(run(generated, limit=1).entries) == 1
     # a model that was moved is the same, and a smaller limit hides no answer that is there
