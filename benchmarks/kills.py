@@ -1,9 +1,10 @@
 """What a merge that is killed (SIGKILL) leaves: merges of every form, killed at random moments, then gone on with.
 
-Half of the kills come after a random time, half just before a random change to the disk (or halfway through a write), and half
-of these among the last changes, where the results change places. After every kill the folder of the result must hold what was there before, or all of the new result, byte for byte; what others
-have beside it under names like the staging's must be as it was; and the run after it, with `--resume`, with `--overwrite`
-or as before, must end with the same bytes as one that nobody disturbed, and leave nothing else.
+Half of the kills come after a random time, half just before a random change to the disk (or halfway through a write), many
+of these among the last, where the results change places. After every kill the folder of the result must hold what was there
+before, or all of the new result, byte for byte; what others have beside it under names like the staging's must be as it was;
+and the run after it, with `--resume`, with `--overwrite` or as before, must end with the same bytes as one that nobody
+disturbed, and leave nothing else.
 
 Prints a table, then one JSON document as its last line. Exit code 1 if anything was not so.
 """

@@ -10,7 +10,7 @@ from modalloy.checkpoints import Checkpoint, Factors, Specialist, is_portable, l
 from modalloy.checkpoints.writer import copy_file
 from modalloy.encoders import EncoderChoice, choose, registered, sizes
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.files import replace_text, write_text
+from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.projectors import build_projector, recognise
 from modalloy.recipe import Recipe
@@ -179,12 +179,12 @@ def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | d
 def write_omni(planned: "Plan", folder: Path) -> None:
     """Everything of an omni folder beside its merged weights and the tokenizer."""
     config = omni_config(planned)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     template, labels = prompt_format(planned)
     if template is not None:
-        replace_text(folder / "chat_template.jinja", template)  # the base's was copied
+        replace_text(folder / "chat_template.jinja", template)
     processor = processor_config(config["modalities"], labels)
-    write_text(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
+    replace_text(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
     write_remote_code(folder)
     if planned.copies_base:
         _copy(_model_files(planned.base, ["config.json"]), folder / "base")

@@ -289,6 +289,16 @@ def test_killed_while_the_base_is_copied(write_recipe: WriteRecipe, tmp_path: Pa
         assert contents(tmp_path / f"out.{point}") == contents(tmp_path / "undisturbed"), f"killed at change {point}"
 
 
+def test_files_of_the_base_that_the_result_has_its_own_of(
+    write_recipe: WriteRecipe, base: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(base, tmp_path / "base")
+    for name in ("processor_config.json", "preprocessor_config.json", "chat_template.json"):
+        (other / name).write_text('{"of": "the base"}')
+    modalloy.merge(write_recipe(base_model=str(other), output={"form": "omni"}), tmp_path / "out")
+    assert "modalities" in json.loads((tmp_path / "out" / "processor_config.json").read_text())
+
+
 def test_a_shard_that_ends_between_the_two_factors_of_a_weight(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe(output={"form": "omni", "max_shard_size": "1KB"})
     modalloy.merge(recipe, tmp_path / "undisturbed")

@@ -163,7 +163,7 @@ def test_overwrite_refuses_a_result_that_holds_something_else(
     modalloy.merge(recipe, out)
     ADDITIONS[name](out, precious)
     before = snapshot(tmp_path)
-    with pytest.raises(OutputError, match=rf"out: holds {name}, which modalloy did not write .*move it away"):
+    with pytest.raises(OutputError, match=rf"out: holds {name}, which its manifest.json does not list, .*move it away"):
         modalloy.merge(recipe, out, overwrite=True)
     assert snapshot(tmp_path) == before and (out / name).exists()
 
@@ -354,7 +354,7 @@ def test_a_mount_point_in_an_earlier_result_is_not_emptied(precious: Path, tmp_p
         (folder / "base" / "thesis.txt").write_text("ours")
         outputs = {"base/thesis.txt": "0" * 64, "base/model.safetensors": "0" * 64}
         (folder / "manifest.json").write_text(json.dumps({"modalloy": "0.1", "outputs": outputs}))
-    message = "out: holds base, which modalloy did not write"
+    message = "out: holds base, which its manifest.json does not list"
     with mounted("--bind", precious, out / "base"), pytest.raises(OutputError, match=message):
         Staging(out, overwrite=True)
     assert (precious / "thesis.txt").read_text() == "years of work\n"

@@ -1,7 +1,6 @@
 """A result appears when it is whole: the folder beside it that takes its place, the log of that, and what may be replaced."""
 
 import ctypes
-import errno
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modalloy.checkpoints.tensors import read_json
+from modalloy.checkpoints.tensors import read_json, reading
 from modalloy.errors import CheckpointError, OutputError
 from modalloy.files import disk_errors, is_file, is_folder, is_mount, kind, open_log, read_file
 
@@ -21,7 +20,6 @@ HEAD = b'{"modalloy merge": '  # how every log of ours begins
 LOG_BYTES = 64 << 20
 MANIFEST, SOURCES = "manifest.json", "sources.json"  # what a result has beside the files that the manifest lists
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # what a system or disk says that cannot exchange names
 
 
 class Staging:
@@ -242,8 +240,8 @@ class Staging:
             raise OutputError(f"{self.out}: already exists; choose another folder, or replace it with --overwrite")
         if found := next(_strangers(self.out), None):
             raise OutputError(
-                f"{self.out}: holds {found}, which modalloy did not write (its manifest.json does not list it), so "
-                "--overwrite will not replace it; move it away, or choose another folder"
+                f"{self.out}: holds {found}, which its manifest.json does not list, so --overwrite will not replace it; "
+                "move it away, or choose another folder"
             )
 
     def _check_again(self) -> None:
@@ -316,7 +314,8 @@ def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
         if real.is_dir() and _identity(real) in around:
             what = "is" if _identity(real) == own else "lies in"
             raise OutputError(f"{out}: {what} {label} ({given}), which is only read; choose another folder")
-        parts = [real, *map(Path, map(os.path.realpath, real.iterdir()))] if real.is_dir() else [real]
+        with reading(real):
+            parts = [real, *map(Path, map(os.path.realpath, real.iterdir()))] if real.is_dir() else [real]
         for part in parts:
             above = {_identity(path) for path in (part, *part.parents)}
             if own and (own in above or _identity(part) in inside):
@@ -325,15 +324,9 @@ def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Let two folders exchange their names in one step; False, and nothing done, where the system or the disk cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
-    if rename is None:
-        return False
-    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in UNKNOWN:
-        return False
-    raise OSError(number, os.strerror(number))
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0
 
 
 def _check_place(out: Path) -> None:
