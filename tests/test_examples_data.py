@@ -326,8 +326,13 @@ def test_a_file_that_cannot_be_built_fails_unless_it_is_a_known_gap(
     assert "'smell' is none of image, audio, video, pointcloud" in capsys.readouterr().err
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("manifest", [None, "[]", '[{"file": "image/0.webp"}]'])
+def test_a_folder_with_other_files_is_left_alone(
+    manifest: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest)
     assert load("build").main(["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 2
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -148,11 +149,25 @@ def build(
     return Outcome(records, len(earlier), failures, skipped)
 
 
+def check_replaceable(out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier build."""
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir() or path.is_symlink()}
+    if not found:
+        return
+    if MANIFEST not in found:
+        raise DataError(f"{out} holds other files and no {MANIFEST}; choose another folder")
+    try:
+        known = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        listed = {MANIFEST, *(record["file"] for record in known)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{out / MANIFEST} is not that of an earlier build; choose another folder") from error
+    if others := sorted(found - listed):
+        raise DataError(f"{out} holds other files ({others[0]}); move them away, or choose another folder")
+
+
 def replace_folder(stage: Path, out: Path) -> None:
     """Puts the staged folder in the place of an earlier build."""
-    retired = out.with_name(out.name + ".old")
-    if retired.exists():
-        shutil.rmtree(retired)
+    retired = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
     if out.exists():
         os.replace(out, retired)
     os.replace(stage, out)
@@ -204,34 +219,35 @@ def run(arguments: argparse.Namespace, report: Report) -> int:
     out: Path = arguments.out.resolve()
     if out.exists() and not out.is_dir():
         raise DataError(f"{arguments.out} is not a folder")
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise DataError(f"{arguments.out} holds other files and no {MANIFEST}; choose another folder")
+    check_replaceable(out)
     sources = load_sources(HERE / "packages.yaml")
     entries, gaps = load_entries(HERE / "concepts.yaml", sources)
-    stage = out.with_name(out.name + ".partial")
-    if stage.exists():
-        shutil.rmtree(stage)
+    stage = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     stage.mkdir(parents=True)
     started = time.monotonic()
-    outcome = build(
-        entries,
-        gaps,
-        modalities,
-        out,
-        stage,
-        arguments.cache.resolve(),
-        force=arguments.force,
-        keep=arguments.keep_packages,
-        report=report,
-    )
-    for line in outcome.gaps:
-        report(f"gap      {line}")
-    for line in outcome.failures:
-        report(f"failed   {line}")
-    if outcome.failures:
-        raise DataError(f"{len(outcome.failures)} files could not be built; {arguments.out} is unchanged")
-    write_atomically(stage / MANIFEST, json.dumps(outcome.records, indent=0).encode())
-    replace_folder(stage, out)
+    try:
+        outcome = build(
+            entries,
+            gaps,
+            modalities,
+            out,
+            stage,
+            arguments.cache.resolve(),
+            force=arguments.force,
+            keep=arguments.keep_packages,
+            report=report,
+        )
+        for line in outcome.gaps:
+            report(f"gap      {line}")
+        for line in outcome.failures:
+            report(f"failed   {line}")
+        if outcome.failures:
+            raise DataError(f"{len(outcome.failures)} files could not be built; {arguments.out} is unchanged")
+        write_atomically(stage / MANIFEST, json.dumps(outcome.records, indent=0).encode())
+        check_replaceable(out)  # something may have been put there meanwhile
+        replace_folder(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
     report(
         f"done     {len(outcome.records)} files, {outcome.taken_over} taken over, {time.monotonic() - started:.0f} s"
     )
