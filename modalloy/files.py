@@ -150,6 +150,12 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that modalloy wrote."""
+    begin = read_file(path, 4096)
+    return begin.startswith(b"<!DOCTYPE html>") and PAGE in begin
+
+
 def kind(path: Path) -> str:
     """What there is at a path, in words."""
     return "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file" if path.is_file() else "no file"
@@ -196,8 +202,7 @@ def _check_page(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path}: already exists; choose another file, or replace it with --overwrite")
     if not is_file(path):
         raise OutputError(f"{path}: is {kind(path)}, which --overwrite does not replace; choose another file")
-    begin = read_file(path, 4096)
-    if begin and not (begin.startswith(b"<!DOCTYPE html>") and PAGE in begin):
+    if path.stat().st_size and not is_page(path):
         raise OutputError(
             f"{path}: is not a page that modalloy wrote, so --overwrite will not replace it; choose another file"
         )

@@ -15,7 +15,7 @@ from modalloy.errors import MediaError, ModalloyError, OutputError
 from modalloy.evals.ocrbench import _unpacked
 from modalloy.evals.run import Log, load_run
 from modalloy.files import create, new_file, open_log, replace_text, write_text
-from modalloy.search.run import _check_out
+from modalloy.search.folder import check_out
 from modalloy.search.trials import Trials
 
 OURS = "<!DOCTYPE html>\n<html><head><title>modalloy eval · old</title>"
@@ -256,18 +256,23 @@ def test_a_search_replaces_only_what_one_wrote(victim: Path, tmp_path: Path) -> 
     recipe, probe = tmp_path / "recipe.yaml", tmp_path / "probes.jsonl"
     probe.write_text("{}")
     recipe.write_text("# Chosen by modalloy search (labels): k = 2\nbase_model: b\n")
-    _check_out(tmp_path, [probe])
+    check_out(tmp_path, [probe])
     (tmp_path / "link.yaml").symlink_to(recipe)
     for given in (recipe, tmp_path / "link.yaml"):
         with pytest.raises(OutputError, match=r"recipe\.yaml: is what the search is asked with"):
-            _check_out(tmp_path, [given, probe])
+            check_out(tmp_path, [given, probe])
     recipe.write_text("base_model: mine\n")
     with pytest.raises(OutputError, match=r"recipe\.yaml: is a file that no search wrote; move it away"):
-        _check_out(tmp_path, [probe])
+        check_out(tmp_path, [probe])
     recipe.unlink()
+    for name in ("search.json", "index.html"):
+        (tmp_path / name).write_text("{}" if name == "search.json" else "<!DOCTYPE html><title>my page</title>")
+        with pytest.raises(OutputError, match="is a file that no search wrote"):
+            check_out(tmp_path, [probe])
+        (tmp_path / name).unlink()
     (tmp_path / "index.html").symlink_to(victim)
     with pytest.raises(OutputError, match=r"index\.html: is a link that no search wrote"):
-        _check_out(tmp_path, [probe])
+        check_out(tmp_path, [probe])
 
 
 # ------------------------------------------------------------------------------------------------ caches

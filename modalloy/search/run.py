@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,19 +12,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from modalloy.differences import settled_plan
-from modalloy.errors import MediaError, ModalloyError, OutputError, RecipeError, nearest
+from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest
 from modalloy.evals.benchmark import LETTERS, Answer, Sample
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import is_text
 from modalloy.evals.runner import answers
 from modalloy.evals.scoring import normalized_match, parse_letter
 from modalloy.families.ancestors import check_kinship
-from modalloy.files import disk_errors, is_file, kind, read_file, replace_text
 from modalloy.plan import Plan
 from modalloy.recipe import Recipe, load_recipe
-from modalloy.report.search import page
 from modalloy.search.candidates import Server, distance
 from modalloy.search.embedding import EMBEDDER, Embedder
+from modalloy.search.folder import check_out, write
 from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import (
     Aggregate,
@@ -42,7 +40,7 @@ from modalloy.search.objective import (
     scripts,
 )
 from modalloy.search.probes import read_probes
-from modalloy.search.space import Axis, Changes, applied, default_axes, parse_axes, relocated, start
+from modalloy.search.space import Axis, Changes, default_axes, parse_axes, start
 from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, serve_target, target_senses
 from modalloy.search.trials import Trials
 
@@ -50,8 +48,6 @@ Objective = Literal["consistency", "labels", "agreement"]
 OBJECTIVES = get_args(Objective)
 STRATEGIES = ("auto", "grid", "coordinate", "tpe", "random")
 PASSES = 2  # over the axes, coordinate by coordinate
-CHOSEN = "# Chosen by modalloy search"  # how the recipe begins that a search writes
-WRITTEN = {"recipe.yaml": CHOSEN, "search.json": "{", "index.html": "<!DOCTYPE html>"}  # and how each begins
 TARGET = "target"  # in the log: the model of α = 0
 SAME = 1e-4  # relative distance below which two merges are one
 FACTORS = ("alpha", "scale")  # of the whole update: their steps are known, and would be blurred by tensors of few bits
@@ -112,7 +108,7 @@ def search(
         ModalloyError: the recipe, the probes, an axis or the folder is not fit for it.
     """
     out = Path(out)
-    _check_out(out, [Path(probe)] if isinstance(recipe, Recipe) else [Path(recipe), Path(probe)])
+    check_out(out, [Path(probe)] if isinstance(recipe, Recipe) else [Path(recipe), Path(probe)])
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     _check_recipe(recipe, load)
     probes = read_probes(Path(probe))
@@ -149,7 +145,7 @@ def search(
             "axes": {axis.name: list(axis.values) for axis in axes},
         }
         found = Found(out, chosen, start(planned, axes), sweeps, settled, settings, asking.cost())
-    _write(found, recipe)
+    write(found, recipe)
     return found
 
 
@@ -578,18 +574,6 @@ def _strategy(given: str, axes: list[Axis], objective: str, variant: str, aggreg
     return strategy
 
 
-def _check_out(out: Path, inputs: list[Path]) -> None:
-    """Refuse a folder in which the search would replace what it did not write."""
-    for name, begin in WRITTEN.items():
-        path = out / name
-        if not os.path.lexists(path):
-            continue
-        if not is_file(path) or not read_file(path, 100).startswith(begin.encode()):
-            raise OutputError(f"{path}: is {kind(path)} that no search wrote; move it away, or choose another folder")
-        if any(given.exists() and path.samefile(given) for given in inputs):
-            raise OutputError(f"{path}: is what the search is asked with, and would be replaced; choose another folder")
-
-
 def _check_recipe(recipe: Recipe, load: Loader | None) -> None:
     if recipe.target is None and load is not None:
         raise RecipeError("load=… makes models of recipes with a target, and this one has none; leave it out")
@@ -622,17 +606,3 @@ def _check_probes(probes: list[Sample], planned: Plan, objective: str, load: Loa
         raise ModalloyError(
             "no probe shows one sense alone, which --objective agreement asks the specialists about; add some"
         )
-
-
-def _write(found: Found, recipe: Recipe) -> None:
-    """recipe.yaml, search.json and index.html of a finished search."""
-    chosen = relocated(applied(recipe, found.chosen), found.out)
-    said = ", ".join(f"{name} = {value}" for name, value in found.chosen.items())
-    texts = {
-        "recipe.yaml": f"{CHOSEN} ({found.settings['objective']}): {said}\n{chosen.to_yaml()}",
-        "search.json": json.dumps(found.to_dict(), indent=1) + "\n",
-        "index.html": page(found.to_dict()),
-    }
-    with disk_errors(found.out):
-        for name, text in texts.items():
-            replace_text(found.out / name, text)
