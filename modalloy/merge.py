@@ -20,10 +20,10 @@ from modalloy.checkpoints import (
     TensorSpec,
     WeightWriter,
     all_finite,
-    present,
     read_json,
 )
 from modalloy.checkpoints.writer import disk_errors
+from modalloy.companions import code_files, companions
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.differences import settled_plan
 from modalloy.engines import local
@@ -42,22 +42,6 @@ from modalloy.verify import Verification, verify, verify_folder
 
 Read = Callable[[TensorRef], Tensor]  # how a job gets at the data of its inputs
 STEMS = {"adapter": "adapter_model", "omni": "adapter_model", "full": "model"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -416,9 +400,15 @@ def _write_configs(planned: Plan, folder: Path) -> None:
         config = _peft_config(planned)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
-    for name in present(base, TOKENIZER_FILES):
+    for name in companions(base):
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(base / name, folder / name)
     if recipe.output.form == "full":
+        if planned.chat_template is not None:
+            (folder / "chat_template.json").unlink(missing_ok=True)
+            (folder / "chat_template.jinja").write_text(planned.chat_template, encoding="utf-8")
+        for name in code_files(base):
+            shutil.copyfile(base / name, folder / name)
         config = read_json(base / "config.json")
         config.pop("_name_or_path", None)  # where the base was on someone's machine
         if recipe.written_dtype != "auto":

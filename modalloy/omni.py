@@ -13,6 +13,7 @@ from modalloy.errors import CheckpointError, RecipeError
 from modalloy.names import disk_name
 from modalloy.projectors import build_projector, recognise
 from modalloy.recipe import Recipe
+from modalloy.templates import own_template
 
 if TYPE_CHECKING:
     from modalloy.plan import Plan
@@ -181,6 +182,7 @@ def write_omni(planned: "Plan", folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     template, labels = prompt_format(planned)
     if template is not None:
+        (folder / "chat_template.json").unlink(missing_ok=True)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     processor = processor_config(config["modalities"], labels)
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
@@ -226,12 +228,7 @@ def prompt_format(planned: "Plan") -> tuple[str | None, bool]:
     """The chat template to write, None for the base's own; and whether media have labels, as ModelCompose's prompts do."""
     if planned.chat_template is not None:
         return planned.chat_template, False
-    base = planned.base_folder
-    tokenizer = base / "tokenizer_config.json"
-    has_own = (base / "chat_template.jinja").is_file() or (
-        tokenizer.is_file() and "chat_template" in read_json(tokenizer)
-    )
-    return (None, False) if has_own else (VICUNA_V1, True)
+    return (VICUNA_V1, True) if own_template(planned.base_folder) is None else (None, False)
 
 
 def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[str, Any]:

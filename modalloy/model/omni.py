@@ -42,7 +42,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ModalloyConfig) -> None:
         super().__init__(config)
-        self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config)
+        self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.routes = Routes()
         self.linears = route_linears(self.decoder, self.routes)
         self.encoders = nn.ModuleDict()
