@@ -3,14 +3,17 @@
 A chat template is a program, and a tokenizer's patterns and replacements can take time and memory without end.
 """
 
+import atexit
 import hashlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ WAIT = 120.0  # seconds of wall clock, on a machine that is busy
 MAX_BYTES = 1_200_000_000  # that the child may hold
 MAX_CHARACTERS = 16_000_000  # of a rendered prompt
 MAX_REASON = 300  # characters of a stranger's message that are repeated
+HALVES = re.compile("[\ud800-\udfff]")
 CHILD = Path(__file__).with_name("bounded_child.py")
 
 
@@ -71,11 +75,16 @@ class Child:
         if line.endswith(b"\n"):
             found: dict[str, Any] = json.loads(line)
             return found
-        status = self._end(process) if not ready else process.wait()
-        self._process = None
-        if not ready or status == -signal.SIGXCPU:
+        late = not ready
+        status = self._end(process, kill=late)
+        if late or status == -signal.SIGXCPU:
             return {"error": "time", "reason": ""}
         return {"error": "death", "reason": f"signal {-status}" if status < 0 else f"exit code {status}"}
+
+    def close(self) -> None:
+        """End the child process, if one runs."""
+        if self._process is not None and self._owner == os.getpid():
+            self._end(self._process)
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if not self._is_running():
@@ -93,13 +102,20 @@ class Child:
         assert self._process is not None
         return self._process
 
-    def _end(self, process: "subprocess.Popen[bytes]") -> int:
-        process.kill()
+    def _end(self, process: "subprocess.Popen[bytes]", *, kill: bool = True) -> int:
         self._process = None
-        return process.wait()
+        if kill:
+            process.kill()
+        status = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+        return status
 
 
 _child = Child()
+atexit.register(_child.close)
 
 
 def render(template: str, variables: dict[str, Any], where: str) -> str:
@@ -145,7 +161,7 @@ def try_encoding(tokenizer: Opened, text: str, where: str) -> None:
 
 def is_text(text: str) -> bool:
     """Whether a string holds no half of a surrogate pair, which no tokenizer takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return HALVES.search(text) is None
 
 
 def _said(found: dict[str, Any], refusal: str) -> str:

@@ -62,6 +62,8 @@ class Literals:
         templates look for them.
         """
         if isinstance(value, str):
+            if not is_text(value):
+                raise MediaError("the text holds half a surrogate pair, which is no character; leave it out")
             text = (MARKS if media else OURS).sub("", value)
             found = self._matcher(text, self.special if answer else None)
             return text if found is None else found.sub(lambda match: f"{OPEN}{match[0]}{CLOSE}", text)
@@ -94,8 +96,6 @@ class Literals:
             MediaError: the tokenizer has no way to take a control token for text.
             CheckpointError: the tokenizer fails at the text, or goes past a limit.
         """
-        if not is_text(text):
-            raise MediaError("the text holds half a surrogate pair, which is no character; leave it out")
         if not MARKS.search(text):
             if self._opened is not None:
                 try_encoding(self._opened, text, self.where)
