@@ -79,7 +79,9 @@ class ChatModel:
     def ends(self) -> Ends:
         """Where an answer ends: every end token and stop string of the model's files and its chat template."""
         settings, tokenizer = self.model.generation_config, self.processor.tokenizer
-        return ends_of(settings, tokenizer, self.processor.literals(), self._between)
+        found = ends_of(settings, tokenizer, self.processor.literals(), self._between)
+        settings.stop_strings = None  # transformers' own search for them fails with tokenizers of whole words
+        return found
 
     def _between(self, messages: list[Message]) -> str:
         """The prompt of a conversation without its beginning of an answer."""
@@ -191,7 +193,7 @@ class ChatModel:
                 pad_token_id=self.processor.padding_id,
                 streamer=streamer,
                 trust_remote_code=False,
-                **self.ends.options(self.processor.tokenizer),
+                **self.ends.options(self.processor.tokenizer, inputs["input_ids"].shape[1]),
             )
         return ids
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TextStreamer
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from modalloy.errors import CheckpointError, ModalloyError
 from modalloy.model.literal import Literals
@@ -29,9 +31,21 @@ class Ends:
         """A text up to the first stop string."""
         return min((text.split(string, 1)[0] for string in self.strings), key=len, default=text)
 
-    def options(self, tokenizer: Any) -> dict[str, Any]:
-        """What transformers' `generate` is told of stop strings."""
-        return {"stop_strings": list(self.strings), "tokenizer": tokenizer} if self.strings else {}
+    def options(self, tokenizer: Any, start: int) -> dict[str, Any]:
+        """What transformers' `generate` is told of stop strings; answers begin at token `start` of each row."""
+        return {"stopping_criteria": StoppingCriteriaList([Stops(self, tokenizer, start)])} if self.strings else {}
+
+
+class Stops(StoppingCriteria):
+    """Ends a row where its answer has a stop string."""
+
+    def __init__(self, ends: Ends, tokenizer: Any, start: int) -> None:
+        self.ends, self.tokenizer, self.start = ends, tokenizer, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Which rows (batch,) of the tokens (batch, tokens) are at their end."""
+        texts = [str(self.tokenizer.decode(row[self.start :], skip_special_tokens=True)) for row in input_ids]
+        return torch.tensor([self.ends.cut(text) != text for text in texts], device=input_ids.device)
 
 
 def ends_of(settings: Any, tokenizer: Any, literals: Literals, render: Render) -> Ends:

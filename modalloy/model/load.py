@@ -134,7 +134,7 @@ def _routed(
         options = options | {"dtype": config.text_config.dtype}
     with opening(folder, "model"):
         found: ModalloyForConditionalGeneration = ModalloyForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=weights, **options
+            None, config=config, state_dict=weights, where=folder, **options
         )
     return found
 
