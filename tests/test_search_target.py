@@ -314,7 +314,7 @@ def test_refusals(
     said = refusal(text, folder / "llava.jsonl", out, monkeypatch, capsys)
     assert "shows image, and the recipe's model takes text only; remove the probe" in said
 
-    def lacking(*_: Any) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
         raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found")
 
     with monkeypatch.context() as patch:

@@ -85,7 +85,6 @@ DAMAGED = {
     "ends": edit("generation_config.json", eos_token_id=["</s>"]),
     "stop strings": edit("generation_config.json", stop_strings=[7]),
     "generation": put("generation_config.json", b"[1]"),
-    "generation of another type": edit("generation_config.json", max_length="x", temperature=[]),
     "token beyond the vocabulary": put("chat_template.jinja", b"{{ bos_token }} <late> {{ messages[0].content }}"),
 }
 
