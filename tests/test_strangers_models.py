@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_omni
+from safetensors.torch import load_file, save_file
 
 import modalloy
 from modalloy import cli
@@ -183,6 +184,9 @@ def full(tmp_path: Path, models: dict[str, Change], base: Path, **output: Any) -
     """A full merge of copies of the base that were changed."""
     for name, change in models.items():
         shutil.copytree(base, tmp_path / name, dirs_exist_ok=True)
+        if name != "base":
+            weights = load_file(base / "model.safetensors")
+            save_file({key: tensor * 1.01 for key, tensor in weights.items()}, tmp_path / name / "model.safetensors")
         change(tmp_path / name)
     recipe = {
         "base_model": str(tmp_path / "base") if "base" in models else str(base),
