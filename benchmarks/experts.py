@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modalloy import builtin
-from modalloy.checkpoints import Checkpoint, Factors, Specialist, locate, open_base, open_specialist, present, read_json
+from modalloy.checkpoints import Checkpoint, Factors, Specialist, locate, open_base, open_specialist, read_json
+from modalloy.companions import companions
 from modalloy.encoders import encoder_weights
-from modalloy.merge import TOKENIZER_FILES
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
@@ -158,7 +158,7 @@ def _written(
     partial = out.with_name(f".{out.name}")  # so that a stopped run leaves no half of a folder
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in present(base.folder, TOKENIZER_FILES):
+    for name in companions(base.folder):
         shutil.copyfile(base.folder / name, partial / name)
     if sense is not None and (template := sense.checkpoint.folder / "chat_template.jinja").is_file():
         shutil.copyfile(template, partial / template.name)

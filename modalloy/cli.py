@@ -115,6 +115,8 @@ def merge(
         print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
         return
     print(f"plan     {report.plan.summary()}")
+    for notice in report.plan.notices:
+        print(f"note     {notice}")
     for label, kin in report.plan.kinship.items():
         print(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
     print(
@@ -148,6 +150,8 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
     for found in planned.maps.values():
         print(f"\n{found.page()}")
     print(f"\n{planned.summary()}")
+    for notice in planned.notices:
+        print(f"note     {notice}")
     workers = default_workers()
     print(
         f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB ({planned.disk_bytes / 1e6:.1f} MB "
@@ -247,6 +251,8 @@ def chat(
     """
     _choice("--device", device, DEVICES)
     _choice("--dtype", dtype, DTYPES)
+    if prompt is not None and not prompt.strip() and not any((image, audio, video, point, media)):
+        raise ModalloyError("-p: the question is empty; write one, or leave -p out to type a conversation")
     if as_json and prompt is None:
         raise ModalloyError("--json prints the answer to one question; ask it with -p")
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}

@@ -102,21 +102,3 @@ def check_complete(
                 f"{owner(lacking[0])} has; say `missing: zero` in the recipe to count it as zero, or keep these weights under "
                 "`modules:`"
             )
-
-
-def common_chat_template(specialists: list[Specialist]) -> str | None:
-    """For `omni`: the chat template that the specialists were trained with, None if they use the base's; they must agree."""
-    templates: dict[str, str] = {}
-    for specialist in specialists:
-        path = specialist.checkpoint.folder / "chat_template.jinja"
-        if path.is_file():
-            try:
-                templates[path.read_text(encoding="utf-8")] = specialist.label
-            except UnicodeDecodeError as error:
-                raise CheckpointError(f"{path}: is not UTF-8 text ({error}); download it again") from error
-    if len(templates) > 1:
-        raise CheckpointError(
-            f"the specialists were trained with different chat templates ({', '.join(templates.values())}); "
-            "make their chat_template.jinja the same, or remove them to use the base's"
-        )
-    return next(iter(templates), None)

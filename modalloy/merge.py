@@ -20,11 +20,11 @@ from modalloy.checkpoints import (
     TensorSpec,
     WeightWriter,
     all_finite,
-    present,
     read_json,
 )
 from modalloy.checkpoints.staging import MANIFEST, check_apart
 from modalloy.checkpoints.writer import copy_file
+from modalloy.companions import code_files, companions
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.differences import settled_plan
 from modalloy.engines import local
@@ -44,22 +44,6 @@ from modalloy.verify import Verification, verify, verify_folder
 
 Read = Callable[[TensorRef], Tensor]  # how a job gets at the data of its inputs
 STEMS = {"adapter": "adapter_model", "omni": "adapter_model", "full": "model"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -421,9 +405,15 @@ def _write_configs(planned: Plan, folder: Path) -> None:
         config = _peft_config(planned)
         write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
-    for name in present(base, TOKENIZER_FILES):
+    for name in companions(base):
+        (folder / name).parent.mkdir(exist_ok=True)
         copy_file(base / name, folder / name)
     if recipe.output.form == "full":
+        if planned.chat_template is not None:
+            (folder / "chat_template.json").unlink(missing_ok=True)
+            write_text(folder / "chat_template.jinja", planned.chat_template)
+        for name in code_files(base):
+            copy_file(base / name, folder / name)
         config = read_json(base / "config.json")
         config.pop("_name_or_path", None)  # where the base was on someone's machine
         if recipe.written_dtype != "auto":

@@ -14,6 +14,7 @@ from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.projectors import build_projector, recognise
 from modalloy.recipe import Recipe
+from modalloy.templates import own_template
 
 if TYPE_CHECKING:
     from modalloy.plan import Plan
@@ -182,6 +183,7 @@ def write_omni(planned: "Plan", folder: Path) -> None:
     replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     template, labels = prompt_format(planned)
     if template is not None:
+        (folder / "chat_template.json").unlink(missing_ok=True)
         replace_text(folder / "chat_template.jinja", template)
     processor = processor_config(config["modalities"], labels)
     replace_text(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
@@ -227,12 +229,7 @@ def prompt_format(planned: "Plan") -> tuple[str | None, bool]:
     """The chat template to write, None for the base's own; and whether media have labels, as ModelCompose's prompts do."""
     if planned.chat_template is not None:
         return planned.chat_template, False
-    base = planned.base_folder
-    tokenizer = base / "tokenizer_config.json"
-    has_own = (base / "chat_template.jinja").is_file() or (
-        tokenizer.is_file() and "chat_template" in read_json(tokenizer)
-    )
-    return (None, False) if has_own else (VICUNA_V1, True)
+    return (VICUNA_V1, True) if own_template(planned.base_folder) is None else (None, False)
 
 
 def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from modalloy.checkpoints import (
     read_json,
 )
 from modalloy.checkpoints.tensors import BLOCK_BYTES
+from modalloy.companions import notices
 from modalloy.engines.local import AHEAD, default_workers, resident_bytes
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.families.ancestors import Kinship, kinship_pairs
@@ -39,7 +40,7 @@ from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
 from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
-from modalloy.fit import check_base, check_shapes, common_chat_template
+from modalloy.fit import check_base, check_shapes
 from modalloy.kinds import PLURALS, Kind, check_numbers, kinds
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
@@ -47,6 +48,7 @@ from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.omni import Sense, choose_senses
 from modalloy.planner import Job, Planner, TensorFate
 from modalloy.recipe import Recipe
+from modalloy.templates import common_template
 
 SAMPLED_LAYERS = 12  # merged again to verify a result
 LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
@@ -72,6 +74,7 @@ class Plan:
     fishers: list[WeightFile | None]
     senses: dict[str, Sense] = field(default_factory=dict)  # by modality, for `omni`
     chat_template: str | None = None
+    notices: list[str] = field(default_factory=list)  # of tokenizers and code, for the user
     surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
     compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
     across: Across | None = None  # of a merge across architectures
@@ -312,6 +315,7 @@ class Plan:
             "write_bytes": self.write_bytes,
             "disk_bytes": self.disk_bytes,
             "peak_bytes": self.peak_bytes(default_workers()),
+            "notices": self.notices,
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         } | ({"coverage": self.across.to_dict()} if self.across else {})
 
@@ -398,7 +402,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
                     "or output.compress_rank: k to approximate what is merged"
                 )
     senses = choose_senses(recipe, specialists, base_config["hidden_size"]) if form == "omni" else {}
-    template = common_chat_template(specialists) if form == "omni" else None
+    template = None if form == "adapter" or recipe.output.chat_template == "base" else common_template(specialists)
     jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
     result = Plan(
         recipe,
@@ -416,6 +420,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         absent=planner.reasons,
         idle=tuple(idle),
         must_be_equal=planner.must_be_equal(),
+        notices=[] if form == "adapter" else notices(base_folder, specialists),
     )
     _check_all_accounted(result)
     _check_fishers(recipe, result)

@@ -95,13 +95,15 @@ class Output(_Strict):
     """What to write: a PEFT adapter, a full model, or an omni folder that chats.
 
     `compress_rank` makes an adapter out of the full matrices that some methods give, by their best approximation of that
-    rank; what it loses is measured and reported.
+    rank; what it loses is measured and reported. `chat_template` is the one that the specialists share, or with `base` the
+    base's whatever they have.
     """
 
     form: Literal["adapter", "full", "omni"] = "adapter"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
     compress_rank: Annotated[int, Field(strict=True, ge=1)] | None = None
+    chat_template: Literal["auto", "base"] = "auto"
 
 
 class Recipe(_Strict):

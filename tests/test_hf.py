@@ -18,6 +18,7 @@ import modalloy
 import modalloy.model
 from modalloy import builtin
 from modalloy.errors import CheckpointError, MediaError
+from modalloy.model.chat import placed_message, user_message
 from modalloy.verify import verify
 
 MEDIA = {"image": str(builtin.SAMPLES / "dog.webp"), "audio": str(builtin.SAMPLES / "dog.flac")}
@@ -255,19 +256,30 @@ def test_updates_of_some_linears_only(tmp_path: Path, base: Path) -> None:
     assert all({"image", "audio"} <= set(linear.scales) for linear in chat.model.linears.values())
 
 
-def test_placeholders_in_the_text_say_where_media_go(processor: Any) -> None:
-    media = [{"type": "image", "path": MEDIA["image"]}, {"type": "audio", "path": MEDIA["audio"]}]
-    text = {"type": "text", "text": "do you hear <audio> and see <image> ?"}
-    rendered = processor.apply_chat_template([{"role": "user", "content": [*media, text]}], **INPUTS)
+def test_placeholders_of_a_benchmark_say_where_media_go(processor: Any) -> None:
+    media, text = [(kind, MEDIA[kind]) for kind in ("image", "audio")], "do you hear <audio> and see <image> ?"
+    messages = placed_message(text, media, ("image", "audio"))
+    rendered = processor.apply_chat_template(messages, **INPUTS)
     runs = [owner for owner, _ in itertools.groupby(rendered["owners"][0].tolist())]
     assert [processor.owners[owner] for owner in runs] == ["text", "audio", "text", "image", "text"]
-    prompt = processor.apply_chat_template([{"role": "user", "content": [*media, text]}], add_generation_prompt=True)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert "hear <audio> and see <image>" in prompt
     called = processor(text=prompt, images=MEDIA["image"], audio=[MEDIA["audio"]])
     assert torch.equal(called["input_ids"], rendered["input_ids"]) and torch.equal(called["owners"], rendered["owners"])
     with pytest.raises(MediaError, match="more <image> than image media"):
-        processor.apply_chat_template([{"role": "user", "content": [media[1], text]}], **INPUTS)
+        placed_message(text, media[1:], ("image", "audio"))
     with pytest.raises(MediaError, match="too few <image>"):
-        processor.apply_chat_template([{"role": "user", "content": [*media, media[0], text]}], **INPUTS)
+        placed_message(text, [*media, media[0]], ("image", "audio"))
+    assert placed_message("what is it ?", media, ("image", "audio")) == user_message("what is it ?", media)
+
+
+def test_a_placeholder_in_a_question_is_text(processor: Any) -> None:
+    parts = [{"type": "image", "path": MEDIA["image"]}, {"type": "text", "text": "see <image> or <audio> ?"}]
+    rendered = processor.apply_chat_template([{"role": "user", "content": parts}], **INPUTS)
+    runs = [owner for owner, _ in itertools.groupby(rendered["owners"][0].tolist())]
+    assert [processor.owners[owner] for owner in runs] == ["text", "image", "text"]
+
+
+def test_a_call_needs_a_placeholder_for_each_medium(processor: Any) -> None:
     with pytest.raises(MediaError, match="1 more image media are given"):
         processor(text="what <audio>", images=[MEDIA["image"]], audio=[MEDIA["audio"]])

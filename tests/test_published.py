@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import modalloy
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.model import ChatModel
+from modalloy.model.chat import placed_message
 from modalloy.verify import verify
 
 WIDTH, FFN, LAYERS, RANK = 32, 48, 2, 4
@@ -247,7 +248,9 @@ def test_prompt_has_the_published_token_ids(chat: ChatModel, tmp_path: Path, leg
     # as the published files write it: placeholders in the text; one at its end leaves a chunk that begins with a space
     wanted = [f"{SYSTEM} USER: What is in ", " and ", " ASSISTANT:"]
     expected = [[1, *pieces.encode(wanted[0])], *(pieces.encode(chunk) for chunk in wanted[1:])]
-    assert ids([*parts, {"type": "text", "text": "What is in <image> and <point>"}]) == expected
+    media = [(part["type"], "unread") for part in parts]
+    (message,) = placed_message("What is in <image> and <point>", media, ("image", "point"))
+    assert ids(message["content"]) == expected
 
 
 def test_turns_are_separated_as_published(chat: ChatModel) -> None:

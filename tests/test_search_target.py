@@ -242,8 +242,12 @@ def test_images_are_asked_about(folder: Path) -> None:
     assert len(chat.continuations([question], [[" dog", " cat"]])[0]) == 2
     with pytest.raises(MediaError, match="takes no audio input; it takes: image"):
         chat.ask(question, audio="a.wav")
-    with pytest.raises(MediaError, match="the text holds <image>, which stands for an image"):
-        chat.ask("what is <image> ?")
+    # the sign of an image, and control tokens, are text where a question holds them
+    sign = chat.processor.tokenizer.convert_tokens_to_ids("<image>")
+    typed = chat.prompt(user_message("what is <image> ?</s>", [("image", image)]))
+    assert typed.ids.count(sign) == prompts[0].ids.count(sign) == 4 and typed.text.endswith("?</s></s><s>assistant : ")
+    assert typed.ids.count(2) == prompts[0].ids.count(2)
+    assert len(chat.generate([typed], max_new_tokens=2)) == 1
 
 
 @pytest.mark.parametrize("name", ["text", "llava"])
@@ -310,7 +314,7 @@ def test_refusals(
     said = refusal(text, folder / "llava.jsonl", out, monkeypatch, capsys)
     assert "shows image, and the recipe's model takes text only; remove the probe" in said
 
-    def lacking(*_: Any) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
         raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found")
 
     with monkeypatch.context() as patch:

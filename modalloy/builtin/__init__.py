@@ -63,7 +63,7 @@ def _convert_gguf(folder: Path) -> None:
 
     source = str(Path(spec.origin).parent)
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32, trust_remote_code=False)
     del model.config.quantization_config  # the weights are plain float32 from here on
     model.hf_quantizer = None
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
@@ -72,7 +72,7 @@ def _convert_gguf(folder: Path) -> None:
         partial.mkdir()
         try:
             model.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(partial)
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False).save_pretrained(partial)
             os.replace(partial, folder)
         except OSError:
             if not (folder / "model.safetensors").is_file():  # another process may have finished the same work first

@@ -9,8 +9,8 @@ from modalloy.checkpoints.tensors import Checkpoint, reading
 from modalloy.errors import CheckpointError
 
 BASE_STEMS = ("model", "pytorch_model")
-# what is fetched from a repository: its top level's configs and tokenizer, and the weights in one format
-CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "non_lora_trainables.bin", "mm_projector.bin")
+# what is fetched from a repository: its top level's configs, tokenizer and code (never run), and the weights in one format
+CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "non_lora_trainables.bin", "mm_projector.bin")
 WEIGHTS = (*BASE_STEMS, "adapter_model")
 FILES = (".pt", ".pth", ".bin", ".safetensors")  # of encoders that are published as one file
 

@@ -17,7 +17,7 @@ from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, question
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import Entry, Log, Run, described
 from modalloy.model import ChatModel
-from modalloy.model.chat import Prompt, user_message
+from modalloy.model.chat import Prompt, placed_message
 
 Progress = Callable[[int, int], None]
 Batch = list[tuple[int, Sample, Prompt]]
@@ -165,7 +165,7 @@ def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:
         except MediaError as error:
             raise _UnreadableError(str(error)) from error
 
-    return chat.prompt(user_message(sample.text, sample.media), features)
+    return chat.prompt(placed_message(sample.text, sample.media, chat.modalities), features)
 
 
 class _UnreadableError(Exception):

@@ -3,15 +3,18 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
 
-from modalloy.errors import LengthError
+from modalloy.errors import CheckpointError, LengthError, MediaError
+from modalloy.model.ends import Ends, Words, ends_of
 from modalloy.model.omni import ModalloyForConditionalGeneration
-from modalloy.model.processor import Message, ModalloyProcessor
+from modalloy.model.opening import opening
+from modalloy.model.processor import PLACEHOLDER, Message, ModalloyProcessor, too_many
+from modalloy.names import modality_name
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,13 @@ class Reply:
 class Prompt:
     """A rendered conversation whose media are encoded."""
 
-    text: str  # with a placeholder for each medium
+    text: str  # as it is read, with a placeholder for each medium
     ids: list[int]
     owners: list[int]  # of every token
     features: dict[str, list[Tensor]] = field(
         default_factory=dict
     )  # (n_features, dim) each, by modality in reading order
+    marked: str = ""  # the text with marks, for a model whose own processor tokenises it again
 
 
 @dataclass
@@ -61,14 +65,27 @@ class ChatModel:
             LengthError: the conversation leaves no room for `max_new_tokens` in the model's context.
         """
         prompt, tokenizer = self.prompt(messages), self.processor.tokenizer
-        output = self._generate([prompt], max_new_tokens, None if on_text is None else _Words(tokenizer, on_text))
-        new = output[0, len(prompt.ids) :]
+        words = None if on_text is None else Words(tokenizer, self.ends, on_text)
+        output = self._generate([prompt], max_new_tokens, words)
+        answer, new_tokens = self._answer(output[0, len(prompt.ids) :])
         return Reply(
-            answer=self.processor.answer(new),
+            answer=answer,
             prompt=prompt.text,
             tokens={name: prompt.owners.count(i) for i, name in enumerate(self.processor.owners) if i in prompt.owners},
-            new_tokens=len(new),
+            new_tokens=new_tokens,
         )
+
+    @cached_property
+    def ends(self) -> Ends:
+        """Where an answer ends: every end token and stop string of the model's files and its chat template."""
+        settings, tokenizer = self.model.generation_config, self.processor.tokenizer
+        found = ends_of(settings, tokenizer, self.processor.literals(), self._between)
+        settings.stop_strings = None  # transformers' own search for them fails with tokenizers of whole words
+        return found
+
+    def _between(self, messages: list[Message]) -> str:
+        """The prompt of a conversation without its beginning of an answer."""
+        return self.processor.rendered(messages, add_generation_prompt=False)
 
     def ask(self, question: str, *, max_new_tokens: int = 64, **media: Any) -> str:
         """The answer to one question about media given by modality: `ask("What is this?", image="dog.png")`.
@@ -90,17 +107,16 @@ class ChatModel:
             MediaError: a medium cannot be read, or is of a modality that the model lacks.
         """
         media: list[tuple[str, Any]] = []
-        ids, owners = self.processor.render(messages, media)
+        text = self.processor.rendered(messages, media)
+        ids, owners = self.processor.tokenize(text)
         encoded: dict[str, list[Tensor]] = defaultdict(list)
         for modality, medium in media:
             encoded[modality].append((features or self.features)(modality, medium))
-        return Prompt(
-            self.processor.apply_chat_template(messages, add_generation_prompt=True), ids, owners, dict(encoded)
-        )
+        return Prompt(self.processor.shown(text), ids, owners, dict(encoded))
 
     def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text without a chat template."""
-        ids = self.processor.tokenizer.encode(text)
+        ids = self._encoded(text)
         return Prompt(text, ids, [0] * len(ids))
 
     def features(self, modality: str, medium: Any) -> Tensor:
@@ -110,9 +126,7 @@ class ChatModel:
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[tuple[str, int]]:
         """Greedy answers to prompts, and how many tokens each took. Several are padded on the left."""
         output = self._generate(prompts, max_new_tokens, None)[:, max(len(prompt.ids) for prompt in prompts) :]
-        ends = [row.eq(self.processor.tokenizer.eos_token_id).nonzero() for row in output]
-        lengths = [int(end[0]) + 1 if len(end) else output.shape[1] for end in ends]
-        return [(self.processor.answer(row[:n]), n) for row, n in zip(output, lengths, strict=True)]
+        return [self._answer(row) for row in output]
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each prompt's options, each as the whole answer, its end token included."""
@@ -130,20 +144,31 @@ class ChatModel:
         """
         contexts = [text.rstrip() for text in texts]
         prompts = [self.plain_prompt(context) for context in contexts]
-        encode = self.processor.tokenizer.encode
-        whole = [[encode(text + option) for option in own] for text, own in zip(texts, options, strict=True)]
+        whole = [[self._encoded(text + option) for option in own] for text, own in zip(texts, options, strict=True)]
         cut = [[ids[len(prompt.ids) :] for ids in own] for prompt, own in zip(prompts, whole, strict=True)]
         return self._score(prompts, cut)
 
     def _whole(self, answer: str) -> list[int]:
         """Token ids of an answer and its end."""
-        tokenizer = self.processor.tokenizer
-        ids: list[int] = tokenizer.encode(answer + tokenizer.eos_token, add_special_tokens=False)
-        return ids
+        literals, end = self.processor.literals(), self.ends.text
+        return literals.encode(literals.literal(answer) + end)
+
+    def _encoded(self, text: str) -> list[int]:
+        """Token ids of a text without a chat template, with what the tokenizer puts around every text."""
+        literals = self.processor.literals()
+        return literals.encode(literals.literal(text), add_special_tokens=True)
+
+    def _answer(self, ids: Tensor) -> tuple[str, int]:
+        """The answer in what was generated (tokens,), cut where it ends, and how many tokens it took, its end included."""
+        kept = self.ends.kept(ids.tolist())
+        with opening(self.processor.where, "tokenizer"):
+            text = self.processor.answer(ids[:kept])
+        return self.ends.cut(text).strip(), min(kept + 1, len(ids))
 
     def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
         for prompt, own in zip(prompts, options, strict=True):
             self._check_length(len(prompt.ids), max(map(len, own)))
+        self._check_tokens(prompts)
         tensors = [[torch.tensor(ids) for ids in own] for own in options]
         return [scores.tolist() for scores in self.model.score_options(self._inputs(prompts), tensors)]
 
@@ -156,16 +181,20 @@ class ChatModel:
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
         """Token ids (prompts, tokens) of the padded prompts and their answers."""
         self._check_length(max(len(prompt.ids) for prompt in prompts), max_new_tokens)
-        tokenizer = self.processor.tokenizer
-        ids: Tensor = self.model.generate(
-            **self._inputs(prompts),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=self.processor.padding_id,
-            streamer=streamer,
-        )
+        self._check_tokens(prompts)
+        inputs = self._inputs(prompts)
+        with opening(self.processor.where, "model", "used"):
+            ids: Tensor = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=list(self.ends.tokens) or None,
+                pad_token_id=self.processor.padding_id,
+                streamer=streamer,
+                trust_remote_code=False,
+                **self.ends.options(self.processor.tokenizer, inputs["input_ids"].shape[1]),
+            )
         return ids
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -174,6 +203,16 @@ class ChatModel:
         found = {modality for prompt in prompts for modality in prompt.features}
         stacks = {m: torch.stack([one for p in prompts for one in p.features.get(m, ())]) for m in sorted(found)}
         return inputs | {"features": {modality: stack.to(self.model.device) for modality, stack in stacks.items()}}
+
+    def _check_tokens(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse a tokenizer whose numbers go beyond the model's vocabulary."""
+        rows, highest = self.model.get_input_embeddings().weight.shape[0], max(max(prompt.ids) for prompt in prompts)
+        if highest >= rows:
+            token = self.processor.tokenizer.convert_ids_to_tokens(highest)
+            raise CheckpointError(
+                f"{self.processor.where}: its tokenizer gives {token!r} the number {highest}, but the model has {rows} "
+                "tokens; use the tokenizer that belongs to the model"
+            )
 
     def _check_length(self, length: int, new_tokens: int) -> None:
         limit = self.model.config.text_config.max_position_embeddings
@@ -184,22 +223,35 @@ class ChatModel:
             )
 
 
-class _Words(TextStreamer):
-    """Hands on the words of an answer, from its first letter on."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-        self.begun = False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text if self.begun else text.lstrip()
-        if text:
-            self.begun = True
-            self.on_text(text)
-
-
 def user_message(question: str, media: Iterable[tuple[str, Any]]) -> list[Message]:
     """One user turn: the (modality, medium) in the order given, then the question."""
     parts = [{"type": modality, "path": medium} for modality, medium in media]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def placed_message(question: str, media: Iterable[tuple[str, Any]], modalities: Iterable[str]) -> list[Message]:
+    """As `user_message`, but media stand where the question has placeholders (`<image>`) of the model's modalities, if any.
+
+    Raises:
+        MediaError: the question has more or fewer placeholders of a modality than there are media.
+    """
+    given, known = list(media), set(modalities)
+    queues: dict[str, list[Any]] = defaultdict(list)
+    for modality, medium in given:
+        queues[modality].append(medium)
+    if not any(modality_name(name) in queues for name in PLACEHOLDER.findall(question)):
+        return user_message(question, given)
+    parts: list[dict[str, Any]] = []
+    end = 0
+    for found in PLACEHOLDER.finditer(question):
+        name = modality_name(found[1])
+        if name not in known:
+            continue
+        if not queues.get(name):
+            raise MediaError(too_many(found[1], name))
+        parts += [{"type": "text", "text": question[end : found.start()]}]
+        parts += [{"type": name, "path": queues[name].pop(0), "inline": True}]
+        end = found.end()
+    if left := next((name for name, media in queues.items() if media), None):
+        raise MediaError(f"the text has placeholders, but too few <{left}> for the {left} media; give one for each")
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question[end:]}]}]

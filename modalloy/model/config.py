@@ -2,13 +2,17 @@
 
 import copy
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
+from modalloy.errors import CheckpointError
 from modalloy.model.routing import TEXT
 from modalloy.omni import AUTO_MAP
+
+MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
 
 
 class ModalloyConfig(PreTrainedConfig):
@@ -79,6 +83,58 @@ class ModalloyConfig(PreTrainedConfig):
         """Rank, scale and linears of every owner that has a low-rank update of its own."""
         found = {TEXT: self.text_update} | {name: sizes["update"] for name, sizes in self.modalities.items()}
         return {owner: update for owner, update in found.items() if update}
+
+
+def check_content(content: dict[str, Any], path: Path) -> None:
+    """Refuse a config.json or processor_config.json of a merged model whose entries are not what `ModalloyConfig` takes.
+
+    Raises:
+        CheckpointError: an entry is missing or of another type.
+    """
+    damaged = f"{path}: is not what `modalloy merge` wrote: {{}}; merge again, or copy the folder again"
+    modalities = content.get("modalities")
+    if not isinstance(modalities, dict):
+        raise CheckpointError(damaged.format("`modalities` is no mapping"))
+    for name, sizes in modalities.items():
+        if not isinstance(sizes, dict):
+            raise CheckpointError(damaged.format(f"modality '{name}' is no mapping"))
+        encoder, projector = sizes.get("encoder"), sizes.get("projector")
+        counts = [sizes.get(key) for key in ("n_tokens", "n_prefix", "n_suffix")]
+        if (
+            not isinstance(encoder, dict)
+            or not isinstance(encoder.get("name"), str)
+            or not isinstance(encoder.get("settings"), dict)
+            or not isinstance(projector, dict)
+            or not isinstance(projector.get("type"), str)
+            or not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts)
+            or not isinstance(sizes.get("source"), (str, type(None)))
+        ):
+            raise CheckpointError(damaged.format(f"the entries of modality '{name}' are damaged"))
+        _check_update(sizes.get("update"), damaged)
+    if "labels" in content:  # of processor_config.json
+        return
+    text = content.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(damaged.format("`text_config` names no model of transformers"))
+    _check_update(content.get("text_update"), damaged)
+    linears = content.get("text_linears") or []
+    if not isinstance(linears, list) or not all(isinstance(one, str) for one in linears):
+        raise CheckpointError(damaged.format("`text_linears` holds more than names"))
+    if not isinstance(content.get("base_model"), (str, type(None))):
+        raise CheckpointError(damaged.format("`base_model` is no name"))
+
+
+def _check_update(update: Any, damaged: str) -> None:
+    if update is None:
+        return
+    linears = update.get("linears") if isinstance(update, dict) else 0
+    if (
+        not (linears is None or (isinstance(linears, list) and all(isinstance(one, str) for one in linears)))
+        or type(update.get("rank")) is not int
+        or not 0 <= update["rank"] <= MAX_TOKENS
+        or type(update.get("scale")) not in (int, float)
+    ):
+        raise CheckpointError(damaged.format("an `update` is damaged"))
 
 
 def owner_names(modalities: Iterable[str]) -> tuple[str, ...]:

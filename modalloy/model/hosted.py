@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch.nn.functional import pad
 from modalloy.errors import CheckpointError, MediaError
 from modalloy.media import load_image
 from modalloy.model.chat import ChatModel, Prompt
+from modalloy.model.literal import MARKS, Literals
 from modalloy.model.omni import check_loaded, quiet
-from modalloy.model.processor import Message, ModalloyProcessor, medium_of
+from modalloy.model.opening import opening, set_ends
+from modalloy.model.processor import Message, ModalloyProcessor, chosen_template, medium_of, rendered_by
 from modalloy.names import modality_name
 
 IMAGE = "image"
@@ -36,25 +39,56 @@ class HostedModel(ChatModel):
         """A conversation ready to be answered.
 
         Raises:
-            MediaError: a medium is no image, or cannot be read, or the text holds the sign that stands for an image.
+            MediaError: a medium is no image, or cannot be read.
+            CheckpointError: the chat template or the processor fails at the conversation.
         """
         images: list[Tensor] = []
         turns = []
         for message in messages:
             given = message["content"]
-            parts = []
+            parts: list[dict[str, Any]] = []
             for part in [{"type": "text", "text": given}] if isinstance(given, str) else given:
                 if part["type"] != "text":
                     images.append((features or self.features)(modality_name(part["type"]), medium_of(part)))
-                    part = {"type": IMAGE}
-                elif (sign := str(getattr(self.own, "image_token", "<image>"))) in part["text"]:
-                    raise MediaError(f"the text holds {sign}, which stands for an image to this model; leave it out")
-                parts.append(part)
+                    parts.append({"type": IMAGE})
+                elif parts and parts[-1]["type"] == "text":  # or a control token could come in halves
+                    parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+                else:
+                    parts.append(part)
             turns.append({"role": message["role"], "content": parts})
-        text = self.own.apply_chat_template(turns, add_generation_prompt=True)
-        ids = self._processed([text], [images])["input_ids"][0].tolist()
+        marked = self._rendered(turns, add_generation_prompt=True)
+        ids = self._processed([marked], [images])["input_ids"][0].tolist()
         shown = getattr(self.model.config, "image_token_id", None)
-        return Prompt(text, ids, [int(token == shown) for token in ids], {IMAGE: images} if images else {})
+        owners = [int(token == shown) for token in ids]
+        return Prompt(self.literals.shown(marked), ids, owners, {IMAGE: images} if images else {}, marked)
+
+    @cached_property
+    def literals(self) -> Literals:
+        """What keeps users' text text; the processor's own tokenizer heeds it from now on."""
+        found = Literals(self.own.tokenizer, self._template, self.own)
+        heed(self.own.tokenizer, found)
+        return found
+
+    @property
+    def _template(self) -> str:
+        return chosen_template(self.own.chat_template, self.processor.where)
+
+    def _rendered(self, turns: list[Message], *, add_generation_prompt: bool) -> str:
+        """The prompt of a conversation whose contents are lists of parts, with marks."""
+        marked = [self.literals.mark(turn, answer=turn["role"] == "assistant") for turn in turns]
+        return self.literals.settle(
+            rendered_by(
+                self._template,
+                marked,
+                self.own.tokenizer,
+                self.processor.where,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+    def _between(self, messages: list[Message]) -> str:
+        turns = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
+        return self._rendered(turns, add_generation_prompt=False)
 
     def features(self, modality: str, medium: Any) -> Tensor:
         """The pixels uint8 (height, width, 3) of an image, a file or an object of Pillow."""
@@ -91,7 +125,7 @@ class HostedModel(ChatModel):
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         if any(prompt.features for prompt in prompts):
             images = [prompt.features.get(IMAGE, []) for prompt in prompts]
-            found = self._processed([prompt.text for prompt in prompts], images)
+            found = self._processed([prompt.marked for prompt in prompts], images)
         else:
             found = self.processor.pad([(prompt.ids, prompt.owners) for prompt in prompts])
             del found["owners"]
@@ -103,14 +137,32 @@ class HostedModel(ChatModel):
 
         begin = self.own.tokenizer.bos_token
         pictures = [[Image.fromarray(pixels.numpy()) for pixels in own] for own in images]
-        return self.own(
-            text=texts,
-            images=pictures if any(pictures) else None,
-            add_special_tokens=not (begin and texts[0].startswith(begin)),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+        with opening(self.processor.where, "processor", "used"):
+            return self.own(
+                text=texts,
+                images=pictures if any(pictures) else None,
+                add_special_tokens=not (begin and texts[0].startswith(begin)),
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+
+
+def heed(tokenizer: Any, literals: Literals) -> None:
+    """Make a tokenizer, which a processor of transformers calls, encode marked text as `literals` does."""
+
+    class Heeding(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+            texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, list) or not any(isinstance(one, str) and MARKS.search(one) for one in texts):
+                return super().__call__(text, *args, **options)
+            special = options.get("add_special_tokens", True)
+            rows = [literals.encode(one, add_special_tokens=special) for one in texts]
+            asked = {name: options[name] for name in ("padding", "padding_side", "return_tensors") if name in options}
+            ids = {"input_ids": rows[0] if isinstance(text, str) else rows}
+            return self.pad(ids, **{"padding": False} | asked)
+
+    tokenizer.__class__ = Heeding
 
 
 def is_hosted(config: dict[str, Any]) -> bool:
@@ -121,8 +173,8 @@ def is_hosted(config: dict[str, Any]) -> bool:
     return named is not None and named in (config.get("architectures") or [])
 
 
-def load_hosted(folder: Path, **options: Any) -> HostedModel:
-    """The model in a folder, loaded with transformers' options.
+def load_hosted(folder: Path, content: dict[str, Any], **options: Any) -> HostedModel:
+    """The model in a folder with config.json `content`, loaded with transformers' options.
 
     Raises:
         CheckpointError: a tensor is missing or unknown, or the processor cannot be opened.
@@ -130,10 +182,11 @@ def load_hosted(folder: Path, **options: Any) -> HostedModel:
     from transformers import AutoModelForImageTextToText
 
     processor = open_processor(folder)
-    with quiet():
+    with opening(folder, "model"), quiet():
         model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(folder, info)
     model.requires_grad_(False)
+    set_ends(model, folder, content)
     return HostedModel(model, ModalloyProcessor(processor.tokenizer, {IMAGE: {}}), processor)
 
 
@@ -146,16 +199,16 @@ def open_processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     try:
-        with quiet():
-            processor = AutoProcessor.from_pretrained(folder)
-    except (ImportError, ValueError, OSError) as error:
-        if "torchvision" in str(error).lower():
+        with opening(folder, "processor", silent=True), quiet():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except CheckpointError as error:
+        if "torchvision" in str(error.__cause__).lower():
             raise CheckpointError(
                 f"{folder}: its processor needs torchvision, which is not installed; run `pip install torchvision`"
             ) from error
-        raise CheckpointError(
-            f"{folder}: its processor cannot be opened ({' '.join(str(error).split())}); give the whole folder"
-        ) from error
+        raise
+    if getattr(processor, "tokenizer", None) is None:
+        raise CheckpointError(f"{folder}: its processor has no tokenizer; add tokenizer.json of the published model")
     for part, holds in (("image_processor", "preprocessor_config.json"), ("chat_template", "chat_template.jinja")):
         if getattr(processor, part, None) is None:
             raise CheckpointError(f"{folder}: its processor has no {part}; add {holds} of the published model")
@@ -172,7 +225,9 @@ def places(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, nn.Para
         name: torch.tensor(float(index)).expand(torch.Size(shape)) for index, (name, shape) in enumerate(shapes.items())
     }
     with quiet():
-        marked = type(model).from_pretrained(None, config=model.config, state_dict=dict(marks), dtype=torch.float32)
+        marked = type(model).from_pretrained(
+            None, config=model.config, state_dict=dict(marks), dtype=torch.float32, trust_remote_code=False
+        )
     names = {mark.data_ptr(): name for name, mark in marks.items()}
     found: dict[str, nn.Parameter] = {}
     taken: set[int] = set()

@@ -18,14 +18,16 @@ from modalloy.encoders import build, encoder_weights
 from modalloy.engines.local import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.chat import ChatModel
-from modalloy.model.config import ModalloyConfig
+from modalloy.model.config import ModalloyConfig, check_content
 from modalloy.model.hosted import is_hosted, load_hosted
 from modalloy.model.omni import ModalloyForConditionalGeneration
+from modalloy.model.opening import check_code, open_tokenizer, opening, set_ends
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
 from modalloy.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
 from modalloy.projectors import projector_class
+from modalloy.templates import own_template
 
 if TYPE_CHECKING:
     from modalloy.plan import Plan
@@ -59,7 +61,6 @@ def load_model(
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is unknown or missing.
     """
-    from transformers import AutoTokenizer
     from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
@@ -69,40 +70,40 @@ def load_model(
         raise CheckpointError(
             f"{folder}: has no config.json; give a folder written with output.form: omni, or a specialist"
         )
+    check_code(folder)
     content = read_json(folder / "config.json")
     kind = content.get("model_type")
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": False}
     if device == "auto":
         options["device_map"] = "auto"
     if kind == "multimodal":
         specialist = open_specialist(folder)
         config, base_folder = _specialist_config(specialist, base, encoder)
-        if dtype == "auto":
-            options["dtype"] = config.text_config.dtype
         weights = _base_weights(base_folder) | _specialist_weights(specialist, config) | _encoders(config, folder)
-        model = ModalloyForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, **options)
-        tokenizer = AutoTokenizer.from_pretrained(base_folder)
-        if (folder / "chat_template.jinja").is_file():
-            tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        model = _routed(base_folder, config, weights, options)
+        set_ends(model, base_folder, read_json(base_folder / "config.json"))
+        tokenizer = open_tokenizer(base_folder)
+        if (template := own_template(folder)) is not None:
+            tokenizer.chat_template = template
         labels = tokenizer.chat_template is None  # as in `omni`: ModelCompose's prompt where nobody has another
         tokenizer.chat_template = tokenizer.chat_template or VICUNA_V1
         processor = ModalloyProcessor(tokenizer, config.modalities, labels)
     elif kind == "modalloy":
-        model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
-        processor = ModalloyProcessor.from_pretrained(folder)
+        check_content(content, folder / "config.json")
+        with opening(folder, "model"):
+            model = ModalloyForConditionalGeneration.from_pretrained(folder, **options)
+        set_ends(model, folder, content)
+        processor = open_omni_processor(folder)
     elif is_hosted(content):
         if fold:
             raise ValueError("a model of transformers' own has no text adapter to fold; load it without fold")
-        hosted = load_hosted(folder, **options)
-        return hosted if device == "auto" else replace(hosted, model=hosted.model.to(device))
-    elif kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
-        config = ModalloyConfig(content)
-        if dtype == "auto":
-            options["dtype"] = config.text_config.dtype
-        model = ModalloyForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=_base_weights(folder), **options
-        )
-        processor = ModalloyProcessor(AutoTokenizer.from_pretrained(folder), {})
+        hosted = load_hosted(folder, content, **options)
+        return hosted if device == "auto" else replace(hosted, model=moved(hosted.model, device))
+    elif isinstance(kind, str) and kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = _config(folder, content)
+        model = _routed(folder, config, _base_weights(folder), options)
+        set_ends(model, folder, content)
+        processor = ModalloyProcessor(open_tokenizer(folder), {})
     else:
         raise CheckpointError(
             f"{folder}: is a {kind} model, which neither transformers nor modalloy runs without code of its own; "
@@ -110,7 +111,44 @@ def load_model(
         )
     if fold:
         _report(model.fold())
-    return ChatModel(model if device == "auto" else model.to(device), processor)
+    return ChatModel(model if device == "auto" else moved(model, device), processor)
+
+
+def moved(model: Any, device: str) -> Any:
+    """The model on a device, "cpu" or "cuda"; CheckpointError if it does not fit there."""
+    with opening(f"device {device}", "memory", "used for this model"):
+        return model.to(device)
+
+
+def _config(folder: Path, content: dict[str, Any]) -> ModalloyConfig:
+    """The config of a decoder without modalities."""
+    with opening(folder, "config.json", "used"):
+        return ModalloyConfig(content)
+
+
+def _routed(
+    folder: Path, config: ModalloyConfig, weights: dict[str, "Stored"], options: dict[str, Any]
+) -> ModalloyForConditionalGeneration:
+    """The routed model of a config and its tensors; `dtype` "auto" is the decoder's."""
+    if options["dtype"] == "auto":
+        options = options | {"dtype": config.text_config.dtype}
+    with opening(folder, "model"):
+        found: ModalloyForConditionalGeneration = ModalloyForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, where=folder, **options
+        )
+    return found
+
+
+def open_omni_processor(folder: Path) -> ModalloyProcessor:
+    """The processor of an omni folder.
+
+    Raises:
+        CheckpointError: its tokenizer or its processor_config.json is missing or damaged.
+    """
+    check_content(read_json(folder / "processor_config.json"), folder / "processor_config.json")
+    with opening(folder, "processor", silent=True):
+        found: ModalloyProcessor = ModalloyProcessor.from_pretrained(folder, trust_remote_code=False)
+    return found
 
 
 def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device: str = "cpu") -> ChatModel:
@@ -122,17 +160,17 @@ def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device:
     content = read_json(folder / "config.json")
     if specialist is None and is_hosted(content):
         return load_model(folder, device=device, dtype="auto")
-    config, weights = ModalloyConfig(content), _base_weights(folder)
+    check_code(folder)
+    config, weights = _config(folder, content), _base_weights(folder)
     if specialist is not None:
         opened = open_specialist(Path(specialist))
         if not opened.text:
             return load_model(specialist, device=device, dtype="auto")  # a full model
         config.text_update = specialist_update(opened.text, open_base(folder))
         weights |= _owned(opened.checkpoint, adapter_names(opened.text, "default"), config)
-    model = ModalloyForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=weights, dtype=config.text_config.dtype
-    )
-    return ChatModel(model.to(device), ModalloyProcessor(tokenizer, {}))
+    model = _routed(folder, config, weights, {"dtype": "auto", "trust_remote_code": False})
+    set_ends(model, folder, content)
+    return ChatModel(moved(model, device), ModalloyProcessor(tokenizer, {}))
 
 
 def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32") -> ChatModel:
@@ -140,27 +178,27 @@ def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32"
 
     Everything else is as in the folder that a merge would write. `modalloy.search` gives it one text path after another.
     """
-    from transformers import AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder, content = planned.base_folder, omni_config(planned)
+    check_code(folder)
     for modality, sense in planned.senses.items():
         if sense.path is not None:
             content["modalities"][modality]["source"] = str(sense.path.resolve())
     content |= {"base_model": str(folder.resolve()), "text_update": None, "text_linears": []}
-    config = ModalloyConfig(**{key: content[key] for key in content if key not in ("architectures", "model_type")})
+    with opening(folder, "config.json", "used"):
+        config = ModalloyConfig(**{key: content[key] for key in content if key not in ("architectures", "model_type")})
     weights = _base_weights(folder) | _encoders(config, folder)
     for specialist in planned.specialists:
         weights |= _owned(specialist.checkpoint, specialist.carried(), config)
-    chosen = config.text_config.dtype if dtype == "auto" else getattr(torch, dtype)
-    model = ModalloyForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=chosen)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = _routed(folder, config, weights, {"dtype": chosen, "trust_remote_code": False})
+    set_ends(model, folder, content)
+    tokenizer = open_tokenizer(folder)
     template, labels = prompt_format(planned)
     tokenizer.chat_template = template or tokenizer.chat_template
-    return ChatModel(model.to(device), ModalloyProcessor(tokenizer, config.modalities, labels))
+    return ChatModel(moved(model, device), ModalloyProcessor(tokenizer, config.modalities, labels))
 
 
 def is_language_model(config: dict[str, Any]) -> bool:

@@ -42,7 +42,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ModalloyConfig) -> None:
         super().__init__(config)
-        self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config)
+        self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.routes = Routes()
         self.linears = route_linears(self.decoder, self.routes)
         self.encoders = nn.ModuleDict()
@@ -84,6 +84,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         from modalloy.model.load import composed_weights, local_folder
 
         wants_info = kwargs.pop("output_loading_info", False)
+        named = pretrained_model_name_or_path or kwargs.pop("where", None)  # for messages
         config, where, folder = kwargs.get("config"), pretrained_model_name_or_path, None
         if where is not None and "state_dict" not in kwargs:
             folder = local_folder(where, kwargs)
@@ -95,7 +96,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 where = None
         with quiet():  # what it would report is refused below
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
-        check_loaded(pretrained_model_name_or_path, info)
+        check_loaded(named, info)
         model.requires_grad_(False)
         release_memory()
         if model.config.base_model is not None:

@@ -12,14 +12,17 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from modalloy.encoders import Encoder, build
-from modalloy.errors import MediaError
+from modalloy.errors import CheckpointError, MediaError
+from modalloy.model.bounded import render
 from modalloy.model.config import owner_names, tokens_per_medium
+from modalloy.model.literal import Literals
 from modalloy.names import modality_name
 from modalloy.omni import processor_config, write_remote_code
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")
-BRACKETS = re.compile("[\ue000\ue001]")  # taken out of a user's text: halves of a mark could meet in the prompt
+END = "\ue008"  # ends a message that is to be continued
+BRACKETS = re.compile("[\ue000\ue001\ue008]")  # taken out of a user's text: halves of a mark could meet in the prompt
 PLACEHOLDER = re.compile(r"<(\w+)>")
 
 Message = dict[str, Any]  # {"role": "user", "content": "text" or a list of parts}; a part is {"type": …, …}
@@ -32,8 +35,7 @@ class ModalloyProcessor(ProcessorMixin):
     Args:
         tokenizer: the decoder's.
         modalities: as in `ModalloyConfig`.
-        labels: write a medium's modality before it ("image: "), as ModelCompose's prompts do, where the text itself has no
-            placeholders (`<image>`, `<audio>`, `<video>`, `<point>`) for the media.
+        labels: write a medium's modality before it ("image: "), as ModelCompose's prompts do, unless it stands inside text.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ModalloyProcessor(ProcessorMixin):
     ) -> None:
         self.modalities = modalities or {}
         self.labels = labels
+        self._literals: dict[str | None, Literals] = {}
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
 
     @cached_property
@@ -75,10 +78,13 @@ class ModalloyProcessor(ProcessorMixin):
         """The prompt of one conversation or of several; with `tokenize`, all inputs of the model as a BatchFeature.
 
         A content part is {"type": "text", "text": …} or {"type": modality, "path" or modality: medium}, in any number and
-        order; modalities have aliases (`vision`, `point_cloud`). Several conversations are padded on the left.
+        order; modalities have aliases (`vision`, `point_cloud`). A medium has a line of its own, or stands inside the text
+        around it with `"inline": True`. Control tokens and placeholders (`<image>`) in a message's text are text. Several
+        conversations are padded on the left.
 
         Raises:
-            MediaError: a medium cannot be read, is of a modality that the model lacks, or has no placeholder.
+            MediaError: a medium cannot be read, or is of a modality that the model lacks.
+            CheckpointError: there is no chat template, or it refuses the conversation, is damaged, or goes past a limit.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors='{return_tensors}': only PyTorch tensors ('pt') are made")
@@ -90,7 +96,7 @@ class ModalloyProcessor(ProcessorMixin):
             for messages in conversations
         ]
         if not tokenize:
-            shown = [MARKED.sub(lambda mark: f"<{mark[1]}>", text) for text in texts]
+            shown = [self.shown(text) for text in texts]
             return shown if batched else shown[0]
         inputs = self._inputs(texts, media)
         return inputs if return_dict else inputs["input_ids"]
@@ -115,7 +121,7 @@ class ModalloyProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         given = {"image": images, "video": videos, "audio": audio, "point": point_clouds} | (media or {})
         queues = {name: _listed(found) for name, found in given.items() if found is not None}
-        marked, used = zip(*(self._placed(one, queues, whole=False) for one in texts), strict=True)
+        marked, used = zip(*(self._placed(one, queues) for one in texts), strict=True)
         for name, left in queues.items():
             if left:
                 raise MediaError(
@@ -145,7 +151,7 @@ class ModalloyProcessor(ProcessorMixin):
             if chunk.startswith(" ") and self._swallows_a_space:
                 chunk = " " + chunk
             if chunk:
-                tokens += self.tokenizer.encode(chunk, add_special_tokens=False)
+                tokens += self.literals().encode(chunk)
             ids += tokens
             owners += [0] * len(tokens)
         return ids, owners
@@ -154,8 +160,25 @@ class ModalloyProcessor(ProcessorMixin):
         self, messages: Conversation, media: list[tuple[str, Any]] | None = None, *, add_generation_prompt: bool = True
     ) -> tuple[list[int], list[int]]:
         """Token ids and owners of one conversation; the media found are appended to `media` as (modality, medium)."""
-        found = [] if media is None else media
-        return self.tokenize(self._rendered(messages, found, self.chat_template, add_generation_prompt, {}))
+        return self.tokenize(self.rendered(messages, media, add_generation_prompt=add_generation_prompt))
+
+    def rendered(
+        self, messages: Conversation, media: list[tuple[str, Any]] | None = None, *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt of one conversation with marks, for `tokenize`; the media found are appended to `media`."""
+        found: list[tuple[str, Any]] = [] if media is None else media
+        return self._rendered(messages, found, self.chat_template, add_generation_prompt, {})
+
+    def shown(self, text: str) -> str:
+        """A prompt with placeholders in the place of its marks, as it is read."""
+        return self.literals().shown(MARKED.sub(lambda mark: f"<{mark[1]}>", text))
+
+    def literals(self, template: str | None = None) -> Literals:
+        """What keeps users' text text, with this chat template or the processor's own."""
+        template = self.chat_template if template is None else template
+        if template not in self._literals:
+            self._literals[template] = Literals(self.tokenizer, template)
+        return self._literals[template]
 
     def preprocess(self, modality: str, medium: Any) -> Tensor:
         """What the modality's encoder takes of one medium, a file or an object in memory."""
@@ -221,42 +244,44 @@ class ModalloyProcessor(ProcessorMixin):
         options: dict[str, Any],
     ) -> str:
         """The prompt with marks where media go; the media are appended to `media` in that order."""
-        plain = [{**message, "content": self._flatten(message["content"], media)} for message in messages]
-        return str(
-            self.tokenizer.apply_chat_template(
-                plain, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-            )
+        template = chosen_template(template, self.where)
+        literals, count = self.literals(template), len(media)
+        plain = []
+        for message in messages:
+            answer = message.get("role") == "assistant"
+            text = self._flatten(message.get("content") or "", media)
+            others = {key: literals.mark(value, answer=answer) for key, value in message.items() if key != "content"}
+            plain.append(others | {"content": literals.mark(text, answer=answer, media=True)})
+        text = rendered_by(
+            template, plain, self.tokenizer, self.where, add_generation_prompt=add_generation_prompt, **options
         )
+        if (shown := len(MARKED.findall(text))) != (given := len(media) - count):
+            raise CheckpointError(
+                f"{self.where}: its chat template writes {shown} of {given} media; correct the template, or show no media"
+            )
+        return literals.settle(text)
+
+    @property
+    def where(self) -> str:
+        """The folder of the tokenizer, for messages."""
+        return str(getattr(self.tokenizer, "name_or_path", "") or "the model")
 
     def _flatten(self, content: str | list[dict[str, Any]], media: list[tuple[str, Any]]) -> str:
-        """The text of one message; text that has a placeholder for each medium says where they go, else each has a line."""
+        """The text of one message, with marks for its media."""
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        parts: list[tuple[str, Any]] = []
-        queues: dict[str, list[Any]] = defaultdict(list)
+        text = ""
         for part in content:
             if part["type"] == "text":
-                parts.append(("text", BRACKETS.sub("", part["text"])))
-            else:
-                kind, medium = self._known(part["type"]), medium_of(part)
-                parts.append((kind, medium))
-                queues[kind].append(medium)
-        whole = "".join(text for kind, text in parts if kind == "text")
-        places = [modality_name(name) for name in PLACEHOLDER.findall(whole)]
-        if queues and any(name in queues for name in places):
-            text, used = self._placed(whole, queues, whole=True)
-            media += used
-            return text
-        text = ""
-        for kind, given in parts:
-            if kind == "text":
-                text += given
-            else:
-                media.append((kind, given))
-                text += f"{kind}: " * self.labels + MARK.format(kind) + "\n"
+                text += BRACKETS.sub("", part["text"])
+                continue
+            kind = self._known(part["type"])
+            media.append((kind, medium_of(part)))
+            mark = MARK.format(kind)
+            text += mark if part.get("inline") else f"{kind}: " * self.labels + mark + "\n"
         return text
 
-    def _placed(self, text: str, queues: dict[str, list[Any]], *, whole: bool) -> tuple[str, list[tuple[str, Any]]]:
+    def _placed(self, text: str, queues: dict[str, list[Any]]) -> tuple[str, list[tuple[str, Any]]]:
         """Text with marks for its placeholders, and the media that they take from `queues`."""
         used: list[tuple[str, Any]] = []
 
@@ -265,16 +290,11 @@ class ModalloyProcessor(ProcessorMixin):
             if name not in self.modalities:
                 return found[0]
             if not queues.get(name):
-                raise MediaError(
-                    f"the text has more <{found[1]}> than {name} media; give one medium for each placeholder"
-                )
+                raise MediaError(too_many(found[1], name))
             used.append((name, queues[name].pop(0)))
             return MARK.format(name)
 
-        marked = PLACEHOLDER.sub(mark, BRACKETS.sub("", text))
-        if whole and (left := next((name for name, media in queues.items() if media), None)):
-            raise MediaError(f"the text has placeholders, but too few <{left}> for the {left} media; give one for each")
-        return marked, used
+        return PLACEHOLDER.sub(mark, BRACKETS.sub("", text)), used
 
     def _known(self, kind: str) -> str:
         modality = modality_name(kind)
@@ -282,6 +302,73 @@ class ModalloyProcessor(ProcessorMixin):
             able = ", ".join(self.modalities) or "text only"
             raise MediaError(f"this model takes no {modality} input; it takes: {able}")
         return modality
+
+
+def chosen_template(template: Any, where: str) -> str:
+    """The chat template itself, of one or of several that have names.
+
+    Raises:
+        CheckpointError: there is none, or none is called default.
+    """
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{where}: its tokenizer has no chat template; add chat_template.jinja of the published model, or ask another"
+        )
+    return template
+
+
+def rendered_by(template: str, messages: list[Message], tokenizer: Any, where: str, **options: Any) -> str:
+    """The prompt of a conversation as transformers renders it, but in a child process within limits.
+
+    `continue_final_message` leaves the last message open. Other options are the template's own variables.
+
+    Raises:
+        CheckpointError: the template refuses the conversation, is damaged, renders nothing, or goes past a limit.
+    """
+    from transformers.utils import get_json_schema
+
+    open_ended = options.pop("continue_final_message", False)
+    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if open_ended:
+        turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']}{END} "}
+    if tools := options.get("tools"):
+        options["tools"] = [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
+    variables = {
+        "messages": turns,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": False,
+        **tokenizer.special_tokens_map,
+        **options,
+    }
+    text = render(template, _plain(variables), where)
+    if open_ended:
+        if END not in text:
+            raise CheckpointError(f"{where}: its chat template leaves out the last message; it cannot be continued")
+        end = text.rindex(END)
+        trims = text[end + 1 : end + 2] != " "  # then transformers takes off the message's own last spaces, too
+        text = text[:end].rstrip() if trims else text[:end]
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """A value as the child gets it: of JSON's types only; another is its type's name."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def too_many(placeholder: str, modality: str) -> str:
+    """What is said of a text with more placeholders than media."""
+    return f"the text has more <{placeholder}> than {modality} media; give one medium for each placeholder"
 
 
 class _Media(dict[str, Tensor]):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from modalloy.checkpoints import locate
 from modalloy.errors import CheckpointError, ModalloyError
 from modalloy.model.omni import quiet
+from modalloy.model.opening import open_tokenizer, opening
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"  # of AdaMMS
 
@@ -22,7 +23,7 @@ class Embedder:
         Raises:
             CheckpointError: it is not there, or is no whole model of text that transformers can load.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -33,14 +34,13 @@ class Embedder:
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"--embedder {location}: has no config.json; give the folder or hub id of a model")
         try:
-            with quiet():  # what it would report is refused below
-                self.tokenizer = AutoTokenizer.from_pretrained(folder)
-                model, loading = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(
-                f"--embedder {location}: cannot be loaded ({reason}); choose another model"
-            ) from error
+            self.tokenizer = open_tokenizer(folder)
+            with opening(folder, "model"), quiet():  # what it would report is refused below
+                model, loading = AutoModel.from_pretrained(
+                    folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                )
+        except CheckpointError as error:
+            raise CheckpointError(f"--embedder {error}") from error
         lacking = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
         if lacking:
             raise CheckpointError(f"--embedder {location}: its weights lack {lacking[0]}; choose another model")
@@ -62,7 +62,8 @@ class Embedder:
     @torch.no_grad()
     def _embedded(self, text: str) -> Tensor:
         if text not in self.known:
-            ids = self.tokenizer(text, return_tensors="pt").to(self.model.device)
+            with opening(self.location, "tokenizer", "used", silent=True):
+                ids = self.tokenizer(text, return_tensors="pt").to(self.model.device)
             count = ids["input_ids"].shape[1]
             if count > self.longest:
                 raise ModalloyError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modalloy.errors import ModalloyError
 from modalloy.model import ChatModel
+from modalloy.model.processor import chosen_template, rendered_by
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -56,13 +57,14 @@ class TextPath(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation; without `add_generation_prompt`, its last message is left open."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        processor = self.chat.processor
+        return rendered_by(
+            chosen_template(processor.chat_template, processor.where),
+            chat_history,
+            self.tokenizer,
+            processor.where,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -108,7 +110,8 @@ class TextPath(TemplateLM):
             max_new_tokens=limit,
             do_sample=False,
             num_beams=1,
-            eos_token_id=self.eot_token_id,
+            eos_token_id=list(self.chat.ends.tokens) or None,
+            trust_remote_code=False,
             pad_token_id=self.chat.processor.padding_id,
             **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
         )

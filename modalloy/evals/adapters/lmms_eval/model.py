@@ -7,6 +7,8 @@ from lmms_eval.api.model import lmms
 
 from modalloy.errors import ModalloyError
 from modalloy.model import load_model
+from modalloy.model.chat import placed_message
+from modalloy.names import modality_name
 
 
 class ModalloyChat(lmms):
@@ -41,8 +43,9 @@ class ModalloyChat(lmms):
                     f"answers are decoded greedily, and {task} asks for {options}; set do_sample: false"
                 )
             messages = [
-                {**message, "content": [_part(part) for part in message["content"]]}
+                turn
                 for message in doc_to_messages(self.task_dict[task][split][doc_id])
+                for turn in _turn(message, self.chat.modalities)
             ]
             answer = self.chat.chat(messages, max_new_tokens=int(options.get("max_new_tokens", 128)))
             answers.append(_until(answer, options.get("until") or ()))
@@ -54,6 +57,17 @@ class ModalloyChat(lmms):
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise ModalloyError("tasks of several rounds are not supported; choose another task")
+
+
+def _turn(message: dict[str, Any], modalities: Sequence[str]) -> list[dict[str, Any]]:
+    """A message as our processor takes it; a user's media stand where the text has placeholders."""
+    parts = [_part(part) for part in message["content"]]
+    if message["role"] != "user":
+        return [{**message, "content": parts}]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    media = [(modality_name(part["type"]), part["path"]) for part in parts if part["type"] != "text"]
+    placed = placed_message(text, media, modalities)
+    return placed if any("inline" in part for part in placed[0]["content"]) else [{**message, "content": parts}]
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
