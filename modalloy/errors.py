@@ -10,7 +10,9 @@ ModalloyError
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ModalloyError(Exception):
@@ -44,6 +46,30 @@ class LengthError(ModalloyError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Text that lists the known names nearest to `name`: "did you mean 'rank'? known: rank, scale"."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(known)}"
+
+
+class _Short(reprlib.Repr):
+    """A representation that is short whatever the value: a stranger chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 2, 3, 3, 3, 3
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4000 else f"a whole number of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """The value of a stranger's file for a message: Python's notation, printable, cut to about a line of a terminal."""
+    text = value[:50] + "…" + value[-29:] if isinstance(value, str) and len(value) > 80 else value
+    found = (
+        ascii(text).replace("\\u2026", "…") if isinstance(text, str) and not text.isprintable() else _SHORT.repr(text)
+    )
+    return found if len(found) <= 200 else found[:160] + "…" + found[-39:]
+
+
+_SHORT = _Short()

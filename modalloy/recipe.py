@@ -1,7 +1,7 @@
 """Recipes: what to merge, how, and what to write. YAML with the names the ecosystem knows; unknown keys are refused."""
 
 import difflib
-import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,24 +9,27 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from modalloy import mergekit
+from modalloy.checkpoints.folder import read_bytes
 from modalloy.encoders import modalities
-from modalloy.errors import RecipeError
+from modalloy.errors import CheckpointError, RecipeError, shown
 from modalloy.methods import METHODS, check_method
 from modalloy.names import modality_name
+from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
+SIZE = re.compile(r"(?=[.]?[0-9])[0-9]{0,15}[.]?[0-9]{0,15}")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_bytes(value: Any) -> int:
     """A size as recipes write it ("5GB", "300MB", "2GiB" or a number of bytes) in bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63:
         return value
-    text = str(value).strip().upper()
+    text = value.strip().upper() if isinstance(value, str) else ""
     for unit in sorted(UNITS, key=len, reverse=True):
         number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+        if text.endswith(unit) and SIZE.fullmatch(number) and float(number) > 0:
             return int(float(number) * UNITS[unit])
-    raise ValueError(f"{value!r} is not a size; write for example 5GB or 500MB")
+    raise ValueError(f"{shown(value)} is not a size; write for example 5GB or 500MB")
 
 
 class _Strict(BaseModel):
@@ -37,8 +40,10 @@ def _numbers(value: Any) -> Any:
     """A finite number, or a list of them over the depth of the model."""
     several = isinstance(value, (list, tuple))
     for number in value if several else [value]:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{number!r} is not a finite number; write for example 0.5, or [0.2, 0.8] over the depth")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not -1e30 < number < 1e30:
+            raise ValueError(
+                f"{shown(number)} is not a finite number; write for example 0.5, or [0.2, 0.8] over the depth"
+            )
     if several and not value:
         raise ValueError("an empty list; give one value, or one or more over the depth of the model")
     return tuple(float(number) for number in value) if several else float(value)
@@ -194,40 +199,30 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The recipe as YAML: the file as it was written, or these values if they were changed since."""
-        if self.text and Recipe(**yaml.safe_load(self.text)) == self.model_copy(update={"text": "", "folder": Path()}):
+        if self.text and Recipe(**parse_yaml(self.text)) == self.model_copy(update={"text": "", "folder": Path()}):
             return self.text
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML would let the last of two equal keys win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a YAML file.
+    """The recipe in a YAML file, which is bounded (see `parse_yaml`).
 
     Raises:
         RecipeError: the file is missing or not YAML, or a key, method or value in it is wrong.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MAX_BYTES).decode()
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise RecipeError(f"{path}: no such recipe; check the path") from None
+        raise RecipeError(str(error)) from error
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: cannot be read ({error}); give a YAML file") from error
     try:
-        content = yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path}: not valid YAML ({reason}); correct the file") from error
+        content = parse_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: not a recipe; it needs at least base_model: and models:")
     for key in ("folder", "text"):
@@ -239,8 +234,6 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: {mergekit.advice(content) or _explain(error)}") from None
     except RecipeError as error:
         raise RecipeError(f"{path}: {mergekit.advice(content) or error}") from None
-    except TypeError as error:  # a key that is not text
-        raise RecipeError(f"{path}: {error}; keys must be words") from None
     for entry in recipe.models:
         if joined := mergekit.joined_adapter(entry.model, recipe.folder):
             raise RecipeError(f"{path}: {joined}")
@@ -250,13 +243,13 @@ def load_recipe(path: str | Path) -> Recipe:
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation, as one line."""
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    place = _dotted(problem["loc"])
     if problem["type"] == "extra_forbidden":
         return _unknown_key(problem["loc"][:-1], str(problem["loc"][-1]))
     if problem["type"] == "missing":
         return f"the key '{place}' is missing; add it"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if problem["type"] == "value_error" else f" (found {problem['input']!r})"
+    given = "" if problem["type"] == "value_error" else f" (found {shown(problem['input'])})"
     return f"{place}: {message}{given}" if place else message
 
 
@@ -271,7 +264,12 @@ def _unknown_key(parents: tuple[Any, ...], key: str) -> str:
     for part in parents:
         model = sections.get(part, model)
     known = sorted(name for name, info in model.model_fields.items() if not info.exclude)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key[:100], known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    place = ".".join(str(part) for part in (*parents, key))
+    place = _dotted((*parents, key))
     return f"unknown key '{place}'; {hint}known here: {', '.join(known)}"
+
+
+def _dotted(parts: tuple[Any, ...]) -> str:
+    """Where in the recipe something is; long keys are cut."""
+    return ".".join(str(part) if len(str(part)) <= 80 else shown(part)[1:-1] for part in parts)

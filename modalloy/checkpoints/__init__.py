@@ -1,5 +1,6 @@
 """Opening checkpoints (base, ModelCompose, PEFT, full) and writing new ones."""
 
+from modalloy.checkpoints.folder import file_sha256, is_there, parse_json, present, read_bytes, read_json, read_text
 from modalloy.checkpoints.full import place
 from modalloy.checkpoints.layouts import open_specialist
 from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
@@ -12,9 +13,6 @@ from modalloy.checkpoints.tensors import (
     WeightFile,
     all_finite,
     checked,
-    file_sha256,
-    present,
-    read_json,
 )
 from modalloy.checkpoints.writer import TensorSpec, WeightWriter
 
@@ -34,10 +32,14 @@ __all__ = [
     "hub_commit",
     "is_hub_id",
     "is_portable",
+    "is_there",
     "locate",
     "open_base",
     "open_specialist",
+    "parse_json",
     "place",
     "present",
+    "read_bytes",
     "read_json",
+    "read_text",
 ]

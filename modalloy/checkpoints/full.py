@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modalloy.checkpoints.folder import present, read_json
 from modalloy.checkpoints.locate import BASE_STEMS
 from modalloy.checkpoints.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Specialist, not_ignored, put, twice
-from modalloy.checkpoints.tensors import Checkpoint, present, read_json
+from modalloy.checkpoints.tensors import Checkpoint
 from modalloy.errors import CheckpointError
 
 # prefixes of the language model inside a Hugging Face LLaVA, before and since transformers 4.52, and in a plain decoder

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from modalloy import builtin
-from modalloy.checkpoints.tensors import Checkpoint, reading
+from modalloy.checkpoints.folder import reading
+from modalloy.checkpoints.tensors import Checkpoint
 from modalloy.errors import CheckpointError
 
 BASE_STEMS = ("model", "pytorch_model")

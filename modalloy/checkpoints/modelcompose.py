@@ -6,6 +6,7 @@ The text adapter is called `default`, the modality adapter after its modality; `
 from collections.abc import Sequence
 from pathlib import Path
 
+from modalloy.checkpoints.folder import read_json
 from modalloy.checkpoints.specialist import (
     ADAPTER_STEMS,
     BESIDE_ADAPTER,
@@ -24,7 +25,7 @@ from modalloy.checkpoints.specialist import (
     twice,
     unknown_tensor,
 )
-from modalloy.checkpoints.tensors import Checkpoint, TensorRef, read_json
+from modalloy.checkpoints.tensors import Checkpoint, TensorRef
 from modalloy.errors import CheckpointError
 from modalloy.names import disk_name
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modalloy.checkpoints.folder import present, read_json
 from modalloy.checkpoints.specialist import (
     ADAPTER_STEMS,
     BESIDE_ADAPTER,
@@ -23,8 +24,8 @@ from modalloy.checkpoints.specialist import (
     recorded_base,
     unknown_tensor,
 )
-from modalloy.checkpoints.tensors import Checkpoint, TensorRef, present, read_json
-from modalloy.errors import CheckpointError
+from modalloy.checkpoints.tensors import Checkpoint, TensorRef
+from modalloy.errors import CheckpointError, shown
 
 LORA = re.compile(r"base_model\.model\.(?P<stem>.+)\.lora_(?P<side>[AB])\.weight")
 # starts that leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA move a part of them into A and B
@@ -119,7 +120,7 @@ def _pattern(config: dict[str, Any], name: str, stem: str, default: float, path:
     """The value of a module in PEFT's rank_pattern or alpha_pattern: the first key that ends its name, as PEFT matches."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{path}: {name} is {patterns!r}, not a table of patterns; correct the file")
+        raise CheckpointError(f"{path}: {name} is {shown(patterns)}, not a table of patterns; correct the file")
     try:
         for key in patterns:
             if re.fullmatch(rf"(.*\.)?({key})", stem):

@@ -17,7 +17,7 @@ from torch import Tensor
 from modalloy.checkpoints.tensors import Checkpoint, TensorRef, checked
 from modalloy.delta import LowRank
 from modalloy.encoders import modalities
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
 from modalloy.names import disk_name, modality_name
 
 ADAPTER_STEMS = ("adapter_model",)
@@ -192,7 +192,7 @@ def number(config: dict[str, Any], key: str, default: float, path: Path) -> floa
     """A positive number of the configuration in `path`."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise CheckpointError(f"{path}: {key} is {value!r}, not a positive number; correct the file")
+        raise CheckpointError(f"{path}: {key} is {shown(value)}, not a positive number; correct the file")
     return value
 
 

@@ -1,33 +1,29 @@
 """Opening a folder of weights: every tensor's name, type, shape and place, from headers only; data is read on demand.
 
 Data is read with `pread`, so no mapped page counts as memory: what the page cache holds comes from there, the rest past
-it, straight from the disk. `.bin` files are unpickled with torch's weights-only loader, which runs no code from the file.
+it, straight from the disk. `.bin` files are read by `pickled.py`, which runs no code from the file.
 """
 
-import bisect
 import errno
 import hashlib
-import json
 import math
 import mmap
 import os
-import pickle
 import struct
 import threading
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modalloy.errors import CheckpointError
+from modalloy.checkpoints.folder import MAX_TEXT_BYTES, is_there, open_file, parse_json, present, read_json, reading
+from modalloy.checkpoints.pickled import ENDINGS, OtherTensor, PickledFile, StoredTensor, checked_count
+from modalloy.errors import CheckpointError, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,9 +43,7 @@ MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for th
 MIN_BUFFER_BYTES = 8 << 20  # of a tensor whose memory is used again
 PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
 DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-# what torch's weights-only unpickler is seen to raise on damaged bytes, beside UnpicklingError
-DAMAGED_PICKLE = (RuntimeError, EOFError, ValueError, OSError, AssertionError, LookupError, TypeError, struct.error)
+MAX_NAME = 1000  # characters of a tensor's name; several patterns take time that is quadratic in it
 
 
 @dataclass(frozen=True)
@@ -77,15 +71,16 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path):
-            if not path.is_file():
+            if not path.exists():
                 raise CheckpointError(f"{path}: no such file; download it again or correct the path")
-            self._source = _Source(path)
-            self.refs = self._bin_refs() if path.suffix in (".bin", ".pt", ".pth") else self._safetensors_refs()
+            with open_file(path):  # a pipe, device or folder is refused
+                self._source = _Source(path)
+            self.refs = self._bin_refs() if path.suffix in ENDINGS else self._safetensors_refs()
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The tensor's data, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long)."""
         if ref.begin < 0:
-            return self._pickled[ref.name].clone()
+            return self._pickled.tensor(self._pickled.content[ref.name]).clone(memory_format=torch.contiguous_format)
         if buffer is None:
             buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
         data = buffer[: ref.n_bytes]
@@ -105,21 +100,25 @@ class WeightFile:
 
     def _safetensors_refs(self) -> dict[str, TensorRef]:
         size = self._source.size
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
-            if length > MAX_HEADER_BYTES or 8 + length > size:
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_TEXT_BYTES + 1
+            if length > MAX_TEXT_BYTES or 8 + length > size:
                 raise CheckpointError(
                     f"{self.path}: not a complete safetensors file ({size} bytes); download or copy it again"
                 )
-            try:
-                header = json.loads(file.read(length))
-                entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-                refs = {name: self._safetensors_ref(name, entry, 8 + length) for name, entry in entries.items()}
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise CheckpointError(
-                    f"{self.path}: the safetensors header is damaged ({error}); download it again"
-                ) from error
+            text = file.read(length)
+        try:
+            header = parse_json(text)
+            del text
+            if not isinstance(header, dict):
+                raise ValueError("is no JSON object")
+            header.pop("__metadata__", None)
+            refs = {name: self._safetensors_ref(name, entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: the safetensors header is damaged ({error}); download it again"
+            ) from error
         expected = 8 + length
         for ref in sorted(refs.values(), key=lambda ref: (ref.begin, ref.n_bytes)):
             if ref.begin != expected:
@@ -136,104 +135,52 @@ class WeightFile:
         return dict(sorted(refs.items(), key=lambda item: item[1].begin))  # so that reading in order is sequential
 
     def _safetensors_ref(self, name: str, entry: dict[str, Any], data_start: int) -> TensorRef:
+        self._check_name(name)
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{self.path}: {name} is stored as {entry['dtype']}, which cannot be merged; convert it to bfloat16 or float32"
+                f"{self.path}: {name} is stored as {shown(entry['dtype'])[1:-1]}, which cannot be merged; "
+                "convert it to bfloat16 or float32"
             )
         begin, end = entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (begin, end, *entry["shape"])):
+        shape = entry["shape"]
+        if type(shape) is not list or not all(type(size) is int and size >= 0 for size in (begin, end, *shape)):
             raise ValueError(f"shape or offsets of {name} are not whole numbers")
-        ref = TensorRef(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), self.path, data_start + begin)
+        checked_count(shape)
+        ref = TensorRef(name, DTYPES[entry["dtype"]], tuple(shape), self.path, data_start + begin)
         if end - begin != ref.n_bytes:
             raise ValueError(f"{name} is {ref.n_bytes} bytes by its shape, {end - begin} by its offsets")
         return ref
 
-    @cached_property
-    def _pickled(self) -> dict[str, Tensor]:
-        return self._checked(unpickle(self.path))
-
-    def _checked(self, loaded: Any) -> dict[str, Tensor]:
-        if not isinstance(loaded, dict) or not all(
-            isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    def _bin_refs(self) -> dict[str, TensorRef]:
+        content = self._pickled.content
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and isinstance(value, (StoredTensor, OtherTensor)) for name, value in content.items()
         ):
             raise CheckpointError(f"{self.path}: is not a dictionary of tensors; give the file that holds the weights")
-        for name, tensor in loaded.items():
-            if tensor.dtype not in CODES or tensor.layout is not torch.strided:
-                raise CheckpointError(
-                    f"{self.path}: {name} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be merged; "
-                    "convert it to dense bfloat16 or float32"
-                )
-        return loaded
+        return {name: self._bin_ref(name, tensor) for name, tensor in content.items()}
 
-    def _bin_refs(self) -> dict[str, TensorRef]:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        records = self._bin_records()
-        with FakeTensorMode():  # tensors without data, whose storages say where their bytes are in the file
-            loaded = self._checked(_unpickle(self.path))
-        return {name: self._bin_ref(name, tensor, records) for name, tensor in loaded.items()}
-
-    def _bin_records(self) -> list[tuple[int, int]]:
-        """Begin (of its own header) and size of every record, in order; as torch < 1.6 wrote it, the file has none."""
-        if not zipfile.is_zipfile(self.path):
-            return []
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                entries = archive.infolist()
-                order = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
-        except (zipfile.BadZipFile, zlib.error, *DAMAGED_PICKLE) as error:
-            raise CheckpointError(f"{self.path}: not a readable .bin file; download or copy it again") from error
-        odd = "compressed" if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) else ""
-        if odd := odd or ("stored with the highest byte first" if b"big" in order else ""):
+    def _bin_ref(self, name: str, tensor: StoredTensor | OtherTensor) -> TensorRef:
+        kind = tensor.kind if isinstance(tensor, OtherTensor) else "torch.strided"
+        if isinstance(tensor, OtherTensor) or tensor.storage.dtype not in CODES:
+            of = "" if isinstance(tensor, OtherTensor) else f" of {tensor.storage.dtype}"
             raise CheckpointError(
-                f"{self.path}: its tensors are {odd}, which is not read; save it again with torch.save"
+                f"{self.path}: {shown(name)[1:-1]} is a {kind} tensor{of}, which cannot be merged; "
+                "convert it to dense bfloat16 or float32"
             )
-        return sorted((entry.header_offset, entry.file_size) for entry in entries)
+        self._check_name(name)
+        begin = self._pickled.begin(tensor) if tensor.in_one_piece else -1
+        return TensorRef(name, tensor.storage.dtype, tensor.shape, self.path, begin)
 
-    def _bin_ref(self, name: str, tensor: Tensor, records: list[tuple[int, int]]) -> TensorRef:
-        start: int | None = getattr(
-            tensor.untyped_storage(), "_checkpoint_offset", None
-        )  # None as torch < 1.6 wrote it
-        if start is not None:
-            size = records[bisect.bisect_left(records, (start, 0)) - 1][1] if records else 0
-            if size != tensor.untyped_storage().nbytes():
-                raise CheckpointError(
-                    f"{self.path}: {name} is damaged ({tensor.untyped_storage().nbytes()} bytes by its header, {size} stored); "
-                    "download it again"
-                )
-        in_one_piece = start is not None and tensor.is_contiguous()
-        begin = int((start or 0) + tensor.storage_offset() * tensor.element_size()) if in_one_piece else -1
-        return TensorRef(name, tensor.dtype, tuple(tensor.shape), self.path, begin)
-
-
-def unpickle(path: Path) -> Any:
-    """What `torch.save` wrote to the file, on the CPU, mapped if its format allows; no code from the file is run."""
-    try:
-        return _unpickle(path, mmap=True)
-    except (RuntimeError, ValueError) as error:
-        if "mmap" not in str(error):
-            raise
-        return _unpickle(path, mmap=False)  # as torch < 1.6 wrote it
-
-
-def _unpickle(path: Path, **options: Any) -> Any:
-    try:
-        with warnings.catch_warnings():  # an unusual pickle protocol is either read or refused below
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, **options)
-    except pickle.UnpicklingError as error:
-        if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
+    def _check_name(self, name: str) -> None:
+        if not name or len(name) > MAX_NAME or not name.isprintable():
             raise CheckpointError(
-                f"{path}: refused: it holds more than tensors and could run code when loaded; "
-                "ask its author for safetensors"
-            ) from error
-        raise CheckpointError(f"{path}: not a readable .bin file; download or copy it again") from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; download it again or correct the path") from error
-    except DAMAGED_PICKLE as error:
-        if options.get("mmap") and "mmap" in str(error):
-            raise
-        raise CheckpointError(f"{path}: not a readable .bin file; download or copy it again") from error
+                f"{self.path}: {shown(name)} is no name of a tensor (1 to {MAX_NAME} printable characters); "
+                "download the file again"
+            )
+
+    @cached_property
+    def _pickled(self) -> PickledFile:
+        return PickledFile(self.path)
 
 
 class _Source:
@@ -425,45 +372,57 @@ class Checkpoint:
         for suffix in ("safetensors", "bin"):
             for stem in stems:
                 single, index = self.folder / f"{stem}.{suffix}", self.folder / f"{stem}.{suffix}.index.json"
-                if single.is_file():
+                if is_there(single):
                     return [single], None
-                if index.is_file():
+                if is_there(index):
                     weight_map = read_json(index).get("weight_map")
                     if not isinstance(weight_map, dict) or not weight_map:
                         raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
-                    for name in weight_map.values():
-                        self._check_shard(name, index)
-                    return [self.folder / name for name in sorted(set(weight_map.values()))], weight_map
+                    shards = {name: self._shard(name, index) for name in _texts(weight_map.values(), index)}
+                    weight_map = {tensor: shards[name] for tensor, name in weight_map.items()}
+                    return [self.folder / name for name in sorted(set(shards.values()))], weight_map
         tried = ", ".join(f"{stem}.safetensors / .bin" for stem in stems)
         raise CheckpointError(f"{self.folder}: holds no weights (looked for {tried}); correct the path in the recipe")
 
-    def _check_shard(self, name: Any, index: Path) -> None:
-        if not isinstance(name, str):
-            raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
-        if name in ("", "..") or Path(name).name != name:
+    def _shard(self, name: str, index: Path) -> str:
+        """The name of a shard's file, which must be one of this folder."""
+        plain = PurePosixPath(name).name  # "./shard" is a path of the folder too
+        if PurePosixPath(name) != PurePosixPath(plain) or plain in ("", "..") or not plain.isprintable():
             raise CheckpointError(
-                f"{index}: names the shard '{name}', which is no file of this folder; correct the index"
+                f"{index}: names the shard {shown(name)}, which is no file of this folder; correct the index"
             )
-        if not (self.folder / name).is_file():
+        if not is_there(self.folder / plain):
             raise CheckpointError(
-                f"{self.folder / name}: listed in {index.name} but missing; download the folder again"
+                f"{self.folder / plain}: listed in {index.name} but missing; download the folder again"
             )
+        return plain
 
     def _check_index(self, index: dict[str, str], shards: list[Path]) -> None:
         """A folder that mixes the shards of two versions shows in an index that disagrees with what they hold."""
         if missing := sorted(index.keys() - self.refs.keys()):
             raise CheckpointError(
-                f"{self.folder}: the index lists {missing[0]}, which no shard holds; download the folder again"
+                f"{self.folder}: the index lists {shown(missing[0])[1:-1]}, which no shard holds; download the folder again"
             )
         for name, ref in self.refs.items():
-            if ref.file in shards and index.get(name) != ref.file.name:
-                place = f"places in {index[name]}" if name in index else "does not list"
-                raise CheckpointError(f"{ref.file}: holds {name}, which the index {place}; download the folder again")
+            if ref.file not in shards or index.get(name) == ref.file.name:
+                continue
+            if name in index:
+                raise CheckpointError(
+                    f"{ref.file}: holds {name}, which the index places in {index[name]}; index and shards are of two "
+                    "versions: download the folder again"
+                )
+            raise CheckpointError(
+                f"{ref.file}: holds {name}, which the index does not list; if it belongs to the model, add "
+                f'"{name}": "{ref.file.name}" to the weight_map, else download the folder again'
+            )
 
 
-def present(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of the named files that the folder has."""
-    return [name for name in names if (folder / name).is_file()]
+def _texts(values: Iterable[Any], index: Path) -> set[str]:
+    """The distinct names of shards, all of which must be texts."""
+    found = list(values)
+    if not all(isinstance(value, str) for value in found):
+        raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
+    return set(found)
 
 
 def checked(tensor: Tensor, ref: TensorRef, owner: str) -> Tensor:
@@ -481,36 +440,3 @@ def all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
-
-
-def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file; `pairs` makes objects of keys and values."""
-    try:
-        with reading(path):
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download the file again")
-    return content
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an input that is missing or cannot be read into one CheckpointError line that names `path`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; download the folder again") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"{path}: cannot be read ({reason}); check its permissions and the disk") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a whole file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

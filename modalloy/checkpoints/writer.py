@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints.tensors import BLOCK_BYTES, CODES, PAGE_BYTES, aligned_block, file_sha256, reading
+from modalloy.checkpoints.folder import file_sha256, reading
+from modalloy.checkpoints.tensors import BLOCK_BYTES, CODES, PAGE_BYTES, aligned_block
 from modalloy.files import create, is_file, write_text
 
 DIRECT_BYTES = 64 << 20  # files from this size on are written past the page cache

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modalloy.checkpoints.tensors import all_finite, unpickle
+from modalloy.checkpoints.pickled import unpickle
+from modalloy.checkpoints.tensors import all_finite
 from modalloy.encoders import Encoder
-from modalloy.errors import CheckpointError, MediaError, RecipeError
+from modalloy.errors import CheckpointError, MediaError, RecipeError, shown
 from modalloy.media import load_audio
 
 SAMPLING_RATE = 16_000
@@ -292,5 +293,5 @@ def _sizes(path: Path, cfg: dict[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{path}: its cfg has {name} = {cfg[name]}, not {value}; give {FILE}")
     for name in sorted(SETTINGS.keys() & cfg.keys()):
         if type(cfg[name]) is not int or cfg[name] < 1:
-            raise CheckpointError(f"{path}: its cfg has {name} = {cfg[name]!r}; download the file again")
+            raise CheckpointError(f"{path}: its cfg has {name} = {shown(cfg[name])}; download the file again")
     return {ours: cfg[name] for name, ours in SETTINGS.items() if name in cfg}

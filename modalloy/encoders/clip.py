@@ -17,7 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 
 from modalloy.checkpoints import Checkpoint, read_json
 from modalloy.encoders import Encoder
-from modalloy.errors import CheckpointError, MediaError
+from modalloy.errors import CheckpointError, MediaError, shown
 from modalloy.media import load_image
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that OpenAI trained on
@@ -83,7 +83,7 @@ class Clip(Encoder):
         config = read_json(path)
         if config.get("model_type") not in ("clip", "clip_vision_model"):
             raise CheckpointError(
-                f"{path}: model_type is {config.get('model_type')!r}, not CLIP's; "
+                f"{path}: model_type is {shown(config.get('model_type'))}, not CLIP's; "
                 "give a folder like openai/clip-vit-large-patch14-336"
             )
         settings = vision_settings(path, config, UNRECORDED)
@@ -158,7 +158,7 @@ def vision_settings(path: Path, config: dict[str, Any], unrecorded: dict[str, An
     settings = {key: vision.get(key, value) for key, value in unrecorded.items()}
     for key, value in settings.items():
         if type(value) is not type(unrecorded[key]):
-            raise CheckpointError(f"{path}: {key} is {value!r}; download the file again")
+            raise CheckpointError(f"{path}: {key} is {shown(value)}; download the file again")
     return settings
 
 

@@ -5,7 +5,6 @@ pointllm/model/pointbert of github.com/InternRobotics/PointLLM. Published weight
 `point_bert_v1.2.pt` of huggingface.co/RunsenXu/PointLLM_7B_v1.1_init.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modalloy.checkpoints.tensors import unpickle
+from modalloy.checkpoints.pickled import unpickle
 from modalloy.encoders import Encoder
 from modalloy.errors import CheckpointError, MediaError, RecipeError
 from modalloy.media import check_points, load_points
@@ -224,8 +223,7 @@ def _published(location: Path | None) -> dict[str, Tensor]:
             f"the encoder PointBERT has no built-in weights; give the path of {FILE} as its `encoder:`"
         )
     path = location / FILE if location.is_dir() else location
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the training's options, beside the state
-        stored = unpickle(path)
+    stored = unpickle(path, opaque=[("argparse", "Namespace")])  # the training's options, beside the state
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = {
             name.removeprefix(TRAINED_AS): tensor

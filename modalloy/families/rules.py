@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
 
 Owner = Literal["language", "vision"]
 Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
@@ -257,5 +257,5 @@ def _regex(pattern: str, model: str, head: str) -> re.Pattern[str]:
 def _number(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive number; correct the file")
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, not a positive number; correct the file")
     return value

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import read_json
-from modalloy.checkpoints.tensors import reading
-from modalloy.errors import CheckpointError
+from modalloy.checkpoints import is_there, read_bytes, read_json
+from modalloy.errors import CheckpointError, shown
 from modalloy.families.rules import Rows
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
 ADDED, CONFIG = "added_tokens.json", "tokenizer_config.json"
 VOCABULARY_FILES = (*TOKENIZER_FILES, ADDED, CONFIG)
+MAX_MODEL_BYTES, MAX_PIECES = 32_000_000, 2_000_000  # of tokenizer.model; the largest known has 4 MB and 262,144 pieces
 REMEDY = "download the file again, or write vocabulary: keep"
 
 
@@ -75,30 +75,29 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
     Raises:
         CheckpointError: a file is damaged, or does not give each token one row and each row one token.
     """
-    path = next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    path = next((folder / name for name in TOKENIZER_FILES if is_there(folder / name)), None)
     if path is None:
         return None
     added: list[tuple[Any, Any]] = []
     try:
         if path.suffix == ".json":
-            content = read_json(path, _unique)
+            content = read_json(path)
             found: Any = content["model"]["vocab"]
             pieces = list(found.items()) if isinstance(found, dict) else _numbered(piece for piece, *_ in found)
             added += [(entry["content"], entry["id"]) for entry in content.get("added_tokens") or ()]
         else:
-            with reading(path):
-                pieces = _numbered(_pieces(path.read_bytes()))
-            if (folder / ADDED).is_file():
-                added += read_json(folder / ADDED, _unique).items()
-        if (folder / CONFIG).is_file():
+            pieces = _numbered(_pieces(read_bytes(path, MAX_MODEL_BYTES)))
+            if is_there(folder / ADDED):
+                added += read_json(folder / ADDED).items()
+        if is_there(folder / CONFIG):
             decoder = read_json(folder / CONFIG).get("added_tokens_decoder") or {}
             added += [(entry["content"], int(row)) for row, entry in decoder.items()]
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: holds no vocabulary that can be read ({error!r}); {REMEDY}") from error
+        raise CheckpointError(f"{path}: holds no vocabulary that can be read ({shown(error)}); {REMEDY}") from error
     first, later = _table(pieces, path), _table(dict.fromkeys(added), path)
     for token, row in later.items():
         if first.get(token, row) != row:
-            raise CheckpointError(f"{path}: {token!r} is in rows {first[token]} and {row}; {REMEDY}")
+            raise CheckpointError(f"{path}: {shown(token)} is in rows {shown(first[token])} and {shown(row)}; {REMEDY}")
     renamed = set(later.values())
     return {token: row for token, row in first.items() if row not in renamed} | later
 
@@ -109,11 +108,17 @@ def _table(entries: Iterable[tuple[Any, Any]], path: Path) -> dict[str, int]:
     names: dict[int, str] = {}
     for token, row in entries:
         if not isinstance(token, str) or type(row) is not int or row < 0:
-            raise CheckpointError(f"{path}: {token!r} is in row {row!r}, not a token and its number; {REMEDY}")
+            raise CheckpointError(
+                f"{path}: {shown(token)} is in row {shown(row)}, not a token and its number; {REMEDY}"
+            )
         if token in tokens:
-            raise CheckpointError(f"{path}: {token!r} is in rows {tokens[token]} and {row}; {REMEDY}")
+            raise CheckpointError(
+                f"{path}: {shown(token)} is in rows {shown(tokens[token])} and {shown(row)}; {REMEDY}"
+            )
         if row in names:
-            raise CheckpointError(f"{path}: row {row} belongs to {names[row]!r} and {token!r}; {REMEDY}")
+            raise CheckpointError(
+                f"{path}: row {shown(row)} belongs to {shown(names[row])} and {shown(token)}; {REMEDY}"
+            )
         tokens[token], names[row] = row, token
     return tokens
 
@@ -122,26 +127,19 @@ def _numbered(pieces: Iterable[Any]) -> list[tuple[Any, int]]:
     return [(piece, row) for row, piece in enumerate(pieces)]
 
 
-def _unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that is there twice, the last would win."""
-    content = dict(entries)
-    if len(content) < len(entries):
-        names = [name for name, _ in entries]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return content
-
-
 def _pieces(model: bytes) -> Iterator[str]:
     """The pieces of a SentencePiece model: field 1 of its protocol buffer, and of each of these field 1, its string."""
     for number, piece in _fields(model):
         if number == 1:
-            yield next(content for field, content in _fields(piece) if field == 1).decode()
+            yield next((content for field, content in _fields(piece) if field == 1), b"").decode()
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Number and content of each field of a protocol buffer; without a content those that are numbers."""
-    place = 0
+    place = count = 0
     while place < len(data):
+        if (count := count + 1) > MAX_PIECES:
+            raise ValueError(f"more than {MAX_PIECES:,} pieces")
         key, place = _varint(data, place)
         content = b""
         if key & 7 == 2:  # says its length
@@ -168,3 +166,5 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
         place, shift = place + 1, shift + 7
         if byte < 128:
             return value, place
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, lift, lift_left
-from modalloy.errors import MethodError, RecipeError, nearest
+from modalloy.errors import MethodError, RecipeError, nearest, shown
 from modalloy.linalg import require_finite
 from modalloy.methods.average import average
 from modalloy.methods.consensus import consensus
@@ -339,7 +339,9 @@ def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = F
         for single in value if several else [value]:
             check_value(name, single, *known[name])
             if several and (isinstance(single, bool) or not isinstance(single, (int, float))):
-                raise RecipeError(f"{name}: {single!r} cannot be in a list over the depth; it must hold numbers only")
+                raise RecipeError(
+                    f"{name}: {shown(single)} cannot be in a list over the depth; it must hold numbers only"
+                )
 
 
 def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from modalloy.errors import RecipeError, nearest
+from modalloy.errors import RecipeError, nearest, shown
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
@@ -60,15 +60,15 @@ def check_value(name: str, value: Any, annotation: Any, default: Any) -> None:
     except ValidationError as error:
         if typing.get_origin(annotation) is Literal:
             raise RecipeError(
-                f"{name}: {value!r} is none of its values; {nearest(str(value), typing.get_args(annotation))}"
+                f"{name}: {shown(value)} is none of its values; {nearest(str(value), typing.get_args(annotation))}"
             ) from None
         problem = error.errors()[0]["msg"].removeprefix("Input should be ")
         if problem.startswith(("greater", "less")):
-            raise RecipeError(f"{name}: {value!r} is out of range; it must be {problem}") from None
+            raise RecipeError(f"{name}: {shown(value)} is out of range; it must be {problem}") from None
         if "integer" in problem:
-            raise RecipeError(f"{name}: {value!r} is not a whole number; write for example 3") from None
+            raise RecipeError(f"{name}: {shown(value)} is not a whole number; write for example 3") from None
         raise RecipeError(
-            f"{name}: {value!r} is not a finite number; write for example 0.25 (in YAML 1.0e-3, not 1e-3)"
+            f"{name}: {shown(value)} is not a finite number; write for example 0.25 (in YAML 1.0e-3, not 1e-3)"
         ) from None
 
 
@@ -78,7 +78,7 @@ def parse_rank(value: Any) -> int | float:
         fraction = value["energy"]
         if isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and 0 < fraction < 1:
             return float(fraction)
-        raise RecipeError(f"rank: energy {fraction!r} is not between 0 and 1; for example {{energy: 0.95}}")
+        raise RecipeError(f"rank: energy {shown(fraction)} is not between 0 and 1; for example {{energy: 0.95}}")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"rank: {value!r} is not a whole number of at least 1, nor {{energy: 0.95}}")
+        raise RecipeError(f"rank: {shown(value)} is not a whole number of at least 1, nor {{energy: 0.95}}")
     return value

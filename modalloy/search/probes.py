@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints import file_sha256
-from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.errors import MediaError, ModalloyError, nearest, shown
 from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.run import PREDS
 from modalloy.names import modality_name
@@ -90,6 +90,6 @@ def _media(given: Any, where: str) -> list[tuple[str, str]]:
     found = []
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
-            raise ModalloyError(f'{where}: "media" holds {pair!r}; write {{"image": "dog.png"}}')
+            raise ModalloyError(f'{where}: "media" holds {shown(pair)}; write {{"image": "dog.png"}}')
         found.append((modality_name(pair[0]), pair[1]))
     return found

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from modalloy.differences import settled_plan
-from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest
+from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest, shown
 from modalloy.evals.benchmark import LETTERS, Answer, Sample
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import is_text
@@ -564,7 +564,7 @@ def _strategy(given: str, axes: list[Axis], objective: str, variant: str, aggreg
     for axis in axes:
         if not axis.ordered:
             raise RecipeError(
-                f"--vary {axis.name}: consistency compares neighbouring values, and {axis.values[0]!r} is no number; use "
+                f"--vary {axis.name}: consistency compares neighbouring values, and {shown(axis.values[0])} is no number; use "
                 "--objective labels or agreement"
             )
         if len(axis.values) < least:
@@ -592,15 +592,17 @@ def _check_probes(probes: list[Sample], planned: Plan, objective: str, load: Loa
             if able is not None and modality not in able:
                 takes = ", ".join(map(str, able)) or "text only"
                 raise ModalloyError(
-                    f"the probe {probe.text!r} shows {modality}, and the recipe's model takes {takes}; remove the probe"
+                    f"the probe {shown(probe.text)} shows {modality}, and the recipe's model takes {takes}; remove the probe"
                 )
         if objective == "labels" and not probe.golds:
-            raise ModalloyError(f"the probe {probe.text!r} has no gold answer, which --objective labels needs; add it")
+            raise ModalloyError(
+                f"the probe {shown(probe.text)} has no gold answer, which --objective labels needs; add it"
+            )
         if objective == "labels" and probe.choices and not is_text(probe):
             known = LETTERS[: len(probe.choices)]
             if not set(probe.golds) & set(known):
                 raise ModalloyError(
-                    f"the probe {probe.text!r}: its gold {probe.golds[0]!r} is none of its choices; correct it"
+                    f"the probe {shown(probe.text)}: its gold {shown(probe.golds[0])} is none of its choices; correct it"
                 )
     if objective == "agreement" and not across and not any(len({m for m, _ in probe.media}) == 1 for probe in probes):
         raise ModalloyError(

@@ -14,7 +14,7 @@ import yaml
 
 from modalloy.checkpoints import is_portable
 from modalloy.encoders import choose
-from modalloy.errors import RecipeError, nearest
+from modalloy.errors import RecipeError, nearest, shown
 from modalloy.methods import METHODS
 from modalloy.methods.parameters import Rank, check_value, schema
 from modalloy.plan import Plan, labels
@@ -66,7 +66,7 @@ def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
         )
     if name in weights:
         if strange := [v for v in values if isinstance(v, (bool, str)) or not _is_finite(v)]:
-            raise RecipeError(f"--vary {name}: {strange[0]!r} is not a finite number; write for example 0.5,1,2")
+            raise RecipeError(f"--vary {name}: {shown(strange[0])} is not a finite number; write for example 0.5,1,2")
         found = [float(value) for value in values]
     else:
         for value in values:
@@ -76,7 +76,7 @@ def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
     if len(found) < 2:
         raise RecipeError(f"--vary {name}: one value leaves nothing to choose; give several, or set it in the recipe")
     if twice := [value for index, value in enumerate(found) if value in found[:index]]:
-        raise RecipeError(f"--vary {name}: {twice[0]!r} is given twice; keep one")
+        raise RecipeError(f"--vary {name}: {shown(twice[0])} is given twice; keep one")
     made = Axis(name, tuple(found))
     return Axis(name, tuple(sorted(found))) if made.ordered else made
 
