@@ -57,7 +57,11 @@ class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxset = 2, 3, 3, 3, 3
-        self.maxstring = self.maxother = self.maxlong = 80
+        self.maxother = self.maxlong = 80
+
+    def repr_str(self, x: str, level: int) -> str:
+        text = x if len(x) <= 80 else f"{x[:50]}…{x[-29:]}"
+        return repr(text) if text.isprintable() else ascii(text)
 
     def repr_int(self, x: int, level: int) -> str:
         return super().repr_int(x, level) if x.bit_length() < 4000 else f"a whole number of {x.bit_length()} bits"
@@ -65,11 +69,7 @@ class _Short(reprlib.Repr):
 
 def shown(value: Any) -> str:
     """The value of a stranger's file for a message: Python's notation, printable, cut to about a line of a terminal."""
-    text = value[:50] + "…" + value[-29:] if isinstance(value, str) and len(value) > 80 else value
-    found = (
-        ascii(text).replace("\\u2026", "…") if isinstance(text, str) and not text.isprintable() else _SHORT.repr(text)
-    )
-    return found if len(found) <= 200 else found[:160] + "…" + found[-39:]
+    return _SHORT.repr(value)
 
 
 _SHORT = _Short()

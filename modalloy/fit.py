@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
 from modalloy.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
 
@@ -29,7 +29,8 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
         own, base = specialist.config.get(key), base_config.get(key)
         if specialist.layout != "peft" and own is not None and base is not None and own != base:
             raise CheckpointError(
-                f"{specialist.label} specialist was trained from a base with {key} {own}, '{wanted}' has {base}; {remedy}"
+                f"{specialist.label} specialist was trained from a base with {key} {shown(own)}, '{wanted}' has "
+                f"{shown(base)}; {remedy}"
             )
 
 

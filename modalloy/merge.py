@@ -20,6 +20,7 @@ from modalloy.checkpoints import (
     TensorSpec,
     WeightWriter,
     all_finite,
+    read_config,
     read_json,
 )
 from modalloy.checkpoints.staging import MANIFEST, check_apart
@@ -414,7 +415,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
             write_text(folder / "chat_template.jinja", planned.chat_template)
         for name in code_files(base):
             copy_file(base / name, folder / name)
-        config = read_json(base / "config.json")
+        config = read_config(base)
         config.pop("_name_or_path", None)  # where the base was on someone's machine
         if recipe.written_dtype != "auto":
             config["dtype"] = recipe.written_dtype

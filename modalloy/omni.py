@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modalloy.checkpoints import Checkpoint, Factors, Specialist, is_portable, locate, present, read_json
+from modalloy.checkpoints import (
+    Checkpoint,
+    Factors,
+    Specialist,
+    config_size,
+    is_portable,
+    locate,
+    present,
+    read_config,
+)
 from modalloy.checkpoints.writer import copy_file
 from modalloy.encoders import EncoderChoice, choose, registered, sizes
 from modalloy.errors import CheckpointError, RecipeError
@@ -151,7 +160,7 @@ def omni_config(planned: "Plan") -> dict[str, Any]:
         "model_type": "modalloy",
         "auto_map": AUTO_MAP,
         "base_model": planned.base_name if planned.base_is_portable else "base",
-        "text_config": read_json(planned.base_folder / "config.json"),
+        "text_config": read_config(planned.base_folder),
         "text_update": _update(low_rank, planned.rank, 1.0, planned.base),
         "text_linears": [job.slot for job in merged if len(job.outputs) == 1],
         "modalities": modalities,
@@ -160,12 +169,12 @@ def omni_config(planned: "Plan") -> dict[str, Any]:
 
 def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | dict[str, Any] | None) -> dict[str, Any]:
     """The same of a single specialist, to load it alone."""
-    config, folder = read_json(base.folder / "config.json"), specialist.checkpoint.folder
+    config, folder = read_config(base.folder), specialist.checkpoint.folder
     given = encoder or recorded_encoder(specialist)
     if given is None:
         recorded = specialist.config.get(f"mm_{disk_name(specialist.modality or '')}_encoder")
         raise CheckpointError(f"{folder}: its encoder '{recorded}' is not built in; give its location as encoder=")
-    sense = open_sense(given, specialist, config["hidden_size"], Path())
+    sense = open_sense(given, specialist, config_size(config, "hidden_size", base.folder), Path())
     settings = _modality(specialist, sense, base)
     if sense.path is not None:
         settings["source"] = str(sense.path.resolve())

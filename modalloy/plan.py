@@ -22,13 +22,13 @@ from modalloy.checkpoints import (
     TensorRef,
     WeightFile,
     checked,
+    config_size,
     is_hub_id,
     is_portable,
     locate,
     open_base,
     open_specialist,
     present,
-    read_json,
 )
 from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.companions import notices
@@ -401,7 +401,8 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
                     f"output.form 'adapter' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
                     "or output.compress_rank: k to approximate what is merged"
                 )
-    senses = choose_senses(recipe, specialists, base_config["hidden_size"]) if form == "omni" else {}
+    width = config_size(base_config, "hidden_size", base_folder) if form == "omni" else 0
+    senses = choose_senses(recipe, specialists, width) if form == "omni" else {}
     template = None if form == "adapter" or recipe.output.chat_template == "base" else common_template(specialists)
     jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
     result = Plan(

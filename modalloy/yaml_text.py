@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
             self.sizes[anchor] = self.count - before
         return node
 
-    def compose_scalar_node(self, anchor: str | None) -> ScalarNode:
+    def compose_scalar_node(self, anchor: Any) -> ScalarNode:
         """A word or a number, which must be one that its tag allows."""
         event = self.peek_event()
         node = super().compose_scalar_node(anchor)
@@ -90,14 +90,14 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"{shown(node.value)} is no {node.tag.removeprefix(TAG)}", event)
         return node
 
-    def compose_sequence_node(self, anchor: str | None) -> SequenceNode:
+    def compose_sequence_node(self, anchor: Any) -> SequenceNode:
         """A list."""
         event = self.peek_event()
         node = super().compose_sequence_node(anchor)
         self._check_tag(node, event)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
         """A mapping, of whose keys none is given twice; the last would win."""
         event = self.peek_event()
         node = super().compose_mapping_node(anchor)
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, ScalarNode) or key.tag not in (f"{TAG}str", MERGE):
                 found = key.value if isinstance(key, ScalarNode) else "a list or mapping"
-                raise _refused(f"the key {shown(found)} is no word; put it between quotes", key)
+                raise _refused(f"the key {shown(found)} is no word, and keys must be words; put it between quotes", key)
             if key.value in keys:
                 raise _refused(f"{shown(key.value)} is given twice", key)
             keys.add(key.value)
@@ -129,13 +129,11 @@ class _Loader(yaml.SafeLoader):
     def _check_tag(self, node: Node, event: Any) -> None:
         allowed = KINDS[type(node)] | ({MERGE} if isinstance(node, ScalarNode) else set())
         if node.tag not in allowed:
-            raise _refused(f"the tag {shown(node.tag.replace(TAG, '!!'))} does not fit here; remove it", event)
+            if node.tag == f"{TAG}timestamp" and event.tag is None:
+                raise _refused(f"{shown(node.value)} is read as a date; put it between quotes", event)
+            raise _refused(f"the tag {shown(node.tag.replace(TAG, '!!'))} does not fit its value", event)
 
 
-_Loader.yaml_implicit_resolvers = {  # a date is a word: no value of ours is one
-    start: [(tag, regexp) for tag, regexp in resolvers if tag not in (f"{TAG}timestamp", f"{TAG}value")]
-    for start, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _Loader.add_constructor(f"{TAG}int", _Loader.construct_yaml_int)
 _Loader.add_constructor(f"{TAG}float", _Loader.construct_yaml_float)
 

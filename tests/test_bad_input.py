@@ -176,7 +176,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "control character": (b"base_model: \x00\n", r"not valid YAML"),
     "tag": (b"base_model: !!python/object/apply:os.system [true]\n", r"not valid YAML \(could not determine"),
     "impossible date": (b"base_model: 2024-13-45\n", r"not valid YAML \(month must be"),
-    "key given twice": (b"models: []\nmodels: []\n", r"not valid YAML \('models' is given twice .*line 1"),
+    "key given twice": (b"models: []\nmodels: []\n", r"not valid YAML \('models' is given twice, line 2"),
     "too deep": (b"base_model: " + b"[" * 999, r"not valid YAML"),
     "not UTF-8": ("base_model: modèle\n".encode("latin-1"), r"cannot be read \(.*utf-8.*\); give a YAML file"),
     "key that is no word": (b"7: a\n", r"keys must be words"),
@@ -196,7 +196,7 @@ def test_missing_recipe(tmp_path: Path, merge_refused: Refused) -> None:
 
 def test_recipe_that_is_a_folder(tmp_path: Path, merge_refused: Refused) -> None:
     (tmp_path / "folder").mkdir()
-    assert_says(merge_refused(tmp_path / "folder"), r"folder: cannot be read \(.*directory.*\); give a YAML file")
+    assert_says(merge_refused(tmp_path / "folder"), r"folder: is a folder, where a file is expected")
 
 
 # ------------------------------------------------------------------------------------------------------------- base

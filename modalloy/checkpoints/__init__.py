@@ -1,8 +1,9 @@
 """Opening checkpoints (base, ModelCompose, PEFT, full) and writing new ones."""
 
+from modalloy.checkpoints.config import config_size, read_config
 from modalloy.checkpoints.folder import file_sha256, is_there, parse_json, present, read_bytes, read_json, read_text
 from modalloy.checkpoints.full import place
-from modalloy.checkpoints.layouts import open_specialist
+from modalloy.checkpoints.layouts import check_one_kind, open_specialist
 from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
 from modalloy.checkpoints.specialist import Factors, Specialist
 from modalloy.checkpoints.staging import Staging
@@ -27,7 +28,9 @@ __all__ = [
     "WeightFile",
     "WeightWriter",
     "all_finite",
+    "check_one_kind",
     "checked",
+    "config_size",
     "file_sha256",
     "hub_commit",
     "is_hub_id",
@@ -40,6 +43,7 @@ __all__ = [
     "place",
     "present",
     "read_bytes",
+    "read_config",
     "read_json",
     "read_text",
 ]

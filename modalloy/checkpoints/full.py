@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints.folder import present, read_json
+from modalloy.checkpoints.config import read_config
+from modalloy.checkpoints.folder import present
 from modalloy.checkpoints.locate import BASE_STEMS
 from modalloy.checkpoints.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Specialist, not_ignored, put, twice
 from modalloy.checkpoints.tensors import Checkpoint
@@ -30,7 +31,7 @@ def open_full(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
             "model; give the folder of the fine-tuning stage"
         )
     checkpoint = Checkpoint(folder, (*BASE_STEMS, *ADAPTER_STEMS))  # no adapter file: named for the message
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     text = config.get("text_config")
     specialist = Specialist(label, checkpoint, "full", config | (text if isinstance(text, dict) else {}), None)
     specialist.full = dict(not_ignored(specialist, ignore))

@@ -8,11 +8,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from modalloy.checkpoints.folder import is_there
 from modalloy.checkpoints.full import open_full
+from modalloy.checkpoints.locate import BASE_STEMS
 from modalloy.checkpoints.modelcompose import open_modelcompose
 from modalloy.checkpoints.peft import open_peft
-from modalloy.checkpoints.specialist import Specialist
+from modalloy.checkpoints.specialist import ADAPTER_STEMS, Specialist
 from modalloy.errors import CheckpointError
+
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def open_specialist(
@@ -32,7 +36,8 @@ def open_specialist(
     label = label or modality or folder.name
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; correct the path of the {label} specialist in the recipe")
-    if (folder / "adapter_config.json").is_file():
+    check_one_kind(folder)
+    if is_there(folder / "adapter_config.json"):
         specialist = open_peft(folder, label, ignore)
     elif any(folder.glob("adapter_model.*")):
         specialist = open_modelcompose(folder, label, ignore)
@@ -45,3 +50,16 @@ def open_specialist(
             f"{folder}: its tensors belong to modality '{specialist.modality}', the recipe says '{modality}'; correct the recipe"
         )
     return specialist
+
+
+def check_one_kind(folder: Path) -> None:
+    """An adapter beside the model that it was merged into: each alone would be read, and they are two specialists."""
+    adapters, models = (
+        [stem + ending for stem in stems for ending in ENDINGS if is_there(folder / (stem + ending))]
+        for stems in (ADAPTER_STEMS, BASE_STEMS)
+    )
+    if adapters and models:
+        raise CheckpointError(
+            f"{folder}: holds an adapter ({adapters[0]}) and a full model ({models[0]}); give a folder that holds only the "
+            "one that is meant"
+        )

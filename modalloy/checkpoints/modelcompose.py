@@ -6,7 +6,7 @@ The text adapter is called `default`, the modality adapter after its modality; `
 from collections.abc import Sequence
 from pathlib import Path
 
-from modalloy.checkpoints.folder import read_json
+from modalloy.checkpoints.config import read_config
 from modalloy.checkpoints.specialist import (
     ADAPTER_STEMS,
     BESIDE_ADAPTER,
@@ -26,7 +26,7 @@ from modalloy.checkpoints.specialist import (
     unknown_tensor,
 )
 from modalloy.checkpoints.tensors import Checkpoint, TensorRef
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
 from modalloy.names import disk_name
 
 MERGED = ("reset_scaling_weights", "merge_default_weights")  # config keys that ModelCompose's own merge writes
@@ -36,7 +36,7 @@ def open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Specia
     """A specialist in ModelCompose's layout, LoRA scale `lora_alpha / lora_r`."""
     checkpoint = Checkpoint(folder, ADAPTER_STEMS, BESIDE_ADAPTER)
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_config(folder)
     if key := next((key for key in MERGED if config.get(key)), None):
         raise CheckpointError(f"{path}: {key} marks a merge of several specialists; give the specialists themselves")
     specialist = Specialist(label, checkpoint, "modelcompose", config, recorded_base(config, "_name_or_path"))
@@ -79,10 +79,12 @@ def _check_config(specialist: Specialist, path: Path) -> None:
         general = config.get(key, default)
         if config.get(f"{disk}_{key}", general) != general:
             raise CheckpointError(
-                f"{path}: {disk}_{key} is {config[f'{disk}_{key}']}, {key} is {general}, and ModelCompose reads only the "
-                "latter; make them the same"
+                f"{path}: {disk}_{key} is {shown(config[f'{disk}_{key}'])}, {key} is {shown(general)}, and ModelCompose "
+                "reads only the latter; make them the same"
             )
     strategy = config.get("lora_strategy")
+    if strategy is not None and not isinstance(strategy, str):
+        raise CheckpointError(f"{path}: lora_strategy is {shown(strategy)}, not a text; correct the file")
     expected = {"modal+language": True, "same": False}
     if strategy in expected and expected[strategy] != bool(specialist.own):
         has = "a modality adapter" if specialist.own else "no modality adapter"

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from modalloy.checkpoints.config import read_config
 from modalloy.checkpoints.folder import present, read_json
+from modalloy.checkpoints.patterns import first_matches
 from modalloy.checkpoints.specialist import (
     ADAPTER_STEMS,
     BESIDE_ADAPTER,
@@ -64,7 +66,7 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     _check_config(config, path)
     specialist = Specialist(label, checkpoint, "peft", config, recorded_base(config, "base_model_name_or_path"))
     if beside:
-        specialist.layout, specialist.config = "llava", read_json(folder / "config.json") | config
+        specialist.layout, specialist.config = "llava", read_config(folder) | config
     pairs: dict[str, dict[str, TensorRef]] = {}
     for name, ref in not_ignored(specialist, ignore):
         bare = name.removeprefix(PEFT_PREFIX)
@@ -72,9 +74,9 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
             pairs.setdefault(lora["stem"], {})[lora["side"]] = ref
         elif not put_projector(specialist, bare, ref):
             put(specialist.full, _whole(specialist, name, ref), ref)
-    for stem, pair in pairs.items():
-        rank = _pattern(config, "rank_pattern", stem, number(config, "r", 8, path), path)
-        alpha = _pattern(config, "alpha_pattern", stem, number(config, "lora_alpha", 8, path), path)
+    ranks = _patterned(config, "rank_pattern", list(pairs), number(config, "r", 8, path), path)
+    alphas = _patterned(config, "alpha_pattern", list(pairs), number(config, "lora_alpha", 8, path), path)
+    for (stem, pair), rank, alpha in zip(pairs.items(), ranks, alphas, strict=True):
         scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         factors = pair_factors(specialist, stem, pair, scale)
         check_rank(specialist, factors, rank, path)
@@ -87,14 +89,19 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
 def _check_config(config: dict[str, Any], path: Path) -> None:
     """Refuse adapters that are no plain LoRA of the recorded base."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {config['peft_type']} is not LoRA; only LoRA adapters can be merged")
+        kind = shown(config["peft_type"]).strip("'")
+        raise CheckpointError(f"{path}: peft_type {kind} is not LoRA; only LoRA adapters can be merged")
     for option, reason in OTHER_UPDATES.items():
         if config.get(option):
             raise CheckpointError(f"{path}: {reason}; merge it into a full model first")
+    if config.get("use_rslora") not in (None, True, False):
+        raise CheckpointError(
+            f"{path}: use_rslora is {shown(config['use_rslora'])}, not true or false; correct the file"
+        )
     start = config.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise CheckpointError(
-            f"{path}: init_lora_weights '{start}' is not known to leave the base as it was; convert the adapter to a plain "
+            f"{path}: init_lora_weights {shown(start)} is not known to leave the base as it was; convert the adapter to a plain "
             "LoRA when saving (PEFT: path_initial_model_for_weight_conversion)"
         )
 
@@ -116,15 +123,14 @@ def _whole(specialist: Specialist, name: str, ref: TensorRef) -> str:
     return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")  # the bias of a layer that LoRA wraps
 
 
-def _pattern(config: dict[str, Any], name: str, stem: str, default: float, path: Path) -> float:
-    """The value of a module in PEFT's rank_pattern or alpha_pattern: the first key that ends its name, as PEFT matches."""
+def _patterned(config: dict[str, Any], name: str, stems: list[str], default: float, path: Path) -> list[float]:
+    """Each module's value in PEFT's rank_pattern or alpha_pattern: that of the first key that ends its name."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: {name} is {shown(patterns)}, not a table of patterns; correct the file")
+    keys = list(patterns)
     try:
-        for key in patterns:
-            if re.fullmatch(rf"(.*\.)?({key})", stem):
-                return number(patterns, key, default, path)
-    except re.error as error:
-        raise CheckpointError(f"{path}: {name}: '{key}' is not a pattern ({error}); correct the file") from error
-    return default
+        found = first_matches(keys, stems)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {name}: {error}") from error
+    return [default if index is None else number(patterns, keys[index], default, path) for index in found]

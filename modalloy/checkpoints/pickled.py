@@ -178,7 +178,7 @@ class PickledFile:
         for key, storage in storages.items():
             entry, n_bytes = names.get(f"{folder}/data/{key}"), storage.count * storage.dtype.itemsize
             if entry is None or entry.file_size != n_bytes:
-                raise self._cut(n_bytes, 0 if entry is None else entry.file_size)
+                raise self._cut(key, n_bytes, 0 if entry is None else entry.file_size)
             self._place(key, self._begin(file, entry), n_bytes)
 
     def _read_row(self, file: BinaryIO) -> None:
@@ -201,13 +201,13 @@ class PickledFile:
             file.seek(place)
             (count,) = struct.unpack("<q", file.read(8))
             if count != storages[key].count:
-                raise self._cut(n_bytes, count * storages[key].dtype.itemsize)
+                raise self._cut(key, n_bytes, count * storages[key].dtype.itemsize)
             self._place(key, place + 8, n_bytes)
             place += 8 + n_bytes
 
     def _place(self, key: str, begin: int, n_bytes: int) -> None:
         if begin + n_bytes > self._size:
-            raise self._cut(n_bytes, max(self._size - begin, 0))
+            raise self._cut(key, n_bytes, max(self._size - begin, 0))
         self._begins[key] = begin
 
     def _record(self, file: BinaryIO, entry: zipfile.ZipInfo, limit: int) -> bytes:
@@ -230,9 +230,12 @@ class PickledFile:
     def _odd(self, odd: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: its tensors are {odd}, which is not read; save it again with torch.save")
 
-    def _cut(self, wanted: int, found: int) -> CheckpointError:
+    def _cut(self, key: str, wanted: int, found: int) -> CheckpointError:
+        named = self.content if isinstance(self.content, dict) else {}
+        names = (n for n, tensor in named.items() if isinstance(tensor, StoredTensor) and tensor.storage.key == key)
+        name = shown(next(names, f"storage {key}")).strip("'")
         return CheckpointError(
-            f"{self.path}: a tensor is damaged ({wanted} bytes by its header, {found} stored); download it again"
+            f"{self.path}: {name} is damaged ({wanted} bytes by its header, {found} stored); download it again"
         )
 
     def _run(self, file: BinaryIO) -> tuple[Any, dict[str, Storage]]:

@@ -4,7 +4,6 @@
 """
 
 import fnmatch
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -191,7 +190,7 @@ def unknown_tensor(specialist: Specialist, ref: TensorRef, known: str) -> Checkp
 def number(config: dict[str, Any], key: str, default: float, path: Path) -> float:
     """A positive number of the configuration in `path`."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
         raise CheckpointError(f"{path}: {key} is {shown(value)}, not a positive number; correct the file")
     return value
 

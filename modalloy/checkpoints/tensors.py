@@ -408,12 +408,12 @@ class Checkpoint:
                 continue
             if name in index:
                 raise CheckpointError(
-                    f"{ref.file}: holds {name}, which the index places in {index[name]}; index and shards are of two "
-                    "versions: download the folder again"
+                    f"{ref.file}: holds {name}, which the index places in {index[name]}; download the folder again: index "
+                    "and shards are of two versions"
                 )
             raise CheckpointError(
-                f"{ref.file}: holds {name}, which the index does not list; if it belongs to the model, add "
-                f'"{name}": "{ref.file.name}" to the weight_map, else download the folder again'
+                f"{ref.file}: holds {name}, which the index does not list; download the folder again, or add "
+                f'"{name}": "{ref.file.name}" to its weight_map if the tensor belongs to the model'
             )
 
 

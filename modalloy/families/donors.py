@@ -12,10 +12,11 @@ from modalloy.checkpoints import (
     Checkpoint,
     Specialist,
     TensorRef,
+    check_one_kind,
     is_portable,
     open_base,
     open_specialist,
-    read_json,
+    read_config,
 )
 from modalloy.checkpoints.specialist import Factors
 from modalloy.errors import CheckpointError, RecipeError
@@ -65,13 +66,13 @@ def open_donors(
         CheckpointError: a donor or the base does not fit the target (see `map_models`), or they have no common ancestor and
             it is not `allow`ed.
     """
-    config = read_json(target.folder / "config.json")
+    config = read_config(target.folder)
     wanted = ("target", ancestor(config, str(recipe.target)))
 
     def mapped(
         label: str, model: Checkpoint, location: str, tokens: Callable[[Header, Header], SharedTokens | None]
     ) -> ModelMap:
-        own = read_json(model.folder / "config.json")
+        own = read_config(model.folder)
         ancestry = "not checked" if allow else check_ancestors(wanted, (label, ancestor(own, location)))
         header, own_header = ({name: ref.shape for name, ref in one.refs.items()} for one in (target, model))
         found = map_models(
@@ -91,11 +92,12 @@ def open_donors(
         base_map = mapped("base", base, recipe.base_model, lambda *_: None)  # updates of embeddings are not merged
     donors, maps = [], {}
     for (label, folder), entry in zip(places, recipe.models, strict=True):
+        check_one_kind(folder)
         if any(folder.glob("adapter_model.*")):
             donor = _open_adapter(label, folder, recipe, base, allow=allow)
             maps[label] = _adapter_map(donor, base_map)
         else:
-            checkpoint, own = open_base(folder), read_json(folder / "config.json")
+            checkpoint, own = open_base(folder), read_config(folder)
             maps[label] = mapped(label, checkpoint, entry.model, partial(_shared, recipe, target.folder, folder))
             tensors = maps[label].tensors.values()
             full = {one.name: _ref(one, target, checkpoint) for one in tensors if one.pieces}
@@ -118,7 +120,7 @@ def _open_adapter(label: str, folder: Path, recipe: Recipe, base: Checkpoint | N
             f"{label} is an adapter, an update of a base: add base_model, and a merge_method other than linear"
         )
     donor = open_specialist(folder, label=label, ignore=recipe.ignore)
-    config = read_json(base.folder / "config.json")
+    config = read_config(base.folder)
     check_base(donor, recipe, config, allow)
     check_shapes(donor, base, config)
     if donor.full:

@@ -144,8 +144,11 @@ class Family:
             CheckpointError: a size is missing or not a number.
         """
         text = self.defaults | text_config(config)
-        rope = text.get("rope_parameters") or {}
-        scaling = text.get("rope_scaling") or rope
+        rope = _table(text, "rope_parameters")
+        scaling = _table(text, "rope_scaling") or rope
+        theta = rope.get("rope_theta", text.get("rope_theta", 10000.0))
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < 1e30:
+            raise CheckpointError(f"config.json: rope_theta is {shown(theta)}, not a positive number; correct the file")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         heads, width = _number(text, "num_attention_heads"), _number(text, "hidden_size")
         return Geometry(
@@ -155,7 +158,7 @@ class Family:
             heads=heads,
             kv_heads=_number(text, "num_key_value_heads") if text.get("num_key_value_heads") is not None else heads,
             head_dim=_number(text, "head_dim") if text.get("head_dim") is not None else width // heads,
-            rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 10000.0))),
+            rope_theta=float(theta),
             # positions in several dimensions use the same weights as those in one
             rope_scaling="none" if kind in ("default", "mrope") else f"{kind} × {scaling.get('factor')}",
             norm_epsilon=float(text.get("rms_norm_eps", 1e-6)),
@@ -199,10 +202,17 @@ def rows_of(found: Found, geometry: Geometry, height: int) -> list[Rows]:
     ]
 
 
+def _table(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {key} is {shown(value)}, not a table; correct the file")
+    return value or {}
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The decoder's part of a config: what is nested goes before what is beside it."""
     for key in ("text_config", "llm_config"):
-        if isinstance(nested := config.get(key), dict):
+        if nested := _table(config, key):
             return config | {name: value for name, value in nested.items() if value is not None}
     return config
 
@@ -256,6 +266,6 @@ def _regex(pattern: str, model: str, head: str) -> re.Pattern[str]:
 
 def _number(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
         raise CheckpointError(f"config.json: {key} is {shown(value)}, not a positive number; correct the file")
     return value

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import file_sha256
-from modalloy.errors import MediaError, ModalloyError, nearest, shown
+from modalloy.checkpoints import file_sha256, parse_json, read_bytes
+from modalloy.errors import CheckpointError, MediaError, ModalloyError, nearest, shown
 from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.run import PREDS
 from modalloy.names import modality_name
@@ -27,8 +27,8 @@ def read_probes(path: Path) -> list[Sample]:
     """
     path = path / PREDS if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path).splitlines()
+    except CheckpointError as error:
         raise MediaError(f"{path}: cannot be read ({error}); give a file of JSON lines with --probe") from error
     probes: dict[str, Sample] = {}
     for number, line in enumerate(lines, 1):
@@ -45,17 +45,17 @@ def read_probes(path: Path) -> list[Sample]:
     return list(probes.values())
 
 
-def _probe(line: str, where: str, folder: Path) -> Sample:
+def _probe(line: bytes, where: str, folder: Path) -> Sample:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ModalloyError(f"{where} is not JSON ({error}); correct it") from error
     if not isinstance(row, dict):
         raise ModalloyError(f"{where} is a {type(row).__name__}, not an object with text and media; correct it")
     if "question" in row and "prompt_sha" in row:  # of a run's log
-        row = {"text": row["question"], "media": row["media"], "choices": row["choices"], "gold": row["gold"]}
+        row = {"text": row["question"]} | {key: row.get(key) for key in ("media", "choices", "gold")}
     if unknown := [key for key in row if key not in KEYS]:
-        raise ModalloyError(f"{where} has an unknown key '{unknown[0]}'; {nearest(unknown[0], KEYS)}")
+        raise ModalloyError(f"{where} has an unknown key {shown(unknown[0])}; {nearest(unknown[0], KEYS)}")
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise ModalloyError(f'{where} has no "text"; write the question there')
@@ -69,9 +69,12 @@ def _probe(line: str, where: str, folder: Path) -> Sample:
         raise ModalloyError(f"{where} has {len(choices)} choices; give at most {len(LETTERS)}")
     hashes = []
     for modality, file in media:
-        if not Path(file).is_file():
-            raise MediaError(f"{where}: {file}: no such file; paths start at the probe file's folder")
-        hashes.append([modality, file_sha256(Path(file))])
+        try:
+            hashes.append([modality, file_sha256(Path(file))])
+        except CheckpointError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise MediaError(f"{where}: {file}: no such file; paths start at the probe file's folder") from None
+            raise MediaError(f"{where}: {error}") from error
     return Sample(
         id=hashlib.sha256(json.dumps([text, hashes, choices]).encode()).hexdigest()[:16],
         text=text,

@@ -1,7 +1,6 @@
 """What is varied: axes over parameters of the recipe's method and over specialists' weights, checked against its signature."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,16 +9,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from modalloy.checkpoints import is_portable
+from modalloy.checkpoints import is_portable, read_text
 from modalloy.encoders import choose
-from modalloy.errors import RecipeError, nearest, shown
+from modalloy.errors import ModalloyError, RecipeError, nearest, shown
 from modalloy.methods import METHODS
 from modalloy.methods.parameters import Rank, check_value, schema
 from modalloy.plan import Plan, labels
 from modalloy.recipe import Recipe
+from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
+MAX_VALUES = 1_000  # of one axis: each is a merge
 WEIGHT = "weight."  # weight.image: the factor of the image specialist's update
 NUMBER = r"-?\d+(?:\.\d*)?(?:[eE]-?\d+)?|-?\.\d+"
 RANGE = re.compile(rf"\s*({NUMBER}):({NUMBER}):({NUMBER})\s*")
@@ -49,9 +48,9 @@ def parse_axes(given: Iterable[str], recipe: Recipe) -> list[Axis]:
     for text in _spelled_out(given):
         name, separator, values = text.partition("=")
         if not (name and separator and values.strip()):
-            raise RecipeError(f"--vary {text}: not of the form NAME=VALUES; write for example scale=0.1:1.0:0.1")
+            raise RecipeError(f"--vary {_cut(text)}: not of the form NAME=VALUES; write for example scale=0.1:1.0:0.1")
         if name in axes:
-            raise RecipeError(f"--vary {text}: {name} is given twice; keep one")
+            raise RecipeError(f"--vary {_cut(text)}: {name} is given twice; keep one")
         axes[name] = axis(name, _listed(values, text), recipe)
     return list(axes.values())
 
@@ -62,7 +61,7 @@ def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
     weights = [WEIGHT + label for label in labels(recipe)]
     if name not in known and name not in weights:
         raise RecipeError(
-            f"--vary {name}: '{recipe.merge_method}' has no such parameter; {nearest(name, [*known, *weights])}"
+            f"--vary {_cut(name)}: '{recipe.merge_method}' has no such parameter; {nearest(name, [*known, *weights])}"
         )
     if name in weights:
         if strange := [v for v in values if isinstance(v, (bool, str)) or not _is_finite(v)]:
@@ -162,11 +161,9 @@ def _spelled_out(given: Iterable[str]) -> Iterator[str]:
             yield text
             continue
         try:
-            content = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(
-                f"--vary {text}: cannot be read ({' '.join(str(error).split())}); give a YAML file"
-            ) from error
+            content = parse_yaml(read_text(Path(text), MAX_BYTES))
+        except ModalloyError as error:
+            raise RecipeError(f"--vary {text}: cannot be read ({error}); give a YAML file") from error
         if not isinstance(content, dict):
             raise RecipeError(f"--vary {text}: is no mapping; write for example scale: 0.1:1.0:0.1")
         for name, values in content.items():
@@ -174,19 +171,35 @@ def _spelled_out(given: Iterable[str]) -> Iterator[str]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and -1e30 < value < 1e30
 
 
 def _listed(text: str, given: str) -> list[Any]:
     """The values of "a,b,c" or "first:last:step"."""
     if found := RANGE.fullmatch(text):
         first, last, step = map(Decimal, found.groups())
+        if any(number and not -30 <= number.adjusted() <= 30 for number in (first, last, step)):
+            raise RecipeError(f"--vary {_cut(given)}: a number beyond 1e30, or below 1e-30; write smaller powers")
         if step <= 0 or last < first:
-            raise RecipeError(f"--vary {given}: an empty range; write first:last:step with a positive step")
+            raise RecipeError(f"--vary {_cut(given)}: an empty range; write first:last:step with a positive step")
         whole = all(number == number.to_integral_value() and "." not in str(number) for number in (first, last, step))
         count = int((last - first) / step) + 1
+        if count > MAX_VALUES:
+            raise RecipeError(
+                f"--vary {_cut(given)}: {count:,} values; write a larger step, at most {MAX_VALUES:,} are tried"
+            )
         return [(int if whole else float)(first + index * step) for index in range(count)]
+    parts = text.split(",")
+    if len(parts) > MAX_VALUES:
+        raise RecipeError(f"--vary {_cut(given)}: {len(parts):,} values; at most {MAX_VALUES:,} are tried")
     try:
-        return [yaml.safe_load(part) for part in text.split(",")]
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--vary {given}: cannot be read; write values between commas, or first:last:step") from error
+        return [parse_yaml(part) for part in parts]
+    except RecipeError as error:
+        raise RecipeError(
+            f"--vary {_cut(given)}: cannot be read ({error}); write values between commas, or first:last:step"
+        ) from error
+
+
+def _cut(text: str) -> str:
+    """What was given, for a message."""
+    return text if len(text) <= 80 and text.isprintable() else shown(text)[1:-1]

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import read_json
+from modalloy.checkpoints import read_config
 from modalloy.engines.local import one_thread
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
@@ -134,7 +134,7 @@ def target_senses(planned: Plan, load: Loader | None) -> tuple[str, ...] | None:
         CheckpointError: the target's processor cannot be opened.
         RecipeError: modalloy does not run the target's architecture, and there is no loader.
     """
-    config = read_json(planned.base_folder / "config.json")
+    config = read_config(planned.base_folder)
     if load is not None:
         return None
     if is_hosted(config):
