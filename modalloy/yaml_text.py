@@ -29,9 +29,8 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"is larger than {MAX_BYTES:,} characters; write less")
-    loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         problem = " ".join(f"{error.problem or error.context}".split())[:200]
         mark = error.problem_mark or error.context_mark
@@ -39,8 +38,6 @@ def parse_yaml(text: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(f"not valid YAML ({reason}); correct the file") from error
-    finally:
-        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):

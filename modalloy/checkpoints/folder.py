@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ MAX_PARSED_BYTES = 600_000_000  # memory of what a text holds; the largest token
 MAX_DEPTH = 64  # lists in lists of JSON
 # bytes that a text can take once it is parsed, for each of these characters
 PARSED_BYTES = {b"{": 280, b"[": 100, b",": 200}
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # perhaps of a surrogate pair
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -115,15 +117,26 @@ def parse_json(text: bytes) -> Any:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+    halves = HALF.search(text) is not None
     level = [content]
     for _ in range(MAX_DEPTH + 1):
-        if not (level := [part for one in level for part in _parts(one) if isinstance(part, (dict, list))]):
+        if halves:
+            _check_text(level)
+        if not (level := [part for one in level for part in _parts(one) if halves or isinstance(part, (dict, list))]):
             return content
     raise ValueError(f"is nested more than {MAX_DEPTH} deep")
 
 
 def _parts(content: Any) -> Iterable[Any]:
     return content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+
+
+def _check_text(level: list[Any]) -> None:
+    """Half a surrogate pair is no text: no file, terminal or tokenizer takes it."""
+    for one in level:
+        for word in one if isinstance(one, dict) else (one,):
+            if isinstance(word, str) and any("\ud800" <= char <= "\udfff" for char in word):
+                raise ValueError(f"{shown(word)} is half a surrogate pair")
 
 
 def unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
