@@ -179,11 +179,11 @@ FILES: dict[str, tuple[bytes, str]] = {
     "control character": (b"base_model: \x00\n", r"not valid YAML"),
     "tag": (
         b"base_model: !!python/object/apply:os.system [true]\n",
-        r"not valid YAML \(the tag '!!python/object/apply:os\.system' does not fit its value, line 1",
+        r"not valid YAML \(the tag '!!python/\S+' does not fit",
     ),
     "impossible date": (
         b"base_model: 2024-13-45\n",
-        r"not valid YAML \('2024-13-45' is read as a date; put it between quotes, line 1",
+        r"not valid YAML \('2024-13-45' is read as a date; put",
     ),
     "key given twice": (b"models: []\nmodels: []\n", r"not valid YAML \('models' is given twice, line 2"),
     "too deep": (b"base_model: " + b"[" * 999, r"not valid YAML"),
