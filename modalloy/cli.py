@@ -1,6 +1,7 @@
 """The `modalloy` command: every subcommand parses its options, calls one library function and prints the result."""
 
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 import typer.core
 
-from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.errors import MediaError, ModalloyError, cut, nearest
 from modalloy.names import MODALITIES, modality_name
 
 if TYPE_CHECKING:
@@ -561,8 +562,8 @@ def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]
         name, separator, file = (option, "=", value) if option != "media" else value.partition("=")
         if not (name and separator and file):
             raise ModalloyError(f"--media {value}: not of the form NAME=FILE; write for example --media depth=room.npy")
-        if not Path(file).is_file():
-            raise MediaError(f"{file}: no such file; check the path")
+        if not os.path.isfile(file):  # unlike Path's, False for any name that no file can have
+            raise MediaError(f"{cut(file)}: no such file; check the path")
         files.append((modality_name(name), Path(file)))
     return files
 

@@ -72,4 +72,9 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def cut(text: str) -> str:
+    """A stranger's or user's name for a message: as it is, or as `shown` where it is long or not printable."""
+    return text if len(text) <= 300 and text.isprintable() else shown(text)[1:-1]
+
+
 _SHORT = _Short()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from modalloy.checkpoints import TensorRef
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, cut
 
 Kind = Literal[
     "linear",  # (out, in)
@@ -89,7 +89,7 @@ def check_numbers(label: str, folder: Path, config: Mapping[str, Any], refs: Map
     scheme = next((part["quantization_config"] for part in _parts(config) if part.get("quantization_config")), None)
     if scheme is not None:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else None
-        what = f" by {method}" if isinstance(method, str) else ""
+        what = f" by {cut(method)}" if isinstance(method, str) else ""
         shown = f", for example {coded.name} ({coded.dtype})" if coded is not None else ""
         more = (
             "" if coded is not None else "; if its weights are plain numbers, remove quantization_config from the file"

@@ -3,6 +3,7 @@
 The limits below are generous, for a user's own files. A program that reads strangers' files assigns smaller ones.
 """
 
+import os
 import struct
 import tokenize
 import warnings
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modalloy.errors import MediaError
+from modalloy.errors import MediaError, cut
 from modalloy.ply import PlyFile
 
 if TYPE_CHECKING:
@@ -109,8 +110,8 @@ def video_frames(video: Any, n_frames: int) -> np.ndarray:
 
 
 def _check_file(path: str | Path) -> None:
-    if not Path(path).is_file():
-        raise MediaError(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):  # unlike Path's, False for any name that no file can have
+        raise MediaError(f"{cut(str(path))}: no such file; check the path")
     size = Path(path).stat().st_size
     if size > MAX_FILE_BYTES:
         raise MediaError(f"{path}: has {size} bytes, more than the limit of {MAX_FILE_BYTES}; give a smaller file")

@@ -4,6 +4,7 @@ mergekit's keys are read where they mean the same. Where they mean something els
 same words with another meaning would be a merge of another size.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def advice(content: Mapping[str, Any]) -> str | None:
 
 def joined_adapter(model: str, folder: Path) -> str | None:
     """One line on a model that is written as mergekit writes a model and its adapter, MODEL+ADAPTER; None of any other."""
-    if "+" not in model or (folder / model).exists():
+    if "+" not in model or os.path.exists(folder / model):
         return None
     base, _, adapter = model.partition("+")
     return (

@@ -373,7 +373,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     base = open_base(base_folder)
     if recipe.target is not None:
         return _plan_across(recipe, base, allow_base_mismatch, idle)
-    base_config = read_json(base_folder / "config.json")
+    base_config = read_config(base_folder)
     check_numbers("base", base_folder, base_config, base.refs)
     specialists = [
         open_specialist(
@@ -459,9 +459,9 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, 
     base = locate(recipe.base_model, recipe.folder) if recipe.base_model else None
     donors, across = open_donors(recipe, target, places, base, allow=allow_base_mismatch)
     absent = _absent(recipe, donors, base, idle)
-    check_numbers("target", target.folder, read_json(target.folder / "config.json"), target.refs)
+    check_numbers("target", target.folder, read_config(target.folder), target.refs)
     if across.base is not None:
-        check_numbers("base", across.base.folder, read_json(across.base.folder / "config.json"), across.base.refs)
+        check_numbers("base", across.base.folder, read_config(across.base.folder), across.base.refs)
     for donor in donors:
         if donor.layout == "donor":
             check_numbers(donor.label, donor.checkpoint.folder, donor.config, donor.checkpoint.refs)

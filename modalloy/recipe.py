@@ -11,11 +11,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from modalloy import mergekit
 from modalloy.checkpoints.folder import read_bytes
 from modalloy.encoders import modalities
-from modalloy.errors import CheckpointError, RecipeError, shown
+from modalloy.errors import CheckpointError, RecipeError, cut, shown
 from modalloy.methods import METHODS, check_method
 from modalloy.names import modality_name
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
+MAX_PATTERNS = 1_000  # of tensor names, each of which is tried on every name
 SIZE = re.compile(r"(?=[.]?[0-9])[0-9]{0,15}[.]?[0-9]{0,15}")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -127,8 +128,8 @@ class Recipe(_Strict):
     merge_method: str = "ssam"
     parameters: dict[str, Any] = Field(default_factory=dict)
     models: tuple[SpecialistEntry, ...] = Field(min_length=1)
-    modules: dict[str, Rule] = Field(default_factory=dict)
-    ignore: tuple[str, ...] = ()
+    modules: dict[str, Rule] = Field(default_factory=dict, max_length=MAX_PATTERNS)
+    ignore: tuple[str, ...] = Field(default=(), max_length=MAX_PATTERNS)
     missing: Literal["refuse", "zero"] = "refuse"
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -272,4 +273,4 @@ def _unknown_key(parents: tuple[Any, ...], key: str) -> str:
 
 def _dotted(parts: tuple[Any, ...]) -> str:
     """Where in the recipe something is; long keys are cut."""
-    return ".".join(str(part) if len(str(part)) <= 80 else shown(part)[1:-1] for part in parts)
+    return ".".join(cut(str(part)) for part in parts)

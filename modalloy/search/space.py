@@ -11,7 +11,7 @@ from typing import Any
 
 from modalloy.checkpoints import is_portable, read_text
 from modalloy.encoders import choose
-from modalloy.errors import ModalloyError, RecipeError, nearest, shown
+from modalloy.errors import ModalloyError, RecipeError, cut, nearest, shown
 from modalloy.methods import METHODS
 from modalloy.methods.parameters import Rank, check_value, schema
 from modalloy.plan import Plan, labels
@@ -48,9 +48,9 @@ def parse_axes(given: Iterable[str], recipe: Recipe) -> list[Axis]:
     for text in _spelled_out(given):
         name, separator, values = text.partition("=")
         if not (name and separator and values.strip()):
-            raise RecipeError(f"--vary {_cut(text)}: not of the form NAME=VALUES; write for example scale=0.1:1.0:0.1")
+            raise RecipeError(f"--vary {cut(text)}: not of the form NAME=VALUES; write for example scale=0.1:1.0:0.1")
         if name in axes:
-            raise RecipeError(f"--vary {_cut(text)}: {name} is given twice; keep one")
+            raise RecipeError(f"--vary {cut(text)}: {name} is given twice; keep one")
         axes[name] = axis(name, _listed(values, text), recipe)
     return list(axes.values())
 
@@ -61,7 +61,7 @@ def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
     weights = [WEIGHT + label for label in labels(recipe)]
     if name not in known and name not in weights:
         raise RecipeError(
-            f"--vary {_cut(name)}: '{recipe.merge_method}' has no such parameter; {nearest(name, [*known, *weights])}"
+            f"--vary {cut(name)}: '{recipe.merge_method}' has no such parameter; {nearest(name, [*known, *weights])}"
         )
     if name in weights:
         if strange := [v for v in values if isinstance(v, (bool, str)) or not _is_finite(v)]:
@@ -179,27 +179,22 @@ def _listed(text: str, given: str) -> list[Any]:
     if found := RANGE.fullmatch(text):
         first, last, step = map(Decimal, found.groups())
         if any(number and not -30 <= number.adjusted() <= 30 for number in (first, last, step)):
-            raise RecipeError(f"--vary {_cut(given)}: a number beyond 1e30, or below 1e-30; write smaller powers")
+            raise RecipeError(f"--vary {cut(given)}: a number beyond 1e30, or below 1e-30; write smaller powers")
         if step <= 0 or last < first:
-            raise RecipeError(f"--vary {_cut(given)}: an empty range; write first:last:step with a positive step")
+            raise RecipeError(f"--vary {cut(given)}: an empty range; write first:last:step with a positive step")
         whole = all(number == number.to_integral_value() and "." not in str(number) for number in (first, last, step))
         count = int((last - first) / step) + 1
         if count > MAX_VALUES:
             raise RecipeError(
-                f"--vary {_cut(given)}: {count:,} values; write a larger step, at most {MAX_VALUES:,} are tried"
+                f"--vary {cut(given)}: {count:,} values; write a larger step, at most {MAX_VALUES:,} are tried"
             )
         return [(int if whole else float)(first + index * step) for index in range(count)]
     parts = text.split(",")
     if len(parts) > MAX_VALUES:
-        raise RecipeError(f"--vary {_cut(given)}: {len(parts):,} values; at most {MAX_VALUES:,} are tried")
+        raise RecipeError(f"--vary {cut(given)}: {len(parts):,} values; at most {MAX_VALUES:,} are tried")
     try:
         return [parse_yaml(part) for part in parts]
     except RecipeError as error:
         raise RecipeError(
-            f"--vary {_cut(given)}: cannot be read ({error}); write values between commas, or first:last:step"
+            f"--vary {cut(given)}: cannot be read ({error}); write values between commas, or first:last:step"
         ) from error
-
-
-def _cut(text: str) -> str:
-    """What was given, for a message."""
-    return text if len(text) <= 80 and text.isprintable() else shown(text)[1:-1]
