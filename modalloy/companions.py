@@ -9,9 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import Specialist, read_json
-from modalloy.checkpoints.locate import hub_commit
-from modalloy.checkpoints.tensors import reading
+from modalloy.checkpoints import Specialist, is_there, read_json
+from modalloy.checkpoints.folder import reading
 from modalloy.errors import CheckpointError
 
 # files of tokenizers and processors that transformers reads, beside generation_config.json
@@ -48,7 +47,7 @@ def companions(base: Path) -> list[str]:
     with reading(base):
         found = [path.name for path in base.iterdir() if any(fnmatchcase(path.name, one) for one in PATTERNS)]
         found += [f"{TEMPLATES}/{path.name}" for path in (base / TEMPLATES).glob("*.jinja")]
-        return sorted(name for name in found if (base / name).is_file())
+        return sorted(name for name in found if is_there(base / name))
 
 
 def code_files(base: Path) -> list[str]:
@@ -59,18 +58,18 @@ def code_files(base: Path) -> list[str]:
     Raises:
         CheckpointError: such a file is a link out of the folder, too large, or no text.
     """
-    wanted = [f"{name}.py" for config in CONFIGS if (base / config).is_file() for name in _modules(base / config)]
+    wanted = [f"{name}.py" for config in CONFIGS if is_there(base / config) for name in _modules(base / config)]
     found: dict[str, None] = {}
     while wanted:
         name = wanted.pop(0)
-        if name in found or not (base / name).is_file():
+        if name in found or not is_there(base / name):
             continue
         found[name] = None
         if len(found) > MAX_CODE_FILES:
             raise CheckpointError(
                 f"{base}: its code is more than {MAX_CODE_FILES} files; remove auto_map from its configs"
             )
-        wanted += [f"{one}.py" for one in _imports(_read(base / name, base))]
+        wanted += [f"{one}.py" for one in _imports(_read(base / name))]
     return sorted(found)
 
 
@@ -90,11 +89,8 @@ def _imports(text: str) -> Iterator[str]:
         yield from [module or plain] if module or plain else re.findall(r"\w+", names)
 
 
-def _read(path: Path, base: Path) -> str:
+def _read(path: Path) -> str:
     with reading(path):
-        inside = [base.resolve(), *([base.resolve().parents[1]] if hub_commit(base) else [])]
-        if not any(path.resolve().is_relative_to(folder) for folder in inside):
-            raise CheckpointError(f"{path}: is a link out of the model's folder; put the file itself there")
         if path.stat().st_size > MAX_CODE_BYTES:
             raise CheckpointError(f"{path}: is too large for a file of code; remove it, or its entry in auto_map")
         try:
@@ -127,7 +123,7 @@ def _added(folder: Path) -> set[str]:
     """The tokens that a tokenizer's small files add to its vocabulary."""
     found: set[str] = set()
     for name, key in (("tokenizer_config.json", "added_tokens_decoder"), ("added_tokens.json", None)):
-        if (folder / name).is_file():
+        if is_there(folder / name):
             content: Any = read_json(folder / name)
             content = content.get(key) if key else content
             if key and isinstance(content, dict):

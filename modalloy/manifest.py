@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, WeightFile, file_sha256, hub_commit, present
+from modalloy.checkpoints.folder import reading
 from modalloy.checkpoints.staging import MANIFEST
 from modalloy.checkpoints.staging import SOURCES as SOURCES
-from modalloy.checkpoints.tensors import reading
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.plan import Plan
 

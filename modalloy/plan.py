@@ -29,6 +29,7 @@ from modalloy.checkpoints import (
     open_base,
     open_specialist,
     present,
+    read_config,
 )
 from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.companions import notices

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints import Specialist, read_json
-from modalloy.checkpoints.tensors import reading
+from modalloy.checkpoints.folder import is_there, reading
 from modalloy.errors import CheckpointError
 
 FILES = ("chat_template.jinja", "chat_template.json")
@@ -22,7 +22,7 @@ def own_template(folder: Path) -> str | None:
     """
     path = folder / "chat_template.jinja"
     with reading(path):
-        if path.is_file():
+        if is_there(path):
             content = path.read_bytes()
             if len(content) > MAX_BYTES:
                 raise CheckpointError(f"{path}: has {len(content)} bytes, too many for a chat template; remove it")
@@ -31,7 +31,7 @@ def own_template(folder: Path) -> str | None:
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{path}: is not UTF-8 text ({error}); download it again") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and (
+        if is_there(folder / name) and (
             found := _default(read_json(folder / name).get("chat_template"), folder / name)
         ):
             return found

@@ -54,7 +54,10 @@ SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (lambda path: path.mkdir(), "is a folder, where a file is expected"),
     "link to nothing": (lambda path: path.symlink_to("absent"), "is a link to a file that is missing"),
     "link in a circle": (lambda path: path.symlink_to(path.name), "it is a link in a circle"),
-    "link out of the folder": (lambda path: path.symlink_to("/etc/passwd"), r"leads out of its folder, to /etc/passwd"),
+    "link out of the folder": (
+        lambda path: path.symlink_to("/etc/passwd"),
+        r"is a link out of the model's folder, to /etc/passwd",
+    ),
 }
 NAMES = ("base/config.json", "base/model.safetensors", "one/adapter_config.json", "one/adapter_model.safetensors")
 
@@ -110,7 +113,7 @@ def test_a_private_file_that_a_folder_links_to_is_not_copied_into_a_result(tmp_p
     recipe = write_recipe(tmp_path)
     (tmp_path / "private.json").write_text('{"secret": 1}')
     (tmp_path / "base/tokenizer_config.json").symlink_to("../private.json")
-    with refused("leads out of its folder"):
+    with refused("is a link out of the model's folder"):
         merge(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -252,7 +255,7 @@ def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(shards: Path) -> No
     (shards / "shard").rename(shards.parent / "private")
     (shards / "shard").symlink_to("../private")
     (shards / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "shard"}}')
-    with refused(r"shard: is a link that leads out of its folder, to \S+private; put the file itself there"):
+    with refused(r"shard: is a link out of the model's folder, to \S+private; put the file itself there"):
         Checkpoint(shards, ["model"])
 
 

@@ -187,6 +187,4 @@ def _check_link(path: Path) -> None:
     place = path.resolve()
     in_cache = place.parent.name == "blobs" and place.parent.parent.name.startswith(("models--", "datasets--"))
     if not in_cache and not place.is_relative_to(path.parent.resolve()):
-        raise CheckpointError(
-            f"{path}: is a link that leads out of its folder, to {place}; put the file itself there if it is the model's"
-        )
+        raise CheckpointError(f"{path}: is a link out of the model's folder, to {place}; put the file itself there")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modalloy.checkpoints.tensors import read_json, reading
+from modalloy.checkpoints.folder import read_json, reading
 from modalloy.errors import CheckpointError, OutputError
 from modalloy.files import disk_errors, is_file, is_folder, is_mount, kind, open_log, read_file
 
