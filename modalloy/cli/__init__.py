@@ -3,9 +3,10 @@
 import sys
 
 import typer
+from typer.main import get_command
 
 from modalloy.cli import chat, evals, merging, search
-from modalloy.errors import ModalloyError
+from modalloy.cli.boundary import guarded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command()(merging.merge)
@@ -23,9 +24,12 @@ app.command()(merging.demo)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit code 2."""
-    try:
-        app()
-    except ModalloyError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point: whatever goes wrong is one line on stderr and an exit code (see `boundary`)."""
+    sys.exit(guarded(_run))
+
+
+def _run() -> object:
+    """Run the command that the arguments name; what it returns, below the boundary."""
+    command = get_command(app)
+    with command.make_context("modalloy", sys.argv[1:]) as context:
+        return command.invoke(context)

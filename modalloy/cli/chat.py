@@ -13,6 +13,7 @@ import typer.core
 from modalloy.cli.options import DEVICES, DTYPES, Json, Media, choice
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.names import modality_name
+from modalloy.report.text import is_unicode
 
 
 class InOrder(typer.core.TyperCommand):
@@ -52,6 +53,8 @@ def chat(
         raise ModalloyError("-p: the question is empty; write one, or leave -p out to type a conversation")
     if as_json and prompt is None:
         raise ModalloyError("--json prints the answer to one question; ask it with -p")
+    if prompt is not None and not is_unicode(prompt):
+        raise ModalloyError("-p: the question holds bytes that are no UTF-8; set the terminal's encoding to UTF-8")
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
     files = _in_order(ctx.meta[InOrder.__name__], given)
     from modalloy.merge import resolve_device

@@ -48,14 +48,14 @@ def evaluate(
     encoder: Annotated[str | None, typer.Option(help="encoder of a specialist that records none")] = None,
     listed: Annotated[bool, typer.Option("--list", help="list the tasks")] = False,
     as_json: Json = False,
-) -> None:
+) -> Path | None:
     """Ask a model the questions of a benchmark, and score the answers."""
     from modalloy.evals import BENCHMARKS, find_benchmark
     from modalloy.evals.benchmark import data_folder
 
     if listed:
         _list(BENCHMARKS, as_json)
-        return
+        return None
     if out is None or task is None or run is None:
         raise ModalloyError(
             "eval: which model, which task, and where to? write modalloy eval OUT --task T -o RUN; --list lists the tasks"
@@ -84,7 +84,7 @@ def evaluate(
             cache=FeatureCache(features),
             on_sample=on_sample,
         )
-    _write_scores(finished, as_json)
+    return _write_scores(finished, as_json)
 
 
 def eval_score(
@@ -109,7 +109,7 @@ def eval_score(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing page")] = False,
     as_json: Json = False,
-) -> None:
+) -> Path:
     """Score the answers of a run again, without a model; with -o, make a page to look at them.
 
     With --task, make a run of a file of answers (JSON lines) that ModelCompose's own scripts wrote.
@@ -117,8 +117,7 @@ def eval_score(
     if task is not None:
         if out is None or beside is not None or overwrite:
             raise ModalloyError("--task: makes the folder of a run; give -o RUN, without --beside and --overwrite")
-        _write_scores(_published(run, task, data, media_root, variant, modalities, out), as_json)
-        return
+        return _write_scores(_published(run, task, data, media_root, variant, modalities, out), as_json)
     if data or media_root or variant or modalities:
         raise ModalloyError(
             "eval-score: a run knows its data; --data and the like belong to --task and a file of answers"
@@ -135,7 +134,7 @@ def eval_score(
         raise ModalloyError(
             "--beside: is shown on the page only; add -o PAGE, or compare runs with modalloy eval-compare"
         )
-    _write_scores(found, as_json)
+    return _write_scores(found, as_json)
 
 
 def eval_compare(
@@ -194,8 +193,8 @@ def _published(
     return read_answers(file, benchmark, source, out)
 
 
-def _write_scores(run: "Run", as_json: bool) -> None:
-    """Write a run's result.json, result.md and result.csv, and print one of them."""
+def _write_scores(run: "Run", as_json: bool) -> Path:
+    """Write a run's result.json, result.md and result.csv, print one of them, and return the run's folder."""
     from modalloy.evals.run import result, write_text
     from modalloy.report.evals import csv, markdown
 
@@ -203,6 +202,7 @@ def _write_scores(run: "Run", as_json: bool) -> None:
     for name, text in (("json", json.dumps(scores, indent=1)), ("md", markdown(scores)), ("csv", csv(scores))):
         write_text(run.folder / f"result.{name}", text.rstrip("\n") + "\n")
     print(json.dumps(scores) if as_json else markdown(scores))
+    return run.folder
 
 
 def _list(benchmarks: "dict[str, Benchmark]", as_json: bool) -> None:

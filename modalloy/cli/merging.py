@@ -10,6 +10,7 @@ import typer
 
 from modalloy.cli.options import DEVICES, Json, Mismatch, OutFolder, RecipePath, choice, parse_size
 from modalloy.cli.progress import progress
+from modalloy.cli.terminal import say
 from modalloy.errors import ModalloyError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def merge(
     private: Annotated[bool, typer.Option("--private", help="make that repository private")] = False,
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
-) -> None:
+) -> Path | None:
     """Merge specialists into one model."""
     from modalloy.hub import check_target, push
     from modalloy.merge import merge as run
@@ -49,7 +50,7 @@ def merge(
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     if dry_run:
         plan(recipe, allow_base_mismatch, as_json)
-        return
+        return None
     if sanity:
         from modalloy.evals.sanity import check_askable
         from modalloy.recipe import load_recipe
@@ -76,25 +77,25 @@ def merge(
     if as_json:
         more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
         print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
-        return
-    print(f"plan     {report.plan.summary()}")
+    say(f"plan     {report.plan.summary()}")
     for notice in report.plan.notices:
-        print(f"note     {notice}")
+        say(f"note     {notice}")
     for label, kin in report.plan.kinship.items():
-        print(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
+        say(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
     if report.compression_error is not None:
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
-    print(f"verify   {report.verification.summary()}")
+    say(f"verify   {report.verification.summary()}")
     if checked:
         from modalloy.evals.sanity import findings
 
-        print(f"sanity   {'; '.join(findings(checked)) or 'nothing stands out'} (README.md has the table)")
-    print(f"wrote    {out}")
+        say(f"sanity   {'; '.join(findings(checked)) or 'nothing stands out'} (README.md has the table)")
+    say(f"wrote    {out}")
     if url is not None:
-        print(f"pushed   {url}")
+        say(f"pushed   {url}")
+    return out
 
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
@@ -108,12 +109,13 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
         print(json.dumps(planned.to_dict()))
         return
     for fate in planned.fates:
-        print(f"{fate.source:12} {fate.fate:9} {fate.tensor}  ({fate.detail})")
+        say(f"{fate.source:12} {fate.fate:9} {fate.tensor}  ({fate.detail})")
     for found in planned.maps.values():
         print(f"\n{found.page()}")
-    print(f"\n{planned.summary()}")
+    say()
+    say(planned.summary())
     for notice in planned.notices:
-        print(f"note     {notice}")
+        say(f"note     {notice}")
     workers = default_workers()
     print(
         f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB ({planned.disk_bytes / 1e6:.1f} MB "
@@ -128,7 +130,7 @@ def inspect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
-) -> None:
+) -> Path | None:
     """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
     from modalloy.files import new_file
     from modalloy.inspect import inspect as run
@@ -144,10 +146,11 @@ def inspect(
             write(page(found))
     if as_json:
         print(json.dumps(found.to_dict()))
-        return
+        return out
     print(text(found, with_tables=out is None))
     if out is not None:
-        print(f"wrote    {out}")
+        say(f"wrote    {out}")
+    return out
 
 
 def verify(out: OutFolder, as_json: Json = False) -> None:
@@ -155,7 +158,7 @@ def verify(out: OutFolder, as_json: Json = False) -> None:
     from modalloy.verify import verify as run
 
     checked = run(out)
-    print(json.dumps(checked.to_dict()) if as_json else checked.summary())
+    say(json.dumps(checked.to_dict()) if as_json else checked.summary())
 
 
 def methods(as_json: Json = False) -> None:
@@ -187,12 +190,13 @@ def methods(as_json: Json = False) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
-) -> None:
+) -> Path:
     """Merge the built-in specialists and ask the result about pictures, sounds, videos and shapes."""
     from modalloy.demo import demo as run
 
     with progress("merge") as on_job:
         run(out, on_job)
+    return out
 
 
 def _sanity(out: Path, device: str) -> "dict[str, Sanity]":

@@ -1,6 +1,5 @@
 """Options that several commands share, and what is read from them."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +51,9 @@ def kept(run: Path) -> Iterator[None]:
     """Says, on Ctrl-C, how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if run.is_dir():
-            print(f"stopped: {run} keeps the answers that are there; go on with --resume", file=sys.stderr)
+            raise KeyboardInterrupt(f"{run} keeps the answers that are there; go on with --resume") from stop
         raise
 
 

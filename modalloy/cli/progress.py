@@ -19,7 +19,14 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     columns: list[Any] = [TextColumn(label), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[rate]}"), TimeRemainingColumn()]
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as bar:
         task = bar.add_task(label, total=None, rate="")
         begun = printed = time.monotonic()
         before: int | None = None  # done when it began, by an earlier run

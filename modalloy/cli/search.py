@@ -8,6 +8,7 @@ import typer
 
 from modalloy.cli.options import DEVICES, DTYPES, Json, Mismatch, RecipePath, choice, kept
 from modalloy.cli.progress import progress
+from modalloy.cli.terminal import say
 
 
 def search(
@@ -41,7 +42,7 @@ def search(
     resume: Annotated[bool, typer.Option("--resume", help="go on with a search that was stopped")] = False,
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
-) -> None:
+) -> Path:
     """Choose λ, k, α, weights or any parameter of a recipe by asking candidates questions, with few or no labels."""
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
@@ -72,4 +73,9 @@ def search(
             allow_base_mismatch=allow_base_mismatch,
             on_answer=on_answer,
         )
-    print(json.dumps(found.to_dict()) if as_json else f"{text(found.to_dict())}\nwrote    {out}")
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        print(text(found.to_dict()))
+        say(f"wrote    {out}")
+    return out
