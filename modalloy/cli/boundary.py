@@ -98,7 +98,7 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, ModalloyError):
         return str(error)
     if isinstance(error, CLICK):
-        message = str(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+        message = str(error.format_message()).rstrip(".") or "Missing command"  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)
         return f"{message}; see `{context.command_path} --help`" if context is not None else message
     missing = _missing_package(error) if isinstance(error, ImportError) else None
