@@ -100,7 +100,7 @@ def mistake(error: BaseException) -> str | None:
     if isinstance(error, CLICK):
         message = str(error.format_message()).rstrip(".") or "Missing command"  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)
-        return f"{message}; see `{context.command_path} --help`" if context is not None else message
+        return f"{message}; see `{'modalloy' if context is None else context.command_path} --help`"
     missing = _missing_package(error) if isinstance(error, ImportError) else None
     if missing is not None:
         return f'{missing} is not installed, and this needs it; run pip install "modalloy[{EXTRAS[missing]}]"'
