@@ -76,7 +76,7 @@ def safe_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
     out, err = SafeStream(sys.stdout), SafeStream(sys.stderr)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115 (it is open as long as stdin is)
+        sys.stdin = io.StringIO()
     elif isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a file may have such a name; questions are checked
     try:
