@@ -130,6 +130,12 @@ MISTAKES: dict[str, tuple[BaseException, str]] = {
 }  # fmt: skip
 
 
+def test_the_cause_of_a_failed_import_is_found_below_the_words_of_transformers() -> None:
+    wrapped = ModuleNotFoundError("Could not import module 'AutoProcessor'. Are this object's requirements defined?")
+    wrapped.__cause__ = ModuleNotFoundError("No module named 'PIL'", name="PIL")
+    assert (mistake(wrapped) or "").startswith("PIL is not installed")
+
+
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_the_cause_is_named_with_what_to_do(kind: str) -> None:
     error, expected = MISTAKES[kind]

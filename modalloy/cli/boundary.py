@@ -101,6 +101,8 @@ def mistake(error: BaseException) -> str | None:
         message = str(error.format_message()).rstrip(".") or "Missing command"  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)
         return f"{message}; see `{'modalloy' if context is None else context.command_path} --help`"
+    if isinstance(error, ImportError) and isinstance(error.__cause__, ImportError):
+        return mistake(error.__cause__)  # as transformers wraps it
     missing = _missing_package(error) if isinstance(error, ImportError) else None
     if missing is not None:
         return f'{missing} is not installed, and this needs it; run pip install "modalloy[{EXTRAS[missing]}]"'

@@ -77,6 +77,7 @@ def merge(
     if as_json:
         more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
         print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
+        return out
     say(f"plan     {report.plan.summary()}")
     for notice in report.plan.notices:
         say(f"note     {notice}")
