@@ -52,8 +52,8 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
         output=Output(form="omni", dtype="float32"),
     )
     names = [entry.modality or entry.model for entry in recipe.models]
-    print(f"modalloy · ssam · {len(names)} specialists ({', '.join(names)}) · base SmolLM2-135M-Instruct", flush=True)
     report = merge(recipe, out, overwrite=True, on_job=on_job)
+    print(f"modalloy · ssam · {len(names)} specialists ({', '.join(names)}) · base SmolLM2-135M-Instruct")
     print(f"plan     {report.plan.summary()}")
     print(f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB")
     print(f"verify   {report.verification.summary()}\n", flush=True)

@@ -1,6 +1,7 @@
 """Tiny real models made on the fly: a base decoder with its tokenizer, and specialists in every layout that is read."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalloy
+
+os.environ["MODALLOY_TRACEBACK"] = "1"  # a bug is a traceback in tests, not the command's one line
 
 WIDTH, FFN, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 LINEARS = {

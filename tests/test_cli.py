@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from modalloy import builtin, cli, load_recipe
+from modalloy.cli.progress import progress
 from modalloy.methods import METHODS
 
 Run = Callable[..., str]
@@ -91,8 +92,8 @@ def test_every_recipe_is_valid(path: Path) -> None:
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "EVERY", 0.0)
-    with cli.progress("mmlu") as report:
+    monkeypatch.setattr("modalloy.cli.progress.EVERY", 0.0)
+    with progress("mmlu") as report:
         report(4, 10)
     printed = capsys.readouterr()
     assert re.fullmatch(r"mmlu: 4/10, [\d.]+/s, \d+:\d\d:\d\d left\n", printed.err) and not printed.out

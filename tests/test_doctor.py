@@ -9,6 +9,7 @@ import pytest
 from fake_run import benchmark, question
 
 from modalloy import builtin, cli
+from modalloy.cli.options import source_of
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.benchmark import Benchmark, Source
@@ -97,8 +98,8 @@ def test_the_command(
 def test_options_of_a_source(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     odd.mkdir()
-    source = cli._source(tmp_path, [f"COCO={tmp_path}", str(odd)], "official", "vision+point_cloud+image")
+    source = source_of(tmp_path, [f"COCO={tmp_path}", str(odd)], "official", "vision+point_cloud+image")
     assert source == Source(tmp_path, {"coco": tmp_path, "": odd}, "official", ("image", "point"))
-    assert cli._source(tmp_path, modalities="all").modalities is None
+    assert source_of(tmp_path, modalities="all").modalities is None
     with pytest.raises(ModalloyError, match="the general root is given twice"):
-        cli._source(tmp_path, [str(odd), str(tmp_path)])
+        source_of(tmp_path, [str(odd), str(tmp_path)])

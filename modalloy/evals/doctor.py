@@ -10,6 +10,7 @@ from typing import Any
 from modalloy import media
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Benchmark, Source, questions
+from modalloy.report.text import printable_lines
 
 LOADERS: dict[str, Callable[[str], Any]] = {
     "image": media.load_image,
@@ -94,7 +95,7 @@ class Diagnosis:
         ]
         checked = "every file is there; they were not decoded (--quick)" if self.quick else "every medium can be read"
         share = f"{self.n_askable} of {self.n} questions ({100 * self.n_askable / self.n:.1f} %) can be asked"
-        return "\n".join([*lines, f"{self.task}: {share}" + (f"; {checked}" if self.ok and self.media else "")])
+        return printable_lines([*lines, f"{self.task}: {share}" + (f"; {checked}" if self.ok and self.media else "")])
 
 
 def doctor(

@@ -17,6 +17,7 @@ from modalloy.errors import CheckpointError
 from modalloy.families import family_of
 from modalloy.families.rules import Family, Found, Geometry, Rows, Slot, Spelling, height_of, rows_of
 from modalloy.families.vocabulary import SharedTokens
+from modalloy.report.text import printable_lines
 
 Header = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 Operation = Literal["same", "rename", "dup", "cat", "split", "slice_rows", "none"]
@@ -138,7 +139,7 @@ class ModelMap:
         ]
         notes = [f"ancestor: {self.ancestry}"] if self.ancestry else []
         notes += [f"tokens: {self.shared()}"]
-        return "\n".join([f"{self.donor} into {self.target}: {totals}", *notes, *table])
+        return printable_lines([f"{self.donor} into {self.target}: {totals}", *notes, *table])
 
     def shared(self) -> str:
         """Of how many tokens the embeddings are merged."""

@@ -14,6 +14,7 @@ from modalloy.errors import MediaError, ModalloyError, nearest
 from modalloy.media import ENDINGS
 from modalloy.model.chat import ChatModel
 from modalloy.model.processor import Message
+from modalloy.report.text import is_unicode, one_line, printable
 
 # a word, or a path in quotes or with escapes, as terminals write a file that is dropped on them
 WORD = re.compile(r"""(?:'[^']+'|"[^"]+")(?=[\s.,;:!?]|$)|(?:\\.|[^\s\\])+""")
@@ -24,7 +25,7 @@ def to_stdout(text: str) -> None:
 
 
 def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Session:
             try:
                 self.take(line.strip())
             except ModalloyError as error:
-                self.say(f"error: {' '.join(str(error).split())}")
+                self.say(f"error: {one_line(str(error))}")
             except KeyboardInterrupt:
                 self.write("\n")
                 self.say("stopped; this turn is forgotten")
@@ -76,6 +77,8 @@ class Session:
 
     def ask(self, question: str) -> None:
         """Write the answer to a question about what is attached, and remember both."""
+        if not is_unicode(question):
+            raise ModalloyError("the question holds bytes that are no UTF-8; set the terminal's encoding to UTF-8")
         content = [*self.attached, {"type": "text", "text": question}]
         turns = [*self.turns, {"role": "user", "content": content}]
         reply = self.model.reply(turns, max_new_tokens=self.max_new_tokens, on_text=self.write)

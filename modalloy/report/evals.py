@@ -23,6 +23,7 @@ from modalloy.errors import MediaError
 from modalloy.evals.benchmark import LETTERS, Sample, Verdict
 from modalloy.evals.compare import Comparison, Paired, compare, points
 from modalloy.evals.run import Entry, Run, is_text, result
+from modalloy.report.text import printable
 
 MAX_MEDIUM_BYTES = 300_000  # of one medium's file that is embedded
 MAX_MEDIA_BYTES = 20_000_000  # of all of them
@@ -80,7 +81,7 @@ def csv(result: dict[str, Any]) -> str:
 
 def comparison(found: Comparison) -> str:
     """A comparison as Markdown that also reads well in a terminal: by rule and by group, each with its verdict."""
-    lines = [f"# {found.task}: A against B", "", f"- A: {found.a}", f"- B: {found.b}"]
+    lines = [f"# {found.task}: A against B", "", f"- A: {printable(found.a)}", f"- B: {printable(found.b)}"]
     if found.modalities[0] != found.modalities[1]:
         shown = [_shown(modalities) or "all" for modalities in found.modalities]
         lines.append(f"- A was shown {shown[0]}, B {shown[1]}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from modalloy.errors import OutputError
 from modalloy.inspect import SAMPLED_ROWS, Inspection, Pair, Slot, Update
+from modalloy.report.text import printable_lines
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#b83280", "#0987a0", "#4a5568")
 FACETS_PER_ROW = 4
@@ -64,7 +65,7 @@ def text(inspection: Inspection, *, with_tables: bool = True) -> str:
             lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         lines.append("")
     lines += [f"{finding.level:8} {finding.message}" for finding in inspection.findings]
-    return "\n".join([*lines, f"verdict  {inspection.verdict}"])
+    return printable_lines([*lines, f"verdict  {inspection.verdict}"])
 
 
 def require_plotly() -> None:

@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from modalloy.report.text import printable_lines
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 52, 52, 14, 34
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a202c;margin:0;background:#fff}
@@ -83,7 +85,7 @@ def text(found: dict[str, Any]) -> str:
     lines += [f"warning  {one}" for one in found["warnings"]]
     lines += [f"note     {target_words(found)}"] if "target" in found else []
     chosen = ", ".join(f"{name} = {shown(value)}" for name, value in found["chosen"].items())
-    return "\n".join([*lines, f"cost     {cost_words(found['cost'])}", f"chosen   {chosen}"])
+    return printable_lines([*lines, f"cost     {cost_words(found['cost'])}", f"chosen   {chosen}"])
 
 
 def target_words(found: dict[str, Any]) -> str:

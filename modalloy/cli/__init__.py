@@ -1,0 +1,35 @@
+"""The `modalloy` command: every subcommand parses its options, calls one library function and prints the result."""
+
+import sys
+
+import typer
+from typer.main import get_command
+
+from modalloy.cli import chat, evals, merging, search
+from modalloy.cli.boundary import guarded
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command()(merging.merge)
+app.command()(merging.plan)
+app.command()(merging.inspect)
+app.command()(merging.verify)
+app.command()(merging.methods)
+app.command(cls=chat.InOrder)(chat.chat)
+app.command("eval")(evals.evaluate)
+app.command()(evals.eval_score)
+app.command()(evals.eval_compare)
+app.command()(evals.eval_doctor)
+app.command()(search.search)
+app.command()(merging.demo)
+
+
+def main() -> None:
+    """Entry point: whatever goes wrong is one line on stderr and an exit code (see `boundary`)."""
+    sys.exit(guarded(_run))
+
+
+def _run() -> object:
+    """Run the command that the arguments name; what it returns, below the boundary."""
+    command = get_command(app)
+    with command.make_context("modalloy", sys.argv[1:]) as context:
+        return command.invoke(context)

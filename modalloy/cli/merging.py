@@ -1,0 +1,211 @@
+"""Commands that plan, make and check a merge: merge, plan, inspect, verify, methods and demo."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modalloy.cli.options import DEVICES, Json, Mismatch, OutFolder, RecipePath, choice, parse_size
+from modalloy.cli.progress import progress
+from modalloy.cli.terminal import say
+from modalloy.errors import ModalloyError
+
+if TYPE_CHECKING:
+    from modalloy.evals.sanity import Sanity
+
+RECEIVES = {
+    "core": "exact, on small cores",
+    "factored_core": "exact, on small cores",
+    "left_core": "exact, on small left cores",
+    "factors": "on their factors",
+    "dense": "on full matrices, which give a full matrix",
+}
+
+
+def merge(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to make", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
+    max_memory: Annotated[str | None, typer.Option(help="refuse if more is needed, for example 4GB")] = None,
+    sanity: Annotated[
+        bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
+    ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="upload the result as OWNER/NAME")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make that repository private")] = False,
+    allow_base_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> Path | None:
+    """Merge specialists into one model."""
+    from modalloy.hub import check_target, push
+    from modalloy.merge import merge as run
+
+    choice("--device", device, DEVICES)
+    limit = None if max_memory is None else parse_size("--max-memory", max_memory)
+    if dry_run:
+        plan(recipe, allow_base_mismatch, as_json)
+        return None
+    if sanity:
+        from modalloy.evals.sanity import check_askable
+        from modalloy.recipe import load_recipe
+
+        check_askable(load_recipe(recipe))
+    if push_to_hub is not None:
+        check_target(push_to_hub)
+    elif private:
+        raise ModalloyError("--private: nothing is uploaded; add --push-to-hub REPO, or leave it out")
+    with progress("merge") as on_job:
+        report = run(
+            recipe,
+            out,
+            jobs=jobs,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            max_memory=limit,
+            allow_base_mismatch=allow_base_mismatch,
+            on_job=on_job,
+        )
+    checked = _sanity(out, device) if sanity else None
+    url = None if push_to_hub is None else push(out, push_to_hub, private=private)
+    if as_json:
+        more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
+        print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
+        return out
+    say(f"plan     {report.plan.summary()}")
+    for notice in report.plan.notices:
+        say(f"note     {notice}")
+    for label, kin in report.plan.kinship.items():
+        say(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
+    print(
+        f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
+    )
+    if report.compression_error is not None:
+        print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
+    say(f"verify   {report.verification.summary()}")
+    if checked:
+        from modalloy.evals.sanity import findings
+
+        say(f"sanity   {'; '.join(findings(checked)) or 'nothing stands out'} (README.md has the table)")
+    say(f"wrote    {out}")
+    if url is not None:
+        say(f"pushed   {url}")
+    return out
+
+
+def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
+    """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
+    from modalloy.engines.local import default_workers
+    from modalloy.plan import plan as run
+    from modalloy.recipe import load_recipe
+
+    planned = run(load_recipe(recipe), allow_base_mismatch=allow_base_mismatch)
+    if as_json:
+        print(json.dumps(planned.to_dict()))
+        return
+    for fate in planned.fates:
+        say(f"{fate.source:12} {fate.fate:9} {fate.tensor}  ({fate.detail})")
+    for found in planned.maps.values():
+        print(f"\n{found.page()}")
+    say()
+    say(planned.summary())
+    for notice in planned.notices:
+        say(f"note     {notice}")
+    workers = default_workers()
+    print(
+        f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB ({planned.disk_bytes / 1e6:.1f} MB "
+        f"of disk), holds about {planned.peak_bytes(workers) / 1e6:.0f} MB in memory with {workers} workers"
+    )
+
+
+def inspect(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML page to write", show_default=False)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+    allow_base_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> Path | None:
+    """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
+    from modalloy.files import new_file
+    from modalloy.inspect import inspect as run
+    from modalloy.report.inspect import page, require_plotly, text
+
+    with ExitStack() as stack:
+        if out is not None:  # refused before the work, not after it
+            require_plotly()
+            write = stack.enter_context(new_file(out, overwrite=overwrite))
+        with progress("inspect") as on_job:
+            found = run(recipe, jobs=jobs, allow_base_mismatch=allow_base_mismatch, on_job=on_job)
+        if out is not None:
+            write(page(found))
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return out
+    print(text(found, with_tables=out is None))
+    if out is not None:
+        say(f"wrote    {out}")
+    return out
+
+
+def verify(out: OutFolder, as_json: Json = False) -> None:
+    """Check a result: hashes, shapes, finite values, and sampled layers against the recipe."""
+    from modalloy.verify import verify as run
+
+    checked = run(out)
+    say(json.dumps(checked.to_dict()) if as_json else checked.summary())
+
+
+def methods(as_json: Json = False) -> None:
+    """Every merging method: parameters, defaults, paper, and the laws it keeps."""
+    from modalloy.methods import METHODS
+
+    if as_json:
+        rows = {
+            name: {
+                "summary": method.summary,
+                "parameters": method.parameters,
+                "documentation": method.documentation,
+                "auto_scale": method.auto_scale,
+                "receives": method.receives,
+                "paper": method.paper,
+                "laws": method.laws,
+            }
+            for name, method in METHODS.items()
+        }
+        print(json.dumps(rows))
+        return
+    for name, method in METHODS.items():
+        print(f"{name} ({method.paper})\n  {method.summary}")
+        for parameter, default in method.parameters.items():
+            shown = method.auto_scale if parameter == "scale" else default
+            print(f"  {parameter} ({shown}): {method.documentation[parameter]}")
+        print(f"  on low-rank updates: {RECEIVES[method.receives]}; laws: {', '.join(method.laws)}\n")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
+) -> Path:
+    """Merge the built-in specialists and ask the result about pictures, sounds, videos and shapes."""
+    from modalloy.demo import demo as run
+
+    with progress("merge") as on_job:
+        run(out, on_job)
+    return out
+
+
+def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
+    """The text-only examination of a result, which its card then has."""
+    from modalloy.evals.sanity import add_to_card, sanity
+    from modalloy.merge import resolve_device
+
+    with progress("sanity") as on_model:
+        found = sanity(out, device=resolve_device(device), on_model=on_model)
+    add_to_card(out, found)
+    return found

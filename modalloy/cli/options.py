@@ -1,0 +1,82 @@
+"""Options that several commands share, and what is read from them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.names import MODALITIES, modality_name
+
+if TYPE_CHECKING:
+    from modalloy.evals.benchmark import Source
+
+RecipePath = Annotated[Path, typer.Argument(help="YAML recipe", show_default=False)]
+OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy merge`", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
+Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
+Media = list[Path]
+Task = Annotated[str, typer.Option(help="benchmark's name", show_default=False)]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="folder of its files (default: $MODALLOY_DATA/TASK, the hub's cache)")
+]
+MediaRoot = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[NAME=]DIR", help="where media are, all or those of one name; may be repeated"),
+]
+Variant = Annotated[str | None, typer.Option(help="which of the benchmark's file formats, where several are there")]
+Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ModalloyError(f"{option} {value}: not a {option.strip('-')}; known: {', '.join(known)}")
+
+
+def parse_size(option: str, text: str) -> int:
+    from modalloy.recipe import parse_bytes
+
+    try:
+        return parse_bytes(int(text) if text.isdigit() else text)
+    except ValueError as error:
+        raise ModalloyError(f"{option}: {error}") from error
+
+
+@contextmanager
+def kept(run: Path) -> Iterator[None]:
+    """Says, on Ctrl-C, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if run.is_dir():
+            raise KeyboardInterrupt(f"{run} keeps the answers that are there; go on with --resume") from stop
+        raise
+
+
+def source_of(
+    data: Path, media_root: list[str] | None = None, variant: str | None = None, modalities: str | None = None
+) -> "Source":
+    """The source that the options of an evaluation name."""
+    from modalloy.evals.benchmark import Source
+
+    roots: dict[str, Path] = {}
+    for given in media_root or ():
+        name, separator, folder = given.partition("=")
+        if not separator or "/" in name:  # a folder's own name may hold "="
+            name, folder = "", given
+        if not folder or not Path(folder).is_dir():
+            raise MediaError(f"--media-root {given}: {folder or 'nothing'} is not a folder; write DIR or NAME=DIR")
+        if name.lower() in roots:
+            raise ModalloyError(f"--media-root {given}: {name or 'the general root'} is given twice; keep one")
+        roots[name.lower()] = Path(folder)
+    shown = None
+    if modalities is not None and modalities != "all":
+        shown = tuple(dict.fromkeys(modality_name(name.strip().lower()) for name in modalities.split("+")))
+        for name in shown:
+            if name not in MODALITIES:
+                raise ModalloyError(f"--modalities {modalities}: no modality '{name}'; {nearest(name, MODALITIES)}")
+    return Source(data, roots, variant, shown)
