@@ -235,7 +235,7 @@ def test_files_cut_short_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"a\.jpg: not a readable image \(image file is truncated"):
         load_image(shortened(tmp_path / "a.jpg", 0.5))
     soundfile.write(tmp_path / "a.flac", TONE, 44_100)
-    with pytest.raises(MediaError, match=r"a\.flac: the sound (is damaged|ends after)"):
+    with pytest.raises(MediaError, match=r"a\.flac: (not a whole sound|the sound ends after)"):
         load_audio(shortened(tmp_path / "a.flac", 0.5))
 
 
