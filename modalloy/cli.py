@@ -545,6 +545,8 @@ def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
 
 def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]:
     """(modality, existing file) of every medium, in the order of the options."""
+    from modalloy.media.limits import opened
+
     left = {option: iter(values or ()) for option, values in given.items()}
     files = []
     for option in order:
@@ -554,9 +556,8 @@ def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]
         name, separator, file = (option, "=", value) if option != "media" else value.partition("=")
         if not (name and separator and file):
             raise ModalloyError(f"--media {value}: not of the form NAME=FILE; write for example --media depth=room.npy")
-        if not Path(file).is_file():
-            raise MediaError(f"{file}: no such file; check the path")
-        files.append((modality_name(name), Path(file)))
+        with opened(file):  # so that a wrong name is told before a model is loaded
+            files.append((modality_name(name), Path(file)))
     return files
 
 

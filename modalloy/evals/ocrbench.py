@@ -5,7 +5,7 @@ the question alone, as most reports do; `ocrbench_llava` adds the line that LLaV
 """
 
 import hashlib
-import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, choose_variant, fields
+from modalloy.evals.files import leads_out
+from modalloy.media import ENDINGS
 
 RECOGNITION = "Text Recognition"  # what the official script sums six types up to
 AREAS = {
@@ -77,7 +79,7 @@ def _hub(source: Source) -> Iterator[Sample]:
     for path in sorted(source.data.glob("data/test-*.parquet")):
         for index, row in enumerate(source.rows(path)):
             with fields(path, index):
-                image = _unpacked(source.data / "images", row["image"])
+                image = _unpacked(source, row["image"])
                 yield _sample(
                     source, f"{row['dataset']}/{number}", row["dataset"], row["question_type"], row, "answer", image
                 )
@@ -101,14 +103,21 @@ def _sample(source: Source, name: str, dataset: str, kind: str, row: dict[str, A
     )
 
 
-def _unpacked(folder: Path, image: dict[str, Any]) -> str:
+def _unpacked(source: Source, image: dict[str, Any]) -> str:
     """Where a picture of a Parquet table now is as a file, named by its content."""
-    path = folder / (hashlib.sha256(image["bytes"]).hexdigest()[:16] + (Path(image["path"] or "").suffix or ".jpg"))
+    folder, ending = source.data / "images", Path(image["path"] or "").suffix.lower()
+    ending = ending if ENDINGS.get(ending) == "image" else ".jpg"
+    path = folder / (hashlib.sha256(image["bytes"]).hexdigest()[:16] + ending)
+    if leads_out(folder, source.folders):
+        raise MediaError(
+            f"{folder}: leads out of the data's folder, so the table's pictures are not unpacked there; remove it"
+        )
     if not path.is_file():
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             folder.mkdir(exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_bytes(image["bytes"])
+            with partial.open("xb") as file:
+                file.write(image["bytes"])
             partial.replace(path)
         except OSError as error:
             raise MediaError(

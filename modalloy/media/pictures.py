@@ -59,9 +59,7 @@ def read_animation(path: str | Path, n_frames: int) -> np.ndarray:
         for index in range(max(wanted) + 1):
             with decoding(path, KIND, REMEDY):
                 image.seek(index)
-            limits.check_pixels(
-                path, image.width, image.height, limits.MAX_FRAME_PIXELS
-            )
+            limits.check_pixels(path, image.width, image.height, limits.MAX_FRAME_PIXELS)
             total += image.width * image.height
             limits.check_frames(path, index, total, limits.MAX_ANIMATION_PIXELS)
             if index in wanted:

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints import file_sha256
 from modalloy.errors import MediaError, ModalloyError, nearest
 from modalloy.evals.benchmark import LETTERS, Sample
+from modalloy.evals.files import parse_json, read_bytes
 from modalloy.evals.run import PREDS
+from modalloy.media.limits import opened, shown
 from modalloy.names import modality_name
 
 KEYS = ("id", "text", "media", "choices", "gold")
@@ -25,10 +28,10 @@ def read_probes(path: Path) -> list[Sample]:
         MediaError: the file cannot be read, or a medium of it is missing.
         ModalloyError: a line is no probe, there is none, or one is there twice.
     """
-    path = path / PREDS if path.is_dir() else path
+    path = path / PREDS if os.path.isdir(path) else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise MediaError(f"{path}: cannot be read ({error}); give a file of JSON lines with --probe") from error
     probes: dict[str, Sample] = {}
     for number, line in enumerate(lines, 1):
@@ -47,15 +50,15 @@ def read_probes(path: Path) -> list[Sample]:
 
 def _probe(line: str, where: str, folder: Path) -> Sample:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
-        raise ModalloyError(f"{where} is not JSON ({error}); correct it") from error
+        raise ModalloyError(f"{where} is not JSON ({shown(error)}); correct it") from error
     if not isinstance(row, dict):
         raise ModalloyError(f"{where} is a {type(row).__name__}, not an object with text and media; correct it")
     if "question" in row and "prompt_sha" in row:  # of a run's log
-        row = {"text": row["question"], "media": row["media"], "choices": row["choices"], "gold": row["gold"]}
+        row = {"text": row["question"]} | {key: row.get(key) for key in ("media", "choices", "gold")}
     if unknown := [key for key in row if key not in KEYS]:
-        raise ModalloyError(f"{where} has an unknown key '{unknown[0]}'; {nearest(unknown[0], KEYS)}")
+        raise ModalloyError(f"{where} has an unknown key '{shown(unknown[0])}'; {nearest(shown(unknown[0]), KEYS)}")
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise ModalloyError(f'{where} has no "text"; write the question there')
@@ -69,8 +72,11 @@ def _probe(line: str, where: str, folder: Path) -> Sample:
         raise ModalloyError(f"{where} has {len(choices)} choices; give at most {len(LETTERS)}")
     hashes = []
     for modality, file in media:
-        if not Path(file).is_file():
-            raise MediaError(f"{where}: {file}: no such file; paths start at the probe file's folder")
+        try:
+            with opened(file):
+                pass
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}; paths start at the probe file's folder") from error
         hashes.append([modality, file_sha256(Path(file))])
     return Sample(
         id=hashlib.sha256(json.dumps([text, hashes, choices]).encode()).hexdigest()[:16],
@@ -90,6 +96,6 @@ def _media(given: Any, where: str) -> list[tuple[str, str]]:
     found = []
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
-            raise ModalloyError(f'{where}: "media" holds {pair!r}; write {{"image": "dog.png"}}')
+            raise ModalloyError(f'{where}: "media" holds {shown(repr(pair))}; write {{"image": "dog.png"}}')
         found.append((modality_name(pair[0]), pair[1]))
     return found
