@@ -38,6 +38,9 @@ MediaRoot = Annotated[
     typer.Option(metavar="[NAME=]DIR", help="where media are, all or those of one name; may be repeated"),
 ]
 Variant = Annotated[str | None, typer.Option(help="which of the benchmark's file formats, where several are there")]
+Isolated = Annotated[
+    bool, typer.Option("--isolated", help="decode each medium in a child process of bounded memory and time")
+]
 Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
 DEVICES = ("auto", "cpu", "cuda")
 EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
@@ -238,6 +241,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
+    isolated: Isolated = False,
     as_json: Json = False,
 ) -> None:
     """Ask a merged model about media, shown in the order given; answers are decoded greedily.
@@ -250,6 +254,7 @@ def chat(
         raise ModalloyError("--json prints the answer to one question; ask it with -p")
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
     files = _in_order(ctx.meta[InOrder.__name__], given)
+    from modalloy import media as decoders
     from modalloy.merge import resolve_device
     from modalloy.model import load_model
     from modalloy.model.chat import user_message
@@ -258,11 +263,13 @@ def chat(
     model = load_model(out, device=resolve_device(device), dtype=dtype)
     if prompt is None:
         session = Session(model, max_new_tokens)
-        session.attach(files)
-        session.run(typed_lines())
+        with decoders.isolated(isolated):
+            session.attach(files)
+            session.run(typed_lines())
         return
     start = time.perf_counter()
-    reply = model.reply(user_message(prompt, files), max_new_tokens=max_new_tokens)
+    with decoders.isolated(isolated):
+        reply = model.reply(user_message(prompt, files), max_new_tokens=max_new_tokens)
     if not as_json:
         print(reply.answer)
         return
@@ -293,6 +300,7 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
     base: Annotated[str | None, typer.Option(help="base of a specialist that records none")] = None,
     encoder: Annotated[str | None, typer.Option(help="encoder of a specialist that records none")] = None,
+    isolated: Isolated = False,
     listed: Annotated[bool, typer.Option("--list", help="list the tasks")] = False,
     as_json: Json = False,
 ) -> None:
@@ -311,6 +319,7 @@ def evaluate(
     _choice("--dtype", dtype, DTYPES)
     benchmark = find_benchmark(task)
     source = _source(data_folder(benchmark, data, download=download), media_root, variant, modalities)
+    from modalloy import media
     from modalloy.evals.features import FeatureCache
     from modalloy.evals.runner import evaluate as run_on
     from modalloy.evals.runner import identify
@@ -318,7 +327,7 @@ def evaluate(
     from modalloy.model import load_model
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
-    with progress(task) as on_sample, _kept(run):
+    with progress(task) as on_sample, _kept(run), media.isolated(isolated):
         finished = run_on(
             lambda: load_model(out, **options),
             identify(out, **options),
@@ -409,16 +418,18 @@ def eval_doctor(
     variant: Variant = None,
     modalities: Modalities = None,
     quick: Annotated[bool, typer.Option("--quick", help="only see whether files exist; decode none")] = False,
+    isolated: Isolated = False,
     as_json: Json = False,
 ) -> None:
     """Which media of a benchmark are missing or broken. Loads no model; exit code 1 if there are any, 0 if none."""
+    from modalloy import media
     from modalloy.evals import find_benchmark
     from modalloy.evals.benchmark import data_folder
     from modalloy.evals.doctor import doctor
 
     benchmark = find_benchmark(task)
     source = _source(data_folder(benchmark, data), media_root, variant, modalities)
-    with progress("media") as on_medium:
+    with progress("media") as on_medium, media.isolated(isolated):
         found = doctor(benchmark, source, quick=quick, on_medium=on_medium)
     print(json.dumps(found.to_dict()) if as_json else found.text())
     if not found.ok:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from modalloy.errors import MediaError
-from modalloy.media.limits import shown
+from modalloy.media.limits import opened, shown
 
 MEMORY_BYTES = 4_000_000_000  # of addresses, of which the libraries themselves take about 1 GB
 SECONDS = 120
@@ -45,14 +45,15 @@ _BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds of decoders", default=No
 
 
 @contextmanager
-def isolated(*, memory_bytes: int = MEMORY_BYTES, seconds: int = SECONDS) -> Iterator[None]:
+def isolated(on: bool = True, *, memory_bytes: int = MEMORY_BYTES, seconds: int = SECONDS) -> Iterator[None]:
     """Every medium that is loaded inside the block, in this thread or task, is decoded in a child process of its own.
 
     Args:
+        on: False: in this process after all.
         memory_bytes: of addresses that the child may ask for.
         seconds: of CPU, and twice as many by the clock.
     """
-    token = _BOUNDS.set(Bounds(memory_bytes, seconds))
+    token = _BOUNDS.set(Bounds(memory_bytes, seconds) if on else None)
     try:
         yield
     finally:
@@ -72,6 +73,8 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
     """
     bounds = _BOUNDS.get()
     assert bounds is not None
+    with opened(path):
+        pass  # a regular file, or no child is needed
     folder = str(Path(__file__).resolve().parent.parent)
     given = [modality, os.fspath(path), str(number), str(bounds.memory_bytes), str(bounds.seconds)]
     environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"}
@@ -88,8 +91,8 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
             ).returncode
         except subprocess.TimeoutExpired as error:
             raise MediaError(f"{shown(path)}: was not decoded in {error.timeout:.0f} s; give another file") from error
-        except (OSError, ValueError) as error:  # a name that no program can be given
-            raise MediaError(f"{shown(path)}: no child process can be started for it ({shown(error)})") from error
+        except OSError as error:
+            raise MediaError(f"{shown(path)}: no child process can be started for it ({error.strerror})") from error
         err.seek(0)
         said = err.read(1 << 16).decode("utf-8", "replace")
         if code == REFUSED:
