@@ -82,9 +82,9 @@ def track(form: str, codec: str, rate: int = 48_000) -> bytes:
         for start in range(0, 9600, stream.codec_context.frame_size or 1024):
             size = min(stream.codec_context.frame_size or 1024, 9600 - start)
             samples = np.resize(TONE, (1, size))
-            kind = stream.codec_context.format.name
-            samples = samples if kind == "fltp" else (samples * 30_000).astype(np.int16)
-            frame = av.AudioFrame.from_ndarray(samples, format=kind, layout="mono")
+            if stream.codec_context.format.name != "fltp":
+                samples = (samples * 30_000).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples, format=stream.codec_context.format.name, layout="mono")
             frame.sample_rate, frame.pts = rate, start
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -136,7 +136,7 @@ SOUNDS = {
     "m4a": lambda: track("ipod", "aac"),
     "aac": lambda: track("adts", "aac"),
     "opus": lambda: track("ogg", "libopus"),
-    "alac.m4a": lambda: track("ipod", "alac"),
+    "ac3.ts": lambda: track("mpegts", "ac3"),
 }
 VIDEOS = {
     "h264.mp4": lambda: video("mp4", "libx264"),

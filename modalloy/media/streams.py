@@ -42,6 +42,7 @@ SOUND_REMEDY = "give a WAV, FLAC, OGG, MP3 or M4A file"
 VIDEO_REMEDY = "give an MP4, WebM, MOV, MKV or AVI file"
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what float32 cannot hold becomes infinite, and is refused
 def read_sound(path: str | Path, sampling_rate: int) -> np.ndarray:
     """Mono float32 waveform (samples,) at `sampling_rate` Hz: see `modalloy.media.load_audio`."""
     import soxr
@@ -50,12 +51,12 @@ def read_sound(path: str | Path, sampling_rate: int) -> np.ndarray:
         mono, rate = _plain_sound(path, file) or _sound_track(path, file)
     if mono.size == 0:
         raise MediaError(f"{shown(path)}: the sound has no samples; give a file that is not empty")
+    if rate != sampling_rate:
+        with decoding(path, "readable sound", SOUND_REMEDY):
+            mono = np.asarray(soxr.resample(mono, rate, sampling_rate), np.float32)
     if not np.isfinite(mono).all():
         raise MediaError(f"{shown(path)}: the sound holds NaN or infinite samples; re-encode the file")
-    if rate == sampling_rate:
-        return mono
-    with decoding(path, "readable sound", SOUND_REMEDY):
-        return np.asarray(soxr.resample(mono, rate, sampling_rate), np.float32)
+    return mono
 
 
 def read_video(path: str | Path, n_frames: int) -> np.ndarray:
