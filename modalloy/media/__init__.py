@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modalloy.errors import MediaError
-from modalloy.media.isolated import in_child, is_isolated, isolated
+from modalloy.media.child import in_child, is_isolated, isolated
 from modalloy.media.pictures import NoPictureError, read_animation, read_picture, spaced
 from modalloy.media.points import check_points, read_points
 from modalloy.media.streams import read_sound, read_video

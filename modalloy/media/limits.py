@@ -1,7 +1,7 @@
 """What a medium may be: its limits, how its file is opened, and how a decoder's failure is told.
 
 The limits are generous, for a user's own files: a medium at a limit takes about 1 GB. A program that reads strangers' files
-assigns smaller ones, or decodes in a child process (`modalloy.media.isolated`).
+assigns smaller ones, or decodes in a child process (`modalloy.media.child`).
 """
 
 import os
@@ -20,6 +20,7 @@ from modalloy.errors import MediaError
 MAX_FILE_BYTES = 8_000_000_000
 MAX_PICTURE_BYTES = 250_000_000
 MAX_PIXELS = 50_000_000  # of a picture
+MAX_WEBP_PIXELS = 40_000_000  # whose decoder holds the picture three times
 MAX_SIDE = 65_535  # pixels of a picture in a row or a column
 MAX_SCANS = 1000  # of a JPEG, each of which goes over the whole picture
 MAX_FRAME_PIXELS = 16_777_216  # of one frame of a video or an animation

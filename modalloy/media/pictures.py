@@ -31,7 +31,8 @@ def read_picture(path: str | Path) -> "Image":
     with _picture(path) as image:
         from PIL import ImageOps
 
-        limits.check_pixels(path, image.width, image.height)
+        limit = limits.MAX_WEBP_PIXELS if image.format == "WEBP" else limits.MAX_PIXELS
+        limits.check_pixels(path, image.width, image.height, limit)
         with decoding(path, KIND, REMEDY):
             ImageOps.exif_transpose(image, in_place=True)  # decodes
             return _rgb(image, image.format)

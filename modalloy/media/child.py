@@ -28,8 +28,8 @@ sys.path[:] = sys.argv[1].split(chr(10))
 import types
 package = sys.modules["modalloy"] = types.ModuleType("modalloy")
 package.__path__ = [sys.argv[2]]
-from modalloy.media.isolated import child
-child(*sys.argv[3:])
+from modalloy.media.child import decode
+decode(*sys.argv[3:])
 """
 
 
@@ -109,7 +109,7 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
         return found
 
 
-def child(modality: str, path: str, number: str, memory_bytes: str, seconds: str) -> None:
+def decode(modality: str, path: str, number: str, memory_bytes: str, seconds: str) -> None:
     """What the child does: bound itself, decode, write the array to standard output."""
     from modalloy import media
 
