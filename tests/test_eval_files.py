@@ -21,7 +21,7 @@ from modalloy.evals.doctor import doctor
 from modalloy.evals.files import leads_out
 from modalloy.evals.run import load_run, result
 from modalloy.report import evals
-from modalloy.report.escape import csv_cell, markdown_text
+from modalloy.report.escape import csv_cell, fence, markdown_code, markdown_text
 from modalloy.search.probes import read_probes
 
 
@@ -268,6 +268,8 @@ def test_texts_of_strangers_stay_text_in_tables(tmp_path: Path) -> None:
     for cell in re.split(r',|"', evals.csv(scores)):
         assert not cell.startswith(("=", "+", "@", "-"))
     assert csv_cell("-2+3") == "'-2+3" and csv_cell("a=b") == "a=b"
+    assert (markdown_code("org/base"), markdown_code("a`` b\n")) == ("`org/base`", "``` a`` b  ```")
+    assert fence("a ``` b") == "````" and fence("a") == "```"
     assert markdown_text("question_type _a_ \x1b[1m") == r"question_type \_a\_  \[1m"
 
 
