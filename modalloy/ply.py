@@ -3,10 +3,9 @@
 Format: Greg Turk, "The PLY Polygon File Format", 1994. An own reader, since the size is known and checked before any data is read.
 """
 
-import io
 import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ TYPES = {
 }
 LIST = "list"  # the type of a property that holds several values
 MAX_LINE_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 20
 
 
 class Element(NamedTuple):
@@ -35,30 +35,27 @@ class Element(NamedTuple):
 
 
 class PlyFile:
-    """One .ply file; opening it reads the header only. Whatever is wrong with it is a ValueError."""
+    """One .ply file, open for reading; what is read at first is the header only. Whatever is wrong with it is a ValueError."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.before: list[Element] = []  # what lies between the header and the vertices
-        self.vertices = Element("vertex", 0, {})
-        with path.open("rb") as file:
-            self.byte_order, elements = _read_header(file)
-            self.data_begin = file.tell()
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.byte_order, elements = _read_header(file)
+        self.data_begin = file.tell()
         names = [element.name for element in elements]
         if names.count("vertex") != 1:
-            raise ValueError(f"its elements are {', '.join(names) or 'none'}; write the points as one element 'vertex'")
+            listed = ", ".join(names)[:100] or "none"
+            raise ValueError(f"its elements are {listed}; write the points as one element 'vertex'")
         index = names.index("vertex")
         self.before, self.vertices = elements[:index], elements[index]
         if self.vertices.has_lists:
             raise ValueError("its vertices have properties that are lists; leave those out")
 
-    def read(self) -> dict[str, np.ndarray]:
-        """Every property of the vertices: name → (vertices,), in the type that the header declares."""
-        with self.path.open("rb") as file:
-            file.seek(self.data_begin)
-            return self._read_binary(file) if self.byte_order else self._read_ascii(file)
+    def read(self, *names: str) -> dict[str, np.ndarray]:
+        """These properties of the vertices: name → (vertices,), in the type that the header declares."""
+        self.file.seek(self.data_begin)
+        return self._read_binary(names) if self.byte_order else self._read_ascii(names)
 
-    def _read_binary(self, file: BinaryIO) -> dict[str, np.ndarray]:
+    def _read_binary(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         begin = self.data_begin
         for element in self.before:
             if element.has_lists:
@@ -67,29 +64,34 @@ class PlyFile:
                 )
             begin += element.length * sum(np.dtype(kind).itemsize for kind in element.properties.values())
         record = np.dtype([(name, self.byte_order + kind) for name, kind in self.vertices.properties.items()])
-        if os.fstat(file.fileno()).st_size < begin + self.vertices.length * record.itemsize:
+        if os.fstat(self.file.fileno()).st_size < begin + self.vertices.length * record.itemsize:
             raise ValueError(f"it ends before the last of its {self.vertices.length:,} points; copy or export it again")
-        file.seek(begin)
-        records = np.fromfile(file, record, self.vertices.length)
-        return {name: records[name] for name in self.vertices.properties}
+        records = np.memmap(self.file, record, "r", begin, (self.vertices.length,))
+        return {name: np.array(records[name]) for name in names}
 
-    def _read_ascii(self, file: BinaryIO) -> dict[str, np.ndarray]:
+    def _read_ascii(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        for _ in range(sum(element.length for element in self.before)):  # a line each
+            if not self.file.readline(MAX_LINE_BYTES):
+                raise ValueError("it ends before its vertices; copy or export it again")
+        kinds = self.vertices.properties
+        columns = [list(kinds).index(name) for name in names]
         with warnings.catch_warnings():  # of blank lines, and of too few, which are found below
             warnings.simplefilter("ignore")
             rows = np.loadtxt(
-                io.TextIOWrapper(file, "latin-1"),
-                comments=None,
-                skiprows=sum(element.length for element in self.before),  # a line each
-                max_rows=self.vertices.length,
-                ndmin=2,
+                self._lines(len(kinds)), comments=None, max_rows=self.vertices.length, ndmin=2, usecols=columns
             )
-        expected = (self.vertices.length, len(self.vertices.properties))
+        expected = (self.vertices.length, len(names))
         if rows.shape != expected:
             raise ValueError(f"its vertices are {rows.shape} numbers, not {expected}; copy or export it again")
-        return {
-            name: _cast(rows[:, column], name, kind)
-            for column, (name, kind) in enumerate(self.vertices.properties.items())
-        }
+        return {name: _cast(rows[:, index], name, kinds[name]) for index, name in enumerate(names)}
+
+    def _lines(self, n_values: int) -> Iterator[str]:
+        """The lines of the vertices, each of as many values as the header says."""
+        while line := self.file.readline(MAX_LINE_BYTES):
+            values = len(line.split())
+            if values not in (0, n_values):
+                raise ValueError(f"a vertex has {values} values, not {n_values}; copy or export it again")
+            yield line.decode("latin-1")
 
 
 def _cast(values: np.ndarray, name: str, kind: str) -> np.ndarray:
@@ -105,7 +107,7 @@ def _read_header(file: BinaryIO) -> tuple[str, list[Element]]:
     if file.readline(MAX_LINE_BYTES).strip() != b"ply":
         raise ValueError("it does not begin with 'ply'; export it again")
     order, elements = None, list[Element]()
-    while True:
+    while file.tell() < MAX_HEADER_BYTES:
         line = file.readline(MAX_LINE_BYTES)
         match line.decode("ascii", "replace").split():
             case ["end_header"] if order is not None:
@@ -122,3 +124,4 @@ def _read_header(file: BinaryIO) -> tuple[str, list[Element]]:
                 elements[-1].properties[name] = TYPES[kind]
             case _:
                 raise ValueError(f"its header is damaged at {line[:60]!r}; export it again")
+    raise ValueError(f"its header is longer than {MAX_HEADER_BYTES:,} bytes; export it again")

@@ -1166,9 +1166,9 @@ def test_unreadable_media(
 
 
 @pytest.mark.parametrize("load", [load_image, load_audio])
-@pytest.mark.parametrize("name", ["absent.png", "."])
-def test_missing_media(load: Callable[[Path], object], name: str, tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match="no such file; check the path"):
+@pytest.mark.parametrize(("name", "found"), [("absent.png", "no such file"), (".", "is a folder, not a file")])
+def test_missing_media(load: Callable[[Path], object], name: str, found: str, tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=f"{found}; check the path"):
         load(tmp_path / name)
 
 

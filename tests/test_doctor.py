@@ -1,6 +1,7 @@
 """The preflight of a benchmark's media: what is missing, cut short or unreadable, before any model is loaded."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from modalloy.evals.doctor import doctor
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
     """Ten questions: five about sound files, five about what is missing, cut short, empty, wrong or unknown."""
-    image, sound = builtin.SAMPLES / "dog.webp", builtin.SAMPLES / "dog.flac"
+    image, sound = (Path(shutil.copy(builtin.SAMPLES / name, tmp_path)) for name in ("dog.webp", "dog.flac"))
     (tmp_path / "cut.flac").write_bytes(sound.read_bytes()[:3000])
     (tmp_path / "empty.webp").touch()
     (tmp_path / "text.webp").write_text("no picture")

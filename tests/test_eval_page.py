@@ -20,7 +20,7 @@ from modalloy import builtin, cli
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.run import result
-from modalloy.report import evals
+from modalloy.report import evals, shelf
 
 EVIL = """</script><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;"""
 
@@ -113,9 +113,9 @@ def test_media_are_embedded_once_or_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"video: {tmp_path / 'clip.mkv'}browsers do not show .mkv" in elements.text
     assert f"image: {tmp_path / 'none.png'}no such file" in elements.text
     assert "2 of 5 media are not on this page" in elements.text
-    monkeypatch.setattr(evals, "MAX_MEDIUM_BYTES", 5)
+    monkeypatch.setattr(shelf, "MAX_MEDIUM_BYTES", 5)
     assert [item["type"] for item in media_of(evals.page(run))] == ["points"]
-    monkeypatch.setattr(evals, "MAX_MEDIA_BYTES", 5)
+    monkeypatch.setattr(shelf, "MAX_MEDIA_BYTES", 5)
     page = evals.page(run)
     assert media_of(page) == [] and "more than the 0 kB that are embedded" in page and "MB of media are full" in page
 

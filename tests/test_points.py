@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modalloy import media
 from modalloy.errors import MediaError
-from modalloy.media import load_points
+from modalloy.media import limits, load_points
 
 XYZ = np.array([[0.5, -1.25, 3.0], [1e-3, 0.0, -7.5], [2.0, 4.0, 8.0]], np.float32)
 RGB = np.array([[0, 128, 255], [1, 2, 3], [255, 255, 0]], np.uint8)
@@ -142,7 +141,7 @@ def test_unclear_archives_are_refused(arrays: dict[str, np.ndarray], message: st
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"ply\n", b"plx\n", "does not begin with 'ply'"),
+        (b"ply\n", b"ply x\n", "does not begin with 'ply'"),
         (b"1.0\n", b"2.0\n", r"header is damaged at b'format binary_little_endian 2\.0"),
         (b"end_header\n", b"", "header is damaged at"),
         (b"float x", b"half x", "header is damaged at b'property half x"),
@@ -208,18 +207,20 @@ def test_damage_anywhere_is_an_error_or_another_cloud(name: str, tmp_path: Path)
 
 def test_files_of_other_kinds_and_sizes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.obj").write_text("v 0 0 0")
-    with pytest.raises(
-        MediaError, match=r"a\.obj: not a kind of point cloud that is read; give a \.npy, \.npz or \.ply"
-    ):
-        load_points(tmp_path / "a.obj")
+    (tmp_path / "a.ply").write_text("plx\nformat ascii 1.0\n")
+    for name in ("a.obj", "a.ply"):
+        with pytest.raises(
+            MediaError, match=rf"{name}: not a kind of point cloud that is read; give a \.npy, \.npz or \.ply"
+        ):
+            load_points(tmp_path / name)
     with pytest.raises(MediaError, match=r"b\.ply: no such file"):
         load_points(tmp_path / "b.ply")
     np.savez_compressed(tmp_path / "a.npz", points=np.zeros((1000, 3)))
     np.save(tmp_path / "a.npy", np.zeros((1000, 3)))
-    monkeypatch.setattr(media, "MAX_POINTS", 999)
+    monkeypatch.setattr(limits, "MAX_POINTS", 999)
     with pytest.raises(MediaError, match=r"1,000 points, at most 999"):
         load_points(tmp_path / "a.npy")
-    monkeypatch.setattr(media, "MAX_POINT_FILE_BYTES", 20_000)
+    monkeypatch.setattr(limits, "MAX_POINT_FILE_BYTES", 20_000)
     for name in ("a.npy", "a.npz"):
         with pytest.raises(MediaError, match=r"it has 24,\d+ bytes, at most 20,000"):
             load_points(tmp_path / name)

@@ -176,7 +176,10 @@ def test_a_damaged_line_is_named(run: Callable[..., Run], generated: Benchmark, 
     whole = path.read_text()
     for old, new, reason in (
         ('"status"', '"state"', "'status'"),
-        ('"i": 0', '"i": "0"', "a field is not a number"),
+        ('"i": 0', '"i": "0"', "a field is not a whole number"),
+        ('"sec": ', '"sec": 1e999, "was": ', "a field is not a finite number"),
+        ('"n_in": ', '"n_in": [], "was": ', "a field is not a whole number"),
+        ('"prompt_sha": ', '"prompt_sha": {}, "was": ', "a field is not text"),
         ('"id": "q0"', '"id": 5', "a field is not text"),
         ('"likelihoods": []', '"likelihoods": [-1.0]', "the status ok with 1 likelihoods"),
     ):

@@ -279,7 +279,10 @@ def test_probes_of_a_run_and_mistakes_in_them(folder: Path) -> None:
         ("{", "line 1 is not JSON"),
         ('{"txet": "?"}', "line 1 has an unknown key 'txet'; did you mean 'text'"),
         ('{"media": {"image": "0.png"}}', 'line 1 has no "text"'),
-        ('{"text": "?", "media": {"image": "gone.png"}}', "gone.png: no such file; paths start at the probe file"),
+        (
+            '{"text": "?", "media": {"image": "gone.png"}}',
+            "gone.png: no such file; check the path; paths start at the probe file",
+        ),
         ('{"text": "?", "media": "0.png"}', '"media" is a str'),
         ('{"text": "?"}\n{"text": "?"}', "line 2 asks what an earlier line asks"),
         ('{"text": "?", "media": {"video": "0.png"}}', "shows video, and the recipe's model takes image, audio"),

@@ -33,7 +33,7 @@ def parquet(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, list[dict[str, A
     except ImportError:
         import pickle
 
-        monkeypatch.setattr(benchmark, "_parquet_rows", pickle.loads)
+        monkeypatch.setattr(benchmark, "parquet_rows", pickle.loads)
 
         def write(path: Path, rows: list[dict[str, Any]]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)

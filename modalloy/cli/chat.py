@@ -1,7 +1,6 @@
 """The command that asks a merged model about media."""
 
 import json
-import os
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from modalloy.cli.options import DEVICES, DTYPES, Json, Media, choice
-from modalloy.errors import MediaError, ModalloyError, cut
+from modalloy.cli.options import DEVICES, DTYPES, Isolated, Json, Media, choice
+from modalloy.errors import ModalloyError
 from modalloy.names import modality_name
 from modalloy.report.text import is_unicode
 
@@ -42,6 +41,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
+    isolated: Isolated = False,
     as_json: Json = False,
 ) -> None:
     """Ask a merged model about media, shown in the order given; answers are decoded greedily.
@@ -58,6 +58,7 @@ def chat(
         raise ModalloyError("-p: the question holds bytes that are no UTF-8; set the terminal's encoding to UTF-8")
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
     files = _in_order(ctx.meta[InOrder.__name__], given)
+    from modalloy import media as decoders
     from modalloy.merge import resolve_device
     from modalloy.model import load_model
     from modalloy.model.chat import user_message
@@ -66,11 +67,13 @@ def chat(
     model = load_model(out, device=resolve_device(device), dtype=dtype)
     if prompt is None:
         session = Session(model, max_new_tokens)
-        session.attach(files)
-        session.run(typed_lines())
+        with decoders.isolated(isolated):
+            session.attach(files)
+            session.run(typed_lines())
         return
     start = time.perf_counter()
-    reply = model.reply(user_message(prompt, files), max_new_tokens=max_new_tokens)
+    with decoders.isolated(isolated):
+        reply = model.reply(user_message(prompt, files), max_new_tokens=max_new_tokens)
     if not as_json:
         print(reply.answer)
         return
@@ -83,6 +86,8 @@ def chat(
 
 def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]:
     """(modality, existing file) of every medium, in the order of the options."""
+    from modalloy.media.limits import opened
+
     left = {option: iter(values or ()) for option, values in given.items()}
     files = []
     for option in order:
@@ -92,7 +97,6 @@ def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]
         name, separator, file = (option, "=", value) if option != "media" else value.partition("=")
         if not (name and separator and file):
             raise ModalloyError(f"--media {value}: not of the form NAME=FILE; write for example --media depth=room.npy")
-        if not os.path.isfile(file):  # unlike Path's, False for any name that no file can have
-            raise MediaError(f"{cut(file)}: no such file; check the path")
-        files.append((modality_name(name), Path(file)))
+        with opened(file):  # so that a wrong name is told before a model is loaded
+            files.append((modality_name(name), Path(file)))
     return files

@@ -10,6 +10,7 @@ from modalloy.cli.options import (
     DEVICES,
     DTYPES,
     DataFolder,
+    Isolated,
     Json,
     MediaRoot,
     Modalities,
@@ -46,6 +47,7 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
     base: Annotated[str | None, typer.Option(help="base of a specialist that records none")] = None,
     encoder: Annotated[str | None, typer.Option(help="encoder of a specialist that records none")] = None,
+    isolated: Isolated = False,
     listed: Annotated[bool, typer.Option("--list", help="list the tasks")] = False,
     as_json: Json = False,
 ) -> Path | None:
@@ -64,6 +66,7 @@ def evaluate(
     choice("--dtype", dtype, DTYPES)
     benchmark = find_benchmark(task)
     source = source_of(data_folder(benchmark, data, download=download), media_root, variant, modalities)
+    from modalloy import media
     from modalloy.evals.features import FeatureCache
     from modalloy.evals.runner import evaluate as run_on
     from modalloy.evals.runner import identify
@@ -71,7 +74,7 @@ def evaluate(
     from modalloy.model import load_model
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
-    with progress(task) as on_sample, kept(run):
+    with progress(task) as on_sample, kept(run), media.isolated(isolated):
         finished = run_on(
             lambda: load_model(out, **options),
             identify(out, **options),
@@ -158,16 +161,18 @@ def eval_doctor(
     variant: Variant = None,
     modalities: Modalities = None,
     quick: Annotated[bool, typer.Option("--quick", help="only see whether files exist; decode none")] = False,
+    isolated: Isolated = False,
     as_json: Json = False,
 ) -> None:
     """Which media of a benchmark are missing or broken. Loads no model; exit code 1 if there are any, 0 if none."""
+    from modalloy import media
     from modalloy.evals import find_benchmark
     from modalloy.evals.benchmark import data_folder
     from modalloy.evals.doctor import doctor
 
     benchmark = find_benchmark(task)
     source = source_of(data_folder(benchmark, data), media_root, variant, modalities)
-    with progress("media") as on_medium:
+    with progress("media") as on_medium, media.isolated(isolated):
         found = doctor(benchmark, source, quick=quick, on_medium=on_medium)
     print(json.dumps(found.to_dict()) if as_json else found.text())
     if not found.ok:

@@ -27,6 +27,9 @@ MediaRoot = Annotated[
     typer.Option(metavar="[NAME=]DIR", help="where media are, all or those of one name; may be repeated"),
 ]
 Variant = Annotated[str | None, typer.Option(help="which of the benchmark's file formats, where several are there")]
+Isolated = Annotated[
+    bool, typer.Option("--isolated", help="decode each medium in a child process of bounded memory and time")
+]
 Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16", "auto")

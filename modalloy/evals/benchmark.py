@@ -6,7 +6,6 @@ A benchmark is one file with one `Benchmark`, and one line in `modalloy.evals.BE
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError
+from modalloy.evals.files import MAX_FILE_BYTES, leads_out, own_folders, parquet_rows, parse_json, read_bytes
+from modalloy.media.limits import shown
 
 LETTERS = "ABCDEFGH"
 
@@ -147,18 +148,22 @@ class Source:
 
     def rows(self, path: Path) -> list[Any]:
         """The rows of a JSON list, JSON lines, a Parquet table, or CSV without a header (lists of strings)."""
+        if leads_out(path, self.folders):
+            raise MediaError(f"{path}: leads out of the data's folder; copy the file there")
         try:
-            raw = path.read_bytes()
             if path.suffix == ".parquet":
-                rows: Any = _parquet_rows(raw)
-            elif path.suffix == ".csv":
-                rows = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline="")))
-            elif path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in raw.splitlines() if line.strip()]
+                raw = read_bytes(path, MAX_FILE_BYTES)
+                rows: Any = parquet_rows(raw)
             else:
-                rows = json.loads(raw.decode("utf-8-sig"))
-        except (OSError, ValueError, csv.Error) as error:
-            raise MediaError(f"{path}: cannot be read ({error}); download it again") from error
+                raw = read_bytes(path)
+                if path.suffix == ".csv":
+                    rows = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline="")))
+                elif path.suffix == ".jsonl":
+                    rows = [parse_json(line) for line in raw.splitlines() if line.strip()]
+                else:
+                    rows = parse_json(raw.decode("utf-8-sig"))
+        except (ValueError, csv.Error) as error:
+            raise MediaError(f"{path}: cannot be read ({shown(error)}); download it again") from error
         if not isinstance(rows, list):
             raise MediaError(
                 f"{path}: holds a {type(rows).__name__}, not a list of rows; give the benchmark's own file"
@@ -167,6 +172,11 @@ class Source:
         self.read[name] = {"sha256": hashlib.sha256(raw).hexdigest(), "rows": len(rows)}
         return rows
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders that media may lie in; a file that leads out of them is not read (`modalloy.evals.files.leads_out`)."""
+        return own_folders(self.data, self.roots.values())
+
     def shows(self, modality: str) -> bool:
         """Whether media of this modality are to be shown."""
         return self.modalities is None or modality in self.modalities
@@ -174,9 +184,9 @@ class Source:
     def medium(self, path: str, root: str = "") -> str:
         """Where the medium is that a benchmark's file calls `path`.
 
-        An absolute path is taken as it is. Else, where a root is named like one of its folders (in any case), what follows
-        that folder is looked for in that root; else it starts at the root of the given name, the general root, or the
-        data folder.
+        An absolute path is taken as it is; where it leads out of `folders`, it is never read. Else, where a root is named
+        like one of its folders (in any case), what follows that folder is looked for in that root; else it starts at the
+        root of the given name, the general root, or the data folder.
         """
         if os.path.isabs(path):
             return path
@@ -186,14 +196,6 @@ class Source:
                 return str(named.joinpath(*parts[index + 1 :]))
         start = self.roots.get(root) or self.roots.get("") or self.data
         return str(start / path)
-
-
-def _parquet_rows(raw: bytes) -> list[Any]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ModalloyError("Parquet files are read by pyarrow, which is missing; run `pip install pyarrow`") from error
-    return list(parquet.read_table(io.BytesIO(raw)).to_pylist())
 
 
 def data_folder(benchmark: Benchmark, given: Path | None, *, download: bool = False) -> Path:
@@ -228,7 +230,9 @@ def fields(path: Path, index: int) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"has a field of another form ({error})"
+        what = (
+            f"lacks {shown(error)}" if isinstance(error, KeyError) else f"has a field of another form ({shown(error)})"
+        )
         raise MediaError(f"{path}: row {index} {what}; give the benchmark's own file") from error
 
 

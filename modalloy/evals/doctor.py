@@ -10,6 +10,7 @@ from typing import Any
 from modalloy import media
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Benchmark, Source, questions
+from modalloy.evals.files import OUTSIDE, leads_out
 from modalloy.report.text import printable_lines
 
 LOADERS: dict[str, Callable[[str], Any]] = {
@@ -110,14 +111,14 @@ def doctor(
     Every distinct medium is decoded as a model's processor would; with `quick` only its existence and size are looked
     at. `on_medium` is called with (done, total).
     """
-    samples = questions(benchmark, source)
+    samples, folders = questions(benchmark, source), source.folders
     asked: dict[tuple[str, str], list[int]] = {}
     for index, sample in enumerate(samples):
         for medium in dict.fromkeys(sample.media):
             asked.setdefault(medium, []).append(index)
     problems, lost = [], set()
     for done, ((modality, path), indices) in enumerate(asked.items(), 1):
-        if found := _problem(modality, path, quick):
+        if found := _problem(modality, path, quick, folders):
             problems.append(Problem(modality, path, *found, tuple(samples[index].id for index in indices)))
             lost.update(indices)
         on_medium(done, len(asked))
@@ -133,8 +134,10 @@ def doctor(
     )
 
 
-def _problem(modality: str, path: str, quick: bool) -> tuple[str, str] | None:
+def _problem(modality: str, path: str, quick: bool, folders: tuple[str, ...]) -> tuple[str, str] | None:
     """The kind of problem and its reason, if there is one."""
+    if leads_out(path, folders):
+        return "broken", OUTSIDE
     if not os.path.exists(path):
         return "missing", "no such file"
     if not os.path.isfile(path):

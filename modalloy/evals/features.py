@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.files import replace_bytes
+from modalloy.media.limits import opened
 from modalloy.model import ChatModel, ModalloyForConditionalGeneration
 
 MEMORY_BYTES = 2_000_000_000
@@ -91,6 +92,8 @@ class FeatureCache:
 
     def _file(self, path: str | Path) -> str:
         """The hash of a file, taken once as long as it does not change."""
+        with opened(path):
+            pass  # a regular file, not too large
         try:
             status = os.stat(path)
             key = (str(path), status.st_mtime_ns, status.st_size)

@@ -21,7 +21,7 @@ COMBINATIONS = ("audio", "image", "video", "image+audio", "image+video", "video+
 NAMES = "|".join((*MODALITIES, *ALIASES))
 TAG = re.compile(rf"<({NAMES})>")
 LABELLED = re.compile(rf"(?i:\b(?:{NAMES}|point cloud):[ \t]*)?<({NAMES})>[ \t]?")
-LABEL = re.compile(r"\s*(?:[\w ]+:\s*)?")
+LABEL = re.compile(r"\s*|(?:\s*[^\S ])?[\w ]+:\s*")  # in linear time: no run of spaces can be shared out in two ways
 
 
 def places(name: str) -> tuple[str, ...]:
@@ -105,9 +105,11 @@ def without_tags(text: str, drop: Callable[[str], bool] = lambda modality: True)
 
 def option_lines(text: str) -> tuple[str, ...]:
     """Texts of the options on lines "A. …", "B. …", … of a question; () where there are none."""
-    lines = re.findall(r"^[ \t]*([A-H])[.):][ \t]*(.*?)[ \t]*$", text, re.MULTILINE)
+    lines = re.findall(r"^[ \t]*([A-H])[.):](.*)$", text, re.MULTILINE)
     letters = "".join(name for name, _ in lines)
-    return tuple(option for _, option in lines) if len(lines) > 1 and letters == LETTERS[: len(lines)] else ()
+    return (
+        tuple(option.strip(" \t") for _, option in lines) if len(lines) > 1 and letters == LETTERS[: len(lines)] else ()
+    )
 
 
 def prompt(source: Source, question: str, lines: Iterable[str] = ()) -> str:

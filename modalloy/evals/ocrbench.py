@@ -12,7 +12,9 @@ from typing import Any
 
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, choose_variant, fields
+from modalloy.evals.files import leads_out
 from modalloy.files import is_folder, kind, replace_bytes
+from modalloy.media import ENDINGS
 
 RECOGNITION = "Text Recognition"  # what the official script sums six types up to
 AREAS = {
@@ -77,7 +79,7 @@ def _hub(source: Source) -> Iterator[Sample]:
     for path in sorted(source.data.glob("data/test-*.parquet")):
         for index, row in enumerate(source.rows(path)):
             with fields(path, index):
-                image = _unpacked(source.data / "images", row["image"])
+                image = _unpacked(source, row["image"])
                 yield _sample(
                     source, f"{row['dataset']}/{number}", row["dataset"], row["question_type"], row, "answer", image
                 )
@@ -101,9 +103,15 @@ def _sample(source: Source, name: str, dataset: str, kind: str, row: dict[str, A
     )
 
 
-def _unpacked(folder: Path, image: dict[str, Any]) -> str:
+def _unpacked(source: Source, image: dict[str, Any]) -> str:
     """Where a picture of a Parquet table now is as a file, named by its content."""
-    path = folder / (hashlib.sha256(image["bytes"]).hexdigest()[:16] + (Path(image["path"] or "").suffix or ".jpg"))
+    folder, ending = source.data / "images", Path(image["path"] or "").suffix.lower()
+    ending = ending if ENDINGS.get(ending) == "image" else ".jpg"
+    path = folder / (hashlib.sha256(image["bytes"]).hexdigest()[:16] + ending)
+    if leads_out(folder, source.folders):
+        raise MediaError(
+            f"{folder}: leads out of the data's folder, so the table's pictures are not unpacked there; remove it"
+        )
     if not path.is_file():
         try:
             if not folder.is_symlink():

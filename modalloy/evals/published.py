@@ -4,13 +4,13 @@ A line of their file is {"question_id", "prompt", "text", "answer_id", "model_id
 """
 
 import hashlib
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.evals.benchmark import Answer, Benchmark, Source, fields, questions
+from modalloy.evals.files import parse_json, read_bytes
 from modalloy.evals.modelcompose import numbered, text_of
 from modalloy.evals.run import Entry, Log, Run, described
 
@@ -70,16 +70,11 @@ def read_answers(file: Path, benchmark: Benchmark, source: Source, folder: Path)
 def _lines(file: Path) -> tuple[list[dict[str, Any]], str]:
     """Lines of a file of answers, and its hash."""
     lines: list[dict[str, Any]] = []
-    try:
-        raw = file.read_bytes()
-        for text in raw.splitlines():
-            with fields(file, len(lines)):
-                line = json.loads(text)
-                lines.append(
-                    {key: text_of(line[key]) for key in ("prompt", "text")} | {"question_id": line["question_id"]}
-                )
-    except OSError as error:
-        raise MediaError(f"{file}: cannot be read ({error.strerror}); give the file that the scripts wrote") from error
+    raw = read_bytes(file)
+    for text in raw.splitlines():
+        with fields(file, len(lines)):
+            line = parse_json(text)
+            lines.append({key: text_of(line[key]) for key in ("prompt", "text")} | {"question_id": line["question_id"]})
     if not lines:
         raise MediaError(f"{file}: holds no answer; give the file that the scripts wrote")
     return lines, hashlib.sha256(raw).hexdigest()

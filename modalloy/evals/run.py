@@ -5,9 +5,10 @@ Every figure is computed from these two files, so a rule that changed, or a tabl
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,31 @@ from modalloy._version import __version__
 from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, Source, Verdict, by_group, wilson
+from modalloy.evals.files import MAX_FILE_BYTES, parse_json, read_bytes
 from modalloy.evals.statistics import bootstrap_interval
 from modalloy.files import is_file, open_log, replace_text
+from modalloy.media.limits import shown
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1
 STATUSES = ("ok", "media_error", "too_long", "oom", "missing")
 # what must be the same for answers to stand in one log
 IDENTITY = ("schema", "task", "variant", "modalities", "model", "data", "generation")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {  # what each entry of `run.json` must be
+    "schema": lambda value: type(value) is int,
+    "task": lambda value: isinstance(value, str),
+    "variant": lambda value: isinstance(value, str | None),
+    "modalities": lambda value: value is None or _is_texts(value),
+    "n_samples": lambda value: type(value) is int and value >= 0,
+    "folders": _is_texts,
+    **dict.fromkeys(("model", "data", "generation", "environment"), lambda value: isinstance(value, dict)),
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +80,24 @@ class Run:
     def benchmark(self) -> Benchmark:
         return find_benchmark(self.meta["task"])
 
+    @property
+    def folders(self) -> tuple[str, ...] | None:
+        """Where its media may lie; None: anywhere, as runs of earlier versions do not say."""
+        return None if "folders" not in self.meta else tuple(self.meta["folders"])
+
     def verdicts(self, rule: str) -> list[Verdict]:
-        """What a rule makes of every answer."""
+        """What a rule makes of every answer; ModalloyError where one does not have what the rule looks at."""
         apply = self.benchmark.rules[rule]
-        return [entry.verdict(apply) for entry in self.entries]
+        found = []
+        for entry in self.entries:
+            try:
+                found.append(entry.verdict(apply))
+            except LookupError as error:
+                raise ModalloyError(
+                    f"{self.folder / PREDS}: question {entry.index} is none of {self.benchmark.name} ({error!r}); "
+                    "run the evaluation again"
+                ) from error
+        return found
 
 
 def described(
@@ -85,6 +117,7 @@ def described(
         "n_samples": n_samples,
         "model": model,
         "data": {"files": [{"path": name, **facts} for name, facts in sorted(source.read.items())]},
+        "folders": list(source.folders),
         "generation": generation,
         "environment": {"modalloy": __version__, **versions},
     }
@@ -113,7 +146,7 @@ def line(entry: Entry, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def entry(line: dict[str, Any]) -> Entry:
-    """The entry of a line; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    """The entry of a line; ValueError, KeyError, TypeError, AttributeError or OverflowError where it is none."""
     found = Entry(
         index=line["i"],
         sample=Sample.from_dict(line),
@@ -128,8 +161,12 @@ def entry(line: dict[str, Any]) -> Entry:
     nats = found.answer.likelihoods
     if not found.sample.is_text or not isinstance(found.answer.text, str):
         raise ValueError("a field is not text")
-    if type(found.index) is not int or not all(isinstance(number, int | float) for number in (found.seconds, *nats)):
-        raise ValueError("a field is not a number")
+    if not isinstance(found.error, str | None) or not isinstance(found.prompt_sha256, str):
+        raise ValueError("a field is not text")
+    if not all(type(count) is int for count in (found.index, found.prompt_tokens, found.new_tokens)):
+        raise ValueError("a field is not a whole number")
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in (found.seconds, *nats)):
+        raise ValueError("a field is not a finite number")
     if found.status not in STATUSES or (found.status == "ok" and len(nats) != len(found.sample.options)):
         raise ValueError(f"the status {found.status} with {len(nats)} likelihoods")
     return found
@@ -257,11 +294,13 @@ def _change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        meta: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModalloyError(f"{folder / RUN}: cannot be read ({error}); run the evaluation again") from error
+        meta: dict[str, Any] = parse_json(read_bytes(folder / RUN))
+    except ValueError as error:
+        raise ModalloyError(f"{folder / RUN}: cannot be read ({shown(error)}); run the evaluation again") from error
     if not isinstance(meta, dict) or not meta.keys() >= {*IDENTITY, "n_samples", "environment"}:
         raise ModalloyError(f"{folder / RUN}: does not describe a run; run the evaluation again")
+    if wrong := [name for name, fits in KINDS.items() if name in meta and not fits(meta[name])]:
+        raise ModalloyError(f'{folder / RUN}: "{wrong[0]}" is {shown(repr(meta[wrong[0]]))}; run the evaluation again')
     if meta["schema"] != SCHEMA:
         raise ModalloyError(f"{folder / RUN}: is of format {meta['schema']}, this version reads {SCHEMA}; run it again")
     return meta
@@ -269,21 +308,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _read_entries(path: Path, *, cut: int | None = None) -> list[Entry]:
     """The entries of a log. A last line without its end is left out, and cut off the file of the descriptor `cut`."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ModalloyError(f"{path}: cannot be read ({error.strerror}); run the evaluation again") from error
+    raw = read_bytes(path, MAX_FILE_BYTES)
     whole = raw[: raw.rfind(b"\n") + 1]
     entries = []
     seen = dict[int, int]()
     for number, text in enumerate(whole.splitlines(), 1):
         try:
-            entries.append(entry(json.loads(text)))
+            entries.append(entry(parse_json(text)))
             first = seen.setdefault(entries[-1].index, number)
             if first != number:
                 raise ValueError(f"it answers question {entries[-1].index} again, as line {first} does")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModalloyError(f"{path}: line {number} is damaged ({error}); remove it and resume") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ModalloyError(f"{path}: line {number} is damaged ({shown(error)}); remove it and resume") from error
     if cut is not None and len(whole) < len(raw):  # once it is known to be a log of ours
         os.ftruncate(cut, len(whole))
     return entries

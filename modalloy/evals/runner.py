@@ -15,7 +15,9 @@ from modalloy.checkpoints import file_sha256, locate, read_json
 from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
+from modalloy.evals.files import OUTSIDE, leads_out
 from modalloy.evals.run import Entry, Log, Run, described
+from modalloy.media.limits import shown
 from modalloy.model import ChatModel
 from modalloy.model.chat import Prompt, placed_message
 
@@ -63,7 +65,8 @@ def evaluate(
             chat = load()
             _check_senses(chat, wanted)
             count = len(wanted) - len(todo)
-            for entries in answers(chat, todo, benchmark.max_new_tokens, batch_size, cache or FeatureCache()):
+            cache = cache or FeatureCache()
+            for entries in answers(chat, todo, benchmark.max_new_tokens, batch_size, cache, folders=source.folders):
                 log.add(benchmark, *entries)
                 count += len(entries)
                 if on_sample is not None:
@@ -93,16 +96,18 @@ def answers(
     cache: FeatureCache,
     *,
     predict: bool = False,
+    folders: tuple[str, ...] | None = None,
 ) -> Iterator[list[Entry]]:
     """Entries of the samples, batch by batch. The prompts of a batch have the same modalities and are of like length.
 
-    `predict` asks for the likeliest token at every place of a sample's one option, not for its likelihood.
+    `predict` asks for the likeliest token at every place of a sample's one option, not for its likelihood. Media that lead
+    out of `folders` (None: anywhere) are not read.
     """
     waiting: dict[str, Batch] = {}
     for index, sample in todo:
         start = time.perf_counter()
         try:
-            prompt = _prompt(chat, sample, cache)
+            prompt = _prompt(chat, sample, cache, folders)
         except _UnreadableError as error:
             yield [_entry(index, sample, status="media_error", error=str(error), start=start)]
             continue
@@ -154,12 +159,14 @@ def _likelihoods(chat: ChatModel, batch: Batch) -> list[list[float]]:
     return found
 
 
-def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache) -> Prompt:
+def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache, folders: tuple[str, ...] | None) -> Prompt:
     """The prompt of a sample, with its media as features."""
     if sample.plain:
         return chat.plain_prompt(sample.text)
 
     def features(modality: str, path: Any) -> torch.Tensor:
+        if folders is not None and leads_out(path, folders):
+            raise _UnreadableError(f"{shown(path)}: {OUTSIDE}")
         try:
             return cache.features(chat, modality, path)
         except MediaError as error:

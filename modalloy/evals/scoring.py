@@ -70,14 +70,15 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
     first of them.
     """
     text = text.replace("</s>", "").strip()
-    if tagged := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE):
-        text = tagged[-1].strip()
+    if (tagged := _last_tagged(text)) is not None:
+        text = tagged.strip()
     known = LETTERS[: len(choices) or 4]
 
     if found := re.fullmatch(r"\W*([A-Ha-h])\W*", text):
         return _among(found[1], known)
     # before letters are looked for inside it: "B:maj7" and "A woman" may be options themselves
-    for said in (text, re.sub(r".*?\b(?:answer|option|choice)(?:\s+is)?\b\W*", "", text, count=1, flags=re.I | re.S)):
+    introduction = re.search(r"\b(?:answer|option|choice)(?:\s+is)?\b\W*", text, re.IGNORECASE)
+    for said in (text, text[introduction.end() :] if introduction else text):
         for form in (str.strip, _plain):
             options = [form(choice) for choice in choices]
             if len(form(said)) > 1 and form(said) in options:
@@ -88,7 +89,7 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
         if own or not (found[2] in " \t" or _lists(rest)):
             return _among(found[1], known)
     for introduced in ("answer", "option|choice"):
-        pattern = rf"\b(?:{introduced})\W*(is\b)?\W*([A-H])\b(?!')(.*)"
+        pattern = rf"\b(?:{introduced})\W*(?:(is)\b\W*)?([A-H])\b(?!')(.*)"
         named = {
             hit[2].upper()
             for hit in re.finditer(pattern, text, re.IGNORECASE)
@@ -98,6 +99,17 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
             return _among(named.pop(), known)
     hits = contained(_plain(text), [_plain(choice) for choice in choices])
     return letter(hits[0]) if len(hits) == 1 else None
+
+
+def _last_tagged(text: str) -> str | None:
+    """What stands in the last <answer>…</answer>, found in one pass."""
+    begin, found = None, None
+    for tag in re.finditer(r"<(/?)answer>", text, re.IGNORECASE):
+        if not tag[1]:
+            begin = tag.end() if begin is None else begin
+        elif begin is not None:
+            begin, found = None, text[begin : tag.start()]
+    return found
 
 
 def first_letter(sample: Sample, answer: Answer) -> Verdict:

@@ -6,7 +6,6 @@ split would flatter; two tiers are tested and named: *new source* (a package tha
 """
 
 import hashlib
-import json
 import random
 import re
 from collections import defaultdict
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import MediaError
-from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest
+from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, fields, likeliest
 from modalloy.evals.capitals import CAPITALS
+from modalloy.evals.modelcompose import text_of
 from modalloy.names import MODALITIES, modality_name
 
 # Packages kept out of training, by the prefix of their file names. Each modality's are its *new source* tier.
@@ -107,25 +107,24 @@ class Question:
         return [{"role": "user", "content": [*parts, {"type": "text", "text": self.text}]}]
 
 
-def load(data: str | Path) -> list[Clip]:
-    """All files of the data folder `data`, each with its tier."""
-    data = Path(data)
-    manifest = data / "manifest.json"
+def load(data: str | Path | Source) -> list[Clip]:
+    """All files of the data folder (or source) `data`, each with its tier.
+
+    Raises:
+        MediaError: it has no manifest, or one with a row that describes no file.
+    """
+    source = data if isinstance(data, Source) else Source(Path(data))
+    manifest = source.data / "manifest.json"
     if not manifest.is_file():
         raise MediaError(f"{manifest}: no such file; run `make data`, or point --data at the folder that holds it")
-    clips = [
-        Clip(
-            path=data / row["file"],
-            concept=row["concept"],
-            category=row["category"],
-            modality=modality_name(row["modality"]),
-            source=row["source"],
-            package=row["package"],
-            licence=row["licence"],
-            tier="train",
-        )
-        for row in json.loads(manifest.read_text())
-    ]
+    clips = []
+    for index, row in enumerate(source.rows(manifest)):
+        with fields(manifest, index):
+            texts = {name: text_of(row[name]) for name in ("concept", "category", "source", "package", "licence")}
+            modality = modality_name(text_of(row["modality"]))
+            if not texts["concept"] or modality not in MODALITIES:
+                raise ValueError(f"the concept {texts['concept']!r} and the modality {modality!r}")
+            clips.append(Clip(path=source.data / text_of(row["file"]), modality=modality, tier="train", **texts))
     return split(clips)
 
 
@@ -251,6 +250,10 @@ class Asker:
     def distractors(self, concept: str, n: int) -> list[str]:
         """`n` other concepts, each from the same category with probability one half where there are enough."""
         others = [name for name in self.category if name != concept]
+        if n and not others:
+            raise MediaError(
+                f"the data train on no other concept than '{concept}', so none can be asked about; add some"
+            )
         near = [name for name in others if self.category[name] == self.category[concept]]
         chosen: list[str] = []
         while len(chosen) < min(n, len(others)):
@@ -429,8 +432,8 @@ def samples(source: Source) -> list[Sample]:
     The variant "validation" asks about files that the specialists were trained on: there are too few others, and a merge
     sees none. It is what λ, k and variants are chosen on; accuracies there flatter, and are only compared with each other.
     """
-    source.rows(source.need("manifest.json"))
-    clips = load(source.data)
+    source.need("manifest.json")
+    clips = load(source)
     drawn = cells(clips, 1, 40, ("train",)) if source.variant == "validation" else cells(clips)
     questions = [(cell, question) for cell, group in drawn.items() for question in group]
     shown = [question.sample(cell, source.modalities) for cell, question in questions]

@@ -12,6 +12,7 @@ from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError, nearest
 from modalloy.media import ENDINGS
+from modalloy.media.limits import shown
 from modalloy.model.chat import ChatModel
 from modalloy.model.processor import Message
 from modalloy.report.text import is_unicode, one_line, printable
@@ -175,5 +176,5 @@ def _file(word: str) -> Path | None:
 def _existing(word: str) -> Path:
     found = _file(word)
     if found is None:
-        raise MediaError(f"{_plain(word)}: no such file; check the path")
+        raise MediaError(f"{shown(_plain(word))}: no such file; check the path")
     return found

@@ -1,16 +1,19 @@
 """The model card of a result: Hugging Face front matter, what was merged and how, and the exact recipe."""
 
+import json
+
 import yaml
 
 from modalloy.methods import METHODS
 from modalloy.plan import Plan
+from modalloy.report.escape import fence, markdown_code, markdown_text
 
 USE = {
     "adapter": """```python
 from transformers import AutoModelForCausalLM
 from peft import PeftModel
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```""",
     "full": """```python
@@ -39,17 +42,18 @@ def model_card(planned: Plan) -> str:
         front["pipeline_tag"] = "any-to-any"
     if planned.maps:
         return _card_across(planned, front)
-    rows = [f"| {s.label} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
+    labels = {s.label: markdown_text(s.label) for s in planned.specialists}
+    rows = [f"| {labels[s.label]} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
     table = "\n".join(["| specialist | layout | modality | LoRA rank |", "|---|---|---|---|", *rows])
-    use = USE[form].format(base=planned.base_name, options=" ".join(f"--{m} FILE" for m in modalities))
+    use = USE[form].format(base=json.dumps(planned.base_name), options=" ".join(f"--{m} FILE" for m in modalities))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {" + ".join(s.label for s in planned.counted)}, merged by {method}
+# {" + ".join(labels[s.label] for s in planned.counted)}, merged by {method}
 
-{len(planned.counted)} specialists on `{planned.base_name}`, merged by modalloy without training and without data
-({METHODS[method].paper}): {planned.summary()}.
+{len(planned.counted)} specialists on {markdown_code(planned.base_name)}, merged by modalloy without training and without data
+({METHODS[method].paper}): {markdown_text(planned.summary())}.
 
 {table}
 
@@ -67,17 +71,17 @@ def _card_across(planned: Plan, front: dict[str, object]) -> str:
     for label, found in planned.maps.items():
         counts = found.coverage()
         shown = " | ".join(f"{counts[fate]['tensors']} ({counts[fate]['parameters'] / 1e6:.1f}M)" for fate in fates)
-        rows.append(f"| {label} | {found.donor} | {shown} | {found.shared()} |")
+        rows.append(f"| {markdown_text(label)} | {found.donor} | {shown} | {found.shared()} |")
     table = "\n".join([f"| donor | family | {' | '.join(fates)} | tokens |", "|---|---|---|---|---|---|---|", *rows])
-    family = next(iter(planned.maps.values())).target
+    family, name = next(iter(planned.maps.values())).target, markdown_code(planned.base_name)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {planned.base_name} + {" + ".join(planned.maps)}, merged by {planned.recipe.merge_method}
+# {markdown_text(" + ".join((planned.base_name, *planned.maps)))}, merged by {planned.recipe.merge_method}
 
-The architecture, encoder and projector are those of `{planned.base_name}` ({family}); modalloy moved its decoder towards the
-donors', without training and without data ({METHODS[planned.recipe.merge_method].paper}): {planned.summary()}.
+The architecture, encoder and projector are those of {name} ({family}); modalloy moved its decoder towards the
+donors', without training and without data ({METHODS[planned.recipe.merge_method].paper}): {markdown_text(planned.summary())}.
 
 Tensors (parameters) of the target that were merged with the donor's, merged with the weight that the target had copied them
 from, or kept; tensors of the donor that were left out; and of how many tokens the rows of embeddings and head were merged:
@@ -86,18 +90,19 @@ from, or kept; tensors of the donor that were left out; and of how many tokens t
 
 ## Use
 
-It is loaded as `{planned.base_name}` is. If that needs code of its own (`*.py` files), copy these here: they are not part of the
+It is loaded as {name} is. If that needs code of its own (`*.py` files), copy these here: they are not part of the
 merge.
 
 {_recipe(planned)}"""
 
 
 def _recipe(planned: Plan) -> str:
+    text = planned.recipe.to_yaml().strip()
     return f"""## Recipe
 
-```yaml
-{planned.recipe.to_yaml().strip()}
-```
+{fence(text)}yaml
+{text}
+{fence(text)}
 
 `manifest.json` holds the sha256 of every input and output and the fate of every tensor; `modalloy verify` checks them.
 """

@@ -13,29 +13,16 @@ import json
 import math
 import os
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from modalloy import media
-from modalloy.errors import MediaError
 from modalloy.evals.benchmark import LETTERS, Sample, Verdict
 from modalloy.evals.compare import Comparison, Paired, compare, points
 from modalloy.evals.run import Entry, Run, is_text, result
+from modalloy.report.escape import csv_cell, markdown_text
+from modalloy.report.shelf import Shelf
 from modalloy.report.text import printable
 
-MAX_MEDIUM_BYTES = 300_000  # of one medium's file that is embedded
-MAX_MEDIA_BYTES = 20_000_000  # of all of them
-SHOWN_POINTS = 2048
 TURN = "drag to turn; double-click to change which axis points up"
-# what browsers play or draw, by the file's ending
-TYPES = {
-    **{".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"},
-    **{".gif": "image/gif", ".bmp": "image/bmp"},
-    **{".wav": "audio/wav", ".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".m4a": "audio/mp4"},
-    **{".mp4": "video/mp4", ".webm": "video/webm"},
-}
 OUTCOMES = {
     "right": "right",
     "wrong": "wrong",
@@ -56,10 +43,10 @@ BASELINES = {
 def markdown(result: dict[str, Any]) -> str:
     """The scores of a run (`modalloy.evals.run.result`) as Markdown: by rule, blind answers, counts, groups."""
     what = " · ".join(str(part) for part in (result["task"], result["variant"], _shown(result["modalities"])) if part)
-    parts = [f"# {what}", _counts(result), _rows(*_scores(result))]
+    parts = [f"# {markdown_text(what)}", _counts(result), _rows(*_scores(result))]
     parts.append("Blind answers: " + "; ".join(f"{name} {_percent(acc)}" for name, acc in _baselines(result)) + ".")
     for key, (head, rows) in _groups(result).items():
-        parts.append(f"## {key}\n\n{_rows(head, rows)}")
+        parts.append(f"## {markdown_text(key)}\n\n{_rows(head, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,16 +62,18 @@ def csv(result: dict[str, Any]) -> str:
         cells += [(key, value, cell) for key, values in scores["groups"].items() for value, cell in values.items()]
         for key, value, cell in cells:
             intervals = (*cell["ci95"], *(cell["ci95_clustered"] or ("", "")))
-            writer.writerow((*run, rule, key, value, cell["n"], cell["acc"], *intervals))
+            texts = map(csv_cell, (*run, rule, key, value))
+            writer.writerow((*texts, cell["n"], cell["acc"], *intervals))
     return text.getvalue()
 
 
 def comparison(found: Comparison) -> str:
     """A comparison as Markdown that also reads well in a terminal: by rule and by group, each with its verdict."""
-    lines = [f"# {found.task}: A against B", "", f"- A: {printable(found.a)}", f"- B: {printable(found.b)}"]
+    lines = [f"# {markdown_text(found.task)}: A against B", ""]
+    lines += [f"- {name}: {markdown_text(printable(run))}" for name, run in (("A", found.a), ("B", found.b))]
     if found.modalities[0] != found.modalities[1]:
         shown = [_shown(modalities) or "all" for modalities in found.modalities]
-        lines.append(f"- A was shown {shown[0]}, B {shown[1]}")
+        lines.append(markdown_text(f"- A was shown {shown[0]}, B {shown[1]}"))
     lines.append(f"- {found.n:,} questions that both were asked")
     for name, number in zip("AB", found.left_out, strict=True):
         if number:
@@ -99,7 +88,7 @@ def comparison(found: Comparison) -> str:
         rows = [_paired("all", whole)]
         for key, values in found.groups[rule].items():
             rows += [_paired(f"{key}: {value}", one) for value, one in values.items()]
-        lines += ["", f"## {rule}", "", f"{whole.verdict}.", "", _rows(head, rows)]
+        lines += ["", f"## {markdown_text(rule)}", "", f"{whole.verdict}.", "", _rows(head, rows)]
     if any(any(keys.values()) for keys in found.groups.values()):
         lines += ["", "p: exact McNemar test; of groups, raised (Holm) for the number of groups of that kind."]
     if clusters := next(iter(found.rules.values())).n_clusters:
@@ -126,7 +115,7 @@ def _paired(name: str, one: Paired) -> list[str]:
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns are aligned."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
+    cells = [[markdown_text(cell) for cell in row] for row in (head, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
@@ -200,8 +189,8 @@ def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
     With an `other` run of the same questions (B; this is A) also their comparison, and both answers side by side.
 
     Where there are more questions, every outcome gets an equal share of the examples, rare outcomes as many as there are;
-    within an outcome they are evenly spaced over the questions, sorted by group. Media are embedded up to
-    MAX_MEDIUM_BYTES each and MAX_MEDIA_BYTES in all; others are named, with the reason.
+    within an outcome they are evenly spaced over the questions, sorted by group. Media that are what they should be, and
+    lie where the run says, are embedded (`Shelf`); others are named, with the reason.
     """
     against = "" if other is None else _against(compare(run, other))
     scores = result(run)
@@ -215,7 +204,7 @@ def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
         beside = [of_other.get((entry.index, entry.sample.id)) for entry in run.entries]
     strata = [(outcome, one is not None and one[1].correct) for outcome, one in zip(outcomes, beside, strict=True)]
     chosen = _chosen(run.entries, strata, examples)
-    shelf = Shelf()
+    shelf = Shelf(run.folders)
     cards = [
         _card(run.entries[i], {name: given[i] for name, given in verdicts.items()}, outcomes[i], beside[i], shelf)
         for i in chosen
@@ -281,7 +270,7 @@ def _chosen(entries: Sequence[Entry], kinds: Sequence[Hashable], limit: int) -> 
     return sorted(chosen)
 
 
-def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: "Shelf", compared: bool) -> str:
+def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: Shelf, compared: bool) -> str:
     """How the examples were chosen, and what of their media is on the page."""
     if len(chosen) == len(outcomes):
         text = f"All {len(outcomes):,} questions."
@@ -300,62 +289,6 @@ def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: "Shelf", comp
         number = len(shelf.missing) + len(shelf.items)
         text += f" {len(shelf.missing):,} of {number:,} media are not on this page, each with the reason."
     return html.escape(text)
-
-
-class Shelf:
-    """The media that the page holds, each once; and why others are not there."""
-
-    def __init__(self) -> None:
-        self.items: list[dict[str, Any]] = []
-        self.places: dict[tuple[str, str], int] = {}
-        self.missing: dict[tuple[str, str], str] = {}
-        self.bytes = 0
-
-    def place(self, modality: str, path: str) -> int | None:
-        """Where in `items` the medium is; None if it is among the `missing`."""
-        key = (modality, path)
-        if key not in self.places and key not in self.missing:
-            try:
-                item = self._item(modality, path)
-            except (MediaError, OSError) as error:
-                self.missing[key] = " ".join(str(error).removeprefix(f"{path}: ").split())
-            else:
-                self.places[key] = len(self.items)
-                self.items.append(item)
-        return self.places.get(key)
-
-    def _item(self, modality: str, path: str) -> dict[str, Any]:
-        if not os.path.isfile(path):
-            raise MediaError("no such file")
-        ending = Path(path).suffix.lower()
-        if media.ENDINGS.get(ending) == "point":
-            raw, item = _cloud(path)
-            return item | {"data": self._base64(raw)}
-        if ending not in TYPES:
-            raise MediaError(f"browsers do not show {ending or 'files without an ending'}")
-        size = os.path.getsize(path)
-        if size > MAX_MEDIUM_BYTES:
-            raise MediaError(f"{size / 1000:,.0f} kB, more than the {MAX_MEDIUM_BYTES // 1000} kB that are embedded")
-        return {"type": TYPES[ending], "data": self._base64(Path(path).read_bytes())}
-
-    def _base64(self, raw: bytes) -> str:
-        if self.bytes + len(raw) > MAX_MEDIA_BYTES:
-            raise MediaError(f"the page's {MAX_MEDIA_BYTES // 1_000_000} MB of media are full")
-        self.bytes += len(raw)
-        return base64.b64encode(raw).decode()
-
-
-def _cloud(path: str) -> tuple[bytes, dict[str, Any]]:
-    """At most SHOWN_POINTS points, evenly spaced over the file: x, y, z as int16, then red, green, blue as uint8 if there are."""
-    cloud = media.load_points(path)
-    cloud = cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), SHOWN_POINTS)).astype(int)]
-    xyz = cloud[:, :3] - (cloud[:, :3].min(0) + cloud[:, :3].max(0)) / 2
-    size = float(np.linalg.norm(xyz, axis=1).max()) or 1.0
-    raw = np.round(xyz / size * 32767).astype("<i2").tobytes()
-    coloured = cloud.shape[1] == 6 and bool(np.ptp(cloud[:, 3:], axis=0).any())
-    if coloured:
-        raw += np.round(cloud[:, 3:].clip(0, 1) * 255).astype(np.uint8).tobytes()
-    return raw, {"type": "points", "n": len(cloud), "coloured": coloured}
 
 
 def _facts(scores: dict[str, Any]) -> str:

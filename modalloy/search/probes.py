@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import file_sha256, parse_json, read_bytes
-from modalloy.errors import CheckpointError, MediaError, ModalloyError, nearest, shown
+from modalloy.checkpoints import file_sha256
+from modalloy.errors import MediaError, ModalloyError, nearest
 from modalloy.evals.benchmark import LETTERS, Sample
+from modalloy.evals.files import parse_json, read_bytes
 from modalloy.evals.run import PREDS
+from modalloy.media.limits import opened, shown
 from modalloy.names import modality_name
 
 KEYS = ("id", "text", "media", "choices", "gold")
@@ -25,10 +28,10 @@ def read_probes(path: Path) -> list[Sample]:
         MediaError: the file cannot be read, or a medium of it is missing.
         ModalloyError: a line is no probe, there is none, or one is there twice.
     """
-    path = path / PREDS if path.is_dir() else path
+    path = path / PREDS if os.path.isdir(path) else path
     try:
-        lines = read_bytes(path).splitlines()
-    except CheckpointError as error:
+        lines = read_bytes(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
         raise MediaError(f"{path}: cannot be read ({error}); give a file of JSON lines with --probe") from error
     probes: dict[str, Sample] = {}
     for number, line in enumerate(lines, 1):
@@ -45,17 +48,17 @@ def read_probes(path: Path) -> list[Sample]:
     return list(probes.values())
 
 
-def _probe(line: bytes, where: str, folder: Path) -> Sample:
+def _probe(line: str, where: str, folder: Path) -> Sample:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise ModalloyError(f"{where} is not JSON ({error}); correct it") from error
+        raise ModalloyError(f"{where} is not JSON ({shown(error)}); correct it") from error
     if not isinstance(row, dict):
         raise ModalloyError(f"{where} is a {type(row).__name__}, not an object with text and media; correct it")
     if "question" in row and "prompt_sha" in row:  # of a run's log
         row = {"text": row["question"]} | {key: row.get(key) for key in ("media", "choices", "gold")}
     if unknown := [key for key in row if key not in KEYS]:
-        raise ModalloyError(f"{where} has an unknown key {shown(unknown[0])}; {nearest(unknown[0], KEYS)}")
+        raise ModalloyError(f"{where} has an unknown key '{shown(unknown[0])}'; {nearest(shown(unknown[0]), KEYS)}")
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise ModalloyError(f'{where} has no "text"; write the question there')
@@ -70,11 +73,11 @@ def _probe(line: bytes, where: str, folder: Path) -> Sample:
     hashes = []
     for modality, file in media:
         try:
-            hashes.append([modality, file_sha256(Path(file))])
-        except CheckpointError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise MediaError(f"{where}: {file}: no such file; paths start at the probe file's folder") from None
-            raise MediaError(f"{where}: {error}") from error
+            with opened(file):
+                pass
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}; paths start at the probe file's folder") from error
+        hashes.append([modality, file_sha256(Path(file))])
     return Sample(
         id=hashlib.sha256(json.dumps([text, hashes, choices]).encode()).hexdigest()[:16],
         text=text,
@@ -93,6 +96,6 @@ def _media(given: Any, where: str) -> list[tuple[str, str]]:
     found = []
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
-            raise ModalloyError(f'{where}: "media" holds {shown(pair)}; write {{"image": "dog.png"}}')
+            raise ModalloyError(f'{where}: "media" holds {shown(repr(pair))}; write {{"image": "dog.png"}}')
         found.append((modality_name(pair[0]), pair[1]))
     return found

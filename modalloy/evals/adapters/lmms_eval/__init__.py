@@ -19,9 +19,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import OutputError
+from modalloy.errors import MediaError, OutputError
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Source
+from modalloy.evals.files import leads_out
 from modalloy.files import disk_errors, is_file, kind, read_file, replace_text
 
 TASKS = Path(__file__).parent / "tasks"
@@ -38,9 +39,14 @@ def export(task: str, data: str | Path, out: str | Path, **source: Any) -> Path:
     """Write the samples of a benchmark as `<task>.jsonl` in the folder `out`, with absolute paths of media.
 
     `source` may have `roots`, `variant` and `modalities`, as `Source`.
+
+    Raises:
+        MediaError: a medium leads out of the data's folder and of the roots.
     """
-    lines = []
-    for sample in find_benchmark(task).samples(Source(Path(data), **source)):
+    lines, given = [], Source(Path(data), **source)
+    for sample in find_benchmark(task).samples(given):
+        if outside := [path for _, path in sample.media if leads_out(path, given.folders)]:
+            raise MediaError(f"{outside[0]}: leads out of the data's folder, and is in no root; add its root")
         line = {"task": task, **sample.to_dict()}
         line["media"] = [[modality, os.path.abspath(path)] for modality, path in sample.media]
         lines.append(json.dumps(line, ensure_ascii=False))
