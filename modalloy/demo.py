@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy import builtin
-from modalloy.engines import local
+from modalloy.engines import memory
 from modalloy.merge import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
@@ -73,7 +73,7 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
     _print_table(answers)
     result = {
         "merge_seconds": round(report.merge_s, 3),
-        "peak_bytes": local.peak_bytes(),
+        "peak_bytes": memory.peak_bytes(),
         "answer_seconds": seconds,
         "out": str(out),
         "questions": [

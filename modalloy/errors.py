@@ -5,14 +5,28 @@ ModalloyError
 ├── CheckpointError   a file or tensor of an input is missing, damaged, unsafe or of the wrong shape
 ├── MethodError       a merging method was given matrices or parameters it is not defined for
 ├── OutputError       the result cannot be written where or how it was asked for
+├── OutOfMemoryError  what was asked for needs more memory than there is
 ├── MediaError        an image, sound, video or point cloud cannot be read
 └── LengthError       a conversation does not fit the model's context
 """
 
 import difflib
+import errno
 import reprlib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+# how torch, the linker and Python's threads say that memory ran out, in errors of other kinds
+NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "failed to map segment",
+    "can't start new thread",
+)
 
 
 class ModalloyError(Exception):
@@ -35,12 +49,37 @@ class OutputError(ModalloyError):
     """The result cannot be written."""
 
 
+class OutOfMemoryError(ModalloyError):
+    """Memory ran out, or would."""
+
+
 class MediaError(ModalloyError):
     """A medium cannot be read."""
 
 
 class LengthError(ModalloyError):
     """A conversation and its answer are longer than the model's context."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or the system says that memory ran out."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (RuntimeError, ImportError)):
+        return any(words in str(error).lower() for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn memory that ran out into one OutOfMemoryError line that ends with `remedy`."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError, ImportError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold what filled the memory
+        raise OutOfMemoryError(f"memory ran out; {remedy}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except BrokenPipeError:  # of who reads what is printed, not of a disk
         raise
     except OSError as error:
-        if error.errno is None:  # of no system call
+        if error.errno in (None, errno.ENOMEM):  # of no system call, or of memory
             raise
         reason = REASONS.get(error.errno, f"{os.strerror(error.errno)}; see to the disk, or {HERE}")
         raise OutputError(f"{path}: {reason}; nothing was written") from error

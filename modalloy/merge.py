@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modalloy import cost
 from modalloy.checkpoints import (
     Buffers,
     Specialist,
@@ -28,8 +29,8 @@ from modalloy.checkpoints.writer import copy_file
 from modalloy.companions import code_files, companions
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.differences import settled_plan
-from modalloy.engines import local
-from modalloy.errors import MethodError, OutputError
+from modalloy.engines import local, memory
+from modalloy.errors import MethodError, OutputError, memory_errors
 from modalloy.families.ancestors import check_kinship
 from modalloy.families.stored import MappedRef
 from modalloy.files import disk_errors, write_text
@@ -57,7 +58,7 @@ class MergeReport:
     merge_s: float
     total_s: float
     peak_bytes: int
-    predicted_peak_bytes: int
+    budget: cost.Budget
 
     @property
     def compression_error(self) -> float | None:
@@ -74,12 +75,14 @@ class MergeReport:
             "merge_seconds": round(self.merge_s, 3),
             "total_seconds": round(self.total_s, 3),
             "peak_bytes": self.peak_bytes,
-            "predicted_peak_bytes": self.predicted_peak_bytes,
+            "predicted_peak_bytes": self.budget.predicted_bytes,
+            "workers": self.budget.n_workers,
             "compression_error": self.compression_error,
             "verify": self.verification.to_dict(),
         }
 
 
+@memory_errors("use fewer --jobs, give a --max-memory that is free, or use a larger machine; nothing was written")
 def merge(
     recipe: Recipe | str | Path,
     out: str | Path,
@@ -101,7 +104,9 @@ def merge(
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         overwrite: replace an earlier result at `out`.
         resume: go on with a merge into `out` that was killed; its finished shards are kept.
-        max_memory: bytes that the process may hold; refused before anything is read if the plan needs more.
+        max_memory: bytes that the process may hold, by default what there is room for. Fewer jobs are in flight together
+            where that is needed, or fewer workers; refused before anything is merged if one weight at a time needs more.
+            Unless it is ample, freed memory is returned at once (`memory.return_freed_memory`, for good), which takes time.
         allow_base_mismatch: merge specialists that record another base than the recipe's.
         on_job: called with (jobs done, jobs in all).
 
@@ -114,14 +119,18 @@ def merge(
     start = time.perf_counter()
     chosen_device = resolve_device(device)
     n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
+    held = memory.peak_bytes()
     planned = settled_plan(recipe, allow_base_mismatch=allow_base_mismatch)
-    predicted = planned.peak_bytes(n_workers)
-    _check_memory(planned, predicted, n_workers, max_memory)
+    memory.release_memory()
+    planning = memory.peak_bytes() if memory.peak_bytes() > held else 0
+    budget = cost.budget(planned, n_workers, max_memory, planning)
+    if budget.n_bytes is not None:
+        memory.return_freed_memory()
     fingerprint = planned.fingerprint
     if resume and out.is_dir() and not staging.interrupted:
         verification = _finished_before(out, fingerprint)
         staging.clean()
-        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, local.peak_bytes(), predicted)
+        return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
     check_apart(out, _inputs(planned, file))
     if planned.across is not None and not allow_base_mismatch:
         planned.kinship = check_kinship(planned)
@@ -129,7 +138,7 @@ def merge(
         begin = time.perf_counter()
         _check_disk(planned, staging)
         planned.surveys = survey(planned)
-        hashes = _write_weights(planned, staging, n_workers, chosen_device, on_job)
+        hashes = _write_weights(planned, staging, budget, chosen_device, on_job)
         merge_s = time.perf_counter() - begin
         _write_configs(planned, folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
@@ -138,8 +147,8 @@ def merge(
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         sources = _sources(planned) | {"fingerprint": fingerprint}
         write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
-        verification = verify_folder(folder, planned, manifest, rehash=False, n_workers=n_workers)
-    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, local.peak_bytes(), predicted)
+        verification = verify_folder(folder, planned, manifest, rehash=False, budget=budget)
+    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, memory.peak_bytes(), budget)
 
 
 def resolve_device(device: str) -> str:
@@ -158,18 +167,9 @@ def _finished_before(out: Path, fingerprint: str) -> Verification:
     return verify(out)
 
 
-def _check_memory(planned: Plan, needed: int, n_workers: int, limit: int | None) -> None:
-    if limit is not None and needed > limit:
-        fewer = [n for n in range(1, n_workers) if planned.peak_bytes(n) <= limit]
-        remedy = f"use --jobs {fewer[-1]}" if fewer else "allow more"
-        raise OutputError(
-            f"--max-memory {limit / 1e9:.2f} GB: this merge needs about {needed / 1e9:.2f} GB with {n_workers} workers; {remedy}"
-        )
-
-
 def _check_disk(planned: Plan, staging: Staging) -> None:
     there = sum(path.stat().st_size for path in staging.folder.iterdir())
-    free, needed = shutil.disk_usage(staging.folder).free, planned.disk_bytes - there
+    free, needed = shutil.disk_usage(staging.folder).free, cost.disk_bytes(planned) - there
     if free < needed:
         raise OutputError(
             f"{staging.out}: the disk is full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
@@ -357,7 +357,7 @@ def _slot_and_deltas(planned: Plan, job: Job) -> tuple[str, list[Delta]]:
 
 
 def _write_weights(
-    planned: Plan, staging: Staging, n_workers: int, device: str, on_job: Callable[[int, int], None] | None
+    planned: Plan, staging: Staging, budget: cost.Budget, device: str, on_job: Callable[[int, int], None] | None
 ) -> dict[str, str]:
     """Run all jobs and stream their tensors to disk; returns the sha256 of every file written."""
     specs = [spec for job in planned.jobs for spec in job.outputs]
@@ -367,7 +367,7 @@ def _write_weights(
     kept = writer.keep(staging.finished)
     planned.compression |= staging.facts if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
-    buffers = Buffers()
+    buffers = Buffers(keep=budget.n_bytes is None)
     for file in planned.hashed_files():
         file.hash_reads()
 
@@ -377,7 +377,7 @@ def _write_weights(
     def work(job: Job, inputs: dict[TensorRef, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return compute(planned, job, inputs.__getitem__, device), list(inputs.values())
 
-    results = local.run(remaining, fetch, work, n_workers)
+    results = local.run(remaining, fetch, work, budget.n_workers, budget.fits_merging)
     done = len(planned.jobs) - len(remaining)
     try:
         for job, (tensors, inputs) in results:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from modalloy import builtin
+from modalloy import builtin, cost
 from modalloy._version import __version__
 from modalloy.checkpoints import (
     Checkpoint,
@@ -31,11 +31,10 @@ from modalloy.checkpoints import (
     present,
     read_config,
 )
-from modalloy.checkpoints.tensors import BLOCK_BYTES
 from modalloy.companions import notices
-from modalloy.engines.local import AHEAD, default_workers, resident_bytes
+from modalloy.engines.local import default_workers
 from modalloy.errors import CheckpointError, RecipeError, nearest
-from modalloy.families.ancestors import Kinship, kinship_pairs
+from modalloy.families.ancestors import Kinship
 from modalloy.families.donors import Across, open_donors
 from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
@@ -43,21 +42,11 @@ from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_shapes
 from modalloy.kinds import PLURALS, Kind, check_numbers, kinds
-from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
-from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.omni import Sense, choose_senses
 from modalloy.planner import Job, Planner, TensorFate
 from modalloy.recipe import Recipe
 from modalloy.templates import common_template
-
-SAMPLED_LAYERS = 12  # merged again to verify a result
-LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
-WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
-LIBRARY_BYTES = 16 << 20  # of BLAS and LAPACK, which the first product and decomposition bring in
-# float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
-EIGEN_COPIES = 5
-SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projection, factors, a workspace
 
 
 @dataclass
@@ -156,18 +145,6 @@ class Plan:
         """Size of the tensors that will be written."""
         return sum(job.write_bytes for job in self.jobs)
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
-        once = sum(file.path.stat().st_size for file in self.hashed_files())
-        again = sum(job.read_bytes for job in [*self.surveyed(), *self.sample()])
-        again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(self))
-        for job in self.sample():
-            again += job.write_bytes
-            if len(job.outputs) == 1 and any(job.slot in s.full for s in self.updated):
-                again += self.start(job.slot).n_bytes  # for the update, and again to add it
-        return once + again
-
     def surveyed(self) -> list[Job]:
         """The merged weights whose method must see the whole model first."""
         return [job for job in self.merges() if METHODS[job.method].needs_survey(job.parameters)]
@@ -186,32 +163,6 @@ class Plan:
         if self.across_base is not None:
             files = files + self.across_base.files
         return files + (self.base.files if self.reads_base else [])
-
-    @property
-    def disk_bytes(self) -> int:
-        """Room that the result takes: the tensors, and copies of the base and encoders that only this machine would find."""
-        copied = [file.path for file in self.base.files] if self.copies_base else []
-        copied += [path for sense in self.senses.values() for path in sense.files()]
-        return self.write_bytes + sum(path.stat().st_size for path in copied)
-
-    def sample(self) -> list[Job]:
-        """The merged weights that are computed again to verify the result."""
-        merges, last = self.merges(), SAMPLED_LAYERS - 1
-        spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
-        return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
-
-    def is_recomputed_literally(self, job: Job) -> bool:
-        """Whether a merged weight is verified on dense float64 matrices.
-
-        What selects single entries may select others in another precision, so it is recomputed exactly as it was merged; so
-        is what lies between two models of few bits, which α = 0.1 often puts in the middle of two neighbours.
-        """
-        method = METHODS[job.method]
-        equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
-        # a larger full matrix is not cut to a rank as its factors are: not exactly
-        limit = LITERAL_LIMIT if self.recipe.output.compress_rank is None else EXACT_SIZE
-        interpolates = self.across is not None and self.across.base is None
-        return equivalent and not interpolates and max(self.start(job.slot).shape) <= limit
 
     @property
     def fingerprint(self) -> str:
@@ -244,17 +195,6 @@ class Plan:
             return checked(self.across_base.read(ref, buffer), ref, "base")
         file = next(file for file in self.fishers if file is not None and file.path == ref.file)
         return file.read(ref, buffer)
-
-    def peak_bytes(self, n_workers: int) -> int:
-        """Memory that a merge with `n_workers` holds at its peak, while merging or verifying, with what the process holds now."""
-        sizes = [self._job_bytes(job) for job in self.jobs]
-        held = [job.read_bytes + job.write_bytes for job in self.jobs]
-        window = n_workers + AHEAD
-        waiting = max((sum(held[i : i + window]) for i in range(len(held))), default=0)
-        working = max((sum(sorted(sizes[i : i + window])[-n_workers:]) for i in range(len(sizes))), default=0)
-        verifying = sum(sorted(self._check_bytes(job) for job in self.sample())[-n_workers:])
-        writing = min(WRITE_BYTES, self.write_bytes)
-        return resident_bytes() + LIBRARY_BYTES + max(waiting + working + writing, verifying)
 
     def counts(self) -> dict[str, int]:
         """Number of input tensors by fate."""
@@ -312,53 +252,13 @@ class Plan:
             "counts": self.counts(),
             "absent": self.absent,
             "trained_but_kept": self.trained,
-            "read_bytes": self.read_bytes,
+            "read_bytes": cost.read_bytes(self),
             "write_bytes": self.write_bytes,
-            "disk_bytes": self.disk_bytes,
-            "peak_bytes": self.peak_bytes(default_workers()),
+            "disk_bytes": cost.disk_bytes(self),
+            "peak_bytes": cost.peak_bytes(self, default_workers()),
             "notices": self.notices,
             "tensors": [dataclasses.asdict(fate) for fate in self.fates],
         } | ({"coverage": self.across.to_dict()} if self.across else {})
-
-    def _job_bytes(self, job: Job, *, literal: bool = False) -> int:
-        """What working on a job takes beside its inputs and outputs."""
-        if job.kind == "fuse":
-            return job.write_bytes + max(map(self._job_bytes, job.pieces))
-        assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
-        if job.kind in ("average", "interpolate"):
-            entries = job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
-            return assembling + 2 * 8 * (min(entries, BLOCK_ENTRIES) if job.kind == "average" else entries)
-        if job.kind != "merge":
-            return 0
-        rows, columns = self.start(job.slot).shape
-        method, n = METHODS[job.method], len(self.updated)
-        gets = method.gets(job.parameters)
-        wide = 8 if literal or self.recipe.dtype == "float64" else 4
-        stacked = sum(s.text[job.slot].rank for s in self.specialists if job.slot in s.text)
-        full = any(job.slot in s.full for s in self.updated)
-        if not full and gets != "dense" and not literal:
-            blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
-            return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
-        if full and not stacked and method.rowwise and len(job.outputs) == 1:
-            return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
-        copies = n * method.copies_updates(job.parameters)
-        taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
-        if gets == "dense":
-            return taken + wide * 4 * n * ENTRIES_AT_ONCE
-        if method.rowwise:
-            return taken
-        # where both sides play one part, the Gram is that of the shorter
-        side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
-        own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
-        return taken + 8 * EIGEN_COPIES * side**2 + 8 * own * rows * columns
-
-    def _check_bytes(self, job: Job) -> int:
-        """What verifying a merged weight takes: reading it, merging it again, and their difference."""
-        rows, columns = self.start(job.slot).shape
-        literal = self.is_recomputed_literally(job)
-        whole = len(job.outputs) == 1
-        entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
-        return job.read_bytes + job.write_bytes + self._job_bytes(job, literal=literal) + 2 * 8 * entries
 
 
 def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[str] = ()) -> Plan:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from modalloy import cost
 from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, read_json
 from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.engines import local
@@ -113,7 +114,7 @@ def verify_folder(
     *,
     rehash: bool = True,
     note: str = "",
-    n_workers: int | None = None,
+    budget: cost.Budget | None = None,
 ) -> Verification:
     """Check `folder`; without a plan no layer is recomputed. `rehash=False` trusts hashes that were just taken."""
     listed, present = manifest["outputs"], hashed_files(folder)
@@ -139,13 +140,13 @@ def verify_folder(
                 raise CheckpointError(
                     f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
                 )
-    sample = planned.sample()
+    sample = cost.sample(planned)
     worst = 0.0
     errors = local.run(
         sample,
         lambda _: None,
         lambda job, _: _layer_error(weights, planned, job),
-        n_workers or local.default_workers(),
+        *((local.default_workers(),) if budget is None else (budget.n_workers, budget.fits_verifying)),
     )
     with closing(errors):
         for job, (error, allowed) in errors:
@@ -187,7 +188,7 @@ def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, f
     """Relative Frobenius distance between a written layer and its recomputation, and how large rounding may make it."""
     from modalloy.merge import merged_delta, merges_by_rows
 
-    literal, inputs = planned.is_recomputed_literally(job), {ref: planned.read(ref) for ref in job.reads}
+    literal, inputs = cost.is_recomputed_literally(planned, job), {ref: planned.read(ref) for ref in job.reads}
     again = partial(merged_delta, planned, job, inputs.__getitem__, literal=literal)
     written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
     if job.rows:

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from synthetic import factors_of, linear_shapes, tensors_of, updates_of, write_base, write_lora, write_tuned
 
 import modalloy
-from modalloy import cli
 from modalloy.errors import CheckpointError, MethodError, RecipeError
 from modalloy.merge import MergeReport
 from modalloy.methods import METHODS
@@ -662,32 +660,6 @@ def test_full_models_keep_tokenizer_template_and_ties(
     )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
-
-
-def test_memory_limit(
-    recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.modules["modalloy.plan"], "resident_bytes", lambda: 0)
-    path, out = recipe(), tmp_path / "out"
-    needed = {jobs: plan(path).peak_bytes(jobs) for jobs in (1, 2, 3)}
-    assert needed[1] < needed[2] < needed[3]
-    files = sorted(tmp_path.rglob("*"))
-    for limit, jobs, message in (
-        ("1KB", 3, r"--max-memory 0\.00 GB: this merge needs about .* GB with 3 workers; allow more"),
-        (str(needed[3] - 1), 3, r"with 3 workers; use --jobs 2$"),
-        (str(needed[2] - 1), 2, r"use --jobs 1$"),
-        ("plenty", 1, r"--max-memory: 'plenty' is not a size; write for example 5GB"),
-        (str(needed[1]), 1, ""),
-    ):
-        arguments = ["modalloy", "merge", str(path), "-o", str(out), "--jobs", str(jobs), "--max-memory", limit]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        line = capsys.readouterr().err.strip()
-        assert stopped.value.code == (2 if message else 0), line
-        assert re.search(message, line), line
-        assert bool(message) == (sorted(tmp_path.rglob("*")) == files)
-    assert verify(out).layers
 
 
 def with_tower(small: Path, tmp_path: Path, **changes: Any) -> Path:

@@ -156,6 +156,8 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; download the folder again") from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             reason = "its name is too long" if error.errno == errno.ENAMETOOLONG else "it is a link in a circle"
             raise CheckpointError(f"{shown(str(path))}: no such file ({reason}); correct the path") from error

@@ -24,7 +24,7 @@ import typer
 
 from modalloy._version import __version__
 from modalloy.cli.terminal import SafeStream, safe_streams
-from modalloy.errors import ModalloyError
+from modalloy.errors import ModalloyError, ran_out_of_memory
 from modalloy.report.text import one_line
 
 BUG, STOPPED = 70, 130
@@ -54,11 +54,6 @@ REMEDIES = {
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.EIO: "check the disk",
 }
-NO_MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|failed to map segment"
-    r"|can't start new thread",
-    re.I,
-)
 SECRET = re.compile(r"\bhf_\w{8,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)", re.I)
 
 
@@ -106,7 +101,7 @@ def mistake(error: BaseException) -> str | None:
     missing = _missing_package(error) if isinstance(error, ImportError) else None
     if missing is not None:
         return f'{missing} is not installed, and this needs it; run pip install "modalloy[{EXTRAS[missing]}]"'
-    if _lacks_memory(error):
+    if ran_out_of_memory(error):
         detail = f" ({one_line(str(error), 200)})" if str(error) else ""
         return f"memory ran out{detail}; stop other programs, or use fewer --jobs, a smaller model or another machine"
     if isinstance(error, OSError):
@@ -115,12 +110,6 @@ def mistake(error: BaseException) -> str | None:
         text = one_line(error.object, 200)
         return f"'{text}': holds bytes that are no UTF-8, or half a surrogate pair; write or name it otherwise"
     return None
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or (
-        isinstance(error, (OSError, RuntimeError, ImportError)) and NO_MEMORY.search(str(error)) is not None
-    )
 
 
 def _system_words(error: OSError) -> str:

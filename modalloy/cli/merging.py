@@ -33,7 +33,7 @@ def merge(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
-    max_memory: Annotated[str | None, typer.Option(help="refuse if more is needed, for example 4GB")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
     ] = False,
@@ -86,6 +86,10 @@ def merge(
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
+    if report.budget.n_bytes is not None:
+        print(
+            f"memory   kept within what there is: {report.budget.n_workers} workers, as many weights at a time as fit"
+        )
     if report.compression_error is not None:
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     say(f"verify   {report.verification.summary()}")
@@ -101,6 +105,7 @@ def merge(
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
     """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
+    from modalloy import cost
     from modalloy.engines.local import default_workers
     from modalloy.plan import plan as run
     from modalloy.recipe import load_recipe
@@ -118,9 +123,10 @@ def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Jso
     for notice in planned.notices:
         say(f"note     {notice}")
     workers = default_workers()
+    disk, memory = cost.disk_bytes(planned), cost.peak_bytes(planned, workers)
     print(
-        f"reads {planned.read_bytes / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB ({planned.disk_bytes / 1e6:.1f} MB "
-        f"of disk), holds about {planned.peak_bytes(workers) / 1e6:.0f} MB in memory with {workers} workers"
+        f"reads {cost.read_bytes(planned) / 1e6:.1f} MB, writes {planned.write_bytes / 1e6:.1f} MB ({disk / 1e6:.1f} MB of disk), "
+        f"holds about {memory / 1e6:.0f} MB in memory with {workers} workers"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, locate, open_base, open_specialist, read_json
 from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, adapter_names
 from modalloy.encoders import build, encoder_weights
-from modalloy.engines.local import release_memory
+from modalloy.engines.memory import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig, check_content

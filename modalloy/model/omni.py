@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from modalloy.delta import LowRank, norm
 from modalloy.encoders import build
-from modalloy.engines.local import release_memory
+from modalloy.engines.memory import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears

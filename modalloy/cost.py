@@ -1,0 +1,231 @@
+"""What a plan costs: bytes read, room on the disk, memory; and which of its weights are merged again to verify it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modalloy.checkpoints.tensors import BLOCK_BYTES
+from modalloy.engines import memory
+from modalloy.engines.local import AHEAD
+from modalloy.errors import OutOfMemoryError
+from modalloy.families.ancestors import kinship_pairs
+from modalloy.families.stored import MappedRef
+from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.methods import METHODS
+from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
+from modalloy.planner import Job
+
+if TYPE_CHECKING:
+    from modalloy.plan import Plan
+
+SAMPLED_LAYERS = 12  # merged again to verify a result
+LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
+WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
+LIBRARY_BYTES = 24 << 20  # of torch, BLAS and LAPACK, which the first product and decomposition bring in
+THREAD_BYTES = 2 << 20  # of a worker: its stack, and what BLAS keeps for it
+LISTED_BYTES = 2 << 10  # of a tensor in lists: those of the plan, the headers, the manifest
+KEPT_FREED = 1.3  # times what is used is the most that glibc was seen to hold when it keeps what was freed
+MARGIN = 0.01  # by which the memory that a process begins with differs from run to run
+# float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
+EIGEN_COPIES = 5
+SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projection, factors, a workspace
+
+
+def read_bytes(planned: Plan) -> int:
+    """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
+    once = sum(file.path.stat().st_size for file in planned.hashed_files())
+    again = sum(job.read_bytes for job in [*planned.surveyed(), *sample(planned)])
+    again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(planned))
+    for job in sample(planned):
+        again += job.write_bytes
+        if len(job.outputs) == 1 and any(job.slot in s.full for s in planned.updated):
+            again += planned.start(job.slot).n_bytes  # for the update, and again to add it
+    return once + again
+
+
+def disk_bytes(planned: Plan) -> int:
+    """Room that the result takes: the tensors, and copies of the base and encoders that only this machine would find."""
+    copied = [file.path for file in planned.base.files] if planned.copies_base else []
+    copied += [path for sense in planned.senses.values() for path in sense.files()]
+    return planned.write_bytes + sum(path.stat().st_size for path in copied)
+
+
+def sample(planned: Plan) -> list[Job]:
+    """The merged weights that are computed again to verify the result."""
+    merges, last = planned.merges(), SAMPLED_LAYERS - 1
+    spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
+    return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
+
+
+def is_recomputed_literally(planned: Plan, job: Job) -> bool:
+    """Whether a merged weight is verified on dense float64 matrices.
+
+    What selects single entries may select others in another precision, so it is recomputed exactly as it was merged; so
+    is what lies between two models of few bits, which α = 0.1 often puts in the middle of two neighbours.
+    """
+    method = METHODS[job.method]
+    equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
+    # a larger full matrix is not cut to a rank as its factors are: not exactly
+    limit = LITERAL_LIMIT if planned.recipe.output.compress_rank is None else EXACT_SIZE
+    interpolates = planned.across is not None and planned.across.base is None
+    return equivalent and not interpolates and max(planned.start(job.slot).shape) <= limit
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many workers a merge gets, and which jobs may be in flight together: all unless memory is limited (`n_bytes`)."""
+
+    planned: Plan
+    n_workers: int
+    predicted_bytes: int  # the process's peak
+    n_bytes: int | None  # for the jobs in flight, beside what the process holds anyway
+
+    def fits_merging(self, jobs: Sequence[Job]) -> bool:
+        """Whether these jobs may be held together while merging."""
+        costs = [(_held_bytes(job), _job_bytes(self.planned, job)) for job in jobs]
+        return self.n_bytes is None or _together(costs, self.n_workers) + _written_bytes(self.planned) <= self.n_bytes
+
+    def fits_verifying(self, jobs: Sequence[Job]) -> bool:
+        """Whether these jobs may be held together while verifying."""
+        costs = [(0, _check_bytes(self.planned, job)) for job in jobs]
+        return self.n_bytes is None or _together(costs, self.n_workers) <= self.n_bytes
+
+
+def budget(planned: Plan, n_workers: int, limit: int | None, planning_bytes: int = 0) -> Budget:
+    """How a merge keeps within `limit`, or else within the room that there is: with fewer jobs in flight, or fewer workers.
+
+    A limit that was given is what counts, whatever the room; nothing is limited where either is ample. `planning_bytes` is
+    the process's peak while it made the plan.
+
+    Raises:
+        OutOfMemoryError: not even one weight at a time fits.
+    """
+    predicted, room = max(planning_bytes, peak_bytes(planned, n_workers)), memory.room()
+    most = limit if limit is not None or room is None else memory.resident_bytes() + room.n_bytes
+    if most is None or predicted * (1 if limit is None else KEPT_FREED) <= most:
+        return Budget(planned, n_workers, predicted, None)
+    for n in range(n_workers, 0, -1):
+        least = max(planning_bytes, peak_bytes(planned, n, together=1))
+        if least <= most:
+            left = most - _anyway_bytes(planned, n)
+            return Budget(planned, n, min(most, max(planning_bytes, peak_bytes(planned, n))), left)
+    enough = f"--max-memory {math.ceil(least * (1 + MARGIN) / 1e6)}MB"
+    if limit is not None or room is None:
+        raise OutOfMemoryError(
+            f"--max-memory {most / 1e6:.0f} MB: this merge holds {least / 1e6:.0f} MB even with one weight at a time; "
+            f"write {enough}"
+        )
+    raise OutOfMemoryError(
+        f"this merge holds {least / 1e6:.0f} MB even with one weight at a time, and {room.limit} has room for "
+        f"{most / 1e6:.0f} MB; free memory, use a larger machine, or write {enough} to try all the same"
+    )
+
+
+def peak_bytes(planned: Plan, n_workers: int, together: int | None = None) -> int:
+    """Memory that a merge with `n_workers` holds at its peak, while merging or verifying, with what the process holds now.
+
+    At most `together` jobs are in flight, as many as the engine takes by default.
+    """
+    costs = [(_held_bytes(job), _job_bytes(planned, job)) for job in planned.jobs]
+    window = together or n_workers + AHEAD
+    merging = max((_together(costs[i : i + window], n_workers) for i in range(len(costs))), default=0)
+    checks = sorted((0, _check_bytes(planned, job)) for job in sample(planned))
+    verifying = _together(checks[-window:], n_workers)
+    most = max(merging + _written_bytes(planned), verifying, _compared_bytes(planned), _surveyed_bytes(planned))
+    return _anyway_bytes(planned, n_workers) + most
+
+
+def _together(costs: Sequence[tuple[int, int]], n_workers: int) -> int:
+    """What jobs in flight hold, (while they wait, beside that while one is worked on) each."""
+    return sum(held for held, _ in costs) + sum(sorted(working for _, working in costs)[-n_workers:])
+
+
+def _anyway_bytes(planned: Plan, n_workers: int) -> int:
+    """What the process holds whatever is in flight: what it holds now, libraries, blocks that are read, lists of tensors."""
+    files = [file for checkpoint in planned.checkpoints() for file in checkpoint.files]
+    files += [file for file in planned.fishers if file is not None]
+    largest = max((ref.n_bytes for job in planned.jobs for ref in job.reads), default=0)
+    # tensors that are not in one piece are read by torch, which maps the file, or holds it whole
+    mapped = sum(file.path.stat().st_size for file in files if any(ref.begin < 0 for ref in file.refs.values()))
+    blocks = (n_workers + 1) * min(BLOCK_BYTES, largest)
+    listed = LISTED_BYTES * (len(planned.fates) + len(planned.jobs))
+    return memory.resident_bytes() + LIBRARY_BYTES + n_workers * THREAD_BYTES + blocks + mapped + listed
+
+
+def _written_bytes(planned: Plan) -> int:
+    """What is on its way to the disk."""
+    return min(WRITE_BYTES, planned.write_bytes)
+
+
+def _held_bytes(job: Job) -> int:
+    """What a job holds from the start of its reads until its outputs are written."""
+    return job.read_bytes + job.write_bytes
+
+
+def _compared_bytes(planned: Plan) -> int:
+    """What comparing models with the target takes: two tensors, one of which may be put together, and blocks in float64."""
+    pairs = [(own, other) for _, _, own, other in kinship_pairs(planned)]
+    sources = [ref.largest_bytes for pair in pairs for ref in pair if isinstance(ref, MappedRef)]
+    tensors = max((own.n_bytes + other.n_bytes for own, other in pairs), default=0)
+    return tensors + max(sources, default=0) + (4 * 8 * BLOCK_ENTRIES if pairs else 0)
+
+
+def _surveyed_bytes(planned: Plan) -> int:
+    """What a survey takes: the updates of one weight, those of the next, and what these are read from."""
+    sizes = [0]
+    for job in planned.surveyed():
+        method, n = METHODS[job.method], len(planned.taking_part(job))
+        rows, columns = planned.start(job.slot).shape
+        wide = 8 if planned.recipe.dtype == "float64" else 4
+        whole = method.gets(job.parameters) == "dense" or any(job.slot in one.full for one in planned.updated)
+        copies = 1 + method.copies_updates(job.parameters)
+        ranks = sum(one.text[job.slot].rank for one in planned.specialists if job.slot in one.text)
+        entries = n * copies * rows * columns if whole else 2 * ranks * (rows + columns)
+        sizes.append(job.read_bytes + 2 * wide * entries + 4 * 8 * min(ENTRIES_AT_ONCE, rows * columns))
+    return max(sizes)
+
+
+def _job_bytes(planned: Plan, job: Job, *, literal: bool = False) -> int:
+    """What working on a job takes beside its inputs and outputs."""
+    if job.kind == "fuse":
+        return job.write_bytes + max(_job_bytes(planned, piece) for piece in job.pieces)
+    assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
+    if job.kind in ("average", "interpolate"):
+        entries = job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
+        blocks = 5 * min(entries, BLOCK_ENTRIES) if job.kind == "average" else 3 * entries
+        return assembling + 8 * blocks
+    if job.kind != "merge":
+        return 0
+    rows, columns = planned.start(job.slot).shape
+    method, n = METHODS[job.method], len(planned.taking_part(job))
+    gets = method.gets(job.parameters)
+    wide = 8 if literal or planned.recipe.dtype == "float64" else 4
+    stacked = sum(s.text[job.slot].rank for s in planned.specialists if job.slot in s.text)
+    full = any(job.slot in s.full for s in planned.updated)
+    if not full and gets != "dense" and not literal:
+        blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
+        return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
+    if full and not stacked and method.rowwise and len(job.outputs) == 1:
+        return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
+    copies = n * method.copies_updates(job.parameters)
+    taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
+    if gets == "dense":
+        return taken + wide * 4 * n * ENTRIES_AT_ONCE
+    if method.rowwise:
+        return taken
+    # where both sides play one part, the Gram is that of the shorter
+    side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
+    own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
+    return taken + 8 * EIGEN_COPIES * side**2 + 8 * own * rows * columns
+
+
+def _check_bytes(planned: Plan, job: Job) -> int:
+    """What verifying a merged weight takes: reading it, merging it again, and their difference."""
+    rows, columns = planned.start(job.slot).shape
+    literal = is_recomputed_literally(planned, job)
+    whole = len(job.outputs) == 1
+    entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
+    return job.read_bytes + job.write_bytes + _job_bytes(planned, job, literal=literal) + 2 * 8 * entries
