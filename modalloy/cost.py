@@ -13,16 +13,15 @@ from modalloy.engines.local import AHEAD
 from modalloy.errors import OutOfMemoryError
 from modalloy.families.ancestors import kinship_pairs
 from modalloy.families.stored import MappedRef
-from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planner import Job
+from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_literal, spread
 
 if TYPE_CHECKING:
     from modalloy.plan import Plan
 
-SAMPLED_LAYERS = 12  # merged again to verify a result
-LITERAL_LIMIT = 2048  # layers up to this size are recomputed on dense float64 matrices where that is equivalent
 WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
 LIBRARY_BYTES = 24 << 20  # of torch, BLAS and LAPACK, which the first product and decomposition bring in
 THREAD_BYTES = 2 << 20  # of a worker: its stack, and what BLAS keeps for it
@@ -41,7 +40,7 @@ def read_bytes(planned: Plan) -> int:
     again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(planned))
     for job in sample(planned):
         again += job.write_bytes
-        if len(job.outputs) == 1 and any(job.slot in s.full for s in planned.updated):
+        if job.kind == "merge" and len(job.outputs) == 1 and any(job.slot in s.full for s in planned.updated):
             again += planned.start(job.slot).n_bytes  # for the update, and again to add it
     return once + again
 
@@ -54,24 +53,20 @@ def disk_bytes(planned: Plan) -> int:
 
 
 def sample(planned: Plan) -> list[Job]:
-    """The merged weights that are computed again to verify the result."""
-    merges, last = planned.merges(), SAMPLED_LAYERS - 1
-    spread = (round(index * (len(merges) - 1) / last) for index in range(SAMPLED_LAYERS))  # the last one too
-    return merges if len(merges) <= SAMPLED_LAYERS else [merges[index] for index in spread]
+    """What is worked out again to verify a merge: all of a small result, else some of each kind and method."""
+    if sum(job.read_bytes for job in planned.jobs) <= SMALL_BYTES:
+        return [one for job in planned.jobs for one in job.merges or (job,)]
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for one in (one for job in planned.jobs for one in job.merges or (job,)):
+        groups.setdefault((one.kind, one.method), []).append(one)
+    return [job for group in groups.values() for job in spread(group)]
 
 
 def is_recomputed_literally(planned: Plan, job: Job) -> bool:
-    """Whether a merged weight is verified on dense float64 matrices.
-
-    What selects single entries may select others in another precision, so it is recomputed exactly as it was merged; so
-    is what lies between two models of few bits, which α = 0.1 often puts in the middle of two neighbours.
-    """
-    method = METHODS[job.method]
-    equivalent = "factored = dense" in method.laws and method.gets(job.parameters) != "dense"
-    # a larger full matrix is not cut to a rank as its factors are: not exactly
-    limit = LITERAL_LIMIT if planned.recipe.output.compress_rank is None else EXACT_SIZE
+    """Whether a merged weight is verified on dense float64 matrices (see `recompute.is_literal`)."""
+    compress = planned.recipe.output.compress_rank
     interpolates = planned.across is not None and planned.across.base is None
-    return equivalent and not interpolates and max(planned.start(job.slot).shape) <= limit
+    return is_literal(job.method, job.parameters, planned.start(job.slot).shape, compress, interpolates)
 
 
 @dataclass(frozen=True)
@@ -223,7 +218,11 @@ def _job_bytes(planned: Plan, job: Job, *, literal: bool = False) -> int:
 
 
 def _check_bytes(planned: Plan, job: Job) -> int:
-    """What verifying a merged weight takes: reading it, merging it again, and their difference."""
+    """What verifying a tensor takes: reading it, working it out again, and their difference; or reading it in parts."""
+    if job.kind in ("keep", "carry"):
+        return 3 * PART_BYTES
+    if job.kind != "merge":
+        return job.read_bytes + job.write_bytes + _job_bytes(planned, job) + 4 * 8 * BLOCK_ENTRIES
     rows, columns = planned.start(job.slot).shape
     literal = is_recomputed_literally(planned, job)
     whole = len(job.outputs) == 1

@@ -1,25 +1,128 @@
-"""The manifest of a result: what made it, from what, and the hash of every file. No times, hosts or absolute paths."""
+"""The manifest of a result: what made it, from what, and the hash of every file. No times, hosts or absolute paths.
+
+Beside it lies `sources.json`: where the inputs were on this machine. Both are read as strangers wrote them.
+"""
 
 import dataclasses
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from modalloy.checkpoints import Checkpoint, Specialist, WeightFile, file_sha256, hub_commit, present
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from modalloy._version import __version__
+from modalloy.builtin import PREFIX
+from modalloy.checkpoints import (
+    Checkpoint,
+    Specialist,
+    WeightFile,
+    file_sha256,
+    hub_commit,
+    is_hub_id,
+    present,
+    read_json,
+)
 from modalloy.checkpoints.folder import reading
-from modalloy.checkpoints.staging import MANIFEST
+from modalloy.checkpoints.staging import MANIFEST as MANIFEST
 from modalloy.checkpoints.staging import SOURCES as SOURCES
+from modalloy.errors import CheckpointError
 from modalloy.families.vocabulary import VOCABULARY_FILES
-from modalloy.plan import Plan
+from modalloy.plan import Plan, labels
+from modalloy.recipe import Recipe
 
 NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine
+MAX_PATH = 4096  # bytes of a path that a system takes
+START_CONFIGS = ("config.json",)  # of a base or target: its sizes, and what its weights are
+
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Fate = Annotated[list[str], Field(min_length=4, max_length=4)]
+
+
+class Manifest(BaseModel):
+    """The types of what a manifest holds; what its values must be, `verify` works out from recipe and inputs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    modalloy: Annotated[str, StringConstraints(pattern=r"^[0-9][0-9A-Za-z.+]{0,40}$")]
+    method: str
+    parameters: dict[str, Any]
+    form: Literal["adapter", "full", "omni"]
+    inputs: dict[str, dict[str, Any]]
+    outputs: dict[str, Sha256]
+    surveys: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    compression: dict[str, Share] = Field(default_factory=dict)
+    sanity: dict[str, dict[str, float]] = Field(default_factory=dict)  # what `--sanity` measured
+    tensors: list[Fate]
+
+
+class Places(BaseModel):
+    """The types of `sources.json`: folders of base and target, specialists and their Fisher files, encoders as NAME:PATH."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    base: str | None = None
+    target: str | None = None
+    specialists: list[str]
+    encoders: list[str | None]
+    fishers: list[str | None]
+    fingerprint: Sha256
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the inputs of a recipe were: base and target by the recipe's key, the rest one for each of its models."""
+
+    starts: dict[str, Path]
+    models: list[Path]
+    fishers: list[Path | None]
+    encoders: list[str | None]
+
+    def gone(self) -> Path | None:
+        """The first that is no longer there.
+
+        Raises:
+            CheckpointError: one is there but is no folder, or no file, of the user's.
+        """
+        encoders = [Path(place.partition(":")[2]) for place in self.encoders if place]
+        fishers = [place for place in self.fishers if place]
+        for path in (*self.starts.values(), *self.models, *fishers, *encoders):
+            with reading(path):
+                if not path.exists():
+                    return path
+                is_right = path.is_file() if path in fishers else path.is_dir() or (path in encoders and path.is_file())
+            if not is_right:
+                kind = "file" if path in fishers else "folder"
+                raise CheckpointError(
+                    f"{path}: {SOURCES} names it as an input, but it is no {kind}; correct its place there"
+                )
+        return None
 
 
 def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[str, Any]:
     """The manifest of the files in `folder`; `known` holds the hashes that were taken while writing."""
-    from modalloy._version import __version__
+    whole: dict[str, Any] = {"surveys": planned.surveys} if planned.surveys else {}
+    if planned.compression:
+        whole["compression"] = dict(sorted(planned.compression.items()))
+    told = described(planned, planned.recipe, {})
+    tensors = told.pop("tensors")
+    outputs = {name: known.get(name) or file_sha256(folder / name) for name in result_files(folder)}
+    return {"modalloy": __version__, **told, "outputs": outputs, **whole, "tensors": tensors}
 
+
+def described(planned: Plan, written: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    """What the manifest says of a plan before anything is computed: method, parameters, form, inputs, fates.
+
+    `written` is the recipe as it was written, where the plan's has places on this machine; `names` are those of base and
+    target, by label, where the plan's are places too.
+    """
+    named = dict(zip(labels(planned.recipe), labels(written), strict=True))
     inputs = {
-        s.label: {
+        named[s.label]: {
             "layout": s.layout,
             "modality": s.modality,
             "sha256": input_sha256(s, fisher),
@@ -27,33 +130,58 @@ def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[s
         }
         for s, fisher in zip(planned.specialists, planned.fishers, strict=True)
     }
-    whole: dict[str, Any] = {"surveys": planned.surveys} if planned.surveys else {}
-    if planned.compression:
-        whole["compression"] = dict(sorted(planned.compression.items()))
+    fates = (dataclasses.replace(fate, source=named.get(fate.source, fate.source)) for fate in planned.fates)
     return {
-        "modalloy": __version__,
         "method": planned.recipe.merge_method,
         "parameters": planned.parameters,
         "form": planned.recipe.output.form,
-        "inputs": recorded_starts(planned) | inputs,
-        "outputs": {name: known.get(name) or file_sha256(folder / name) for name in hashed_files(folder)},
-        **whole,
-        "tensors": [dataclasses.astuple(fate) for fate in planned.fates],
+        "inputs": _starts(planned, names) | inputs,
+        "tensors": [dataclasses.astuple(fate) for fate in fates],
     }
 
 
-def recorded_starts(planned: Plan) -> dict[str, dict[str, Any]]:
+def _starts(planned: Plan, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the manifest says of base and target, by label."""
-    found = {planned.base_label: _start(planned.base, planned.base_name, read=planned.reads_base)}
+    label, form = planned.base_label, planned.recipe.output.form
+    name = names.get(label, planned.base_name)
+    copied = form == "omni" and not is_portable_name(name)
+    vocabulary = () if planned.across is None else VOCABULARY_FILES  # by which the rows of embeddings were chosen
+    found = {label: _start(planned.base, name, (*START_CONFIGS, *vocabulary), read=form == "full" or copied)}
     if planned.across is not None and planned.across.base is not None:
-        found["base"] = _start(planned.across.base, planned.across.base_name, read=True)
+        name = names.get("base", planned.across.base_name)
+        found["base"] = _start(planned.across.base, name, START_CONFIGS, read=True)
     return found
 
 
-def _start(model: Checkpoint, name: str, *, read: bool) -> dict[str, Any]:
-    """A base or a target: its name, its headers' hash, its commit, and the hashes of its files if they were read."""
-    found = {"name": name, "header_sha256": model.header_sha256(), **_revision(model.folder)}
-    return found | ({"sha256": {file.path.name: file.sha256 for file in model.files}} if read else {})
+def _start(model: Checkpoint, name: str, configs: Sequence[str], *, read: bool) -> dict[str, Any]:
+    """A base or a target: its name, its headers' hash, its commit, and the hashes of its configs, and of its weights if
+    they were read."""
+    hashes = {name: file_sha256(model.folder / name) for name in present(model.folder, configs)}
+    hashes |= {file.path.name: file.sha256 for file in model.files} if read else {}
+    return {"name": name, "header_sha256": model.header_sha256(), **_revision(model.folder), "sha256": hashes}
+
+
+def is_portable_name(name: str) -> bool:
+    """Whether a recorded name is that of a hub's repository or of something built in; that of a folder has no slash."""
+    return name.startswith(PREFIX) or is_hub_id(name)
+
+
+def start_names(written: Recipe, places: Sources, manifest: dict[str, Any]) -> dict[str, str]:
+    """The names of base and target that the manifest must have: a repository's as the recipe writes it, else the folder's.
+
+    A name such as "models/base" may be either; it is a repository's if the place is in the hub's cache, and if it is
+    neither there nor called so, what the manifest says decides.
+    """
+    found = {}
+    for key, place in places.starts.items():
+        label = "target" if key == "target" else "base"
+        location = str(getattr(written, key))
+        said = manifest["inputs"].get(label, {}).get("name")
+        portable = location.startswith(PREFIX) or (
+            is_hub_id(location) and (hub_commit(place) is not None or said == location)
+        )
+        found[label] = location if portable else place.name
+    return found
 
 
 def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str, str]:
@@ -73,7 +201,210 @@ def _revision(folder: Path) -> dict[str, str]:
     return {"revision": commit} if commit else {}
 
 
-def hashed_files(folder: Path) -> list[str]:
-    """Every file of a result that its manifest must list, as relative names in order."""
-    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in files if name not in NOT_HASHED)
+def result_files(folder: Path) -> list[str]:
+    """Every file of a result that its manifest must list, as relative names in order.
+
+    Raises:
+        CheckpointError: something is there that is no file: a link, a pipe, a device.
+    """
+    found: list[str] = []
+    for parent, folders, files in os.walk(folder, followlinks=False, onerror=_raise):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe, a device or a socket"
+                raise CheckpointError(f"{path}: is {kind}, and a result holds plain files only; remove it")
+            if stat.S_ISREG(mode):
+                found.append(path.relative_to(folder).as_posix())
+    return sorted(name for name in found if name not in NOT_HASHED)
+
+
+def _raise(error: OSError) -> None:
+    with reading(Path(str(error.filename))):
+        raise error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a result, of whose values the types are checked.
+
+    Raises:
+        CheckpointError: the folder has none, or one of something else.
+    """
+    path = folder / MANIFEST
+    with reading(path):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder}: has no {MANIFEST}, so it is no result of modalloy merge; give the merged folder"
+            )
+    content = read_json(path)
+    try:
+        Manifest.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_problem(error)}; merge again") from None
+    return content
+
+
+def read_sources(folder: Path, recipe: Recipe) -> Sources:
+    """Where the inputs of the recipe were when the result was merged.
+
+    Raises:
+        CheckpointError: the file names other inputs than the recipe's, or no absolute paths.
+    """
+    path = folder / SOURCES
+    remedy = "merge again, or remove the file to check hashes only"
+    try:
+        found = Places.model_validate(read_json(path))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_problem(error)}; {remedy}") from None
+    keys = {"base_model": "base", "target": "target"}
+    wanted = {key: label for key, label in keys.items() if getattr(recipe, key)}
+    starts = {key: getattr(found, label) for key, label in keys.items()}
+    n = len(recipe.models)
+    if {key for key, place in starts.items() if place is not None} != wanted.keys() or not all(
+        len(each) == n for each in (found.specialists, found.fishers, found.encoders)
+    ):
+        raise CheckpointError(
+            f"{path}: does not name a {' and a '.join(wanted.values())} and {n} specialists; {remedy}"
+        )
+    for place in (*starts.values(), *found.specialists, *found.fishers, *found.encoders):
+        if place is not None:
+            plain = place.partition(":")[2] if place in found.encoders else place
+            if not os.path.isabs(plain) or not _is_path(plain):
+                raise CheckpointError(f"{path}: {place[:60]!a} is no absolute path; {remedy}")
+    return Sources(
+        {key: Path(place) for key, place in starts.items() if place is not None},
+        [Path(place) for place in found.specialists],
+        [None if place is None else Path(place) for place in found.fishers],
+        found.encoders,
+    )
+
+
+def _is_path(text: str) -> bool:
+    """Whether a system can take it for one."""
+    try:
+        return "\0" not in text and len(text.encode()) <= MAX_PATH
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+
+
+def _problem(error: ValidationError) -> str:
+    """The first problem of a validation, as one line."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"has no {place}"
+    return f"{ascii(place[:200])[1:-1] or 'the whole'}: {first['msg']} (found {ascii(first['input'])[:60]})"
+
+
+def differences(wanted: Any, found: Any, place: str = "") -> tuple[str, Any, Any] | None:
+    """Place and both values of the first difference of two JSON values, None if there is none; 1, 1.0 and true differ."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key in [*wanted, *(key for key in found if key not in wanted)]:
+            below = f"{place}.{key}" if place else str(key)
+            if key not in wanted or key not in found:
+                return below, wanted.get(key, MISSING), found.get(key, MISSING)
+            if different := differences(wanted[key], found[key], below):
+                return different
+        return None
+    if isinstance(wanted, list) and isinstance(found, list):
+        for index, (own, other) in enumerate(zip(wanted, found, strict=False)):
+            if different := differences(own, other, f"{place}[{index}]"):
+                return different
+        if len(wanted) != len(found):
+            index = min(len(wanted), len(found))
+            values = (each[index] if index < len(each) else MISSING for each in (wanted, found))
+            own, other = values
+            return f"{place}[{index}]", own, other
+        return None
+    return None if type(wanted) is type(found) and wanted == found else (place, wanted, found)
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING = _Missing()
+
+
+def check_recipe(manifest: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Refuse a manifest that contradicts the recipe beside it, as far as that is known without the inputs."""
+    starts = ["base" if recipe.target is None else "target"]
+    starts += ["base"] if recipe.target is not None and recipe.base_model else []
+    wanted = {
+        "method": recipe.merge_method,
+        "form": recipe.output.form,
+        "inputs": sorted([*starts, *labels(recipe)]),
+    }
+    found = {"method": manifest["method"], "form": manifest["form"], "inputs": sorted(manifest["inputs"])}
+    if different := differences(wanted, found):
+        place, own, told = different
+        raise CheckpointError(
+            f"{folder / MANIFEST}: {place} is {shown(told)}, but recipe.yaml gives {shown(own)}; merge again"
+        )
+
+
+def check_described(manifest: dict[str, Any], planned: Plan, written: Recipe, places: Sources, folder: Path) -> None:
+    """Refuse a manifest that does not say what recipe and inputs give.
+
+    One of another version of modalloy may word the fates otherwise and hold fewer hashes.
+
+    Raises:
+        CheckpointError: names the first value that is another, and the input if that has changed.
+    """
+    wanted = json.loads(json.dumps(described(planned, written, start_names(written, places, manifest))))
+    found: dict[str, Any] = {key: manifest[key] for key in wanted}
+    if manifest["modalloy"] != __version__:
+        for one in (wanted, found):
+            one["tensors"] = [fate[:3] for fate in one["tensors"]]
+        for label, own in wanted["inputs"].items():
+            recorded = found["inputs"].get(label, {}).get("sha256")
+            if isinstance(recorded, dict):
+                own["sha256"] = {name: value for name, value in own["sha256"].items() if name in recorded}
+    for label, own in wanted["inputs"].items():
+        told = found["inputs"].get(label, {})
+        if "revision" not in own and _is_commit(told.get("revision")) and is_portable_name(_location(written, label)):
+            own["revision"] = told["revision"]  # of a copy outside the hub's cache, whose hashes are the same
+    different = differences(wanted, found)
+    if different is None:
+        return
+    place, own, told = different
+    parts = place.split(".")
+    if parts[0] == "inputs" and any(part in place for part in (".sha256.", ".header_sha256")) and told is not MISSING:
+        label = next(label for label in (*wanted["inputs"], *found["inputs"]) if place.startswith(f"inputs.{label}."))
+        if own is not MISSING:
+            raise CheckpointError(
+                f"{_folder_of(label, planned, written)}: the {label}{'' if label in ('base', 'target') else ' specialist'} "
+                f"has changed since the merge (its sha256 is not the one in {MANIFEST}); merge again"
+            )
+    raise CheckpointError(
+        f"{folder / MANIFEST}: {place} is {shown(told)}, but recipe and inputs give {shown(own)}; merge again"
+    )
+
+
+def _folder_of(label: str, planned: Plan, written: Recipe) -> Path:
+    """Where an input of the manifest is."""
+    if label == planned.base_label:
+        return planned.base_folder
+    if label == "base" and planned.across_base is not None:
+        return planned.across_base.folder
+    named = dict(zip(labels(planned.recipe), labels(written), strict=True))
+    return next(s.checkpoint.folder for s in planned.specialists if named[s.label] == label)
+
+
+def _location(written: Recipe, label: str) -> str:
+    """What the recipe writes for an input of the manifest."""
+    if label in ("base", "target"):
+        return str(written.target if label == "target" else written.base_model)
+    return next(entry.model for entry, own in zip(written.models, labels(written), strict=True) if own == label)
+
+
+def _is_commit(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 40 and set(value) <= set("0123456789abcdef")
+
+
+def shown(value: Any) -> str:
+    """A value of a stranger's file, short and in ASCII."""
+    text = value if isinstance(value, str) else repr(value)
+    return ascii(text) if len(text) <= 80 else f"{text[:80]!a}…"

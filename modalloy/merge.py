@@ -403,7 +403,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     """Everything beside the weights that the form needs to be loaded."""
     recipe, base = planned.recipe, planned.base_folder
     if recipe.output.form == "adapter":
-        config = _peft_config(planned)
+        config = peft_config(planned)
         write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         return
     for name in companions(base):
@@ -425,7 +425,8 @@ def _write_configs(planned: Plan, folder: Path) -> None:
     write_omni(planned, folder)
 
 
-def _peft_config(planned: Plan) -> dict[str, Any]:
+def peft_config(planned: Plan) -> dict[str, Any]:
+    """adapter_config.json of the result."""
     stems = [job.slot.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
     leaves = {stem.rpartition(".")[2] for stem in stems}
     same_leaf = {

@@ -1,44 +1,78 @@
-"""Checking a result: hashes, shapes, finite values, and sampled layers merged again from the recipe."""
+"""Checking a result: its files, its manifest, and its tensors against what recipe and inputs promise."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import json
+import random
+from collections import Counter
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from modalloy import cost
-from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, read_json
-from modalloy.delta import Delta, LowRank, compressed, norm
+from modalloy._version import __version__
+from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, is_hub_id, read_json
+from modalloy.checkpoints.folder import reading
+from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
-from modalloy.errors import CheckpointError
-from modalloy.linalg import BLOCK_ENTRIES
-from modalloy.manifest import SOURCES, hashed_files, input_sha256, recorded_starts
+from modalloy.errors import CheckpointError, MethodError
+from modalloy.manifest import (
+    MANIFEST,
+    SOURCES,
+    Sources,
+    check_described,
+    check_recipe,
+    differences,
+    is_portable_name,
+    read_manifest,
+    read_sources,
+    result_files,
+    shown,
+    start_names,
+)
+from modalloy.methods import METHODS, survey_model
+from modalloy.promise import Promise, Promises, promises_across
 from modalloy.recipe import Recipe, load_recipe
+from modalloy.recompute import (
+    COMPUTED,
+    SAMPLED,
+    SMALL_BYTES,
+    factors_error,
+    parts_of,
+    same_bits,
+    spread,
+    updates_of,
+    weight_error,
+)
 
 if TYPE_CHECKING:
     from modalloy.plan import Plan
-    from modalloy.planner import Job
 
-COMPUTED = 1e-5  # relative error of an update that was merged in float32
-SUMMED = 1e-7  # and of its sum with the base
+KINDS = ("merged", "averaged", "kept", "carried")
+CUT = (1e-3, 1e-5)  # relative and absolute error of what a cut to a rank is said to lose
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked. `worst_error` is the largest relative Frobenius error of a recomputed layer."""
+    """What was checked. `worst_error` is the largest relative Frobenius error of a recomputed tensor.
+
+    `recomputed` and `of` count the result's tensors by what they must be (a merged pair of factors is one), `share` is the
+    recomputed ones' share of the parameters.
+    """
 
     files: int
     tensors: int
-    layers: int
+    layers: int  # merged ones that were recomputed
     worst_error: float | None
     note: str = ""
+    recomputed: dict[str, int] = field(default_factory=dict)
+    of: dict[str, int] = field(default_factory=dict)
+    share: float = 0.0
+    full: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -46,65 +80,49 @@ class Verification:
 
     def summary(self) -> str:
         """One line for people."""
-        line = f"ok: {self.files} hashes, {self.tensors} shapes, finite"
-        if self.worst_error is None:
-            return f"{line}; {self.note}"
-        return f"{line}; {self.layers} layers recomputed from the recipe, worst relative error {self.worst_error:.1e}"
+        parts = [f"ok: {self.files} hashes, {self.tensors} shapes, finite"]
+        if self.of:
+            counted = ", ".join(
+                f"{self.recomputed.get(kind, 0)} of {self.of[kind]} {kind}" for kind in KINDS if kind in self.of
+            )
+            what = "" if self.worst_error is None else f", worst relative error {self.worst_error:.1e}"
+            rest = "" if self.full or self.share == 1 else "; --full recomputes all"
+            parts.append(
+                f"{counted} tensors ({_percent(self.share)} of the parameters) recomputed from the recipe{what}{rest}"
+            )
+        return "; ".join([*parts, *([self.note] if self.note else [])])
 
 
-def verify(out: str | Path) -> Verification:
-    """Check the result in the folder `out` against its manifest and recipe.
+def verify(out: str | Path, *, full: bool = False) -> Verification:
+    """Check the result in the folder `out` against its manifest, its recipe and its inputs; `full` recomputes every tensor.
+
+    Without `full`, which tensors of a large result are recomputed is drawn at random, some of each kind and of each file.
 
     Raises:
-        CheckpointError: a file is missing, changed or damaged, or a layer is not what its recipe gives.
+        CheckpointError: a file is missing, changed or damaged, the manifest does not say what recipe and inputs give, or a
+            tensor is not what they give.
     """
     from modalloy.differences import settled_plan
-    from modalloy.plan import labels
 
     folder = Path(out)
-    if not (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            f"{folder}: has no manifest.json, so it is no result of modalloy merge; give the merged folder"
-        )
-    manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest.get("outputs"), dict):
-        raise CheckpointError(f"{folder / 'manifest.json'}: lists no outputs; merge again")
-    if not (folder / SOURCES).is_file():
-        return verify_folder(folder, None, manifest, note=f"layers not recomputed: no {SOURCES}")
+    manifest = read_manifest(folder)
     checked = verify_folder(folder, None, manifest)  # before anything in the folder is believed
     recipe = load_recipe(folder / "recipe.yaml")
-    starts, models, fishers, encoders = _at_sources(folder / SOURCES, recipe)
-    places = [*starts.values(), *models, *fishers, *(place and place.partition(":")[2] for place in encoders)]
-    gone = [path for path in places if path is not None and not Path(path).exists()]
-    if gone:
-        return replace(checked, note=f"layers not recomputed: {gone[0]} is gone")
-    entries = [
-        entry.model_dump()
-        | {"model": path, "parameters": entry.parameters.model_dump() | {"fisher": fisher}}
-        | ({"encoder": entry.encoder_at(encoder)} if encoder else {})
-        for entry, path, fisher, encoder in zip(recipe.models, models, fishers, encoders, strict=True)
-    ]
-    found = Recipe(**recipe.model_dump() | starts | {"models": entries})
-    planned = settled_plan(found, allow_base_mismatch=True)
+    check_recipe(manifest, recipe, folder)
+    with reading(folder / SOURCES):
+        if not (folder / SOURCES).exists():
+            return replace(checked, note=f"layers not recomputed: no {SOURCES}")
+    places = read_sources(folder, recipe)
+    if (gone := places.gone()) is not None:
+        return replace(checked, note=f"layers not recomputed: {gone} is gone")
+    planned = settled_plan(_at(recipe, places), allow_base_mismatch=True)
     planned.surveys = manifest.get("surveys", {})
     planned.compression = manifest.get("compression", {})
-    inputs = manifest.get("inputs", {})
-    for label, start in recorded_starts(planned).items():
-        known = inputs.get(label, {})
-        if any(key in known and known[key] != start.get(key) for key in ("header_sha256", "sha256")):
-            place = starts["target" if label == "target" else "base_model"]
-            raise CheckpointError(
-                f"{place}: the {label} has changed since the merge (its sha256 is not the one in manifest.json); merge again"
-            )
-    # by the labels of the recipe as written: those of the local folders differ where it names hub models
-    for label, specialist, fisher in zip(labels(recipe), planned.specialists, planned.fishers, strict=True):
-        recorded = inputs.get(label, {}).get("sha256")
-        if recorded != input_sha256(specialist, fisher):
-            raise CheckpointError(
-                f"{specialist.checkpoint.folder}: the {label} specialist has changed since the merge (its sha256 is "
-                "not the one in manifest.json); merge again"
-            )
-    return verify_folder(folder, planned, manifest, rehash=False)
+    check_described(manifest, planned, recipe, places, folder)
+    _check_config(folder, planned, start_names(recipe, places, manifest))
+    found = verify_folder(folder, planned, manifest, rehash=False, full=full, draw=random.SystemRandom())
+    other = f"merged by modalloy {manifest['modalloy']}" if manifest["modalloy"] != __version__ else ""
+    return replace(found, note="; ".join(filter(None, (found.note, other))))
 
 
 def verify_folder(
@@ -115,9 +133,14 @@ def verify_folder(
     rehash: bool = True,
     note: str = "",
     budget: cost.Budget | None = None,
+    full: bool = False,
+    draw: random.Random | None = None,
 ) -> Verification:
-    """Check `folder`; without a plan no layer is recomputed. `rehash=False` trusts hashes that were just taken."""
-    listed, present = manifest["outputs"], hashed_files(folder)
+    """Check `folder`; without a plan nothing is recomputed. `rehash=False` trusts hashes that were just taken.
+
+    Without `full`, a sample of a large result is recomputed: what `draw` draws, else what is spread evenly.
+    """
+    listed, present = manifest["outputs"], result_files(folder)
     for name in sorted(listed.keys() | set(present)):
         if name not in present:
             raise CheckpointError(f"{folder / name}: listed in manifest.json but missing; merge again")
@@ -129,7 +152,7 @@ def verify_folder(
             )
     weights = Checkpoint(folder, ("adapter_model", "model"))
     for ref in weights.refs.values():
-        if rehash and not all_finite(weights.read(ref)):
+        if rehash and not all(all_finite(weights.read(part)) for part in parts_of(ref, 1 << 20)):
             raise CheckpointError(f"{folder}: {ref.name} holds NaN or infinite values; merge again")
     if planned is None:
         return Verification(len(listed), len(weights.refs), 0, None, note)
@@ -140,106 +163,255 @@ def verify_folder(
                 raise CheckpointError(
                     f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
                 )
-    sample = cost.sample(planned)
-    worst = 0.0
-    errors = local.run(
-        sample,
-        lambda _: None,
-        lambda job, _: _layer_error(weights, planned, job),
-        *((local.default_workers(),) if budget is None else (budget.n_workers, budget.fits_verifying)),
-    )
-    with closing(errors):
-        for job, (error, allowed) in errors:
-            worst = max(worst, error)
-            if not error <= allowed:
-                raise CheckpointError(
-                    f"{folder}: {job.slot} differs from what the recipe gives by {error:.1e} (allowed {allowed:.0e}); "
-                    "merge again"
-                )
-    return Verification(len(listed), len(weights.refs), len(sample), worst)
-
-
-def _at_sources(path: Path, recipe: Recipe) -> tuple[dict[str, str], list[str], list[str | None], list[str | None]]:
-    """Where base and target (by the recipe's key), specialists, and those Fisher files and encoders that there are, were when
-    the result was merged."""
-    sources, n = read_json(path), len(recipe.models)
-    labels = {"base_model": "base", "target": "target"}
-    wanted = {key: label for key, label in labels.items() if getattr(recipe, key)}
-    starts = {key: sources.get(label) for key, label in wanted.items()}
-    models, fishers, encoders = (sources.get(key) for key in ("specialists", "fishers", "encoders"))
-    if (
-        isinstance(models, list)
-        and isinstance(fishers, list)
-        and isinstance(encoders, list)
-        and len(models) == len(fishers) == len(encoders) == n
-        and all(
-            isinstance(place, str)
-            for place in (*starts.values(), *models, *filter(None, fishers), *filter(None, encoders))
-        )
-    ):
-        return {key: str(place) for key, place in starts.items()}, models, fishers, encoders
-    raise CheckpointError(
-        f"{path}: does not name a {' and a '.join(wanted.values())} and {n} specialists; merge again, or remove the file to "
-        "check hashes only"
+    check = _Check(folder, planned, weights)
+    checked, worst = check.run(full=full, draw=draw, budget=budget)
+    counted, of = (Counter(str(promise.kind) for promise in some) for some in (checked, check.promised))
+    sizes = {ref.name: ref.n_bytes // ref.dtype.itemsize for ref in weights.refs.values()}
+    share = sum(sizes[name] for promise in checked for name in promise.names if not promise.rows)
+    share += sum(_entries(promise) for promise in checked if promise.rows)
+    return Verification(
+        len(listed),
+        len(weights.refs),
+        counted["merged"],
+        worst,
+        note,
+        {kind: counted[kind] for kind in of},
+        dict(of),
+        share / (sum(sizes.values()) or 1),
+        full,
     )
 
 
-def _layer_error(weights: Checkpoint, planned: Plan, job: Job) -> tuple[float, float]:
-    """Relative Frobenius distance between a written layer and its recomputation, and how large rounding may make it."""
-    from modalloy.merge import merged_delta, merges_by_rows
+class _Check:
+    """A result's tensors beside what they must be."""
 
-    literal, inputs = cost.is_recomputed_literally(planned, job), {ref: planned.read(ref) for ref in job.reads}
-    again = partial(merged_delta, planned, job, inputs.__getitem__, literal=literal)
-    written = [weights.read(weights.refs[spec.name]) for spec in job.outputs]
-    if job.rows:
-        written = [torch.cat([written[0][begin:end] for begin, end in job.rows])]
-    if len(written) == 1:
-        base = inputs[planned.start(job.slot)]
-        if merges_by_rows(planned, job):
-            return _weight_error(written[0], base, lambda rows: again(rows=rows))
-        whole = again()
-        return _weight_error(
-            written[0],
-            base,
-            lambda rows: whole.up[rows] @ whole.down if isinstance(whole, LowRank) else whole[rows],
+    def __init__(self, folder: Path, planned: Plan, weights: Checkpoint) -> None:
+        from modalloy.plan import labels, locate_specialist
+
+        self.folder, self.planned, self.weights = folder, planned, weights
+        recipe = planned.recipe
+        if planned.across is None:
+            folders = [locate_specialist(entry.model, recipe.folder) for entry in recipe.models]
+            promises = Promises(recipe, planned.base_folder, folders, labels(recipe))
+            self.read, promised = promises.read, list(promises.all())
+        else:
+            self.read, promised = planned.read, list(promises_across(planned))
+        self.double = recipe.dtype == "float64"
+        self.promised = [found for promise in promised if (found := self._placed(promise)) is not None]
+        names = {name for promise in self.promised for name in promise.names}
+        if extra := sorted(weights.refs.keys() - names):
+            raise CheckpointError(f"{folder}: holds {extra[0]}, which the recipe does not give; merge again")
+
+    def run(
+        self, *, full: bool, draw: random.Random | None, budget: cost.Budget | None
+    ) -> tuple[list[Promise], float | None]:
+        """Those that were recomputed, and the largest relative error of one that is not exact."""
+        self._check_surveys(full)
+        some = self.promised if full else self._sample(draw)
+        self._check_cuts()
+        worst: float | None = None
+        jobs = {job.slot: job for job in self.planned.jobs} | {job.slot: job for job in self.planned.merges()}
+        results = local.run(
+            some,
+            lambda _: None,
+            lambda promise, _: self._error(promise),
+            local.default_workers() if budget is None else budget.n_workers,
+            lambda promises: budget is None or budget.fits_verifying([jobs[promise.slot] for promise in promises]),
         )
-    assert planned.rank is not None
-    wanted = again()
-    if job.slot in planned.compression or (isinstance(wanted, LowRank) and wanted.rank > planned.rank):
-        wanted, _ = compressed(wanted, planned.rank)
-    found = LowRank(written[1], written[0]).to(torch.float64)
-    if isinstance(wanted, LowRank):
-        distance, size = norm(found + -1.0 * wanted.to(torch.float64)), norm(wanted)
+        with closing(results):
+            for _, error in results:
+                worst = error if worst is None else worst if error is None else max(worst, error)
+        return some, worst
+
+    def _placed(self, promise: Promise) -> Promise | None:
+        """The promise with the names that are there: a pair of factors, or a weight of its own; None if none is needed."""
+        refs = self.weights.refs
+        if all(name in refs for name in promise.names):
+            return promise
+        if len(promise.names) == 2 and promise.slot in refs and self.planned.recipe.output.form == "omni":
+            return replace(promise, names=(promise.slot,))
+        if len(promise.names) == 2 and promise.is_exact and not any(name in refs for name in promise.names):
+            return None  # an update that is zero
+        missing = next(name for name in promise.names if name not in refs)
+        raise CheckpointError(f"{self.folder}: {missing} is missing, which must be {promise.kind}; merge again")
+
+    def _sample(self, draw: random.Random | None) -> list[Promise]:
+        """All of a small result, else some of each kind and method, and of each file; drawn, or spread evenly."""
+        promised = self.promised
+        if sum(promise.n_bytes for promise in promised) <= SMALL_BYTES:
+            return promised
+        groups: dict[tuple[str, str], list[int]] = {}
+        for index, promise in enumerate(promised):
+            groups.setdefault((promise.kind, promise.method), []).append(index)
+        chosen: set[int] = set()
+        for group in groups.values():
+            chosen |= set(spread(group) if draw is None else draw.sample(group, min(SAMPLED, len(group))))
+        files = {self.weights.refs[promised[index].names[0]].file for index in chosen}
+        for index, promise in enumerate(promised):
+            if (file := self.weights.refs[promise.names[0]].file) not in files:
+                files.add(file)
+                chosen.add(index)
+        return [promised[index] for index in sorted(chosen)]
+
+    def _error(self, promise: Promise) -> float | None:
+        """How far a tensor is from what it must be, None if it had to be so bit for bit.
+
+        Raises:
+            CheckpointError: too far.
+        """
+        if promise.is_exact and len(promise.names) == 1:
+            self._check_bits(promise)
+            return None
+        inputs = {ref: self.read(ref) for ref in promise.refs}
+        written = [self.weights.read(self.weights.refs[name]) for name in promise.names]
+        if promise.rows:
+            written = [torch.cat([written[0][begin:end] for begin, end in promise.rows])]
+        surveys = self.planned.surveys
+        try:
+            if len(written) == 1:
+                error, allowed = weight_error(promise, written[0], inputs.__getitem__, surveys, double=self.double)
+            else:
+                factors = LowRank(written[1], written[0])
+                error, allowed, lost = factors_error(promise, factors, inputs.__getitem__, surveys, double=self.double)
+                self._check_cut(promise.slot, lost)
+        except MethodError as reason:
+            raise CheckpointError(f"{self.folder}: {promise.slot}: {reason}") from reason
+        if not error <= allowed:
+            raise CheckpointError(
+                f"{self.folder}: {promise.slot} differs from what the recipe gives by {error:.1e} (allowed {allowed:.0e}); "
+                "merge again"
+            )
+        return error
+
+    def _check_bits(self, promise: Promise) -> None:
+        written = self.weights.refs[promise.names[0]]
+        if same_bits(written, self.weights.read, promise.start, self.read):
+            return
+        whose = "its specialist's" if promise.kind == "carried" else "the base's"
+        raise CheckpointError(
+            f"{self.folder}: {written.name} differs from what the recipe gives: it must be {whose} bit for bit; merge again"
+        )
+
+    def _check_surveys(self, full: bool) -> None:
+        """What the manifest says of the whole model, by group of weights; with `full` it is counted again."""
+        groups: dict[str, list[Promise]] = {}
+        for promise in self.promised:
+            if promise.kind == "merged" and METHODS[promise.method].needs_survey(promise.parameters):
+                groups.setdefault(promise.group, []).append(promise)
+        told = self.planned.surveys
+        if told.keys() != groups.keys():
+            odd = next(iter(told.keys() ^ groups.keys()))
+            raise self._odd(f"surveys: {odd[:200]}", "is there" if odd in told else "is missing")
+        for group, promised in groups.items():
+            if not _is_survey(told[group], len(promised[0].updates)):
+                raise self._odd(f"surveys: {group[:200]}", f"is {told[group]!r:.80}, which no model gives")
+            if full:
+                with local.one_thread():
+                    model = partial(map, self._slot_and_updates, promised)
+                    wanted = survey_model(promised[0].method, model, promised[0].parameters) or {}
+                if not _alike(wanted, told[group]):
+                    raise self._odd(
+                        f"surveys: {group[:200]}", f"is {told[group]!r:.80}, but the inputs give {wanted!r:.80}"
+                    )
+
+    def _slot_and_updates(self, promise: Promise) -> tuple[str, list[Delta]]:
+        wide = torch.float64 if self.double else torch.float32
+        return promise.slot, updates_of(promise, self.read, wide, dense=False)
+
+    def _check_cuts(self) -> None:
+        pairs = {promise.slot for promise in self.promised if len(promise.names) == 2}
+        if odd := sorted(self.planned.compression.keys() - pairs):
+            raise self._odd(f"compression: {odd[0]}", "is there, but is no pair of factors")
+
+    def _check_cut(self, slot: str, lost: float | None) -> None:
+        """What the manifest says that a cut to a rank lost."""
+        told, (relative, absolute) = self.planned.compression.get(slot, 0.0), CUT
+        if abs(told - (lost or 0.0)) > absolute + relative * (lost or 0.0):
+            raise self._odd(f"compression: {slot}", f"is {told:g}, but cutting it to its rank loses {lost or 0:g}")
+
+    def _odd(self, place: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder / MANIFEST}: {place} {what}; merge again")
+
+
+def _is_survey(told: dict[str, Any], n: int) -> bool:
+    """Whether it can be what a method counted over the whole of `n` models: a number for each, and a sign."""
+    if told.keys() == {"weights"}:
+        return _are_numbers(told["weights"], n) and sum(told["weights"]) <= 1 + COMPUTED
+    majority = told.get("majority")
+    return (
+        told.keys() == {"cuts", "majority"}
+        and _are_numbers(told["cuts"], n)
+        and type(majority) is int
+        and majority in (-1, 0, 1)
+    )
+
+
+def _are_numbers(values: Any, n: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == n
+        and all(type(value) is float and 0 <= value < float("inf") for value in values)
+    )
+
+
+def _alike(wanted: Any, told: Any) -> bool:
+    """Whether two surveys are the same to rounding."""
+    if isinstance(wanted, dict):
+        return wanted.keys() == told.keys() and all(_alike(wanted[key], told[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(wanted) == len(told) and all(map(_alike, wanted, told))
+    return bool(abs(wanted - told) <= COMPUTED * abs(wanted))
+
+
+def _entries(promise: Promise) -> int:
+    return promise.start.n_bytes // promise.start.dtype.itemsize
+
+
+def _percent(share: float) -> str:
+    """Never 100 where something is left."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.9):.3g} %"
+
+
+def _at(recipe: Recipe, places: Sources) -> Recipe:
+    """The recipe with places on this machine in place of what it names."""
+    entries = [
+        entry.model_dump()
+        | {
+            "model": str(model),
+            "parameters": entry.parameters.model_dump() | {"fisher": None if fisher is None else str(fisher)},
+        }
+        | ({"encoder": entry.encoder_at(encoder)} if encoder else {})
+        for entry, model, fisher, encoder in zip(
+            recipe.models, places.models, places.fishers, places.encoders, strict=True
+        )
+    ]
+    starts = {key: str(place) for key, place in places.starts.items()}
+    return Recipe(**recipe.model_dump() | starts | {"models": entries})
+
+
+def _check_config(folder: Path, planned: Plan, names: dict[str, str]) -> None:
+    """What says how the written tensors are loaded must be what the recipe gives: it scales them."""
+    from modalloy.merge import peft_config
+    from modalloy.omni import omni_config
+
+    form = planned.recipe.output.form
+    path = folder / ("adapter_config.json" if form == "adapter" else "config.json")
+    found = read_json(path)
+    if form == "adapter":
+        wanted = peft_config(planned)
+        if is_portable_name(names["base"]) or not is_hub_id(planned.recorded_base_name):
+            wanted["base_model_name_or_path"] = names["base"]
+    elif form == "omni":
+        wanted = {key: value for key, value in omni_config(planned).items() if key.startswith("text_")}
+        found = {key: value for key, value in found.items() if key.startswith("text_")}
     else:
-        distance, size = norm(found.dense() - wanted), norm(wanted)
-    # Rounding each entry of both factors by itself costs 0.6 units of roundoff times this sum, at every size and spectrum;
-    # it exceeds the size where the columns' products cancel each other.
-    products = float((found.up.norm(dim=0) * found.down.norm(dim=1)).norm())
-    return _ratio(distance, size), COMPUTED + _roundoff(written[0].dtype) * _ratio(products, size)
-
-
-def _weight_error(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]) -> tuple[float, float]:
-    """The same for a whole weight, by blocks of rows: against base plus update, rounded to the type that is written."""
-    step = max(1, BLOCK_ENTRIES // written.shape[1])
-    distance = size = changed = 0.0
-    for start in range(0, len(written), step):
-        rows = slice(start, start + step)
-        update = update_of(rows)
-        update = update.dense() if isinstance(update, LowRank) else update
-        exact = base[rows].to(torch.float64) + update.to(torch.float64)
-        rounded = exact.to(written.dtype).to(torch.float64)
-        distance = math.hypot(distance, float((written[rows].to(torch.float64) - rounded).norm()))
-        size = math.hypot(size, float(rounded.norm()))
-        changed = math.hypot(changed, float(update.to(torch.float64).norm()))
-    computed = SUMMED + COMPUTED * _ratio(changed, size)
-    # a share of computed / roundoff lies so close to the middle of two neighbours that it is rounded to the other one
-    return _ratio(distance, size), computed + (_roundoff(written.dtype) * computed) ** 0.5
-
-
-def _roundoff(dtype: torch.dtype) -> float:
-    """The largest relative error of rounding one value."""
-    return torch.finfo(dtype).eps / 2
-
-
-def _ratio(distance: float, size: float) -> float:
-    return distance / size if size else distance
+        own = ("_name_or_path", "dtype", "torch_dtype")
+        wanted, found = (
+            {key: value for key, value in config.items() if key not in own}
+            for config in (read_json(planned.base_folder / "config.json"), found)
+        )
+    if different := differences(json.loads(json.dumps(wanted)), found):
+        place, right, told = different
+        raise CheckpointError(
+            f"{path}: {place} is {shown(told)}, but recipe and inputs give {shown(right)}; merge again"
+        )

@@ -86,6 +86,11 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     return specialist
 
 
+def alphas_of(config: dict[str, Any], stems: list[str], path: Path) -> list[float]:
+    """Each module's lora_alpha."""
+    return _patterned(config, "alpha_pattern", stems, number(config, "lora_alpha", 8, path), path)
+
+
 def _check_config(config: dict[str, Any], path: Path) -> None:
     """Refuse adapters that are no plain LoRA of the recorded base."""
     if config.get("peft_type", "LORA") != "LORA":

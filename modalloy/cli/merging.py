@@ -160,11 +160,17 @@ def inspect(
     return out
 
 
-def verify(out: OutFolder, as_json: Json = False) -> None:
-    """Check a result: hashes, shapes, finite values, and sampled layers against the recipe."""
+def verify(
+    out: OutFolder,
+    full: Annotated[
+        bool, typer.Option("--full", help="recompute every tensor, not a sample of a large result")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a result: hashes, shapes, finite values, what its manifest says, and its tensors against recipe and inputs."""
     from modalloy.verify import verify as run
 
-    checked = run(out)
+    checked = run(out, full=full)
     say(json.dumps(checked.to_dict()) if as_json else checked.summary())
 
 

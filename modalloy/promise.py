@@ -1,0 +1,375 @@
+"""What every tensor of a result must be, said from the recipe, the configs and the raw tensors alone.
+
+`verify` holds a result to this. It shares the arithmetic of `modalloy.methods` with the merge, and nothing of how the merge
+was planned: a mistake there is not made here a second time.
+
+- a linear weight: the base's plus the method's merge of all updates of it
+- a norm, a bias, a scalar: the base's plus λ/λ_auto times the mean of w_i δ_i over the models that have one
+- what belongs to tokens, positions or experts (embeddings, heads, position tables, routers): the base's
+- whatever no model changes, or λ = 0 leaves: the base's, bit for bit
+- whatever a rule keeps: the base's; what a rule averages: the mean
+- what belongs to a modality alone (`omni`): its specialist's, bit for bit
+"""
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from modalloy.checkpoints import TensorRef, checked, open_base, read_json
+from modalloy.errors import CheckpointError
+from modalloy.methods import METHODS, resolve
+from modalloy.recipe import Recipe, Rule
+from modalloy.recompute import parts_of
+from modalloy.updates import Model
+
+if TYPE_CHECKING:
+    from modalloy.plan import Plan
+    from modalloy.planner import Job
+
+What = Literal["matrix", "vector", "rows", "numbers", "other"]
+Kind = Literal["merged", "averaged", "kept", "carried"]
+Rows = tuple[tuple[int, int], ...]
+IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(?P<index>\d+)\.")
+# last words of the module that a table of rows is the weight of
+OF_TOKENS = {"embed", "emb", "embeds", "embedding", "embeddings", "wte", "unembed", "unembedding", "shared"}
+OF_POSITIONS = {"pos", "position", "positional", "positions", "rel", "relative"}
+HEADS = {"lm_head", "embed_out", "embed_in", "output_layer", "text_head", "codec_head"}
+CHOOSERS = {"gate", "router", "wg", "gating", "shared_expert_gate"}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one model does to a tensor, times its weight: a tuned copy, or factors with ΔW = scale · B A; or nothing."""
+
+    weight: float = 1.0
+    tuned: TensorRef | None = None
+    factors: tuple[TensorRef, TensorRef, float] | None = None  # A, B, scale
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """What is read of it."""
+        return tuple(ref for ref in (self.tuned, *(self.factors or ())) if isinstance(ref, TensorRef))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What one tensor of a result must be, or the two factors of one (`names`: A, then B).
+
+    - merged: `start` plus the merge of `updates` by the method
+    - averaged: `start` plus `factor` times the mean of `updates`
+    - kept, carried: `start`, bit for bit in the type that is written
+    """
+
+    kind: Kind
+    slot: str
+    names: tuple[str, ...]
+    start: TensorRef
+    updates: tuple[Update, ...] = ()
+    method: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)  # resolved
+    fishers: tuple[TensorRef, ...] = ()
+    factor: float = 1.0
+    compress_rank: int | None = None
+    rows: Rows = ()  # where it is in its tensor, if it is not all of it
+    interpolates: bool = False  # between two models of few bits
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """What is read to work it out."""
+        return (self.start, *(ref for update in self.updates for ref in update.refs), *self.fishers)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of what is read to work it out."""
+        return sum(ref.n_bytes for ref in self.refs)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is the start bit for bit: nothing is added."""
+        zero = self.factor == 0 or not self.updates or all(update.weight == 0 for update in self.updates)
+        return self.kind in ("kept", "carried") or zero or 0 in (self.parameters.get(n) for n in ("scale", "alpha"))
+
+    @property
+    def group(self) -> str:
+        """Merged weights of one group share what their method must know of the whole model."""
+        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
+
+
+class Promises:
+    """What the result of a recipe must hold. `folders` are those of base and models, in the recipe's order."""
+
+    def __init__(self, recipe: Recipe, base_folder: Path, folders: Sequence[Path], labels: Sequence[str]) -> None:
+        self.recipe, self.base = recipe, open_base(base_folder)
+        self.config = read_json(base_folder / "config.json")
+        self.every = [
+            Model(label, folder, recipe, index, self.base)
+            for index, (label, folder) in enumerate(zip(labels, folders, strict=True))
+        ]
+        layers = [int(found["index"]) for found in map(IN_A_LAYER.search, self.base.refs) if found]
+        self.depth = 1 + max(layers, default=-1)
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """The data of any input tensor."""
+        if self.base.owns(ref):
+            return checked(self.base.read(ref), ref, "base")
+        owner = next(
+            m for m in self.every if m.checkpoint.owns(ref) or (m.fisher is not None and ref.file == m.fisher.path)
+        )
+        return owner.read(ref)
+
+    @cached_property
+    def models(self) -> list[Model]:
+        """Those that count: not the base itself, none of weight 0, none whose every update is zero."""
+        return [model for model in self.every if model.is_weighed and self._moves(model)]
+
+    def _moves(self, model: Model) -> bool:
+        """Whether a model differs from the base anywhere, in the tensors that the base has."""
+        if model.folder.samefile(self.base.folder):
+            return False
+        if any(bool(self.read(a).any()) and bool(self.read(b).any()) for a, b, _ in model.factors.values()):
+            return True
+        return any(not self._same(ref, self.base.refs[slot]) for slot, ref in model.tuned.items())
+
+    def _same(self, ref: TensorRef, base: TensorRef) -> bool:
+        """Whether two stored tensors hold the same values, read in parts."""
+        if ref.shape != base.shape:
+            return False
+        pairs = zip(parts_of(ref, 1 << 20), parts_of(base, 1 << 20), strict=True)
+        wide = torch.promote_types(ref.dtype, base.dtype)
+        return all(torch.equal(self.read(one).to(wide), self.read(other).to(wide)) for one, other in pairs)
+
+    @cached_property
+    def lora_rank(self) -> int | None:
+        """The largest rank of the factors."""
+        return max((a.shape[0] for model in self.models for a, _, _ in model.factors.values()), default=None)
+
+    def all(self) -> Iterator[Promise]:
+        """What every tensor of the result must be.
+
+        Raises:
+            CheckpointError: a model changes a tensor, and neither method nor rule says what is to become of it.
+        """
+        form = self.recipe.output.form
+        for slot in self.base.refs if form == "full" else sorted(self.base.refs):
+            promise = self._of(slot)
+            if form == "full" or promise.kind == "merged":
+                yield promise
+            elif promise.kind == "averaged" and not promise.is_exact:
+                raise CheckpointError(f"{slot}: is to be averaged, which form: {form} cannot hold; write form: full")
+        if form == "omni":
+            for model in self.every:
+                for name, ref in model.carried.items():
+                    yield Promise("carried", name, (name,), ref)
+
+    def _of(self, slot: str) -> Promise:
+        """What a tensor of the base becomes."""
+        start, rule = self.base.refs[slot], self._rule(slot)
+        having = [model for model in self.models if model.has(slot)]
+        what, policy = self._what(start), None if rule is None else rule.policy
+        asked = rule is not None and rule.merge_method is not None
+        kept = Promise("kept", slot, (slot,), start)
+        if policy == "keep" or not having:
+            return kept
+        if what == "rows" and not asked and policy != "average":
+            if trained := next((model for model in having if model.is_adapter), None):
+                raise CheckpointError(f"{slot}: was trained by {trained.label}, and no rule says what becomes of it")
+            return kept
+        is_low_rank = any(slot in model.factors for model in having)
+        if is_low_rank or what == "matrix" or (asked and what == "rows" and len(start.shape) == 2):
+            return self._merged(slot, start)
+        if what == "vector" or (policy == "average" and what != "numbers"):
+            return self._averaged(slot, start, having, self._strength(slot))
+        method, parameters = self._method(slot)
+        if METHODS[method].is_sum and what != "numbers":
+            n = sum(self._weight(model, slot) != 0 for model in having)
+            return self._averaged(slot, start, having, METHODS[method].sum_factor(parameters, n) * n if n else 0.0)
+        if changed := next((model for model in having if not self._same(model.tuned[slot], start)), None):
+            raise CheckpointError(
+                f"{slot}: was changed by {changed.label}, and neither method nor rule says what it becomes"
+            )
+        return kept
+
+    def _merged(self, slot: str, start: TensorRef) -> Promise:
+        """Where a weight is 0 at this depth, its model is absent, but for a method that looks at the whole model first."""
+        method, parameters = self._method(slot)
+        everywhere = METHODS[method].needs_survey(parameters)
+        models = [model for model in self.models if everywhere or self._weight(model, slot) != 0]
+        updates = (
+            Update(self._weight(model, slot), model.tuned.get(slot), model.factors.get(slot)) for model in models
+        )
+        fishers: tuple[TensorRef, ...] = ()
+        if METHODS[method].takes("fishers"):
+            fishers = tuple(model.fisher.refs[slot] for model in models if model.fisher is not None)
+        names: tuple[str, ...] = (slot,)
+        stem, output = slot.removesuffix(".weight"), self.recipe.output
+        if output.form != "full":
+            pair = "{}.lora_{}.default.weight" if output.form == "omni" else "base_model.model.{}.lora_{}.weight"
+            names = (pair.format(stem, "A"), pair.format(stem, "B"))
+        return Promise(
+            "merged",
+            slot,
+            names,
+            start,
+            tuple(updates),
+            method,
+            parameters,
+            fishers,
+            compress_rank=output.compress_rank,
+        )
+
+    def _averaged(self, slot: str, start: TensorRef, having: Sequence[Model], factor: float) -> Promise:
+        pairs = ((self._weight(model, slot), model.tuned[slot]) for model in having)
+        updates = tuple(Update(weight, ref) for weight, ref in pairs if weight != 0)
+        return Promise("averaged", slot, (slot,), start, updates, factor=factor)
+
+    def _count(self, slot: str) -> int:
+        """How many models are merged at the depth of a tensor; where there are none, n is 1 and multiplies nothing."""
+        return max(1, sum(self._weight(model, slot) != 0 for model in self.models))
+
+    def _strength(self, slot: str) -> float:
+        """λ / λ_auto: how far the recipe goes beside what its method does by itself; α, which has no "auto"."""
+        rule = self._rule(slot)
+        by_rule = rule if rule is not None and rule.policy is None else None
+        method, parameters = self._resolved(slot, by_rule)
+        if "scale" not in parameters:
+            return float(parameters.get("alpha", 1.0))
+        return float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
+
+    def _rule(self, slot: str) -> Rule | None:
+        """The first of the recipe's rules that names a tensor."""
+        return next((rule for pattern, rule in self.recipe.modules.items() if fnmatch.fnmatchcase(slot, pattern)), None)
+
+    def _method(self, slot: str) -> tuple[str, dict[str, Any]]:
+        """Method of a weight, and all its parameters at its depth; what a rule averages is averaged as far as λ goes."""
+        rule = self._rule(slot)
+        if rule is not None and rule.policy == "average":
+            return "average", {"scale": self._strength(slot) / self._count(slot)}
+        return self._resolved(slot, rule)
+
+    def _resolved(self, slot: str, rule: Rule | None) -> tuple[str, dict[str, Any]]:
+        """The recipe's method, or a rule's own, with every parameter worked out."""
+        recipe = self.recipe
+        method, parameters = recipe.merge_method, dict(recipe.parameters)
+        if rule is not None:
+            if rule.merge_method not in (None, method):
+                method, parameters = str(rule.merge_method), {}
+            parameters |= rule.parameters
+        for name, value in parameters.items():
+            if isinstance(value, list):
+                at = self._at(value, slot)
+                parameters[name] = round(at) if METHODS[method].is_whole(name) else at
+        return method, resolve(method, parameters, n=self._count(slot), lora_rank=self.lora_rank)
+
+    def _weight(self, model: Model, slot: str) -> float:
+        return self._at(model.entry.parameters.weight, slot)
+
+    def _at(self, value: Any, slot: str) -> Any:
+        """A number; of a list, the one at the depth of a layer, on straight lines from the first layer to the last."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        found = IN_A_LAYER.search(slot)
+        if found is None:
+            raise CheckpointError(f"{slot}: is in no layer, so a list over the layers says nothing of it")
+        place = int(found["index"]) / max(1, self.depth - 1) * (len(value) - 1)
+        left = min(int(place), len(value) - 1)
+        right = min(left + 1, len(value) - 1)
+        return value[left] + (place - left) * (value[right] - value[left])
+
+    def _what(self, ref: TensorRef) -> What:
+        """What a tensor is: a linear weight, a vector, rows of tokens, positions or experts, whole numbers, or else."""
+        name, shape = ref.name, ref.shape
+        if not ref.dtype.is_floating_point:
+            return "numbers"
+        parts = name.removesuffix(".weight").removesuffix(".bias").split(".")
+        module, words = parts[-1], set(parts[-1].split("_"))
+        if "router" in parts or (module in CHOOSERS and self._has_experts(".".join(parts[:-1]))):
+            return "rows"
+        if len(shape) < 2:
+            return "vector"
+        if len(shape) > 2 and any(part == "experts" for part in parts):
+            return "other"
+        if module == "wpe" or (words & OF_POSITIONS and words & (OF_TOKENS | {"bias", "table"})):
+            return "rows"
+        is_table = module.split("_")[-1] in OF_TOKENS or module.startswith("embed_tokens") or module in HEADS
+        if is_table and "patch" not in words and len(shape) < 4:
+            return "rows"
+        if len(shape) > 2 or not name.endswith("weight"):
+            return "other"
+        if not IN_A_LAYER.search(name):
+            tables, widths = self._sizes
+            if module in ("output", "head") or set(shape) & (tables - widths):
+                return "rows"
+        return "matrix"
+
+    def _has_experts(self, module: str) -> bool:
+        return any(name.startswith(f"{module}.experts.") for name in self.base.refs)
+
+    @cached_property
+    def _sizes(self) -> tuple[set[int], set[int]]:
+        """How many tokens and positions the model knows, and how wide it is, as its config says."""
+        tables: set[int] = set()
+        widths: set[int] = set()
+        for key, value in _numbers(self.config):
+            if "vocab" in key or key in ("n_positions", "n_ctx") or key.endswith("position_embeddings"):
+                tables.add(value)
+            elif key.endswith(("_size", "_dim", "dim", "width")) or key in ("d_model", "n_embd", "d_ff", "n_inner"):
+                widths.add(value)
+        return tables, widths
+
+
+def _numbers(config: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, int]]:
+    """Keys and whole numbers of a config and of those inside it."""
+    for key, value in config.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            yield key, value
+        elif isinstance(value, Mapping) and depth:
+            yield from _numbers(value, depth - 1)
+
+
+def promises_across(planned: "Plan") -> Iterator[Promise]:
+    """What every tensor of a merge across architectures must be, by the plan's map of its models: here only the arithmetic
+    is worked out again."""
+    for job in planned.jobs:
+        name = job.outputs[0].name
+        if job.kind in ("keep", "carry"):
+            yield Promise("kept" if job.kind == "keep" else "carried", name, (name,), job.reads[0])
+        elif job.kind == "average":
+            start, *others = job.reads
+            updates = tuple(Update(weight or 0.0, ref) for weight, ref in zip(job.weights, others, strict=True))
+            yield Promise("averaged", name, (name,), start, updates, factor=job.parameters["scale"])
+        elif job.kind == "interpolate":
+            donors = planned.taking_part(job)
+            updates = tuple(Update(weight, donor.full.get(name)) for donor, weight in donors)
+            yield Promise("averaged", name, (name,), planned.base.refs[name], updates, factor=job.parameters["alpha"])
+        else:
+            for piece in job.merges:
+                yield _piece(planned, piece, name)
+
+
+def _piece(planned: "Plan", job: "Job", name: str) -> Promise:
+    """A merged weight, or one of several in the rows of one tensor."""
+    updates = []
+    for model, weight in planned.taking_part(job):
+        factors = model.text.get(job.slot)
+        pair = None if factors is None else (factors.a, factors.b, factors.scale)
+        updates.append(Update(weight, None if pair else model.full.get(job.slot), pair))
+    interpolates = planned.across is not None and planned.across.base is None
+    return Promise(
+        "merged",
+        job.slot,
+        (name,),
+        planned.start(job.slot),
+        tuple(updates),
+        job.method,
+        job.parameters,
+        rows=job.rows,
+        interpolates=interpolates,
+    )

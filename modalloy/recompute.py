@@ -1,0 +1,208 @@
+"""Working a promise out again from the inputs, and how far what was written is from it.
+
+Wherever a method gives the same on dense float64 matrices as on factors, it is computed on those: a mistake in the cheaper way
+would be seen. Every tolerance is one of rounding: of the float32 in which updates are merged, and of the type that is written.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from modalloy.checkpoints import TensorRef
+from modalloy.delta import Delta, LowRank, compressed, norm
+from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.methods import METHODS, apply
+
+if TYPE_CHECKING:
+    from modalloy.promise import Promise, Update
+
+COMPUTED = 1e-5  # relative error of an update that was merged in float32
+SUMMED = 1e-7  # and of its sum with the base
+SAMPLED = 12  # tensors of each kind, of those merged by each method, that are recomputed of a large result
+SMALL_BYTES = 64 << 20  # of inputs, up to which a result is recomputed as a whole
+PART_BYTES = 8 << 20  # of a tensor that is compared bit for bit
+LITERAL_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
+
+Item = TypeVar("Item")
+Read = Callable[[TensorRef], Tensor]
+Surveys = dict[str, dict[str, Any]]
+
+
+def spread(items: Sequence[Item]) -> list[Item]:
+    """SAMPLED of the items, evenly from the first to the last; all if there are fewer."""
+    last = SAMPLED - 1
+    if len(items) <= SAMPLED:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / last)] for index in range(SAMPLED)]
+
+
+def parts_of(ref: TensorRef, n_entries: int) -> Iterator[TensorRef]:
+    """A stored tensor as consecutive flat pieces of at most so many entries; whole where its bytes are not in one piece."""
+    count = math.prod(ref.shape)
+    if ref.begin < 0:
+        yield ref
+        return
+    for start in range(0, count, n_entries):
+        size = min(n_entries, count - start)
+        yield replace(ref, shape=(size,), begin=ref.begin + start * ref.dtype.itemsize)
+
+
+def is_literal(
+    method: str, parameters: dict[str, Any], shape: tuple[int, ...], compress_rank: int | None, interpolates: bool
+) -> bool:
+    """Whether a merged weight is recomputed on dense float64 matrices.
+
+    What selects single entries may select others in another precision, so it is recomputed exactly as it was merged; so is
+    what lies between two models of few bits, which α = 0.1 often puts in the middle of two neighbours.
+    """
+    entry = METHODS[method]
+    equivalent = "factored = dense" in entry.laws and entry.gets(parameters) != "dense"
+    # a larger full matrix is not cut to a rank as its factors are: not exactly
+    limit = LITERAL_LIMIT if compress_rank is None else EXACT_SIZE
+    return equivalent and not interpolates and max(shape) <= limit
+
+
+def updates_of(
+    promise: "Promise", read: Read, wide: torch.dtype, *, dense: bool, rows: slice = slice(None)
+) -> list[Delta]:
+    """w_i δ_i of every model that counts, in its order; that of one without is zero."""
+    shape = promise.start.shape
+    deltas: list[Delta] = []
+    for update in promise.updates:
+        delta = _update(update, promise.start, read, wide, rows)
+        if delta is None:
+            delta = LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
+            deltas.append(delta.dense().to(wide) if dense else delta)
+        else:
+            deltas.append(delta.dense() if dense and isinstance(delta, LowRank) else delta)
+    return deltas
+
+
+def _update(update: "Update", start: TensorRef, read: Read, wide: torch.dtype, rows: slice) -> Delta | None:
+    if update.factors is not None:
+        a, b, scale = update.factors
+        down, up = read(a), read(b)
+        stored = torch.promote_types(up.dtype, torch.float32)
+        up, down = (up.to(stored) * scale)[rows].to(wide), down.to(stored).to(wide)
+        return update.weight * LowRank(up, down)
+    if update.tuned is None:
+        return None
+    difference = read(update.tuned)[rows].to(wide, copy=True).sub_(read(start)[rows].to(wide))
+    return difference if update.weight == 1 else difference.mul_(update.weight)
+
+
+def merged_update(
+    promise: "Promise", read: Read, surveys: Surveys, *, double: bool, rows: slice = slice(None)
+) -> Delta:
+    """The method's merge of a weight's updates, or of some rows of them; `double` if the recipe computes in float64."""
+    method, shape = promise.method, promise.start.shape
+    literal = is_literal(method, promise.parameters, shape, promise.compress_rank, promise.interpolates)
+    dense = literal and not METHODS[method].one_rank  # which has no form on full matrices
+    wide = torch.float64 if literal or double else torch.float32
+    return apply(
+        method,
+        updates_of(promise, read, wide, dense=dense, rows=rows),
+        promise.parameters,
+        (shape[0], shape[1]),
+        slot=promise.slot,
+        fishers=[read(ref) for ref in promise.fishers] if promise.fishers else None,
+        whole=surveys.get(promise.group),
+    )
+
+
+def mean_update(promise: "Promise", read: Read, rows: slice = slice(None)) -> Tensor:
+    """The promised multiple of the mean of the updates of a tensor of any shape, or of some of its rows."""
+    deltas = updates_of(promise, read, torch.float64, dense=True, rows=rows)
+    total = sum(delta.dense() if isinstance(delta, LowRank) else delta for delta in deltas)
+    assert isinstance(total, Tensor)
+    return total * (promise.factor / len(deltas))
+
+
+def weight_error(
+    promise: "Promise", written: Tensor, read: Read, surveys: Surveys, *, double: bool
+) -> tuple[float, float]:
+    """Relative Frobenius distance of a whole tensor from base plus update, and how large rounding may make it."""
+
+    def rowed(ref: TensorRef) -> Tensor:
+        return torch.atleast_1d(read(ref))
+
+    written, base = torch.atleast_1d(written), rowed(promise.start)
+    if promise.kind == "averaged":
+        return _distance(written, base, lambda rows: mean_update(promise, rowed, rows))
+    full = any(update.tuned is not None for update in promise.updates)
+    if METHODS[promise.method].rowwise and full:
+        return _distance(written, base, lambda rows: merged_update(promise, read, surveys, double=double, rows=rows))
+    merged = merged_update(promise, read, surveys, double=double)
+    return _distance(
+        written, base, lambda rows: merged.up[rows] @ merged.down if isinstance(merged, LowRank) else merged[rows]
+    )
+
+
+def factors_error(
+    promise: "Promise", written: LowRank, read: Read, surveys: Surveys, *, double: bool
+) -> tuple[float, float, float | None]:
+    """The same for an update that is written as factors (in their stored type), and what cutting it to its rank lost."""
+    wanted = merged_update(promise, read, surveys, double=double)
+    lost = None
+    rank = promise.compress_rank
+    if rank is not None and (not isinstance(wanted, LowRank) or wanted.rank > rank):
+        wanted, lost = compressed(wanted, rank)
+    found = written.to(torch.float64)
+    if isinstance(wanted, LowRank):
+        distance, size = norm(found + -1.0 * wanted.to(torch.float64)), norm(wanted)
+    else:
+        distance, size = norm(found.dense() - wanted), norm(wanted)
+    # Rounding each entry of both factors by itself costs 0.6 units of roundoff times this sum, at every size and spectrum;
+    # it exceeds the size where the columns' products cancel each other.
+    products = float((found.up.norm(dim=0) * found.down.norm(dim=1)).norm())
+    allowed = COMPUTED + _roundoff(written.up.dtype) * _ratio(products, size)
+    return _ratio(distance, size), allowed, lost
+
+
+def _distance(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]) -> tuple[float, float]:
+    """By blocks of rows: of what is written from base plus update, rounded to the type that is written."""
+    step = max(1, BLOCK_ENTRIES // max(1, math.prod(written.shape[1:])))
+    distance = size = changed = 0.0
+    for start in range(0, len(written), step):
+        rows = slice(start, start + step)
+        update = update_of(rows)
+        update = (update.dense() if isinstance(update, LowRank) else update).to(torch.float64)
+        rounded = (base[rows].to(torch.float64) + update).to(written.dtype).to(torch.float64)
+        distance = math.hypot(distance, float((written[rows].to(torch.float64) - rounded).norm()))
+        size = math.hypot(size, float(rounded.norm()))
+        changed = math.hypot(changed, float(update.norm()))
+    computed = SUMMED + COMPUTED * _ratio(changed, size)
+    # a share of computed / roundoff lies so close to the middle of two neighbours that it is rounded to the other one
+    return _ratio(distance, size), computed + (_roundoff(written.dtype) * computed) ** 0.5
+
+
+def same_bits(written: TensorRef, read_written: Read, start: TensorRef, read: Read) -> bool:
+    """Whether a written tensor is a stored one bit for bit, in the type that is written; both are read in parts."""
+    if written.shape != start.shape:
+        return False
+    if start.begin < 0:  # it is read whole
+        return _equal(read_written(written), read(start))
+    n_entries = PART_BYTES // max(written.dtype.itemsize, start.dtype.itemsize)
+    parts = zip(parts_of(written, n_entries), parts_of(start, n_entries), strict=True)
+    return all(_equal(read_written(own), read(other)) for own, other in parts)
+
+
+def _equal(written: Tensor, start: Tensor) -> bool:
+    """Equal bytes after the one cast; so that −0 is not 0."""
+    cast = start.to(written.dtype).contiguous()
+    if not written.numel():
+        return True
+    return torch.equal(written.reshape(-1).view(torch.uint8), cast.reshape(-1).view(torch.uint8))
+
+
+def _roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding one value."""
+    return torch.finfo(dtype).eps / 2
+
+
+def _ratio(distance: float, size: float) -> float:
+    return distance / size if size else distance

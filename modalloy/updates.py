@@ -1,0 +1,98 @@
+"""One of a recipe's models as `verify` reads it: what it updates and what it carries, by the names of its tensors alone.
+
+`checkpoints` sorts the same tensors for a merge, with every check; here is only what the layouts say, a second time.
+"""
+
+import fnmatch
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from modalloy.checkpoints import Checkpoint, TensorRef, WeightFile, checked, present, read_json
+from modalloy.checkpoints.full import decoder_name
+from modalloy.checkpoints.peft import alphas_of
+from modalloy.names import disk_name
+from modalloy.recipe import Recipe
+
+FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight")
+TOKEN = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)")
+PROJECTOR = re.compile(r"(?:model\.)?(?:modal_projectors\.[\w-]+|mm_projector)\.(?P<rest>.+)")
+CONVERTED = re.compile(r"(?:model\.)?multi_modal_projector\.linear_(?P<layer>[12])\.(?P<rest>weight|bias)")
+WHOLE = ("model", "pytorch_model")
+ADAPTER = ("adapter_model",)
+BESIDE = ("non_lora_trainables.bin", "mm_projector.bin")
+
+
+class Model:
+    """One of the recipe's models, understood by the names of its tensors: what it updates, and what it carries."""
+
+    def __init__(self, label: str, folder: Path, recipe: Recipe, index: int, base: Checkpoint) -> None:
+        self.label, self.entry, self.folder = label, recipe.models[index], folder
+        is_adapter = (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*"))
+        self.is_adapter = is_adapter
+        stems, beside = (ADAPTER, present(folder, BESIDE)) if is_adapter else (WHOLE, [])
+        self.checkpoint = Checkpoint(folder, stems, beside)
+        name = self.entry.parameters.fisher
+        self.fisher = None if name is None else WeightFile(recipe.folder / Path(name).expanduser())
+        self.tuned: dict[str, TensorRef] = {}
+        self.factors: dict[str, tuple[TensorRef, TensorRef, float]] = {}
+        self.carried: dict[str, TensorRef] = {}
+        pairs: dict[str, dict[str, TensorRef]] = {}
+        for name, ref in self.checkpoint.refs.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.ignore):
+                continue
+            bare = name.removeprefix("base_model.model.")
+            disk = disk_name(self._modality() or "")
+            if factor := FACTOR.fullmatch(bare):
+                if factor["adapter"] in (None, "default"):
+                    pairs.setdefault(factor["stem"], {})[factor["side"]] = ref
+                else:
+                    self.carried[bare] = ref
+            elif token := TOKEN.fullmatch(bare):
+                if token["adapter"] != "default":
+                    self.carried[bare] = ref
+            elif projector := PROJECTOR.fullmatch(bare):
+                self.carried[f"model.modal_projectors.{disk}.{projector['rest']}"] = ref
+            elif converted := CONVERTED.fullmatch(bare):
+                place = f"{2 * int(converted['layer']) - 2}.{converted['rest']}"
+                self.carried[f"model.modal_projectors.{disk}.{place}"] = ref
+            else:
+                plain = bare.replace(".base_layer.", ".")
+                slot = plain if plain in base.refs else decoder_name(plain)
+                if slot in base.refs:
+                    self.tuned[slot] = ref
+        configs = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
+        config = read_json(folder / configs[0]) if configs else {}
+        is_peft = configs[:1] == ["adapter_config.json"]
+        default = [config.get("lora_alpha", 256)] * len(pairs)
+        alphas = alphas_of(config, list(pairs), folder / configs[0]) if is_peft else default
+        for (stem, pair), alpha in zip(pairs.items(), alphas, strict=True):
+            slot = f"{stem}.weight" if f"{stem}.weight" in base.refs else decoder_name(f"{stem}.weight")
+            a, b = pair["A"], pair["B"]
+            by_root = is_peft and config.get("use_rslora")
+            divisor = a.shape[0] ** 0.5 if by_root else a.shape[0]
+            self.factors[slot] = (a, b, alpha / divisor)
+
+    def _modality(self) -> str | None:
+        """The recipe's, else the one that a tensor's name holds."""
+        if self.entry.modality is not None:
+            return self.entry.modality
+        found = (re.search(r"modal_projectors\.([\w-]+)\.", name) for name in self.checkpoint.refs)
+        return next((match[1] for match in found if match), None)
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether its weight is not 0 everywhere."""
+        weight = self.entry.parameters.weight
+        return any(weight if isinstance(weight, tuple) else (weight,))
+
+    def has(self, slot: str) -> bool:
+        """Whether it has an update, or a copy, of a tensor of the base."""
+        return slot in self.factors or slot in self.tuned
+
+    def read(self, ref: TensorRef) -> Tensor:
+        """The data of one of its tensors, without NaN and infinity."""
+        if self.fisher is not None and ref.file == self.fisher.path:
+            return self.fisher.read(ref)
+        return checked(self.checkpoint.read(ref), ref, f"{self.label} specialist")
