@@ -143,7 +143,7 @@ def test_llava_into_cogvlm_is_interpolated(tmp_path: Path, recipe: Models, dtype
     assert f"{1 + LAYERS * 2} norms and biases too" in report.plan.summary()
     counts = report.to_dict()["coverage"]["llava"]
     assert counts["family"] == "llama" and counts["duplicated"]["tensors"] == LAYERS * 5
-    assert report.verification.layers == 12 and verify(out).layers == 12
+    assert report.verification.share == 1 and verify(out).share == 1
     assert (out / "config.json").is_file() and (out / "tokenizer.json").is_file()
     card = (out / "README.md").read_text()
     assert (
@@ -316,7 +316,7 @@ def test_rows_are_merged_by_token(tmp_path: Path, recipe: Models, dtype: torch.d
     rows = {(fate.source, fate.tensor): fate.detail for fate in report.plan.fates}
     assert "some rows: tokens that the target does not have" in rows["d", EMBEDDED[0]]
     assert found["dropped"]["parameters"] == (2 - tied) * (30 - len(common)) * WIDTH
-    assert verify(out).layers == 12
+    assert verify(out).share == 1
 
 
 def test_permuted_vocabularies_give_the_same_merge(tmp_path: Path, recipe: Models) -> None:
@@ -623,7 +623,7 @@ def test_methods_merge_mapped_updates_as_those_of_one_architecture(
         models["target"], models["donor"], base_model=str(models["base"]), merge_method=method, parameters={}
     )
     report = merge(across, tmp_path / "across")
-    assert report.verification.layers == 12 and verify(tmp_path / "across").layers == 12
+    assert report.verification.share == 1 and verify(tmp_path / "across").share == 1
     before, after = weights(models["target"]), weights(tmp_path / "across")
     for owner in ("language", "vision"):
         content = {
@@ -817,7 +817,7 @@ def test_an_adapter_of_the_base_is_a_donor(
     adapter, updates = write_adapter(tmp_path / "lora", models[base], lambda name: "vision.transformer" not in name)
     more = {"base_model": str(models[base]), "merge_method": "task_arithmetic", "parameters": {}}
     merge(recipe(target, adapter, **more), tmp_path / "out")
-    assert verify(tmp_path / "out").layers == 12
+    assert verify(tmp_path / "out").share == 1
     before, after = weights(target), weights(tmp_path / "out")
     plain = weights(models["donor"])
     for name in (n for n in plain if n.startswith("model.layers.") and plain[n].ndim == 2):

@@ -1048,14 +1048,20 @@ def test_cuda_without_a_device(write_recipe: WriteRecipe, merge_refused: Refused
 
 MANIFESTS = {
     "no manifest": (lambda out: (out / "manifest.json").unlink(), r"out: has no manifest\.json, so it is no result"),
-    "empty manifest": (lambda out: (out / "manifest.json").write_text("{}"), r"manifest\.json: lists no outputs"),
+    "empty manifest": (
+        lambda out: (out / "manifest.json").write_text("{}"),
+        r"manifest\.json: has no modalloy; merge again",
+    ),
     "manifest that is no JSON": (
         lambda out: (out / "manifest.json").write_text("x"),
         r"manifest\.json: not valid JSON",
     ),
     "no recipe": (lambda out: (out / "recipe.yaml").unlink(), r"recipe\.yaml: listed in manifest\.json but missing"),
     "another recipe": (lambda out: (out / "recipe.yaml").write_text("x"), r"recipe\.yaml: its sha256 is not the one"),
-    "sources that are no sources": (lambda out: (out / "sources.json").write_text("{}"), r"does not name a base and 2"),
+    "sources that are no sources": (
+        lambda out: (out / "sources.json").write_text("{}"),
+        r"sources\.json: has no specialists; ",
+    ),
     "weights cut": (
         lambda out: rewrite(weights(out), lambda data: data[:-1]),
         r"safetensors: its sha256 is not the one",

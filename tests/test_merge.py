@@ -244,7 +244,7 @@ def test_omni_carries_modality_tensors_bit_for_bit(
 def test_verify_finds_every_kind_of_damage(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = modalloy.merge(write_recipe(), out)
-    assert report.verification.layers == 12 and report.verification.worst_error < 1e-5
+    assert report.verification.share == 1 and report.verification.worst_error < 1e-5
     assert verify(out).worst_error == report.verification.worst_error
     weights = out / "adapter_model.safetensors"
     good = weights.read_bytes()
@@ -358,7 +358,7 @@ def test_verify_finds_fisher_files_that_are_named_from_the_recipe(
     models = [{"model": str(path), "parameters": {"fisher": "ones.safetensors"}} for path in specialists.values()]
     recipe = write_recipe(models=models, merge_method="fisher", output={"form": "full"})
     modalloy.merge(recipe, tmp_path / "out")
-    assert verify(tmp_path / "out").layers == 12
+    assert verify(tmp_path / "out").share == 1
 
 
 @pytest.mark.gpu
