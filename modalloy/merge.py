@@ -411,7 +411,8 @@ def _write_configs(planned: Plan, folder: Path) -> None:
         copy_file(base / name, folder / name)
     if recipe.output.form == "full":
         if planned.chat_template is not None:
-            (folder / "chat_template.json").unlink(missing_ok=True)
+            for name in ("chat_template.json", "chat_template.jinja"):  # the base's, copied above
+                (folder / name).unlink(missing_ok=True)
             write_text(folder / "chat_template.jinja", planned.chat_template)
         for name in code_files(base):
             copy_file(base / name, folder / name)
