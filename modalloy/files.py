@@ -87,9 +87,9 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Callable[[str],
         OutputError: `path` is a folder or a link, exists without `overwrite`, is no page of modalloy's, or cannot be
             written; before the block is entered.
     """
-    partial = _beside(path)
     with disk_errors(path):
         _check_page(path, overwrite)
+        partial = _beside(path)
         if not path.parent.is_dir():
             raise OutputError(f"{path}: the folder {path.parent} does not exist; make it first")
         try:
