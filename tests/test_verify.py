@@ -1,10 +1,10 @@
 """What `verify` finds: every change of a manifest, and merges that are broken on purpose."""
 
 import copy
+import importlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from modalloy.errors import CheckpointError
 from modalloy.plan import Plan
 from modalloy.verify import Verification, verify
 
-merge = sys.modules["modalloy.merge"]  # which `modalloy.merge` itself, a function, hides
+merge = importlib.import_module("modalloy.merge")  # which `modalloy.merge` itself, a function, hides
 Json = Any
 Path_ = tuple[str | int, ...]
 NORM, EMBEDDINGS = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"
@@ -144,7 +144,7 @@ def test_every_single_change_of_a_manifest_is_noticed(
     monkeypatch.setattr(differences, "settled_plan", lambda recipe, **_: copy.copy(planned))
     monkeypatch.setattr(manifest, "file_sha256", cache(file_sha256))
     monkeypatch.setattr("modalloy.verify.file_sha256", cache(file_sha256))
-    checks, seen = sys.modules["modalloy.verify"].verify_folder, {}
+    checks, seen = importlib.import_module("modalloy.verify").verify_folder, {}
 
     def once(folder: Path, planned: Plan | None, told: Json, **options: Any) -> Verification:
         key = json.dumps([planned is None, *(told.get(name) for name in ("outputs", "surveys", "compression"))])
