@@ -42,9 +42,10 @@ SHOWN = 200  # characters of a name or a reason in a message
 
 
 def shown(text: object) -> str:
-    """A name or a reason, short enough for a message."""
+    """A name or a reason for a message: short, and printable whatever a stranger put into it."""
     words = " ".join(str(text).split())
-    return words if len(words) <= SHOWN else f"{words[: SHOWN // 2]} … {words[-SHOWN // 2 :]}"
+    words = words if len(words) <= SHOWN else f"{words[: SHOWN // 2]} … {words[-SHOWN // 2 :]}"
+    return words if words.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in words)
 
 
 @contextmanager
