@@ -21,14 +21,20 @@ from modalloy.recipe import Recipe
 
 
 def settled_plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
-    """The plan of `recipe` once its inputs were compared: models that change nothing do not count.
+    """The plan of `recipe` once its inputs were compared (see `settle`)."""
+    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    return settle(planned, allow_base_mismatch=allow_base_mismatch)
+
+
+def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
+    """The plan once its inputs were compared: models that change nothing do not count.
 
     `trained` then lists which models changed what is kept as the base has it.
 
     Raises:
         ModalloyError: as `plan` does; and a model changed what no method merges and no rule speaks of.
     """
-    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    recipe = planned.recipe
     if planned.across is None or planned.across.base is not None:
         idle = tuple(one.label for one in planned.counted if one in planned.specialists and not _updates(planned, one))
         if idle:

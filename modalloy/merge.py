@@ -28,7 +28,7 @@ from modalloy.checkpoints.staging import MANIFEST, check_apart
 from modalloy.checkpoints.writer import copy_file
 from modalloy.companions import code_files, companions
 from modalloy.delta import Delta, LowRank, compressed
-from modalloy.differences import settled_plan
+from modalloy.differences import settle
 from modalloy.engines import local, memory
 from modalloy.errors import MethodError, OutputError, memory_errors
 from modalloy.families.ancestors import check_kinship
@@ -38,7 +38,7 @@ from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.methods import METHODS, apply, survey_model
 from modalloy.omni import write_omni
-from modalloy.plan import Plan
+from modalloy.plan import Plan, plan
 from modalloy.planner import Job
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
@@ -120,7 +120,11 @@ def merge(
     chosen_device = resolve_device(device)
     n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
     held = memory.peak_bytes()
-    planned = settled_plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
+    check_apart(out, _inputs(planned, file))
+    if not resume:
+        _check_disk(out, cost.disk_bytes(planned))
+    planned = settle(planned, allow_base_mismatch=allow_base_mismatch)
     memory.release_memory()
     planning = memory.peak_bytes() if memory.peak_bytes() > held else 0
     budget = cost.budget(planned, n_workers, max_memory, planning)
@@ -131,12 +135,12 @@ def merge(
         verification = _finished_before(out, fingerprint)
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
-    check_apart(out, _inputs(planned, file))
     if planned.across is not None and not allow_base_mismatch:
         planned.kinship = check_kinship(planned)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
-        _check_disk(planned, staging)
+        there = sum(path.stat().st_size for path in folder.iterdir())
+        _check_disk(out, cost.disk_bytes(planned) - there)
         planned.surveys = survey(planned)
         hashes = _write_weights(planned, staging, budget, chosen_device, on_job)
         merge_s = time.perf_counter() - begin
@@ -167,12 +171,12 @@ def _finished_before(out: Path, fingerprint: str) -> Verification:
     return verify(out)
 
 
-def _check_disk(planned: Plan, staging: Staging) -> None:
-    there = sum(path.stat().st_size for path in staging.folder.iterdir())
-    free, needed = shutil.disk_usage(staging.folder).free, cost.disk_bytes(planned) - there
+def _check_disk(out: Path, needed: int) -> None:
+    with disk_errors(out):
+        free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
     if free < needed:
         raise OutputError(
-            f"{staging.out}: the disk is full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+            f"{out}: the disk is full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
             "free space or choose another folder"
         )
 

@@ -707,7 +707,7 @@ def test_a_base_is_accounted_for(family_of_three: dict[str, Path], recipe: Model
     assert rows["donor", "model.norm.weight"] == ("averaged", "into model.norm.weight")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert list(manifest["inputs"]) == ["target", "base", "donor"] and manifest["inputs"]["base"]["name"] == "base"
-    assert manifest["inputs"]["base"]["sha256"].keys() == {"model.safetensors"}
+    assert manifest["inputs"]["base"]["sha256"].keys() == {"model.safetensors", "config.json"}
     # one linear weight changed by hand, where others were fused around it
     tensors = weights(tmp_path / "out")
     tensors["model.layers.0.self_attn.vision_expert_query_key_value.weight"][WIDTH] += 1
