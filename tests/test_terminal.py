@@ -18,7 +18,7 @@ from modalloy.cli.boundary import guarded
 from modalloy.cli.terminal import SafeStream, safe_streams, say
 from modalloy.model.chat import Reply
 from modalloy.model.session import Session
-from modalloy.report.text import is_unicode, one_line, printable
+from modalloy.report.text import is_unicode, one_line, printable, printable_lines
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202egnp.\u2066\x7f\u2028\n"
 WriteRecipe = Callable[..., Path]
@@ -73,20 +73,33 @@ def test_one_line_is_short_and_whole_where_it_can_be() -> None:
     assert is_unicode("λ 👩") and not is_unicode("\udcff")
 
 
-def test_names_of_tensors_labels_and_folders_are_spelled_out(
-    run: Callable[..., tuple[object, str, str]], write_recipe: WriteRecipe, specialists: dict[str, Path], base: Path
+def test_a_tensor_of_such_a_name_is_refused_in_a_line_that_cannot_act(
+    run: Callable[..., tuple[object, str, str]], write_recipe: WriteRecipe, tmp_path: Path, base: Path
 ) -> None:
-    copy = specialists["image"].parent / "own"
+    copy = tmp_path / "own"
     copy.mkdir()
     for file in base.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     save_file(load_file(base / "model.safetensors") | {HOSTILE: torch.ones(1)}, copy / "model.safetensors")
     code, out, err = run("plan", write_recipe(base_model=str(copy)))
-    assert code == 0 and not acting(out + err)
-    (line,) = [line for line in out.splitlines() if "owned" in line]
-    assert r"\u001b]0;owned\u0007\u001b[2J\u000d\u009b31m\u202egnp.\u2066\u007f\u2028\u000a" in line
-    code, out, _ = run("plan", write_recipe(base_model=str(copy)), "--json")
-    assert out.isascii() and HOSTILE in [tensor["tensor"] for tensor in json.loads(out)["tensors"]]
+    assert code == 2 and not out and err.count("\n") == 1 and not acting(err) and "owned" in err
+
+
+def test_what_a_command_prints_cannot_act_and_json_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        say(f"kept {HOSTILE}")
+        print(printable_lines(["a row", HOSTILE]))
+        print(HOSTILE, file=sys.stderr, end="")
+        print(json.dumps({HOSTILE: HOSTILE}))
+
+    assert guarded(command) == 0
+    out, err = capsys.readouterr()
+    assert not acting(out + err)
+    spelled = r"\u001b]0;owned\u0007\u001b[2J\u000d\u009b31m\u202egnp.\u2066\u007f\u2028"
+    assert err == f"{spelled}\n"
+    kept, row, hostile, exact = out.splitlines()
+    assert (kept, row, hostile) == (f"kept {spelled}\\u000a", "a row", f"{spelled}\\u000a")
+    assert json.loads(exact) == {HOSTILE: HOSTILE}
 
 
 @pytest.mark.parametrize("command", ["plan", "verify", "chat", "eval-score", "eval-doctor"])
