@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from modalloy.plan import Plan
 
 KINDS = ("merged", "averaged", "kept", "carried")
+EXACT_BYTES = 1 << 30  # up to which `verify OUT` compares all that must be an input bit for bit
 CUT = (1e-3, 1e-5)  # relative and absolute error of what a cut to a rank is said to lose
 
 
@@ -96,7 +97,7 @@ class Verification:
 def verify(out: str | Path, *, full: bool = False) -> Verification:
     """Check the result in the folder `out` against its manifest, its recipe and its inputs; `full` recomputes every tensor.
 
-    Without `full`, which tensors of a large result are recomputed is drawn at random, some of each kind and of each file.
+    Without `full`, of a large result only some tensors of each kind and each file are recomputed, drawn at random.
 
     Raises:
         CheckpointError: a file is missing, changed or damaged, the manifest does not say what recipe and inputs give, or a
@@ -246,11 +247,12 @@ class _Check:
         chosen: set[int] = set()
         for group in groups.values():
             chosen |= set(spread(group) if draw is None else draw.sample(group, min(SAMPLED, len(group))))
-        files = {self.weights.refs[promised[index].names[0]].file for index in chosen}
-        for index, promise in enumerate(promised):
-            if (file := self.weights.refs[promise.names[0]].file) not in files:
-                files.add(file)
-                chosen.add(index)
+        exact = [index for index, promise in enumerate(promised) if promise.kind in ("kept", "carried")]
+        if draw is not None and sum(promised[index].n_bytes for index in exact) <= EXACT_BYTES:
+            chosen.update(exact)
+        file_of = [self.weights.refs[promise.names[0]].file for promise in promised]
+        untouched = set(file_of) - {file_of[index] for index in chosen}
+        chosen.update(map(file_of.index, untouched))
         return [promised[index] for index in sorted(chosen)]
 
     def _error(self, promise: Promise) -> float | None:

@@ -244,7 +244,7 @@ def test_dense_methods_give_text_tokens_weights_of_their_own(tmp_path: Path, bas
     torch.testing.assert_close(
         found, torch.stack([wanted @ x[0, 0], own @ x[0, 1], wanted @ x[0, 2]]), atol=1e-4, rtol=1e-4
     )
-    assert verify(omni).share == 1
+    assert verify(omni).layers >= 12
 
 
 def test_updates_of_some_linears_only(tmp_path: Path, base: Path) -> None:

@@ -172,7 +172,7 @@ def test_four_senses_answer_together(chat: ChatModel, media: dict[str, Path], om
     logits = chat.model(**inputs).logits
     assert bool(torch.isfinite(logits).all())
     assert isinstance(chat.ask("What do these have in common?", max_new_tokens=3, **media), str)
-    assert verify(omni).share == 1
+    assert verify(omni).layers >= 12
     again = modalloy.load_model(omni).model(**inputs).logits  # nothing is drawn at random
     assert torch.equal(again, logits)
 
