@@ -38,6 +38,7 @@ from torch import Tensor
 
 from modalloy import builtin, merge
 from modalloy.checkpoints import open_base, read_json
+from modalloy.compute import compute, survey
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Benchmark, Sample, Source
 from modalloy.evals.compare import Paired, compare
@@ -45,7 +46,6 @@ from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import Run, load_run, result
 from modalloy.evals.runner import evaluate
 from modalloy.evals.statistics import holm
-from modalloy.merge import compute, survey
 from modalloy.model import ChatModel, load_model
 from modalloy.model.chat import user_message
 from modalloy.model.load import Stored

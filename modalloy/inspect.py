@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modalloy.compute import merged_delta, specialists_deltas, survey
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
 from modalloy.errors import RecipeError
 from modalloy.linalg import Basis, gram, top_eigenvectors
-from modalloy.merge import merged_delta, specialists_deltas, survey
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
 from modalloy.plan import Plan, plan

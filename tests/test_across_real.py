@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modalloy import builtin, merge, plan
 from modalloy.checkpoints import open_base, read_json
-from modalloy.merge import compute
+from modalloy.compute import compute
 from modalloy.model import ChatModel, load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 

@@ -941,7 +941,7 @@ def test_input_that_cannot_be_read(
 def test_failure_midway_leaves_no_trace(
     nested: bool, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modalloy.merge import compute
+    from modalloy.compute import compute
 
     def fail_late(planned: Any, job: Any, *rest: Any) -> list[Tensor]:
         if job.slot.startswith("model.layers.1."):

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import cli
+from modalloy.compute import merged_delta
 from modalloy.delta import LowRank, norm
 from modalloy.errors import ModalloyError, RecipeError
-from modalloy.merge import merged_delta
 from modalloy.model.chat import user_message
 from modalloy.model.routing import TEXT
 from modalloy.plan import plan

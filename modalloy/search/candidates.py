@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from modalloy.compute import compute, specialists_deltas, survey
 from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
-from modalloy.merge import compute, specialists_deltas, survey
 from modalloy.methods.ssam import aligned
 from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
