@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Collection
@@ -41,11 +40,12 @@ from modalloy.families.planner import AcrossPlanner
 from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_shapes
-from modalloy.kinds import PLURALS, Kind, check_numbers, kinds
+from modalloy.kinds import Kind, check_numbers, kinds
 from modalloy.methods import METHODS
 from modalloy.omni import Sense, choose_senses
 from modalloy.planner import Job, Planner, TensorFate
 from modalloy.recipe import Recipe
+from modalloy.summary import one_line
 from modalloy.templates import common_template
 
 
@@ -207,39 +207,7 @@ class Plan:
 
     def summary(self) -> str:
         """One line: what is merged and how, and what is not."""
-        chosen = {name: value for name, value in self.parameters.items() if value != "none"}
-        settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
-        parts = [f"{self.merged_weights()} linear weights merged ({self.recipe.merge_method}, {settings})"]
-        parts += [f"{count} tensors {fate}" for fate, count in self.counts().items() if fate != "merged"]
-        parts += [f"{label} does not count ({reason})" for label, reason in self.absent.items()]
-        parts += self._said_of_rules()
-        if any(set(job.weights) - {None, 1.0} for job in self.jobs):
-            parts.append("a model's weight is a factor of its update, never normalised")
-        if self.across is not None and self.across.base is None:
-            parts.insert(1, f"{sum(job.kind == 'interpolate' for job in self.jobs)} norms and biases too")
-            parts.append("α is the weight of the donor, 0 = target unchanged")
-        return " · ".join(parts)
-
-    def _said_of_rules(self) -> list[str]:
-        """What is not merged by the recipe's method though models changed it, by kind, with its share of the parameters."""
-        others = Counter(job.method for job in self.merges() if job.method != self.recipe.merge_method)
-        said = [f"{count} of the linear weights by {method}" for method, count in others.items()]
-        averaged = [job.slot for job in self.jobs if job.kind == "average" and not job.method]
-        said += self._by_kind(
-            [name for name in averaged if self.kinds.get(name, "vector") != "vector"], "averaged by rule"
-        )
-        who = sorted({label for labels in self.trained.values() for label in labels})
-        return said + self._by_kind(list(self.trained), f"that {', '.join(who)} changed stay the base's")
-
-    def _by_kind(self, names: list[str], what: str) -> list[str]:
-        """How many tensors of each kind, and their share of the base's parameters."""
-        whole = sum(math.prod(ref.shape) for ref in self.base.refs.values())
-        said = []
-        for kind, plural in PLURALS.items():
-            if chosen := [name for name in names if self.kinds[name] == kind]:
-                share = sum(math.prod(self.base.refs[name].shape) for name in chosen) / whole
-                said.append(f"{len(chosen)} {plural} {what} ({share:.1%} of the parameters)")
-        return said
+        return one_line(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for `--json`."""
@@ -457,14 +425,3 @@ def _check_fishers(recipe: Recipe, result: Plan) -> None:
 
 def _base_label(recipe: Recipe) -> str:
     return "base" if recipe.target is None else "target"
-
-
-def _letter(parameter: str) -> str:
-    return {"rank": "k", "scale": "λ"}.get(parameter, parameter)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        whole = round(1 / value) if 1e-9 < value < 1 else 0
-        return f"1/{whole}" if whole and value == 1 / whole else f"{value:g}"
-    return str(value)

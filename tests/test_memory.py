@@ -19,8 +19,8 @@ from synthetic import write_base, write_lora, write_tuned
 
 import modalloy
 from modalloy import cost
+from modalloy.checkpoints.buffers import Buffers
 from modalloy.checkpoints.folder import reading
-from modalloy.checkpoints.tensors import Buffers
 from modalloy.engines import local, memory
 from modalloy.errors import OutOfMemoryError, memory_errors, ran_out_of_memory
 from modalloy.files import disk_errors

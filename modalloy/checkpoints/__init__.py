@@ -1,5 +1,6 @@
 """Opening checkpoints (base, ModelCompose, PEFT, full) and writing new ones."""
 
+from modalloy.checkpoints.buffers import Buffers
 from modalloy.checkpoints.config import config_size, read_config
 from modalloy.checkpoints.folder import file_sha256, is_there, parse_json, present, read_bytes, read_json, read_text
 from modalloy.checkpoints.full import place
@@ -8,7 +9,6 @@ from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, loca
 from modalloy.checkpoints.specialist import Factors, Specialist
 from modalloy.checkpoints.staging import Staging
 from modalloy.checkpoints.tensors import (
-    Buffers,
     Checkpoint,
     TensorRef,
     WeightFile,

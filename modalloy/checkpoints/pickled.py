@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from modalloy.checkpoints.folder import MAX_DEPTH, open_file, reading
+from modalloy.checkpoints.small_reads import SmallReads
 from modalloy.errors import CheckpointError, shown
 
 ENDINGS = (".bin", ".pt", ".pth")
 MAX_PICKLE_BYTES = 32 << 20  # of what is no tensor's data; that of a large model takes less than 1 MiB
 MAX_STEPS = 2_000_000  # of the machine; a tensor takes about 30
-MAX_DIRECTORY_BYTES = 16 << 20  # of a zip's list of records, about 100 bytes each
 MAX_DIMS, MAX_ELEMENTS = 64, 2**62  # of a tensor
 MAGIC = 0x1950A86A20F9469CFC6C  # starts what torch wrote before 1.6
 # what damaged bytes are seen to raise in `pickletools`, `struct` and `zipfile`
@@ -162,7 +162,7 @@ class PickledFile:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def _read_zip(self, file: BinaryIO) -> None:
-        with zipfile.ZipFile(_SmallReads(file)) as archive:
+        with zipfile.ZipFile(SmallReads(file)) as archive:
             entries = archive.infolist()
         names = {entry.filename: entry for entry in entries}
         pickles = [name for name in names if name.endswith("/data.pkl")]
@@ -378,32 +378,6 @@ def unpickle(path: Path, opaque: Collection[tuple[str, str]] = ()) -> Any:
         return done[id(part)]
 
     return loaded(file.content, ())
-
-
-class _SmallReads(io.BufferedIOBase):
-    """A file for `zipfile`, which reads a zip's list of records at once however long it says that it is."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """At most MAX_DIRECTORY_BYTES; more is an error, as it is no list of a model's tensors."""
-        wanted = MAX_DIRECTORY_BYTES + 1 if size is None or size < 0 else size
-        if wanted > MAX_DIRECTORY_BYTES and size is not None and size >= 0:
-            raise zipfile.BadZipFile("too many records")
-        return self.file.read(wanted)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """As a file does."""
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """As a file does."""
-        return self.file.tell()
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
 
 
 def _storage(given: Any) -> Storage:

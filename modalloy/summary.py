@@ -1,0 +1,60 @@
+"""A plan in one line, for people: what is merged and how, and what models changed that the result does not have."""
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from modalloy.kinds import PLURALS
+
+if TYPE_CHECKING:
+    from modalloy.plan import Plan
+
+
+def one_line(planned: "Plan") -> str:
+    """One line: what is merged and how, and what is not."""
+    chosen = {name: value for name, value in planned.parameters.items() if value != "none"}
+    settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
+    parts = [f"{planned.merged_weights()} linear weights merged ({planned.recipe.merge_method}, {settings})"]
+    parts += [f"{count} tensors {fate}" for fate, count in planned.counts().items() if fate != "merged"]
+    parts += [f"{label} does not count ({reason})" for label, reason in planned.absent.items()]
+    parts += _said_of_rules(planned)
+    if any(set(job.weights) - {None, 1.0} for job in planned.jobs):
+        parts.append("a model's weight is a factor of its update, never normalised")
+    if planned.across is not None and planned.across.base is None:
+        parts.insert(1, f"{sum(job.kind == 'interpolate' for job in planned.jobs)} norms and biases too")
+        parts.append("α is the weight of the donor, 0 = target unchanged")
+    return " · ".join(parts)
+
+
+def _said_of_rules(planned: "Plan") -> list[str]:
+    """What is not merged by the recipe's method though models changed it, by kind, with its share of the parameters."""
+    others = Counter(job.method for job in planned.merges() if job.method != planned.recipe.merge_method)
+    said = [f"{count} of the linear weights by {method}" for method, count in others.items()]
+    averaged = [job.slot for job in planned.jobs if job.kind == "average" and not job.method]
+    said += _by_kind(
+        planned, [name for name in averaged if planned.kinds.get(name, "vector") != "vector"], "averaged by rule"
+    )
+    who = sorted({label for labels in planned.trained.values() for label in labels})
+    return said + _by_kind(planned, list(planned.trained), f"that {', '.join(who)} changed stay the base's")
+
+
+def _by_kind(planned: "Plan", names: list[str], what: str) -> list[str]:
+    """How many tensors of each kind, and their share of the base's parameters."""
+    whole = sum(math.prod(ref.shape) for ref in planned.base.refs.values())
+    said = []
+    for kind, plural in PLURALS.items():
+        if chosen := [name for name in names if planned.kinds[name] == kind]:
+            share = sum(math.prod(planned.base.refs[name].shape) for name in chosen) / whole
+            said.append(f"{len(chosen)} {plural} {what} ({share:.1%} of the parameters)")
+    return said
+
+
+def _letter(parameter: str) -> str:
+    return {"rank": "k", "scale": "λ"}.get(parameter, parameter)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        whole = round(1 / value) if 1e-9 < value < 1 else 0
+        return f"1/{whole}" if whole and value == 1 / whole else f"{value:g}"
+    return str(value)
