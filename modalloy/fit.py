@@ -103,3 +103,12 @@ def check_complete(
                 f"{owner(lacking[0])} has; say `missing: zero` in the recipe to count it as zero, or keep these weights under "
                 "`modules:`"
             )
+
+
+def check_fishers_are_used(recipe: Recipe, *, given: bool, used: bool) -> None:
+    """A Fisher file that nothing reads is a mistake."""
+    if given and not used:
+        raise RecipeError(
+            f"parameters.fisher: {recipe.merge_method} does not weigh by Fisher information; write merge_method: fisher, "
+            "or remove the file"
+        )

@@ -39,7 +39,7 @@ from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
 from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
-from modalloy.fit import check_base, check_shapes
+from modalloy.fit import check_base, check_fishers_are_used, check_shapes
 from modalloy.kinds import Kind, check_numbers, kinds
 from modalloy.methods import METHODS
 from modalloy.omni import Sense, choose_senses
@@ -293,7 +293,8 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         notices=[] if form == "adapter" else notices(base_folder, specialists),
     )
     _check_all_accounted(result)
-    _check_fishers(recipe, result)
+    used = any(job.method and METHODS[job.method].takes("fishers") for job in jobs)
+    check_fishers_are_used(recipe, given=any(result.fishers), used=used)
     _check_patterns(recipe, result)
     return result
 
@@ -412,15 +413,6 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
             raise RecipeError(
                 f"modules: '{pattern}' is to be averaged, but no other model has what it matches; remove the rule"
             )
-
-
-def _check_fishers(recipe: Recipe, result: Plan) -> None:
-    """A Fisher file that nothing reads is a mistake."""
-    if any(result.fishers) and not any(job.method and METHODS[job.method].takes("fishers") for job in result.jobs):
-        raise RecipeError(
-            f"parameters.fisher: {recipe.merge_method} does not weigh by Fisher information; write merge_method: fisher, "
-            "or remove the file"
-        )
 
 
 def _base_label(recipe: Recipe) -> str:
