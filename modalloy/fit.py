@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
-from modalloy.errors import CheckpointError, shown
+from modalloy.errors import CheckpointError, RecipeError, shown
 from modalloy.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
 
