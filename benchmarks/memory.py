@@ -5,7 +5,7 @@
 Every merge is a process of its own, forked from one that only imported modalloy. It first asks for one byte, is refused,
 writes the limit that the refusal names, and merges within that (`--limit least`); or within what a merge without a limit
 predicts (`predicted`). Compared with it is the process's own peak (VmHWM). The inputs are random: small (width 64) and
-middle (width 1024), a decoder of 7B's width with one layer and its counterpart of another architecture, in DIR (3 GB).
+middle (width 512), a decoder of 7B's width with one layer and its counterpart of another architecture, in DIR (3 GB).
 Prints a table, then one JSON document as its last line.
 """
 
@@ -31,7 +31,7 @@ from modalloy.merge import MergeReport, merge
 from modalloy.methods import METHODS
 
 ALLOWED = 1.05  # of the limit
-SIZES = {"small": (64, 2, 500), "middle": (1024, 2, 4000)}  # width, layers, vocabulary
+SIZES = {"small": (64, 2, 500), "middle": (512, 3, 4000)}  # width, layers, vocabulary
 ENTRIES = ("consensus", "dare_linear", "dare_ties", "fisher", "ties")  # give full matrices, whatever they are given
 Case = tuple[str, int, dict[str, Any]]  # what is merged, workers, and the recipe beside that
 
