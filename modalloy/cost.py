@@ -13,7 +13,7 @@ from modalloy.engines.local import AHEAD
 from modalloy.errors import OutOfMemoryError
 from modalloy.families.ancestors import kinship_pairs
 from modalloy.families.stored import MappedRef
-from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planner import Job
@@ -207,6 +207,8 @@ def _job_bytes(planned: Plan, job: Job, *, literal: bool = False) -> int:
         return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
     copies = n * method.copies_updates(job.parameters)
     taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
+    if len(job.outputs) == 2:  # cut to factors: a Gram decomposed, the update in float64, what is left of it
+        taken = max(taken, 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns)
     if gets == "dense":
         return taken + wide * 4 * n * ENTRIES_AT_ONCE
     if method.rowwise:
