@@ -50,6 +50,8 @@ def merged_delta(
     With `literal`, everything is computed on dense float64 matrices instead (for checking).
     """
     rows_of_weight, columns = planned.start(job.slot).shape
+    if not any(job.weights):  # no model takes part here
+        return LowRank(torch.zeros(rows_of_weight, 0, device=device)[rows], torch.zeros(0, columns, device=device))
     fishers = None
     if METHODS[job.method].takes("fishers"):
         shares = zip(planned.fishers, job.weights, strict=True)
@@ -104,7 +106,7 @@ def _merged_weight(planned: Plan, job: Job, read: Read, device: str) -> Tensor:
     merged = None if merges_by_rows(planned, job) else merged_delta(planned, job, read, device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
     # bit for bit the base where nothing is added: adding 0 would change −0
-    keeps = job.parameters.get("scale") == 0 or any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
+    keeps = job.adds_nothing or any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
     step = max(1, BLOCK_ENTRIES // spec.shape[1])
     for start in range(0, spec.shape[0], step):
         rows = slice(start, start + step)

@@ -45,16 +45,17 @@ PLURALS = {
 }
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|block|h)\.(\d+)\.")
 TOKENS = re.compile(
-    r"(?!patch)(?:\w*_)?(?:embed|emb|embeds|embedding|embeddings|embed_tokens\w*|tok_embeddings|embed_in|wte)|shared"
+    r"(?!\w*patch)(?:\w*_)?(?:embed|emb|embeds|embedding|embeddings|embed_tokens\w*|embed_in|wte|bos_eos_token)|shared"
 )
 HEADS = re.compile(r"lm_head|embed_out|output_layer|unembed|unembedding|output_embeddings|text_head|codec_head")
 OUTSIDE_LAYERS = ("output", "head")  # which inside a layer are names of linear weights
 POSITIONS = re.compile(
     r"wpe|\w*pos(?:ition|itional|itions)?_?(?:embed|emb|embedding|embeddings|bias)\w*|embed_positions\w*|rel_pos\w*"
-    r"|\w*relative_(?:attention|position)_bias\w*"
+    r"|\w*relative_(?:attention|position)_bias\w*|bias_values"
 )
 ROUTERS = ("gate", "router", "wg", "gating", "shared_expert_gate")
-EXPERTS = re.compile(r"(?:^|\.)experts\.(?!\d)")  # not `experts.0.up_proj`, whose weights are stored one by one
+# not `experts.0.up_proj`, `experts.expert_0.fc1`: weights of experts that are stored one by one
+EXPERTS = re.compile(r"(?:^|\.)experts\.(?!(?:\w+[._])?\d+\.)")
 BUFFERS = re.compile(
     r"position_ids|token_type_ids|num_batches_tracked|relative_position_index|relative_coords_table|cu_seqlens"
     r"|(?:attn|attention|self_attn)\.(?:bias|masked_bias)|mask"
@@ -124,6 +125,7 @@ class _Sizes:
                 if isinstance(value, int) and not isinstance(value, bool) and value > 1:
                     self._enter(key, value)
         self.mixtures = {name.partition(".experts.")[0] for name in refs if ".experts." in name}  # modules with experts
+        self.biased = {name.removesuffix(".bias") for name in refs if name.endswith(".bias")}  # which no table is
 
     def _enter(self, key: str, value: int) -> None:
         if "vocab" in key or key == "codebook_size":
@@ -141,11 +143,11 @@ def _kind(ref: TensorRef, sizes: _Sizes) -> Kind:
     module = _module(name)
     if not ref.dtype.is_floating_point:
         return "code" if _is_code(ref) else "buffer"
-    if _is_router(name, module, sizes):
+    if _is_router(name, sizes):
         return "router"
     if len(shape) < 2:
         return "vector"
-    if EXPERTS.search(name) or (len(shape) == 3 and shape[0] in sizes.experts):
+    if EXPERTS.search(name):
         return "expert"
     if POSITIONS.fullmatch(module):
         return "position"
@@ -154,20 +156,22 @@ def _kind(ref: TensorRef, sizes: _Sizes) -> Kind:
     if TOKENS.fullmatch(module) or HEADS.fullmatch(module):
         return "embedding"
     if len(shape) > 2:
+        if shape[0] in sizes.experts:
+            return "expert"
         return "kernel" if name.endswith(".weight") else "parameter"
     if not name.endswith("weight"):
         return "parameter"
     if layer_of(name) is None:
         if module in OUTSIDE_LAYERS or set(shape) & (sizes.tokens - sizes.widths):
             return "embedding"
-        if shape[0] in sizes.positions - sizes.widths:
+        if shape[0] in sizes.positions - sizes.widths and name.removesuffix(".weight") not in sizes.biased:
             return "position"
     return "linear"
 
 
-def _is_router(name: str, module: str, sizes: _Sizes) -> bool:
+def _is_router(name: str, sizes: _Sizes) -> bool:
     """A weight or bias that chooses experts: beside them, or by its name."""
-    if ".router." in name or module == "router":
+    if "router" in name.split("."):
         return True
     return any(
         name.startswith(mixture + ".") and name.removeprefix(mixture + ".").partition(".")[0] in ROUTERS

@@ -263,7 +263,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     planner = Planner(recipe, base, specialists, found, absent)
     if form == "adapter" and compress is None:
         for specialist in planner.counted:
-            changed = (name for name in (*planner.merged, *planner.averaged) if name in specialist.full)
+            changed = (name for name in planner.merged if name in specialist.full)
             if whole := next((specialist.full[name] for name in changed), None):
                 holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
                 raise RecipeError(
@@ -407,7 +407,8 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
         reached = averaged if rule.merge_method is None else merged  # λ reaches norms and biases too
         if rule.policy is None and not fnmatch.filter(reached, pattern):
             raise RecipeError(
-                f"modules: '{pattern}' names a method, but no weight that it matches is merged; write policy: keep or average"
+                f"modules: '{pattern}' names a method or its parameters, but no weight that it matches is merged by one; write "
+                "policy: keep or average"
             )
         if rule.policy == "average" and not fnmatch.filter(averaged, pattern):
             raise RecipeError(

@@ -59,6 +59,11 @@ class Job:
         return (self,) if self.kind == "merge" else self.pieces
 
     @property
+    def adds_nothing(self) -> bool:
+        """Whether the result is the base: λ or α is 0, or no model takes part with a weight other than 0."""
+        return 0 in (self.parameters.get("scale"), self.parameters.get("alpha")) or not any(self.weights)
+
+    @property
     def read_bytes(self) -> int:
         """Size of the tensors that it reads."""
         return sum(ref.n_bytes for ref in self.reads)
@@ -123,7 +128,7 @@ class Planner(Choices):
             return "average"
         if self._asks_for_method(name) and len(ref.shape) == 2:
             return "merge"
-        if kind in OF_ROWS:
+        if kind in OF_ROWS and not self._asks_for_method(name):
             check_rows_are_ruled(self.counted, name, kind, asked=False)
             return "keep"
         method, _ = self._method(name)

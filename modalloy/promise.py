@@ -38,10 +38,10 @@ What = Literal["matrix", "vector", "rows", "numbers", "other"]
 Kind = Literal["merged", "averaged", "kept", "carried"]
 Rows = tuple[tuple[int, int], ...]
 IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(?P<index>\d+)\.")
-# last words of the module that a table of rows is the weight of
-OF_TOKENS = {"embed", "emb", "embeds", "embedding", "embeddings", "wte", "unembed", "unembedding", "shared"}
-OF_POSITIONS = {"pos", "position", "positional", "positions", "rel", "relative"}
-HEADS = {"lm_head", "embed_out", "embed_in", "output_layer", "text_head", "codec_head"}
+# modules that a table of rows is the weight of: by their last word, by their names
+OF_TOKENS = {"embed", "emb", "embeds", "embedding", "embeddings", "wte"}
+TABLES = {"lm_head", "embed_out", "output_layer", "text_head", "codec_head", "unembed", "unembedding", "shared"}
+OF_POSITIONS = ("pos", "position", "positional", "positions", "relative_attention", "relative_position")
 CHOOSERS = {"gate", "router", "wg", "gating", "shared_expert_gate"}
 
 
@@ -183,7 +183,7 @@ class Promises:
                 raise CheckpointError(f"{slot}: was trained by {trained.label}, and no rule says what becomes of it")
             return kept
         is_low_rank = any(slot in model.factors for model in having)
-        if is_low_rank or what == "matrix" or (asked and what == "rows" and len(start.shape) == 2):
+        if is_low_rank or what == "matrix" or (asked and what in ("rows", "other") and len(start.shape) == 2):
             return self._merged(slot, start)
         if what == "vector" or (policy == "average" and what != "numbers"):
             return self._averaged(slot, start, having, self._strength(slot))
@@ -288,41 +288,64 @@ class Promises:
         name, shape = ref.name, ref.shape
         if not ref.dtype.is_floating_point:
             return "numbers"
-        parts = name.removesuffix(".weight").removesuffix(".bias").split(".")
-        module, words = parts[-1], set(parts[-1].split("_"))
-        if "router" in parts or (module in CHOOSERS and self._has_experts(".".join(parts[:-1]))):
+        stem = name.removesuffix(".weight").removesuffix(".bias")
+        parts = stem.split(".")
+        module, words = parts[-1], parts[-1].split("_")
+        if "router" in parts or any(self._chooses(parts, index) for index in range(len(parts))):
             return "rows"
         if len(shape) < 2:
             return "vector"
-        if len(shape) > 2 and any(part == "experts" for part in parts):
+        if "experts" in parts and not _is_numbered(parts[parts.index("experts") + 1 :]):
             return "other"
-        if module == "wpe" or (words & OF_POSITIONS and words & (OF_TOKENS | {"bias", "table"})):
+        if module in ("wpe", "bias_values") or module.startswith(("embed_positions", "rel_pos")):
             return "rows"
-        is_table = module.split("_")[-1] in OF_TOKENS or module.startswith("embed_tokens") or module in HEADS
-        if is_table and "patch" not in words and len(shape) < 4:
+        if any(
+            f"{of}{join}{table}" in module for of in OF_POSITIONS for join in ("", "_") for table in ("emb", "bias")
+        ):
+            return "rows"
+        ends = words[-1] in OF_TOKENS or module.endswith(("embed_in", "bos_eos_token")) or "embed_tokens" in module
+        if len(shape) < 4 and (module in TABLES or (ends and "patch" not in module)):
             return "rows"
         if len(shape) > 2 or not name.endswith("weight"):
             return "other"
         if not IN_A_LAYER.search(name):
-            tables, widths = self._sizes
-            if module in ("output", "head") or set(shape) & (tables - widths):
+            tokens, positions, widths = self._sizes
+            if module in ("output", "head") or set(shape) & (tokens - widths):
+                return "rows"
+            if shape[0] in positions - widths and f"{stem}.bias" not in self.base.refs:
                 return "rows"
         return "matrix"
 
-    def _has_experts(self, module: str) -> bool:
-        return any(name.startswith(f"{module}.experts.") for name in self.base.refs)
+    def _chooses(self, parts: Sequence[str], index: int) -> bool:
+        """Whether the module at this place of a name stands beside experts that it chooses from."""
+        return parts[index] in CHOOSERS and ".".join(parts[:index]) in self._mixtures
 
     @cached_property
-    def _sizes(self) -> tuple[set[int], set[int]]:
+    def _mixtures(self) -> set[str]:
+        """The modules that hold experts."""
+        return {name.split(".experts.")[0] for name in self.base.refs if ".experts." in name}
+
+    @cached_property
+    def _sizes(self) -> tuple[set[int], set[int], set[int]]:
         """How many tokens and positions the model knows, and how wide it is, as its config says."""
-        tables: set[int] = set()
+        tokens: set[int] = set()
+        positions: set[int] = set()
         widths: set[int] = set()
         for key, value in _numbers(self.config):
-            if "vocab" in key or key in ("n_positions", "n_ctx") or key.endswith("position_embeddings"):
-                tables.add(value)
+            if "vocab" in key or key == "codebook_size":
+                tokens.add(value)
+            elif key in ("n_positions", "n_ctx") or key.endswith(("position_embeddings", "_positions")):
+                positions |= {value, value + 2}  # two rows for padding
             elif key.endswith(("_size", "_dim", "dim", "width")) or key in ("d_model", "n_embd", "d_ff", "n_inner"):
                 widths.add(value)
-        return tables, widths
+        return tokens, positions, widths
+
+
+def _is_numbered(parts: Sequence[str]) -> bool:
+    """Whether what follows `experts` in a name is one expert: `0.up_proj`, `expert_0.fc1`, `each_experts.0.up_proj`."""
+    if len(parts) > 1 and parts[0].rpartition("_")[2].isdigit():
+        return True
+    return len(parts) > 2 and parts[1].isdigit()
 
 
 def _numbers(config: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, int]]:

@@ -100,6 +100,8 @@ def merged_update(
 ) -> Delta:
     """The method's merge of a weight's updates, or of some rows of them; `double` if the recipe computes in float64."""
     method, shape = promise.method, promise.start.shape
+    if all(update.weight == 0 for update in promise.updates):
+        return LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
     literal = is_literal(method, promise.parameters, shape, promise.compress_rank, promise.interpolates)
     dense = literal and not METHODS[method].one_rank  # which has no form on full matrices
     wide = torch.float64 if literal or double else torch.float32
@@ -145,22 +147,33 @@ def weight_error(
 def factors_error(
     promise: "Promise", written: LowRank, read: Read, surveys: Surveys, *, double: bool
 ) -> tuple[float, float, float | None]:
-    """The same for an update that is written as factors (in their stored type), and what cutting it to its rank lost."""
-    wanted = merged_update(promise, read, surveys, double=double)
+    """The same for an update that is written as factors (in their stored type), and what cutting it to its rank lost.
+
+    Where singular values are equal at the cut, as those of `iso_c` are, many cuts are the best: what is written must be as
+    near to the whole update as the one that is found here.
+    """
+    whole = wanted = merged_update(promise, read, surveys, double=double)
     lost = None
     rank = promise.compress_rank
     if rank is not None and (not isinstance(wanted, LowRank) or wanted.rank > rank):
         wanted, lost = compressed(wanted, rank)
     found = written.to(torch.float64)
-    if isinstance(wanted, LowRank):
-        distance, size = norm(found + -1.0 * wanted.to(torch.float64)), norm(wanted)
-    else:
-        distance, size = norm(found.dense() - wanted), norm(wanted)
+    distance, size = _apart(found, wanted), norm(wanted)
     # Rounding each entry of both factors by itself costs 0.6 units of roundoff times this sum, at every size and spectrum;
     # it exceeds the size where the columns' products cancel each other.
     products = float((found.up.norm(dim=0) * found.down.norm(dim=1)).norm())
     allowed = COMPUTED + _roundoff(written.up.dtype) * _ratio(products, size)
+    if lost is not None and distance > allowed * size:
+        distance = max(0.0, _apart(found, whole) - _apart(wanted, whole))
     return _ratio(distance, size), allowed, lost
+
+
+def _apart(one: Delta, other: Delta) -> float:
+    """Frobenius norm of the difference of two updates."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return norm(one.to(torch.float64) + -1.0 * other.to(torch.float64))
+    dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in (one, other)]
+    return norm(dense[0].to(torch.float64) - dense[1])
 
 
 def _distance(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]) -> tuple[float, float]:

@@ -5,7 +5,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import modalloy
 from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.kinds import kinds
+from modalloy.promise import Promises
 from modalloy.verify import verify
 
 CONFIG = {
@@ -40,11 +42,19 @@ NAMES: dict[str, tuple[str, tuple[int, ...]]] = {
     "visual.pos_embed.weight": ("position", (100, 32)),
     "vision_model.embeddings.position_embedding.weight": ("position", (50, 32)),
     "visual.positional_embedding": ("position", (50, 32)),
+    "vision_tower.layers.0.attn.rel_pos_h": ("position", (27, 8)),
+    "transformer.rows.weight": ("position", (66, 32)),  # by its rows, outside the layers
+    "aligner.vision_proj.weight": ("linear", (64, 48)),  # which has a bias
+    "aligner.vision_proj.bias": ("vector", (64,)),
+    "talker.audio_bos_eos_token.weight": ("embedding", (2, 32)),
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": ("position", (32, 8)),
     "model.layers.0.mlp.gate.weight": ("router", (4, 32)),
     "model.layers.0.mlp.gate.e_score_correction_bias": ("router", (4,)),
     "model.layers.0.block_sparse_moe.router.layer.weight": ("router", (4, 32)),
     "model.layers.0.mlp.experts.0.up_proj.weight": ("linear", (48, 32)),
+    "model.layers.0.ffn.experts.expert_0.fc1.weight": ("linear", (48, 32)),
+    "model.layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.0.up_proj.weight": ("linear", (48, 32)),
+    "model.layers.0.mlp.deepspeed_moe.gate.wg.weight": ("router", (4, 32)),
     "model.layers.0.mlp.experts.gate_up_proj": ("expert", (4, 32, 96)),
     "model.layers.0.mlp.experts.gate_up_proj_bias": ("expert", (4, 96)),
     "transformer.blocks.0.ffn.experts.mlp.w1": ("expert", (192, 32)),
@@ -58,6 +68,7 @@ NAMES: dict[str, tuple[str, tuple[int, ...]]] = {
     "model.layers.0.self_attn.q_proj.weight": ("linear", (32, 32)),
     "visual.attn.in_proj_weight": ("linear", (96, 32)),
     "vision_model.patch_embedding.weight": ("linear", (32, 588)),  # a linear layer over patches
+    "visual.vision_patch_embed.weight": ("linear", (32, 588)),
     "multi_modal_projector.linear_1.weight": ("linear", (32, 48)),
     "model.layers.0.output.dense.weight": ("linear", (32, 48)),
     "model.layers.0.input_layernorm.weight": ("vector", (32,)),
@@ -69,6 +80,29 @@ NAMES: dict[str, tuple[str, tuple[int, ...]]] = {
 def test_a_tensor_is_what_its_module_and_shape_say(name: str) -> None:
     refs = {one: TensorRef(one, torch.bfloat16, shape, Path("x"), 0) for one, (_, shape) in NAMES.items()}
     assert kinds(CONFIG, refs)[name] == NAMES[name][0]
+
+
+def test_verify_says_of_every_tensor_what_the_planner_says() -> None:
+    """The two say it by themselves; where they differ, a right merge would be refused."""
+    same = {"linear": "matrix", "vector": "vector", "embedding": "rows", "position": "rows", "router": "rows"}
+    names = ["patch_embed.weight", "posemb", "rel_emb.weight", "mlp_shared.weight", "unembed.weight", "lm_head.weight"]
+    names += [
+        "router.layer.weight",
+        "moe.gate.global_scale",
+        "moe.gate.norm.weight",
+        "wte.weight",
+        "vision_embed_tokens.weight",
+    ]
+    shapes = [(32,), (32, 48), (40, 32), (66, 32), (50, 32), (4, 32, 48), (1, 64, 32), (32, 3, 2, 2)]
+    tables = [{name: shape for name, (_, shape) in NAMES.items()}]
+    tables += [dict.fromkeys(["moe.experts.w", *NAMES, *names], shape) for shape in shapes]
+    config = CONFIG | {"codebook_size": 50}
+    for table in tables:
+        refs = {name: TensorRef(name, torch.float32, shape, Path("x"), 0) for name, shape in table.items()}
+        promises = Promises.__new__(Promises)
+        promises.config, promises.base = config, cast(Any, SimpleNamespace(refs=refs))
+        for name, kind in kinds(config, refs).items():
+            assert promises._what(refs[name]) == same.get(kind, "other"), (name, refs[name].shape, kind)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +209,27 @@ def test_a_weight_of_0_in_one_layer_is_absence_there(models: Path) -> None:
             assert torch.equal(found[name], base[name])
 
 
-@pytest.mark.parametrize("method", ["average", "ssam", "ties", "tsv", "iso_c", "dare_linear", "consensus", "metagpt"])
+@pytest.mark.parametrize("kind", ["tuned", "lora"])
+@pytest.mark.parametrize("method", ["ssam", "linear", "ties", "dare_ties", "wudi", "metagpt"])
+def test_where_all_weights_are_0_a_layer_is_the_bases_bit_for_bit(method: str, kind: str, models: Path) -> None:
+    edit(models / "base/model.safetensors", lambda t: {k: v.where(v > 0, -0.0) for k, v in t.items()})
+    listed = [{"model": f"{kind}{i}", "parameters": {"weight": [0, 1]}} for i in (1, 2)]
+    outside = {"model.resampler.weight": {"policy": "keep"}} if kind == "tuned" else {}
+    merged(models, merge_method=method, models=listed, modules=outside)
+    written, start = load_file(models / "out/model.safetensors"), load_file(models / "base/model.safetensors")
+    for name in (name for name in start if "layers.0." in name):
+        assert torch.equal(written[name].view(torch.uint8), start[name].view(torch.uint8)), name
+    last = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(written[last], start[last])
+
+
+@pytest.mark.parametrize(
+    "method", ["average", "ssam", "ties", "tsv", "iso_c", "dare_linear", "consensus", "metagpt", "linear"]
+)
 def test_a_scale_of_0_is_the_base_bit_for_bit(method: str, models: Path) -> None:
     edit(models / "base/model.safetensors", lambda t: {k: v.where(v > 0, -0.0) for k, v in t.items()})
-    merged(models, "tuned1", "tuned2", merge_method=method, parameters={"scale": 0})
+    strength = "alpha" if method == "linear" else "scale"
+    merged(models, "tuned1", "tuned2", merge_method=method, parameters={strength: 0})
     written = load_file(models / "out/model.safetensors")
     for name, tensor in load_file(models / "base/model.safetensors").items():
         assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
@@ -244,6 +295,39 @@ def test_routers_stay_the_bases_and_are_named(models: Path) -> None:
     assert bool((found["model.layers.0.mlp.experts.down_proj"] == 3).all())  # a sum of updates, whatever the shape
     assert not found["model.layers.0.mlp.gate.weight"].any()
     assert "1 routers that tuned1, tuned2 changed stay the base's" in said
+
+
+def test_a_rule_reaches_the_bias_of_a_router_or_is_refused(models: Path) -> None:
+    with_experts(models, router=True)
+    bias = "model.layers.0.mlp.gate.bias"
+    for value, name in enumerate(("base", "tuned1", "tuned2")):
+        edit(models / f"{name}/model.safetensors", lambda t, value=value: t | {bias: torch.full((3,), float(value))})
+    found, _ = merged(models, "tuned1", "tuned2", modules={"*mlp.gate.*": {"merge_method": "task_arithmetic"}})
+    assert bool((found[bias] == 3).all() and (found["model.layers.0.mlp.gate.weight"] == 3).all())
+    shutil.rmtree(models / "out")
+    said = refused(models, "tuned1", "tuned2", modules={"*mlp.gate.*": {"merge_method": "ties"}})
+    assert f"ties merges matrices, but {bias} is one of the routers (3); write policy: keep or average" in said
+
+
+def test_a_matrix_that_is_no_modules_weight_is_merged_by_the_method_of_its_rule(models: Path) -> None:
+    for value, name in enumerate(("base", "tuned1", "tuned2")):
+        edit(
+            models / f"{name}/model.safetensors",
+            lambda t, value=value: t | {"visual.proj": torch.full((3, 4), value / 2)},
+        )
+    assert "changed visual.proj" in refused(models, "tuned1", "tuned2", merge_method="ties")
+    rule = {"visual.proj": {"merge_method": "ties", "parameters": {"density": 1}}}
+    found, _ = merged(models, "tuned1", "tuned2", merge_method="ties", modules=rule)
+    assert bool((found["visual.proj"] == 0.75).all())
+
+
+def test_the_correction_bias_of_a_router_stays_the_bases(models: Path) -> None:
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    with_experts(models, router=True)
+    for value, model in enumerate(("base", "tuned1", "tuned2")):
+        edit(models / f"{model}/model.safetensors", lambda t, value=value: t | {name: torch.full((3,), float(value))})
+    found, said = merged(models, "tuned1", "tuned2")
+    assert not found[name].any() and "2 routers that tuned1, tuned2 changed stay the base's" in said
 
 
 def test_an_adapter_of_a_router_needs_a_rule(models: Path) -> None:
@@ -334,3 +418,22 @@ def test_a_rule_for_whole_numbers_can_only_keep_them(models: Path) -> None:
         RecipeError, match=r"tower\.position_ids holds whole numbers, which have no mean; write policy: keep"
     ):
         modalloy.plan(modalloy.load_recipe(recipe(models, "tuned1", modules={"tower.*": {"policy": "average"}})))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_whole_numbers_in_the_place_of_a_weight_are_refused(name: str, dtype: torch.dtype, models: Path) -> None:
+    def codes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {f"base_model.model.{name}": torch.ones(of(models, "base")[name].shape, dtype=dtype)}
+
+    edit(models / "lora1/adapter_model.safetensors", codes)
+    said = refused(models, "lora1", modules={name: {"policy": "average"}})
+    assert f"{name} holds {dtype}, no weights" in said and "the base has torch.float32" in said
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_a_cut_between_equal_singular_values_is_verified(method: str, models: Path) -> None:
+    """Many cuts are the best there: which is found depends on the precision."""
+    kept = {name: {"policy": "keep"} for name, one in of(models, "base").items() if one.dim() != 2}
+    output = {"form": "adapter", "compress_rank": 2}
+    merged(models, "tuned1", "tuned2", merge_method=method, output=output, modules=kept)
