@@ -237,6 +237,18 @@ def test_rules_of_recipes(tmp_path: Path, recipe: Models) -> None:
     )
 
 
+def test_weights_over_the_layers_need_no_value_for_what_is_kept(tmp_path: Path, recipe: Models) -> None:
+    target, donor = write(tmp_path / "t", "mplug-owl2", 1), write(tmp_path / "d", "llava-v1.5-7b", 2)
+    models = [{"model": str(donor), "parameters": {"weight": [0, 1]}}]
+    written = recipe(target, modules={"model.norm.weight": {"policy": "keep"}}, vocabulary="keep", models=models)
+    merge(written, tmp_path / "out")
+    before, other, after = weights(target), weights(donor), weights(tmp_path / "out")
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(after[name.format(0)], before[name.format(0)])
+    moved = 0.7 * before[name.format(1)] + 0.3 * other[name.format(1)]
+    assert torch.allclose(after[name.format(1)], moved, atol=1e-6)
+
+
 def test_tokenizers_that_differ_keep_the_targets_rows(tmp_path: Path, recipe: Models) -> None:
     target, donor = write(tmp_path / "t", "cogvlm-chat", 1), write(tmp_path / "d", "llava-v1.5-7b", 2)
     swapped = {f"t{row}": (row + 1) % TOKENS for row in range(TOKENS)}

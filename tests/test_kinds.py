@@ -421,7 +421,7 @@ def test_a_rule_for_whole_numbers_can_only_keep_them(models: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", NORM])
 def test_whole_numbers_in_the_place_of_a_weight_are_refused(name: str, dtype: torch.dtype, models: Path) -> None:
     def codes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {f"base_model.model.{name}": torch.ones(of(models, "base")[name].shape, dtype=dtype)}

@@ -34,20 +34,21 @@ class AcrossPlanner(Choices):
 
     def _job(self, name: str) -> Job:
         spec, own = self._like_base(name), self.base.refs[name]
+        takes_source = self._policy(name) == "take_source"
+        if not takes_source and not any(found.tensors[name].pieces for found in self.across.maps.values()):
+            return Job("keep", name, (spec,), (own,))  # before its depth is asked for: it may be in no layer
         counterparts = [
             (donor.full[name], weight)
             for index, (donor, weight) in enumerate(zip(self.donors, self._weights(name), strict=True))
             if name in donor.full and weight != 0 and index not in self.absent
         ]
-        if self._policy(name) == "take_source":
+        if takes_source:
             if len(counterparts) != 1:
                 raise RecipeError(
                     f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it; keep the target's by "
                     "a rule above it with policy: keep, or write a narrower pattern"
                 )
             return Job("carry", name, (spec,), (counterparts[0][0],))
-        if not any(found.tensors[name].pieces for found in self.across.maps.values()):
-            return Job("keep", name, (spec,), (own,))
         method, written = self._method(name)
         if self.across.base is not None:
             if name not in self.across.parts:
