@@ -260,7 +260,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a method for norms": (
         {"modules": {"*norm*": {"merge_method": "ties"}}},
-        r"modules: '\*norm\*' names a method or its parameters, but no weight that it matches is merged by one; write policy: keep or average",
+        r"modules: '\*norm\*' names a method or its parameters, but no weight .* is merged by one; write policy: keep or average",
     ),
     "no Fisher file": (
         {"merge_method": "fisher"},
