@@ -68,7 +68,7 @@ def main() -> None:
     }
     print(
         f"\n{document['merges']} merges, {document['over']} over the limit, {document['over_allowed']} by more than 5 %, "
-        f"the worst {document['worst']:.3f} ×; {len(document['failed'])} failed"
+        f"the worst {document['worst'] or 0:.3f} ×; {len(document['failed'])} failed"
     )
     print(json.dumps(document | {"machine": measuring.machine()}))
 

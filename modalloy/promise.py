@@ -83,8 +83,13 @@ class Promise:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """What is read to work it out."""
-        return (self.start, *(ref for update in self.updates for ref in update.refs), *self.fishers)
+        """What is read to work it out; factors of factors need no start."""
+        whole = len(self.names) == 1 or any(update.tuned is not None for update in self.updates)
+        return (
+            *((self.start,) if whole else ()),
+            *(ref for update in self.updates for ref in update.refs),
+            *self.fishers,
+        )
 
     @property
     def n_bytes(self) -> int:
