@@ -60,6 +60,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 class Chat:
     """Answers with the question's last word and what it was shown."""
 
+    modalities = ("image", "audio", "video", "point")
+
     def chat(self, messages: list[dict[str, Any]], *, max_new_tokens: int) -> str:
         self.asked = messages, max_new_tokens
         if any(part.get("path") == "broken.png" for part in messages[0]["content"]):

@@ -87,10 +87,10 @@ def test_a_recipe_and_probes_that_are_pipes_are_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "pipe.yaml")
     with refused(r"pipe\.yaml: is a named pipe", RecipeError):
         parse_axes([str(tmp_path / "pipe.yaml")], load_recipe(write_recipe(tmp_path)))
-    with refused(r"pipe\.yaml: is a named pipe", MediaError):
+    with refused(r"pipe\.yaml: is a pipe or a device, not a file", MediaError):
         read_probes(tmp_path / "pipe.yaml")
     (tmp_path / "probes.jsonl").write_text('{"text": "What?", "media": {"image": "pipe.yaml"}}')
-    with refused(r"line 1: \S+pipe\.yaml: is a named pipe", MediaError):
+    with refused(r"line 1: \S+pipe\.yaml: is a pipe or a device, not a file", MediaError):
         read_probes(tmp_path / "probes.jsonl")
 
 
