@@ -110,10 +110,12 @@ def test_a_task_is_answered(model: Callable[..., Any], tmp_path: Path) -> None:
     assert limit == 16 and messages == [
         {
             "role": "user",
-            "content": [
-                {"type": "image", "path": str(tmp_path / "cat.png")},
-                {"type": "audio", "path": str(tmp_path / "dog.wav")},
-                {"type": "text", "text": QUESTION["value"]},
+            "content": [  # media stand where the question names them
+                {"type": "text", "text": "Image: "},
+                {"type": "image", "path": str(tmp_path / "cat.png"), "inline": True},
+                {"type": "text", "text": "\nAudio: "},
+                {"type": "audio", "path": str(tmp_path / "dog.wav"), "inline": True},
+                {"type": "text", "text": "\nWhat do they share?\nA. colour\nB. sound"},
             ],
         }
     ]
