@@ -27,18 +27,22 @@ def settled_plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
 
 
 def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
-    """The plan once its inputs were compared: models that change nothing do not count.
+    """The plan once its inputs were compared: models that change nothing do not count where others do.
 
-    `trained` then lists which models changed what is kept as the base has it.
+    `unchanged` lists them where none does: the result is the base then, and says so. `trained` lists which models changed
+    what is kept as the base has it.
 
     Raises:
         ModalloyError: as `plan` does; and a model changed what no method merges and no rule speaks of.
     """
     recipe = planned.recipe
     if planned.across is None or planned.across.base is not None:
-        idle = tuple(one.label for one in planned.counted if one in planned.specialists and not _updates(planned, one))
-        if idle:
+        counted = [one for one in planned.counted if one in planned.specialists]
+        idle = tuple(one.label for one in counted if not _updates(planned, one))
+        if 0 < len(idle) < len(counted):
             planned = plan(recipe, allow_base_mismatch=allow_base_mismatch, idle=idle)
+        elif idle:
+            planned.unchanged = idle
     if planned.across is None:
         _check_unmerged(planned)
         kept = (job.slot for job in planned.jobs if job.kind == "keep")

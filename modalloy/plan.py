@@ -71,6 +71,7 @@ class Plan:
     kinds: dict[str, Kind] = field(default_factory=dict)  # of the base's tensors
     absent: dict[str, str] = field(default_factory=dict)  # why a model does not count, by label
     idle: tuple[str, ...] = ()  # those of them whose every update is zero
+    unchanged: tuple[str, ...] = ()  # all that count, where all their updates are zero
     must_be_equal: list[str] = field(default_factory=list)  # kept tensors that no model may have changed
     trained: dict[str, list[str]] = field(default_factory=dict)  # who changed what is kept, once `settle` has compared
     kinship: dict[str, Kinship] = field(

@@ -132,13 +132,12 @@ class Promises:
 
     @cached_property
     def models(self) -> list[Model]:
-        """Those that count: not the base itself, none of weight 0, none whose every update is zero."""
-        return [model for model in self.every if model.is_weighed and self._moves(model)]
+        """Those that count: not the base itself, none of weight 0, none whose every update is zero where others' are not."""
+        others = [model for model in self.every if model.is_weighed and not model.folder.samefile(self.base.folder)]
+        return [model for model in others if self._moves(model)] or others
 
     def _moves(self, model: Model) -> bool:
         """Whether a model differs from the base anywhere, in the tensors that the base has."""
-        if model.folder.samefile(self.base.folder):
-            return False
         if any(bool(self.read(a).any()) and bool(self.read(b).any()) for a, b, _ in model.factors.values()):
             return True
         return any(not self._same(ref, self.base.refs[slot]) for slot, ref in model.tuned.items())

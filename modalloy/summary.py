@@ -17,6 +17,10 @@ def one_line(planned: "Plan") -> str:
     parts = [f"{planned.merged_weights()} linear weights merged ({planned.recipe.merge_method}, {settings})"]
     parts += [f"{count} tensors {fate}" for fate, count in planned.counts().items() if fate != "merged"]
     parts += [f"{label} does not count ({reason})" for label, reason in planned.absent.items()]
+    if planned.unchanged:
+        parts.append(
+            f"{', '.join(planned.unchanged)} changes nothing: every update is zero, and the result is the base"
+        )
     parts += _said_of_rules(planned)
     if any(set(job.weights) - {None, 1.0} for job in planned.jobs):
         parts.append("a model's weight is a factor of its update, never normalised")

@@ -27,7 +27,7 @@ from torch import Tensor
 import modalloy
 from modalloy import cli
 from modalloy.checkpoints import staging
-from modalloy.errors import CheckpointError, MediaError, OutputError, RecipeError
+from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.media import load_audio, load_image
 from modalloy.verify import verify
 
@@ -1217,14 +1217,10 @@ def test_every_rank_is_merged(
     entries = []
     for index, own in enumerate(ranks):
         folder = write_compose(tmp_path / f"s{index}", "vision", rank=own or 4, seed=index)
-        if own == 0 or (zero and index):  # B = 0, as training starts
+        if own == 0 or zero:  # B = 0, as training starts
             edit_tensors(folder, lambda stored: [stored[name].zero_() for name in stored if "lora_B.default" in name])
         entries.append({"model": str(folder)})
     recipe = write_recipe(models=entries, merge_method=method, parameters=parameters)
-    if not any(own for own in (ranks[:1] if zero else ranks)):
-        with pytest.raises(RecipeError, match=r"nothing would be merged \(s0: changes nothing: every update is zero"):
-            modalloy.merge(recipe, tmp_path / "out")
-        return
     report = modalloy.merge(recipe, tmp_path / "out")
     assert report.verification.worst_error is not None and report.verification.worst_error < 1e-5
     written = load_file(weights(tmp_path / "out"))

@@ -358,10 +358,16 @@ def test_what_a_rule_merges_otherwise_is_said(models: Path) -> None:
         assert f"5 linear weights that {', '.join(names)} changed stay the base's" in said
 
 
+def test_where_every_update_is_zero_the_result_is_the_base_and_says_so(models: Path) -> None:
+    for name in ("copy1", "copy2"):
+        shutil.copytree(models / "base", models / name)
+    found, said = merged(models, "copy1", "copy2", merge_method="ssam")
+    assert all(torch.equal(found[name], tensor) for name, tensor in of(models, "base").items())
+    assert "copy1, copy2 changes nothing: every update is zero, and the result is the base" in said
+
+
 def test_a_merge_of_nothing_is_refused(models: Path) -> None:
     assert "nothing would be merged (base#1: is the base itself" in refused(models, "base")
-    shutil.copytree(models / "base", models / "copy")
-    assert "nothing would be merged (copy: changes nothing" in refused(models, "copy")
     zero = [{"model": "tuned1", "parameters": {"weight": 0}}]
     assert "nothing would be merged (tuned1: its weight is 0)" in refused(models, models=zero)
     edit(models / "tuned1/model.safetensors", lambda t: {k: v for k, v in t.items() if "norm" in k})
