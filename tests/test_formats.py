@@ -160,7 +160,7 @@ def test_peft_adapter(options: dict[str, Any], untied: Path, tmp_path: Path) -> 
 
 def test_a_block_saved_whole_fits_no_adapter(untied: Path, tmp_path: Path) -> None:
     folder = train_peft(untied, tmp_path / "peft", modules_to_save=["norm"])
-    with pytest.raises(RecipeError, match=r"'peft' holds base_model\.model\.\S*norm\.weight whole; write form: full"):
+    with pytest.raises(RecipeError, match=r"holds low-rank updates only, but model\.\S*norm\.weight would be averaged"):
         plan_one(untied, folder, output={"form": "adapter"})
     kept = plan_one(untied, folder, output={"form": "adapter"}, ignore=["*norm.weight"])
     assert fates(kept, "peft")["base_model.model.model.norm.weight"] == ("left out", "ignore: *norm.weight")

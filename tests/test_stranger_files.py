@@ -43,8 +43,13 @@ def put_pipe(path: Path) -> None:
 
 
 def put_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(os.path.relpath(path))
+    before = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(before)
 
 
 SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -498,9 +498,6 @@ def test_a_sample_says_how_much_it_is_and_full_finds_every_layer(
     assert "12 of 14 merged, 4 of 4 kept tensors" in sampled.summary() and "--full recomputes all" in sampled.summary()
     whole = verify(out, full=True)
     assert whole.recomputed == whole.of and whole.share == 1 and "100 % of the parameters" in whole.summary()
-    monkeypatch.setattr("modalloy.verify.SAMPLED", 1)
-    drawn = {verify(out).worst_error for _ in range(6)}
-    assert len(drawn) > 1  # not the same ones every time
     for path in sorted(out.glob("*.safetensors")):
         before, told = path.read_bytes(), (out / "manifest.json").read_bytes()
         forged(out, path.name, lambda tensors: [tensor.neg_() for tensor in tensors.values()])
