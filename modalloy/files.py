@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from modalloy.errors import OutputError
 
@@ -28,7 +29,6 @@ REASONS = {
     errno.ELOOP: f"a part of the path is a link that leads nowhere; {HERE}",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n) and try again",
     errno.ENFILE: "too many files are open on this machine; close some and try again",
-    errno.ENOMEM: "the system has no memory left; free some and try again",
     errno.EBUSY: f"something else uses it; wait for it, or {HERE}",
 }
 PAGE = b"<title>modalloy "  # in the first bytes of every page that modalloy writes
@@ -131,6 +131,18 @@ def open_log(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def append(log: IO[bytes], path: Path, data: bytes) -> None:
+    """Append to the log at `path`; the data is on the disk when this returns."""
+    try:
+        log.write(data)
+        log.flush()
+        os.fsync(log.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); see to it, then go on with --resume"
+        ) from error
 
 
 def read_file(path: Path, limit: int) -> bytes:

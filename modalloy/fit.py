@@ -71,12 +71,12 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
         )
 
 
-def check_rows_are_ruled(specialists: Sequence[Specialist], name: str, kind: Kind, *, asked: bool) -> None:
-    """Refuse what a specialist trained apart from linear weights (embeddings, a head, a router), unless a rule speaks of it.
+def check_rows_are_ruled(specialists: Sequence[Specialist], name: str, kind: Kind) -> None:
+    """Refuse what a specialist trained apart from linear weights (embeddings, a head, a router); for what no rule speaks of.
 
     A full model holds a copy of everything, trained or not: there the base's is kept, and the merge says what differed.
     """
-    for specialist in () if asked else specialists:
+    for specialist in specialists:
         rule = f'modules: {{"{name}": {{policy: average}}}}'
         if name in specialist.text:
             factors, pattern = specialist.text[name], name.removesuffix(".weight")

@@ -339,7 +339,6 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, 
     planner = AcrossPlanner(recipe, target, donors, across, absent)
     unread: list[WeightFile | None] = [None] * len(donors)
     parameters, jobs, fates = planner.parameters, planner.jobs, planner.fates()
-    reasons = {donors[index].label: reason for index, reason in absent.items()}
     result = Plan(
         recipe,
         target.folder,
@@ -351,7 +350,7 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, 
         None,
         unread,
         across=across,
-        absent=reasons,
+        absent=planner.reasons,
         idle=tuple(idle),
     )
     _check_all_accounted(result)

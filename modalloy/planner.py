@@ -121,15 +121,15 @@ class Planner(Choices):
                 raise RecipeError(f"modules: {name} holds whole numbers, which have no mean; write policy: keep")
             return "keep"
         if kind == "linear" or name in self.low_rank:
-            if kind in OF_ROWS:
-                check_rows_are_ruled(self.counted, name, kind, asked=policy is not None or self._asks_for_method(name))
+            if kind in OF_ROWS and policy is None and not self._asks_for_method(name):
+                check_rows_are_ruled(self.counted, name, kind)
             return "merge"
         if policy == "average" or kind == "vector":
             return "average"
         if self._asks_for_method(name) and len(ref.shape) == 2:
             return "merge"
         if kind in OF_ROWS and not self._asks_for_method(name):
-            check_rows_are_ruled(self.counted, name, kind, asked=False)
+            check_rows_are_ruled(self.counted, name, kind)
             return "keep"
         method, _ = self._method(name)
         if METHODS[method].is_sum:

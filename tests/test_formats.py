@@ -160,7 +160,8 @@ def test_peft_adapter(options: dict[str, Any], untied: Path, tmp_path: Path) -> 
 
 def test_a_block_saved_whole_fits_no_adapter(untied: Path, tmp_path: Path) -> None:
     folder = train_peft(untied, tmp_path / "peft", modules_to_save=["norm"])
-    with pytest.raises(RecipeError, match=r"holds low-rank updates only, but model\.\S*norm\.weight would be averaged"):
+    message = r"holds low-rank updates only, but model\.\S*norm\.weight would be averaged; write form: full"
+    with pytest.raises(RecipeError, match=message):
         plan_one(untied, folder, output={"form": "adapter"})
     kept = plan_one(untied, folder, output={"form": "adapter"}, ignore=["*norm.weight"])
     assert fates(kept, "peft")["base_model.model.model.norm.weight"] == ("left out", "ignore: *norm.weight")

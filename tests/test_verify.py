@@ -507,6 +507,14 @@ def test_a_sample_says_how_much_it_is_and_full_finds_every_layer(
         (out / "manifest.json").write_bytes(told)
 
 
+def test_a_sample_is_not_the_same_one_every_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modalloy.merge(recipe(tmp_path, models, output={"form": "full"}), tmp_path / "out")  # one file, which adds no other
+    monkeypatch.setattr("modalloy.verify.SMALL_BYTES", 0)
+    monkeypatch.setattr("modalloy.verify.SAMPLED", 1)
+    drawn = {verify(tmp_path / "out").worst_error for _ in range(6)}
+    assert len(drawn) > 1
+
+
 def test_a_changed_config_of_the_base_is_found(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "base", tmp_path / "base")
     modalloy.merge(recipe(tmp_path, models, base_model=str(tmp_path / "base")), tmp_path / "out")

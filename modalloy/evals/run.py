@@ -20,7 +20,7 @@ from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, Source, Verdict, by_group, wilson
 from modalloy.evals.files import MAX_FILE_BYTES, parse_json, read_bytes
 from modalloy.evals.statistics import bootstrap_interval
-from modalloy.files import is_file, open_log, replace_text
+from modalloy.files import append, is_file, open_log, replace_text
 from modalloy.media.limits import shown
 
 RUN, PREDS = "run.json", "preds.jsonl"
@@ -221,14 +221,7 @@ class Log:
         """Append entries; they are on the disk when this returns."""
         self.entries += entries
         lines = [json.dumps(line(entry, benchmark), ensure_ascii=False).encode() + b"\n" for entry in entries]
-        try:
-            self.file.write(b"".join(lines))
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: cannot be written ({error.strerror}); see to it, then go on with --resume"
-            ) from error
+        append(self.file, self.path, b"".join(lines))
 
     def __enter__(self) -> "Log":
         return self

@@ -39,8 +39,8 @@ class AcrossPlanner(Choices):
             return Job("keep", name, (spec,), (own,))  # before its depth is asked for: it may be in no layer
         counterparts = [
             (donor.full[name], weight)
-            for index, (donor, weight) in enumerate(zip(self.donors, self._weights(name), strict=True))
-            if name in donor.full and weight != 0 and index not in self.absent
+            for donor, weight in zip(self.donors, self._weights(name), strict=True)
+            if name in donor.full and weight != 0
         ]
         if takes_source:
             if len(counterparts) != 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modalloy.errors import ModalloyError, OutputError
-from modalloy.files import open_log
+from modalloy.files import append, open_log
 
 TRIALS = "trials.jsonl"
 SCHEMA = 1
@@ -68,14 +68,7 @@ class Trials:
         self._append(self.lines[key])
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"{self.path}: cannot be written ({error.strerror}); see to it, then go on with --resume"
-            ) from error
+        append(self.file, self.path, json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def _lines(self, whole: bytes) -> list[dict[str, Any]]:
         lines = []
