@@ -54,12 +54,19 @@ def disk_bytes(planned: Plan) -> int:
 
 def sample(planned: Plan) -> list[Job]:
     """What is worked out again to verify a merge: all of a small result, else some of each kind and method."""
-    if sum(job.read_bytes for job in planned.jobs) <= SMALL_BYTES:
-        return [one for job in planned.jobs for one in job.merges or (job,)]
+    every = [one for job in planned.jobs for one in job.merges or (job,)]
+    if sum(_bytes_with_start(planned, one) for one in every) <= SMALL_BYTES:
+        return every
     groups: dict[tuple[str, str], list[Job]] = {}
-    for one in (one for job in planned.jobs for one in job.merges or (job,)):
+    for one in every:
         groups.setdefault((one.kind, one.method), []).append(one)
     return [job for group in groups.values() for job in spread(group)]
+
+
+def _bytes_with_start(planned: Plan, job: Job) -> int:
+    """Size of what a job reads, and of the weight that it updates, which the factors of factors need not."""
+    starts = {planned.start(job.slot)} if job.kind == "merge" else set()
+    return sum(ref.n_bytes for ref in starts.union(job.reads))
 
 
 def is_recomputed_literally(planned: Plan, job: Job) -> bool:

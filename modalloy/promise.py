@@ -97,6 +97,11 @@ class Promise:
         return sum(ref.n_bytes for ref in self.refs)
 
     @property
+    def n_bytes_with_start(self) -> int:
+        """The same, and the weight that is updated, whose size says what working it out takes, though factors need it not."""
+        return sum(ref.n_bytes for ref in {self.start, *self.refs})
+
+    @property
     def is_exact(self) -> bool:
         """Whether it is the start bit for bit: nothing is added."""
         zero = self.factor == 0 or not self.updates or all(update.weight == 0 for update in self.updates)

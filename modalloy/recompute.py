@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COMPUTED = 1e-5  # relative error of an update that was merged in float32
 SUMMED = 1e-7  # and of its sum with the base
 SAMPLED = 12  # tensors of each kind, of those merged by each method, that are recomputed of a large result
-SMALL_BYTES = 64 << 20  # of inputs, up to which a result is recomputed as a whole
+SMALL_BYTES = 64 << 20  # of inputs and of the weights that they update, up to which a result is recomputed as a whole
 PART_BYTES = 8 << 20  # of a tensor that is compared bit for bit
 LITERAL_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
 

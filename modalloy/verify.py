@@ -239,7 +239,7 @@ class _Check:
     def _sample(self, draw: random.Random | None) -> list[Promise]:
         """All of a small result, else some of each kind and method, and of each file; drawn, or spread evenly."""
         promised = self.promised
-        if sum(promise.n_bytes for promise in promised) <= SMALL_BYTES:
+        if sum(promise.n_bytes_with_start for promise in promised) <= SMALL_BYTES:
             return promised
         groups: dict[tuple[str, str], list[int]] = {}
         for index, promise in enumerate(promised):

@@ -45,7 +45,7 @@ def test_samples_are_attributed_and_free() -> None:
 def test_the_real_merge_is_algorithm_1(tmp_path: Path) -> None:
     report = modalloy.merge(RECIPE, tmp_path / "merged")
     assert report.plan.merged_weights() == 210 and report.verification.worst_error < 1e-5
-    assert verify(tmp_path / "merged").layers == 210  # all: it is small
+    assert verify(tmp_path / "merged").layers == 12
     written = load_file(tmp_path / "merged" / "adapter_model.safetensors")
     for slot in ("model.layers.0.self_attn.k_proj", "model.layers.29.self_attn.o_proj"):
         deltas = []
