@@ -19,7 +19,7 @@ demo: install  ## merge the built-in specialists and ask the result about pictur
 
 test: install  ## lint, types and all tests
 	$(MAKE) check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: install  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
