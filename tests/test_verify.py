@@ -534,3 +534,27 @@ def test_pieces_are_the_whole_tensor() -> None:
         ((4,), 116),
         ((3,), 124),
     ]
+
+
+def test_means_between_two_neighbours_may_be_rounded_to_either(models: Path, tmp_path: Path) -> None:
+    folder, draw = tmp_path / "models", torch.Generator().manual_seed(0)
+    base = {name: tensor.bfloat16() for name, tensor in load_file(models / "base" / "model.safetensors").items()}
+    for name, steps in (("base", 0), ("tuned1", 3), ("tuned2", 3)):
+        shutil.copytree(models / "base", folder / name)
+        moved = dict(base)
+        for key in (key for key in base if key.endswith("proj.weight")):
+            bits = base[key].view(torch.int16) + torch.randint(steps + 1, base[key].shape, generator=draw)
+            moved[key] = bits.to(torch.int16).view(
+                torch.bfloat16
+            )  # half of their means are in the middle of two values
+        save_file(moved, folder / name / "model.safetensors", metadata={"format": "pt"})
+    modalloy.merge(recipe(tmp_path, folder, "tuned", merge_method="ssam"), tmp_path / "out")
+    found = verify(tmp_path / "out", full=True)
+    assert found.recomputed == found.of and found.worst_error is not None and found.worst_error < 1e-6
+
+    def one_step_further(tensors: dict[str, Tensor]) -> None:
+        tensors[DOWN].view(torch.int16)[0, 0] += 1
+
+    forged(tmp_path / "out", "model.safetensors", one_step_further)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight differs"):
+        verify(tmp_path / "out", full=True)
