@@ -38,7 +38,7 @@ from torch import Tensor
 
 from modalloy import builtin, merge
 from modalloy.checkpoints import open_base, read_json
-from modalloy.compute import compute, survey
+from modalloy.compute import compute, surveys
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Benchmark, Sample, Source
 from modalloy.evals.compare import Paired, compare
@@ -160,9 +160,10 @@ def recipe_of(bench: Bench, target: str, donors: Sequence[str], method: str = "l
 
 def merged(planned: Plan) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a merge would write, one by one."""
-    planned.surveys = survey(planned)
+    read, surveyed = planned.inputs.read, surveys(planned.merges(), planned.inputs.read)
     for job in planned.jobs:
-        for spec, tensor in zip(job.outputs, compute(planned, job, planned.read), strict=True):
+        computed = compute(job, read, survey=surveyed.get(job.survey_key))
+        for spec, tensor in zip(job.outputs, computed.tensors, strict=True):
             yield spec.name, tensor
 
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modalloy import builtin
-from modalloy.checkpoints import Checkpoint, Factors, Specialist, locate, open_base, open_specialist, read_json
+from modalloy.checkpoints import Checkpoint, Specialist, StoredLora, locate, open_base, open_specialist, read_json
 from modalloy.companions import companions
 from modalloy.encoders import encoder_weights
 from modalloy.model.chat import ChatModel
@@ -59,7 +59,7 @@ def write_llava(folder: Path, out: Path) -> Path:
     return _written(out, tensors | _beside(specialist, LLAVA), specialist, base, LLAVA, "llava_llama")
 
 
-def updated(specialist: Specialist, base: Checkpoint, name: str, updates: dict[str, Factors]) -> Tensor:
+def updated(specialist: Specialist, base: Checkpoint, name: str, updates: dict[str, StoredLora]) -> Tensor:
     """W_0 + ΔW of one weight, rounded once."""
     factors = updates[name]
     up, down = specialist.read(factors.b).double() * factors.scale, specialist.read(factors.a).double()

@@ -57,10 +57,10 @@ def main() -> int:
         if files := sorted(file for file in own.keys() | other.keys() if own.get(file) != other.get(file)):
             differ[name] = files
             print(f"{name}: {', '.join(files)}")
-    files = sum(map(len, found.values()))
-    print(f"{len(found)} merges, {files} files, {len(differ)} merges differ")
+    n_files = sum(map(len, found.values()))
+    print(f"{len(found)} merges, {n_files} files, {len(differ)} merges differ")
     print(
-        json.dumps({"merges": len(found), "files": files, "compared": wanted is not None, "differ": differ} | machine)
+        json.dumps({"merges": len(found), "files": n_files, "compared": wanted is not None, "differ": differ} | machine)
     )
     return 1 if differ else 0
 
@@ -120,7 +120,9 @@ def recipes() -> dict[str, dict[str, Any]]:
         add(f"{method} float64", "lora+lora", method, dtype="float64", output={"form": "adapter"})
     add("mixed", "lora+tuned", "ssam", output=full)
     add("to float16", "tuned+tuned", "average", output={"form": "full", "dtype": "float16"})
-    add("gradients", "tuned+tuned", "task_arithmetic", output=full, modules=norms, parameters={"scale": [0.2, 0.5, 1.0]})
+    add(
+        "gradients", "tuned+tuned", "task_arithmetic", output=full, modules=norms, parameters={"scale": [0.2, 0.5, 1.0]}
+    )
     rules = {
         "*.q_proj.weight": {"policy": "keep"},
         "*.k_proj.weight": {"policy": "average"},

@@ -23,6 +23,7 @@ class Choices:
 
         `own`: how many models are merged beside the recipe's. `lora_rank`: the largest LoRA rank among all.
         """
+        self.wide = torch.float64 if recipe.dtype == "float64" else torch.float32  # of the arithmetic
         self.recipe, self.base, self.absent, self.own, self.lora_rank = recipe, base, absent, own, lora_rank
         self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
         self.depth = layers(base.refs)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modalloy.checkpoints.tensors import BLOCK_BYTES
+from modalloy.checkpoints.views import MappedRef
 from modalloy.engines import memory
 from modalloy.engines.local import AHEAD
 from modalloy.errors import OutOfMemoryError
 from modalloy.families.ancestors import kinship_pairs
-from modalloy.families.stored import MappedRef
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
-from modalloy.planner import Job
+from modalloy.planning.job import Job
 from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_literal, spread
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def read_bytes(planned: Plan) -> int:
     again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(planned))
     for job in sample(planned):
         again += job.write_bytes
-        if job.kind == "merge" and len(job.outputs) == 1 and any(job.slot in s.full for s in planned.updated):
-            again += planned.start(job.slot).n_bytes  # for the update, and again to add it
+        if job.kind == "merge" and len(job.outputs) == 1 and job.has_tuned and job.start is not None:
+            again += job.start.n_bytes  # for the update, and again to add it
     return once + again
 
 
@@ -55,7 +55,7 @@ def disk_bytes(planned: Plan) -> int:
 def sample(planned: Plan) -> list[Job]:
     """What is worked out again to verify a merge: all of a small result, else some of each kind and method."""
     every = [one for job in planned.jobs for one in job.merges or (job,)]
-    if sum(_bytes_with_start(planned, one) for one in every) <= SMALL_BYTES:
+    if sum(_bytes_with_start(one) for one in every) <= SMALL_BYTES:
         return every
     groups: dict[tuple[str, str], list[Job]] = {}
     for one in every:
@@ -63,17 +63,16 @@ def sample(planned: Plan) -> list[Job]:
     return [job for group in groups.values() for job in spread(group)]
 
 
-def _bytes_with_start(planned: Plan, job: Job) -> int:
+def _bytes_with_start(job: Job) -> int:
     """Size of what a job reads, and of the weight that it updates, which the factors of factors need not."""
-    starts = {planned.start(job.slot)} if job.kind == "merge" else set()
-    return sum(ref.n_bytes for ref in starts.union(job.reads))
+    return sum(ref.n_bytes for ref in {ref for ref in (job.start, *job.reads) if ref is not None})
 
 
 def is_recomputed_literally(planned: Plan, job: Job) -> bool:
     """Whether a merged weight is verified on dense float64 matrices (see `recompute.is_literal`)."""
     compress = planned.recipe.output.compress_rank
     interpolates = planned.across is not None and planned.across.base is None
-    return is_literal(job.method, job.parameters, planned.start(job.slot).shape, compress, interpolates)
+    return is_literal(job.method, job.parameters, job.shape, compress, interpolates)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Budget:
 
     def fits_merging(self, jobs: Sequence[Job]) -> bool:
         """Whether these jobs may be held together while merging."""
-        costs = [(_held_bytes(job), _job_bytes(self.planned, job)) for job in jobs]
+        costs = [(_held_bytes(job), _job_bytes(job)) for job in jobs]
         return self.n_bytes is None or _together(costs, self.n_workers) + _written_bytes(self.planned) <= self.n_bytes
 
     def fits_verifying(self, jobs: Sequence[Job]) -> bool:
@@ -131,7 +130,7 @@ def peak_bytes(planned: Plan, n_workers: int, together: int | None = None) -> in
 
     At most `together` jobs are in flight, as many as the engine takes by default.
     """
-    costs = [(_held_bytes(job), _job_bytes(planned, job)) for job in planned.jobs]
+    costs = [(_held_bytes(job), _job_bytes(job)) for job in planned.jobs]
     window = together or n_workers + AHEAD
     merging = max((_together(costs[i : i + window], n_workers) for i in range(len(costs))), default=0)
     checks = sorted((0, _check_bytes(planned, job)) for job in sample(planned))
@@ -179,21 +178,19 @@ def _surveyed_bytes(planned: Plan) -> int:
     """What a survey takes: the updates of one weight, those of the next, and what these are read from."""
     sizes = [0]
     for job in planned.surveyed():
-        method, n = METHODS[job.method], len(planned.taking_part(job))
-        rows, columns = planned.start(job.slot).shape
-        wide = 8 if planned.recipe.dtype == "float64" else 4
-        whole = method.gets(job.parameters) == "dense" or any(job.slot in one.full for one in planned.updated)
+        method = METHODS[job.method]
+        rows, columns = job.shape
+        whole = method.gets(job.parameters) == "dense" or job.has_tuned
         copies = 1 + method.copies_updates(job.parameters)
-        ranks = sum(one.text[job.slot].rank for one in planned.specialists if job.slot in one.text)
-        entries = n * copies * rows * columns if whole else 2 * ranks * (rows + columns)
-        sizes.append(job.read_bytes + 2 * wide * entries + 4 * 8 * min(ENTRIES_AT_ONCE, rows * columns))
+        entries = len(job.models) * copies * rows * columns if whole else 2 * job.stacked_rank * (rows + columns)
+        sizes.append(job.read_bytes + 2 * job.wide.itemsize * entries + 4 * 8 * min(ENTRIES_AT_ONCE, rows * columns))
     return max(sizes)
 
 
-def _job_bytes(planned: Plan, job: Job, *, literal: bool = False) -> int:
+def _job_bytes(job: Job, *, literal: bool = False) -> int:
     """What working on a job takes beside its inputs and outputs."""
     if job.kind == "fuse":
-        return job.write_bytes + max(_job_bytes(planned, piece) for piece in job.pieces)
+        return job.write_bytes + max(_job_bytes(piece) for piece in job.pieces)
     assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
     if job.kind in ("average", "interpolate"):
         entries = job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
@@ -201,12 +198,11 @@ def _job_bytes(planned: Plan, job: Job, *, literal: bool = False) -> int:
         return assembling + 8 * blocks
     if job.kind != "merge":
         return 0
-    rows, columns = planned.start(job.slot).shape
-    method, n = METHODS[job.method], len(planned.taking_part(job))
+    rows, columns = job.shape
+    method, n = METHODS[job.method], len(job.models)
     gets = method.gets(job.parameters)
-    wide = 8 if literal or planned.recipe.dtype == "float64" else 4
-    stacked = sum(s.text[job.slot].rank for s in planned.specialists if job.slot in s.text)
-    full = any(job.slot in s.full for s in planned.updated)
+    wide = 8 if literal else job.wide.itemsize
+    stacked, full = job.stacked_rank, job.has_tuned
     if not full and gets != "dense" and not literal:
         blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
         return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
@@ -231,9 +227,9 @@ def _check_bytes(planned: Plan, job: Job) -> int:
     if job.kind in ("keep", "carry"):
         return 3 * PART_BYTES
     if job.kind != "merge":
-        return job.read_bytes + job.write_bytes + _job_bytes(planned, job) + 4 * 8 * BLOCK_ENTRIES
-    rows, columns = planned.start(job.slot).shape
+        return job.read_bytes + job.write_bytes + _job_bytes(job) + 4 * 8 * BLOCK_ENTRIES
+    rows, columns = job.shape
     literal = is_recomputed_literally(planned, job)
     whole = len(job.outputs) == 1
     entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
-    return job.read_bytes + job.write_bytes + _job_bytes(planned, job, literal=literal) + 2 * 8 * entries
+    return job.read_bytes + job.write_bytes + _job_bytes(job, literal=literal) + 2 * 8 * entries

@@ -42,12 +42,12 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
         if 0 < len(idle) < len(counted):
             planned = plan(recipe, allow_base_mismatch=allow_base_mismatch, idle=idle)
         elif idle:
-            planned.unchanged = idle
+            planned = replace(planned, unchanged=idle)
     if planned.across is None:
         _check_unmerged(planned)
-        kept = (job.slot for job in planned.jobs if job.kind == "keep")
+        kept = (job.name for job in planned.jobs if job.kind == "keep")
         names = kept if recipe.output.form == "full" else iter(planned.base.refs.keys() - planned.changed())
-        planned.trained = {name: who for name in names if (who := _who_changed(planned, name))}
+        planned = replace(planned, trained={name: who for name in names if (who := _who_changed(planned, name))})
     return planned
 
 
@@ -113,8 +113,8 @@ def _blocks(planned: Plan, ref: TensorRef) -> Iterator[Tensor]:
     """The data of a tensor, flat, in blocks; what is not stored in one piece is read whole."""
     count = ref.n_bytes // ref.dtype.itemsize
     if ref.begin < 0:
-        yield from planned.read(ref).reshape(-1).split(BLOCK_ENTRIES)
+        yield from planned.inputs.read(ref).reshape(-1).split(BLOCK_ENTRIES)
         return
     for start in range(0, count, BLOCK_ENTRIES):
         length = min(BLOCK_ENTRIES, count - start)
-        yield planned.read(replace(ref, shape=(length,), begin=ref.begin + start * ref.dtype.itemsize))
+        yield planned.inputs.read(replace(ref, shape=(length,), begin=ref.begin + start * ref.dtype.itemsize))

@@ -21,15 +21,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.compute import merged_delta, specialists_deltas, survey
+from modalloy.compute import Read, merged_update, surveys, weighted_updates
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
 from modalloy.errors import RecipeError
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
-from modalloy.plan import Plan, plan
-from modalloy.planner import Job
+from modalloy.plan import plan
+from modalloy.planning.job import Job, Survey
 from modalloy.recipe import Recipe, load_recipe
 
 SAMPLED_ROWS = (
@@ -203,14 +203,14 @@ def inspect(
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     merges = planned.merges()
     ranks = [s.rank for s in planned.counted if s.rank is not None]
-    planned.surveys = survey(planned)
+    surveyed = surveys(merges, planned.inputs.read)
     projects = recipe.merge_method == "ssam"
     automatic = resolve("ssam", {}, n=len(planned.counted), lora_rank=max(ranks, default=None))["rank"]
     slots = []
     results = local.run(
         merges,
         lambda job: job.parameters["rank"] if job.method == "ssam" else automatic,
-        lambda job, rank: _slot(planned, job, rank),
+        lambda job, rank: _slot(job, planned.inputs.read, surveyed.get(job.survey_key), rank),
         jobs or local.default_workers(),
     )
     for done, (_, slot) in enumerate(results, 1):
@@ -233,10 +233,9 @@ def inspect(
     return Inspection(recipe.merge_method, planned.parameters, base, k_of, facts, tuple(slots), tuple(found))
 
 
-def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
+def _slot(job: Job, read: Read, survey: Survey | None, rank: int | float) -> Slot:
     """Every figure of one weight; `rank` is SSAM's k, or below 1 the share of energy that chooses it."""
-    deltas = _deltas(planned, job)
-    shape = (planned.start(job.slot).shape[0], planned.start(job.slot).shape[1])
+    deltas, shape = _deltas(job, read), (job.shape[0], job.shape[1])
     factored = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
     if len(factored) == len(deltas):
         small: list[Delta] = [*_in_common_bases(factored)]
@@ -255,15 +254,15 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     if decomposed:
         # a method that turns with its inputs gives a result of the same norm on the cores
         turns = "rotation" in METHODS[job.method].laws
-        merged = apply(job.method, small, job.parameters, shape) if turns else merged_delta(planned, job, planned.read)
+        merged = apply(job.method, small, job.parameters, shape) if turns else merged_update(job, read, survey=survey)
         merged_norm = norm(merged)
-    mean_norm = sum_norm / len(planned.taking_part(job))
-    rows = _sampled_rows(job.slot, shape[0])
+    mean_norm = sum_norm / len(job.models)
+    rows = _sampled_rows(job.name, shape[0])
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
     k = kept.k if kept else None
-    layer, module = _layer(job.slot)
+    layer, module = _layer(job.name)
     return Slot(
-        name=job.slot,
+        name=job.name,
         layer=layer,
         module=module,
         shape=shape,
@@ -291,10 +290,10 @@ def _slot(planned: Plan, job: Job, rank: int | float) -> Slot:
     )
 
 
-def _deltas(planned: Plan, job: Job) -> dict[str, Delta]:
+def _deltas(job: Job, read: Read) -> dict[str, Delta]:
     """The update of one weight by specialist, weighted as the recipe says; those without one are not listed."""
-    deltas = zip(planned.taking_part(job), specialists_deltas(planned, job, planned.read), strict=True)
-    return {s.label: delta for (s, _), delta in deltas if job.slot in s.text or job.slot in s.full}
+    deltas = zip(job.labels, job.models, weighted_updates(job, read), strict=True)
+    return {label: delta for label, model, delta in deltas if model is not None}
 
 
 def _in_common_bases(deltas: list[LowRank]) -> list[LowRank]:

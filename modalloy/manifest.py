@@ -32,6 +32,7 @@ from modalloy.checkpoints.staging import SOURCES as SOURCES
 from modalloy.errors import CheckpointError
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.plan import Plan, labels
+from modalloy.planning.job import Run
 from modalloy.recipe import Recipe
 
 NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine
@@ -103,14 +104,14 @@ class Sources:
         return None
 
 
-def build_manifest(planned: Plan, folder: Path, known: dict[str, str]) -> dict[str, Any]:
-    """The manifest of the files in `folder`; `known` holds the hashes that were taken while writing."""
-    whole: dict[str, Any] = {"surveys": planned.surveys} if planned.surveys else {}
-    if planned.compression:
-        whole["compression"] = dict(sorted(planned.compression.items()))
+def build_manifest(planned: Plan, run: Run, folder: Path) -> dict[str, Any]:
+    """The manifest of the files in `folder`."""
+    whole: dict[str, Any] = {"surveys": run.surveys} if run.surveys else {}
+    if run.compression:
+        whole["compression"] = dict(sorted(run.compression.items()))
     told = described(planned, planned.recipe, {})
     tensors = told.pop("tensors")
-    outputs = {name: known.get(name) or file_sha256(folder / name) for name in result_files(folder)}
+    outputs = {name: run.sha256.get(name) or file_sha256(folder / name) for name in result_files(folder)}
     return {"modalloy": __version__, **told, "outputs": outputs, **whole, "tensors": tensors}
 
 

@@ -3,8 +3,8 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,16 @@ from modalloy.checkpoints import (
 from modalloy.checkpoints.staging import MANIFEST, check_apart
 from modalloy.checkpoints.writer import copy_file
 from modalloy.companions import code_files, companions
-from modalloy.compute import compute, survey
+from modalloy.compute import compute, surveys
 from modalloy.differences import settle
 from modalloy.engines import local, memory
 from modalloy.errors import OutputError, memory_errors
-from modalloy.families.ancestors import check_kinship
+from modalloy.families.ancestors import Kinship, check_kinship
 from modalloy.files import disk_errors, write_text
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.omni import write_omni
 from modalloy.plan import Plan, plan
-from modalloy.planner import Job
+from modalloy.planning.job import Done, Job, Run
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
 from modalloy.verify import Verification, verify, verify_folder
@@ -52,17 +52,19 @@ class MergeReport:
     total_s: float
     peak_bytes: int
     budget: cost.Budget
+    compression: Mapping[str, float] = field(default_factory=dict)  # relative Frobenius error of updates cut to a rank
+    kinship: Mapping[str, Kinship] = field(default_factory=dict)  # of models of other architectures with the target
 
     @property
     def compression_error(self) -> float | None:
         """Largest relative Frobenius error of an update that `output.compress_rank` cut, None if none was."""
-        return max(self.plan.compression.values(), default=None)
+        return max(self.compression.values(), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the list of tensors, for `--json`."""
         planned = {key: value for key, value in self.plan.to_dict().items() if key != "tensors"}
-        if self.plan.kinship:
-            planned["kinship"] = {label: found.to_dict() for label, found in self.plan.kinship.items()}
+        if self.kinship:
+            planned["kinship"] = {label: found.to_dict() for label, found in self.kinship.items()}
         return planned | {
             "out": str(self.out),
             "merge_seconds": round(self.merge_s, 3),
@@ -128,24 +130,23 @@ def merge(
         verification = _finished_before(out, fingerprint)
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
-    if planned.across is not None and not allow_base_mismatch:
-        planned.kinship = check_kinship(planned)
+    kinship = check_kinship(planned) if planned.across is not None and not allow_base_mismatch else {}
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         there = sum(path.stat().st_size for path in folder.iterdir())
         _check_disk(out, cost.disk_bytes(planned) - there)
-        planned.surveys = survey(planned)
-        hashes = _write_weights(planned, staging, budget, chosen_device, on_job)
+        run = _write_weights(planned, staging, budget, chosen_device, on_job)
         merge_s = time.perf_counter() - begin
         _write_configs(planned, folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_text(folder / "README.md", model_card(planned))
-        manifest = build_manifest(planned, folder, hashes)
+        manifest = build_manifest(planned, run, folder)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         sources = _sources(planned) | {"fingerprint": fingerprint}
         write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
         verification = verify_folder(folder, planned, manifest, rehash=False, budget=budget)
-    return MergeReport(out, planned, verification, merge_s, time.perf_counter() - start, memory.peak_bytes(), budget)
+    total_s, peak = time.perf_counter() - start, memory.peak_bytes()
+    return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship)
 
 
 def resolve_device(device: str) -> str:
@@ -176,37 +177,41 @@ def _check_disk(out: Path, needed: int) -> None:
 
 def _write_weights(
     planned: Plan, staging: Staging, budget: cost.Budget, device: str, on_job: Callable[[int, int], None] | None
-) -> dict[str, str]:
-    """Run all jobs and stream their tensors to disk; returns the sha256 of every file written."""
+) -> Run:
+    """Run all jobs and stream their tensors to disk."""
+    surveyed = surveys(planned.merges(), planned.inputs.read)
     specs = [spec for job in planned.jobs for spec in job.outputs]
     form = planned.recipe.output.form
     limit = None if form == "adapter" else planned.recipe.output.max_shard_size  # PEFT wants one file
     writer = WeightWriter(staging.folder, STEMS[form], specs, limit)
     kept = writer.keep(staging.finished)
-    planned.compression |= staging.facts if kept else {}
+    compression = dict(staging.facts) if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
     buffers = Buffers(keep=budget.n_bytes is None)
     for file in planned.hashed_files():
         file.hash_reads()
 
     def fetch(job: Job) -> dict[TensorRef, Tensor]:
-        return {ref: planned.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}
+        return {ref: planned.inputs.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}
 
-    def work(job: Job, inputs: dict[TensorRef, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return compute(planned, job, inputs.__getitem__, device), list(inputs.values())
+    def work(job: Job, inputs: dict[TensorRef, Tensor]) -> tuple[Done, list[Tensor]]:
+        survey = surveyed.get(job.survey_key)
+        return compute(job, inputs.__getitem__, survey=survey, device=device), list(inputs.values())
 
     results = local.run(remaining, fetch, work, budget.n_workers, budget.fits_merging)
     done = len(planned.jobs) - len(remaining)
     try:
-        for job, (tensors, inputs) in results:
-            for spec, tensor in zip(job.outputs, tensors, strict=True):
+        for job, (computed, inputs) in results:
+            if "compression" in computed.measured:
+                compression[job.name] = computed.measured["compression"]
+            for spec, tensor in zip(job.outputs, computed.tensors, strict=True):
                 if spec.name in kept:  # of a job whose other tensors are in a later shard
                     continue
                 if finished := writer.add(spec.name, tensor):
-                    staging.note(finished, writer.sha256[finished], planned.compression)
+                    staging.note(finished, writer.sha256[finished], compression)
             for tensor in inputs:
                 buffers.give(tensor)
-            del tensors, inputs, tensor  # or they are held until the next result is there
+            del computed, inputs, tensor  # or they are held until the next result is there
             done += 1
             if on_job is not None:
                 on_job(done, len(planned.jobs))
@@ -214,7 +219,7 @@ def _write_weights(
     finally:
         results.close()
         writer.abort()
-    return writer.sha256
+    return Run(surveyed, compression, writer.sha256)
 
 
 def _write_configs(planned: Plan, folder: Path) -> None:
@@ -246,7 +251,7 @@ def _write_configs(planned: Plan, folder: Path) -> None:
 
 def peft_config(planned: Plan) -> dict[str, Any]:
     """adapter_config.json of the result."""
-    stems = [job.slot.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
+    stems = [job.name.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
     leaves = {stem.rpartition(".")[2] for stem in stems}
     same_leaf = {
         n.removesuffix(".weight") for n in planned.base.refs if n.removesuffix(".weight").rpartition(".")[2] in leaves

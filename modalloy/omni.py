@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from modalloy.checkpoints import (
     Checkpoint,
-    Factors,
     Specialist,
+    StoredLora,
     config_size,
     is_portable,
     locate,
@@ -150,7 +150,7 @@ def open_sense(given: str | dict[str, Any], specialist: Specialist, width: int, 
 def omni_config(planned: "Plan") -> dict[str, Any]:
     """config.json of the merged model (see `modalloy.model.config.ModalloyConfig`)."""
     merged = [job for job in planned.jobs if job.kind == "merge"]
-    low_rank = [job.slot for job in merged if len(job.outputs) == 2]
+    low_rank = [job.name for job in merged if len(job.outputs) == 2]
     modalities = {
         specialist.modality or "": _modality(specialist, planned.senses[specialist.modality or ""], planned.base)
         for specialist in planned.specialists
@@ -162,7 +162,7 @@ def omni_config(planned: "Plan") -> dict[str, Any]:
         "base_model": planned.base_name if planned.base_is_portable else "base",
         "text_config": read_config(planned.base_folder),
         "text_update": _update(low_rank, planned.rank, 1.0, planned.base),
-        "text_linears": [job.slot for job in merged if len(job.outputs) == 1],
+        "text_linears": [job.name for job in merged if len(job.outputs) == 1],
         "modalities": modalities,
     }
 
@@ -257,7 +257,7 @@ def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[st
     return found if source is None else found | {"source": source}
 
 
-def specialist_update(updates: dict[str, Factors], base: Checkpoint) -> dict[str, Any] | None:
+def specialist_update(updates: dict[str, StoredLora], base: Checkpoint) -> dict[str, Any] | None:
     kinds = {(factors.rank, factors.scale) for factors in updates.values()}
     if len(kinds) > 1:
         raise CheckpointError(

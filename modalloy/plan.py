@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from modalloy import builtin, cost
 from modalloy._version import __version__
 from modalloy.checkpoints import (
     Checkpoint,
+    Inputs,
     Specialist,
-    TensorRef,
     WeightFile,
-    checked,
     config_size,
     is_hub_id,
     is_portable,
@@ -33,23 +33,22 @@ from modalloy.checkpoints import (
 from modalloy.companions import notices
 from modalloy.engines.local import default_workers
 from modalloy.errors import CheckpointError, RecipeError, nearest
-from modalloy.families.ancestors import Kinship
 from modalloy.families.donors import Across, open_donors
 from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
-from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_fishers_are_used, check_shapes
 from modalloy.kinds import Kind, check_numbers, kinds
 from modalloy.methods import METHODS
 from modalloy.omni import Sense, choose_senses
-from modalloy.planner import Job, Planner, TensorFate
+from modalloy.planner import Planner
+from modalloy.planning.job import Job, TensorFate
 from modalloy.recipe import Recipe
 from modalloy.summary import one_line
 from modalloy.templates import common_template
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """The jobs of a merge in the order they are written, and the account of every input tensor."""
 
@@ -65,8 +64,6 @@ class Plan:
     senses: dict[str, Sense] = field(default_factory=dict)  # by modality, for `omni`
     chat_template: str | None = None
     notices: list[str] = field(default_factory=list)  # of tokenizers and code, for the user
-    surveys: dict[str, dict[str, Any]] = field(default_factory=dict)  # by group of jobs, once the merge has made them
-    compression: dict[str, float] = field(default_factory=dict)  # relative error of updates that were cut to fit
     across: Across | None = None  # of a merge across architectures
     kinds: dict[str, Kind] = field(default_factory=dict)  # of the base's tensors
     absent: dict[str, str] = field(default_factory=dict)  # why a model does not count, by label
@@ -74,9 +71,6 @@ class Plan:
     unchanged: tuple[str, ...] = ()  # all that count, where all their updates are zero
     must_be_equal: list[str] = field(default_factory=list)  # kept tensors that no model may have changed
     trained: dict[str, list[str]] = field(default_factory=dict)  # who changed what is kept, once `settle` has compared
-    kinship: dict[str, Kinship] = field(
-        default_factory=dict
-    )  # of its models with the target, once the merge has measured it
 
     @property
     def maps(self) -> dict[str, ModelMap]:
@@ -98,16 +92,6 @@ class Plan:
     def counted(self) -> list[Specialist]:
         """Those of `updated` that count: a base among the models, a weight of 0 and an update of zeros do not."""
         return [one for one in self.updated if one.label not in self.absent]
-
-    def taking_part(self, job: Job) -> list[tuple[Specialist, float]]:
-        """Those whose updates a merged weight is made of, and the factors of their updates."""
-        pairs = zip(self.updated, job.weights, strict=True)
-        return [(specialist, weight) for specialist, weight in pairs if weight is not None]
-
-    def start(self, slot: str) -> TensorRef:
-        """The weight that the updates of a merged weight are added to."""
-        starts = {} if self.across is None else self.across.starts
-        return starts.get(slot) or self.base.refs[slot]
 
     @property
     def base_is_portable(self) -> bool:
@@ -156,7 +140,7 @@ class Plan:
 
     def changed(self) -> set[str]:
         """The base's tensors that the result changes."""
-        return {job.slot for job in self.jobs if job.kind not in ("keep", "carry")}
+        return {job.name for job in self.jobs if job.kind not in ("keep", "carry")}
 
     def hashed_files(self) -> list[WeightFile]:
         """The weight files that the merge reads as a whole, once, and hashes on the way."""
@@ -174,7 +158,7 @@ class Plan:
         configs += VOCABULARY_FILES if self.across else []  # which set the rows that are merged
         files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        jobs = [(job.kind, job.slot, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]
+        jobs = [(job.kind, job.name, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]
         made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
@@ -183,19 +167,14 @@ class Plan:
         starts = [self.base] if self.across_base is None else [self.base, self.across_base]
         return starts + [one.checkpoint for one in self.specialists]
 
-    def read(self, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
-        """The data of any input tensor, checked for NaN and infinity; in `buffer` (uint8) if given."""
-        if isinstance(ref, MappedRef):
-            return assembled(ref, self.read, buffer)
-        for specialist in self.specialists:
-            if specialist.checkpoint.owns(ref):
-                return specialist.read(ref, buffer)
-        if self.base.owns(ref):
-            return checked(self.base.read(ref, buffer), ref, self.base_label)
-        if self.across_base is not None and self.across_base.owns(ref):
-            return checked(self.across_base.read(ref, buffer), ref, "base")
-        file = next(file for file in self.fishers if file is not None and file.path == ref.file)
-        return file.read(ref, buffer)
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Every input tensor's data, checked for NaN and infinity."""
+        owners = [(f"{one.label} specialist", one.checkpoint.files) for one in self.specialists]
+        owners.append((self.base_label, self.base.files))
+        owners += [] if self.across_base is None else [("base", self.across_base.files)]
+        owners += [("Fisher file", [file]) for file in self.fishers if file is not None]
+        return Inputs(owners)
 
     def counts(self) -> dict[str, int]:
         """Number of input tensors by fate."""
@@ -401,8 +380,8 @@ def _check_patterns(recipe: Recipe, result: Plan) -> None:
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
-    merged = [job.slot for job in result.jobs if job.method or job.pieces]
-    averaged = merged + [job.slot for job in result.jobs if job.kind == "average"]
+    merged = [job.name for job in result.jobs if job.method or job.pieces]
+    averaged = merged + [job.name for job in result.jobs if job.kind == "average"]
     for pattern, rule in recipe.modules.items():
         reached = averaged if rule.merge_method is None else merged  # λ reaches norms and biases too
         if rule.policy is None and not fnmatch.filter(reached, pattern):

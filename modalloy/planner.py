@@ -1,82 +1,21 @@
 """Works out what a merge does: one independent job per tensor that is written, and the fate of every input tensor."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec, WeightFile
 from modalloy.choices import Choices
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.families.rules import Rows
 from modalloy.fit import check_complete, check_rows_are_ruled
 from modalloy.kinds import OF_ROWS, PLURALS, Kind
 from modalloy.methods import METHODS
+from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.recipe import Recipe
 
-Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 Treatment = Literal["merge", "sum", "average", "keep"]
-
-
-@dataclass(frozen=True)
-class TensorFate:
-    """What becomes of one input tensor: its source ("base", "target" or a specialist's label), its name, its fate and why."""
-
-    source: str
-    tensor: str
-    fate: Fate
-    detail: str
-
-
-@dataclass(frozen=True)
-class Job:
-    """One independent piece of work: `kind` says what is done to the base tensor `slot`, `outputs` what is written.
-
-    - merge: the specialists' updates of a linear weight, by the recipe's method
-    - average: base + scale · mean of the weighted updates of the specialists that have the tensor, of any shape
-    - interpolate: a norm or bias of a target towards the donors'
-    - fuse: several merged weights, `pieces`, that the target stores as one tensor
-    - keep: the base's tensor, unchanged
-    - carry: a specialist's tensor, bit for bit
-    """
-
-    kind: Literal["merge", "average", "interpolate", "fuse", "keep", "carry"]
-    slot: str
-    outputs: tuple[TensorSpec, ...]
-    reads: tuple[TensorRef, ...] = ()
-    method: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)  # resolved, at this weight's depth
-    weights: tuple[float | None, ...] = ()  # of the specialists' updates; None of one that takes no part
-    pieces: tuple["Job", ...] = ()
-    rows: Rows = ()  # of a piece, in the tensor of its output
-
-    @property
-    def merges(self) -> tuple["Job", ...]:
-        """The merged weights that it makes: itself, or its pieces."""
-        return (self,) if self.kind == "merge" else self.pieces
-
-    @property
-    def adds_nothing(self) -> bool:
-        """Whether the result is the base: λ or α is 0, or no model takes part with a weight other than 0."""
-        return 0 in (self.parameters.get("scale"), self.parameters.get("alpha")) or not any(self.weights)
-
-    @property
-    def read_bytes(self) -> int:
-        """Size of the tensors that it reads."""
-        return sum(ref.n_bytes for ref in self.reads)
-
-    @property
-    def write_bytes(self) -> int:
-        """Size of the tensors that it writes."""
-        return sum(spec.n_bytes for spec in self.outputs)
-
-    @property
-    def group(self) -> str:
-        """Jobs of one group share what their method must know of the whole model, which λ, applied last, does not change."""
-        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
 
 
 class Planner(Choices):
@@ -194,7 +133,7 @@ class Planner(Choices):
         if omni:
             for specialist in self.specialists:
                 for name, ref in specialist.carried().items():
-                    jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), (ref,)))
+                    jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), ref))
         return jobs
 
     def full_jobs(self) -> list[Job]:
@@ -208,7 +147,7 @@ class Planner(Choices):
             elif name in averaged:
                 jobs.append(self._average_job(name, spec))
             else:
-                jobs.append(Job("keep", name, (spec,), (ref,)))
+                jobs.append(Job("keep", name, (spec,), ref))
         return jobs
 
     def fates(self) -> list[TensorFate]:
@@ -257,19 +196,22 @@ class Planner(Choices):
         method, written = self._method(slot)
         parameters = self._resolved(method, written, slot)
         shares = self._shares(slot, method, parameters)
-        reads: list[TensorRef] = []
-        if len(specs) == 1 or any(slot in s.full for s in self.counted):
-            reads.append(self.base.refs[slot])
-        for specialist, fisher, share in zip(self.specialists, self.fishers, shares, strict=True):
-            if share is None:
-                continue
-            if slot in specialist.text:
-                reads += [specialist.text[slot].a, specialist.text[slot].b]
-            elif slot in specialist.full:
-                reads.append(specialist.full[slot])
-            if METHODS[method].takes("fishers"):
-                reads.append(self._fisher_ref(fisher, slot, specialist))
-        return Job("merge", slot, specs, tuple(reads), method, parameters, shares)
+        fisher = METHODS[method].takes("fishers")
+        entries = zip(self.specialists, self.fishers, shares, strict=True)
+        taking_part = [(one, file, share) for one, file, share in entries if share is not None]
+        return Job(
+            "merge",
+            slot,
+            specs,
+            self.base.refs[slot],
+            tuple(one.text.get(slot) or one.full.get(slot) for one, _, _ in taking_part),
+            tuple(share for _, _, share in taking_part),
+            tuple(one.label for one, _, _ in taking_part),
+            method,
+            parameters,
+            self.wide,
+            tuple(self._fisher_ref(file, slot, one) for one, file, _ in taking_part if fisher),
+        )
 
     def _average_job(self, name: str, spec: TensorSpec) -> Job:
         """The mean of the updates of those that have a tensor; of a method that is a sum, written as a mean."""
@@ -284,8 +226,10 @@ class Planner(Choices):
         elif having:
             method, written = self._method(name)
             factor = METHODS[method].sum_factor(self._resolved(method, written, name), len(having)) * len(having)
-        reads = (self.base.refs[name], *(ref for ref, _ in having))
-        return Job("average", name, (spec,), reads, method, {"scale": factor}, tuple(weight for _, weight in having))
+        refs, weights = tuple(ref for ref, _ in having), tuple(weight for _, weight in having)
+        return Job(
+            "average", name, (spec,), self.base.refs[name], refs, weights, method=method, parameters={"scale": factor}
+        )
 
     def _fisher(self, location: str | None) -> WeightFile | None:
         return None if location is None else WeightFile(self.recipe.folder / Path(location).expanduser())

@@ -15,7 +15,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import TensorRef, checked, open_base, read_json
+from modalloy.checkpoints import StoredLora, TensorRef, checked, open_base, read_json
 from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS, resolve
 from modalloy.recipe import Recipe, Rule
@@ -32,7 +32,7 @@ from modalloy.updates import Model
 
 if TYPE_CHECKING:
     from modalloy.plan import Plan
-    from modalloy.planner import Job
+    from modalloy.planning.job import Job
 
 What = Literal["matrix", "vector", "rows", "numbers", "other"]
 Kind = Literal["merged", "averaged", "kept", "carried"]
@@ -369,39 +369,30 @@ def _numbers(config: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, i
 def promises_across(planned: "Plan") -> Iterator[Promise]:
     """What every tensor of a merge across architectures must be, by the plan's map of its models: here only the arithmetic
     is worked out again."""
-    for job in planned.jobs:
-        name = job.outputs[0].name
-        if job.kind in ("keep", "carry"):
-            yield Promise("kept" if job.kind == "keep" else "carried", name, (name,), job.reads[0])
-        elif job.kind == "average":
-            start, *others = job.reads
-            updates = tuple(Update(weight or 0.0, ref) for weight, ref in zip(job.weights, others, strict=True))
-            yield Promise("averaged", name, (name,), start, updates, factor=job.parameters["scale"])
-        elif job.kind == "interpolate":
-            donors = planned.taking_part(job)
-            updates = tuple(Update(weight, donor.full.get(name)) for donor, weight in donors)
-            yield Promise("averaged", name, (name,), planned.base.refs[name], updates, factor=job.parameters["alpha"])
-        else:
-            for piece in job.merges:
-                yield _piece(planned, piece, name)
-
-
-def _piece(planned: "Plan", job: "Job", name: str) -> Promise:
-    """A merged weight, or one of several in the rows of one tensor."""
-    updates = []
-    for model, weight in planned.taking_part(job):
-        factors = model.text.get(job.slot)
-        pair = None if factors is None else (factors.a, factors.b, factors.scale)
-        updates.append(Update(weight, None if pair else model.full.get(job.slot), pair))
     interpolates = planned.across is not None and planned.across.base is None
-    return Promise(
-        "merged",
-        job.slot,
-        (name,),
-        planned.start(job.slot),
-        tuple(updates),
-        job.method,
-        job.parameters,
-        rows=job.rows,
-        interpolates=interpolates,
-    )
+    for job in planned.jobs:
+        name, start = job.outputs[0].name, job.start
+        if job.pieces or job.kind == "merge":
+            yield from (replace(_piece(piece, name), interpolates=interpolates) for piece in job.merges)
+            continue
+        assert start is not None
+        if job.kind in ("keep", "carry"):
+            yield Promise("kept" if job.kind == "keep" else "carried", name, (name,), start)
+        else:
+            factor = job.parameters["scale" if job.kind == "average" else "alpha"]
+            yield Promise("averaged", name, (name,), start, _updates(job), factor=factor)
+
+
+def _piece(job: "Job", name: str) -> Promise:
+    """A merged weight, or one of several in the rows of one tensor."""
+    assert job.start is not None
+    return Promise("merged", job.name, (name,), job.start, _updates(job), job.method, job.parameters, rows=job.rows)
+
+
+def _updates(job: "Job") -> tuple[Update, ...]:
+    """The updates of those that take part."""
+    found = []
+    for model, weight in zip(job.models, job.weights, strict=True):
+        pair = (model.a, model.b, model.scale) if isinstance(model, StoredLora) else None
+        found.append(Update(weight, model if isinstance(model, TensorRef) else None, pair))
+    return tuple(found)

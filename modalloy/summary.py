@@ -34,7 +34,7 @@ def _said_of_rules(planned: "Plan") -> list[str]:
     """What is not merged by the recipe's method though models changed it, by kind, with its share of the parameters."""
     others = Counter(job.method for job in planned.merges() if job.method != planned.recipe.merge_method)
     said = [f"{count} of the linear weights by {method}" for method, count in others.items()]
-    averaged = [job.slot for job in planned.jobs if job.kind == "average" and not job.method]
+    averaged = [job.name for job in planned.jobs if job.kind == "average" and not job.method]
     said += _by_kind(
         planned, [name for name in averaged if planned.kinds.get(name, "vector") != "vector"], "averaged by rule"
     )

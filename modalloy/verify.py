@@ -117,8 +117,6 @@ def verify(out: str | Path, *, full: bool = False) -> Verification:
     if (gone := places.gone()) is not None:
         return replace(checked, note=f"layers not recomputed: {gone} is gone")
     planned = settled_plan(_at(recipe, places), allow_base_mismatch=True)
-    planned.surveys = manifest.get("surveys", {})
-    planned.compression = manifest.get("compression", {})
     check_described(manifest, planned, recipe, places, folder)
     _check_config(folder, planned, start_names(recipe, places, manifest))
     found = verify_folder(folder, planned, manifest, rehash=False, full=full, draw=random.SystemRandom())
@@ -164,7 +162,7 @@ def verify_folder(
                 raise CheckpointError(
                     f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
                 )
-    check = _Check(folder, planned, weights)
+    check = _Check(folder, planned, weights, manifest)
     checked, worst = check.run(full=full, draw=draw, budget=budget)
     counted, of = (Counter(str(promise.kind) for promise in some) for some in (checked, check.promised))
     sizes = {ref.name: ref.n_bytes // ref.dtype.itemsize for ref in weights.refs.values()}
@@ -186,17 +184,18 @@ def verify_folder(
 class _Check:
     """A result's tensors beside what they must be."""
 
-    def __init__(self, folder: Path, planned: Plan, weights: Checkpoint) -> None:
+    def __init__(self, folder: Path, planned: Plan, weights: Checkpoint, manifest: dict[str, Any]) -> None:
         from modalloy.plan import labels, locate_specialist
 
         self.folder, self.planned, self.weights = folder, planned, weights
+        self.surveys, self.compression = manifest.get("surveys", {}), manifest.get("compression", {})
         recipe = planned.recipe
         if planned.across is None:
             folders = [locate_specialist(entry.model, recipe.folder) for entry in recipe.models]
             promises = Promises(recipe, planned.base_folder, folders, labels(recipe))
             self.read, promised = promises.read, list(promises.all())
         else:
-            self.read, promised = planned.read, list(promises_across(planned))
+            self.read, promised = planned.inputs.read, list(promises_across(planned))
         self.double = recipe.dtype == "float64"
         self.promised = [found for promise in promised if (found := self._placed(promise)) is not None]
         names = {name for promise in self.promised for name in promise.names}
@@ -211,7 +210,7 @@ class _Check:
         some = self.promised if full else self._sample(draw)
         self._check_cuts()
         worst: float | None = None
-        jobs = {job.slot: job for job in self.planned.jobs} | {job.slot: job for job in self.planned.merges()}
+        jobs = {job.name: job for job in self.planned.jobs} | {job.name: job for job in self.planned.merges()}
         results = local.run(
             some,
             lambda _: None,
@@ -268,7 +267,7 @@ class _Check:
         written = [self.weights.read(self.weights.refs[name]) for name in promise.names]
         if promise.rows:
             written = [torch.cat([written[0][begin:end] for begin, end in promise.rows])]
-        surveys = self.planned.surveys
+        surveys = self.surveys
         try:
             if len(written) == 1:
                 error, allowed = weight_error(promise, written[0], inputs.__getitem__, surveys, double=self.double)
@@ -300,7 +299,7 @@ class _Check:
         for promise in self.promised:
             if promise.kind == "merged" and METHODS[promise.method].needs_survey(promise.parameters):
                 groups.setdefault(promise.group, []).append(promise)
-        told = self.planned.surveys
+        told = self.surveys
         if told.keys() != groups.keys():
             odd = next(iter(told.keys() ^ groups.keys()))
             raise self._odd(f"surveys: {odd[:200]}", "is there" if odd in told else "is missing")
@@ -322,12 +321,12 @@ class _Check:
 
     def _check_cuts(self) -> None:
         pairs = {promise.slot for promise in self.promised if len(promise.names) == 2}
-        if odd := sorted(self.planned.compression.keys() - pairs):
+        if odd := sorted(self.compression.keys() - pairs):
             raise self._odd(f"compression: {odd[0]}", "is there, but is no pair of factors")
 
     def _check_cut(self, slot: str, lost: float | None) -> None:
         """What the manifest says that a cut to a rank lost."""
-        told, (relative, absolute) = self.planned.compression.get(slot, 0.0), CUT
+        told, (relative, absolute) = self.compression.get(slot, 0.0), CUT
         if abs(told - (lost or 0.0)) > absolute + relative * (lost or 0.0):
             raise self._odd(f"compression: {slot}", f"is {told:g}, but cutting it to its rank loses {lost or 0:g}")
 

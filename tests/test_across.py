@@ -18,10 +18,10 @@ from torch import Tensor
 
 from modalloy import load_recipe, merge, plan
 from modalloy.checkpoints import TensorRef, file_sha256
+from modalloy.checkpoints.views import MappedRef, assembled
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.families import FAMILIES
 from modalloy.families.rules import rows_of
-from modalloy.families.stored import MappedRef, assembled
 from modalloy.families.vocabulary import shared_tokens
 from modalloy.inspect import inspect
 from modalloy.methods import METHODS
@@ -264,7 +264,7 @@ def test_tokenizers_that_differ_keep_the_targets_rows(tmp_path: Path, recipe: Mo
     none = plan(load_recipe(recipe(target, donor)))
     assert none.to_dict()["coverage"]["d"]["tokens"] is None and "the target's are kept" in none.maps["d"].page()
     said = plan(load_recipe(recipe(target, donor, vocabulary="same")))
-    assert "lm_head.weight" in {job.slot for job in said.jobs if job.kind == "merge"}
+    assert "lm_head.weight" in {job.name for job in said.jobs if job.kind == "merge"}
 
 
 def test_padded_vocabularies_are_merged_to_the_last_token(tmp_path: Path, recipe: Models) -> None:
@@ -424,7 +424,7 @@ def test_weights_decide_where_no_ancestor_is_recorded(tmp_path: Path, recipe: Mo
     with pytest.raises(CheckpointError, match=message) as caught:
         merge(both, tmp_path / "none")
     assert "\n" not in str(caught.value) and not (tmp_path / "none").exists()
-    assert not merge(both, tmp_path / "forced", allow_base_mismatch=True).plan.kinship
+    assert not merge(both, tmp_path / "forced", allow_base_mismatch=True).kinship
     based = {"base_model": str(stranger), "merge_method": "average", "parameters": {}}
     with pytest.raises(CheckpointError, match="base and target are unrelated"):
         merge(recipe(target, donor, **based), tmp_path / "none")
@@ -566,7 +566,7 @@ def test_plans_of_the_paper_cover_all_tensors(
     donor = published(KEYS[recipe.models[0].model])[0]
     base_tensors = 0 if method == "linear" else len(published(models[recipe.base_model])[0])
     assert len(planned.fates) == len(target) + len(donor) + base_tensors
-    changing = {job.slot for job in planned.jobs if job.kind != "keep"}
+    changing = {job.name for job in planned.jobs if job.kind != "keep"}
     assert ("lm_head.weight" in changing) == (recipe.vocabulary == "same")
     moved = {name for name in target if name.startswith("model.layers.") and "inv_freq" not in name}
     assert changing >= moved
@@ -862,7 +862,7 @@ def test_adapters_that_cannot_be_donors(family_of_three: dict[str, Path], recipe
     with pytest.raises(CheckpointError, match=message):
         plan(load_recipe(recipe(models["target"], adapter, **more)))
     planned = plan(load_recipe(recipe(models["target"], adapter, **more, missing="zero")))
-    changing = {job.slot for job in planned.jobs if job.kind != "keep"}
+    changing = {job.name for job in planned.jobs if job.kind != "keep"}
     assert changing == {
         f"model.layers.{i}.self_attn.{o}_expert_query_key_value.weight"
         for i in range(LAYERS)

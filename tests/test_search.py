@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import cli
-from modalloy.compute import merged_delta
+from modalloy.compute import merged_update
 from modalloy.delta import LowRank, norm
 from modalloy.errors import ModalloyError, RecipeError
 from modalloy.model.chat import user_message
@@ -97,9 +97,9 @@ def test_served_is_what_every_job_of_a_merge_computes(server: Server, changes: d
     planned = plan(applied(server.planned.recipe, changes))
     for job in planned.jobs:
         if job.kind == "merge":
-            wanted, found = merged_delta(planned, job, planned.read), server.chat.model.linears[job.slot].update(TEXT)
+            wanted, found = merged_update(job, planned.inputs.read), server.chat.model.linears[job.name].update(TEXT)
             assert isinstance(wanted, LowRank)
-            assert torch.allclose(wanted.dense(), found.dense(), rtol=1e-5, atol=1e-6 * norm(wanted)), job.slot
+            assert torch.allclose(wanted.dense(), found.dense(), rtol=1e-5, atol=1e-6 * norm(wanted)), job.name
 
 
 def test_full_weights_are_served_too(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import modalloy
 from modalloy import differences, manifest, planner, recompute
-from modalloy.checkpoints import Specialist, file_sha256
+from modalloy.checkpoints import StoredLora, file_sha256
 from modalloy.errors import CheckpointError
 from modalloy.plan import Plan
 from modalloy.verify import Verification, verify
@@ -235,15 +236,21 @@ def changed_plan(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[A
 def changed_tensors(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, list[Tensor]], list[Tensor]]) -> None:
     """Let the merge write something else: change(job, its tensors)."""
     right = merge.compute
-    monkeypatch.setattr(merge, "compute", lambda planned, job, *rest: change(job, right(planned, job, *rest)))
+    monkeypatch.setattr(
+        merge,
+        "compute",
+        lambda job, *rest, **more: (lambda done: replace(done, tensors=change(job, done.tensors)))(
+            right(job, *rest, **more)
+        ),
+    )
 
 
 def only(slot: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any, list[Tensor]], list[Tensor]]:
-    return lambda job, tensors: [*tensors[:-1], change(tensors[-1])] if job.slot == slot else tensors
+    return lambda job, tensors: [*tensors[:-1], change(tensors[-1])] if job.name == slot else tensors
 
 
 def strong(right: Any, scale: float) -> Any:
-    return lambda self, slot, read=None: scale * right(self, slot, read)
+    return lambda self, read: scale * right(self, read)
 
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -251,27 +258,27 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Break, str]] = {
     "a tensor is dropped": (
         "lora",
         {},
-        lambda m: changed_plan(m, "full_jobs", lambda jobs, _: [job for job in jobs if job.slot != DOWN]),
+        lambda m: changed_plan(m, "full_jobs", lambda jobs, _: [job for job in jobs if job.name != DOWN]),
         DOWN,
     ),
     "scaled by √r": (
         "lora",
         {},
-        lambda m: m.setattr(Specialist, "delta", strong(Specialist.delta, 3**0.5)),
+        lambda m: m.setattr(StoredLora, "delta", strong(StoredLora.delta, 3**0.5)),
         r"model\.layers\.0\.mlp\.down_proj\.weight",
     ),
     "one specialist is dropped": (
         "lora",
         {},
-        lambda m: m.setattr(Plan, "taking_part", lambda self, job: [(self.updated[0], 1.0)]),
+        lambda m: changed_plan(
+            m, "_merge_job", lambda job, _: replace(job, models=job.models[:1], weights=(1.0,), labels=job.labels[:1])
+        ),
         r"model\.layers\.0\.mlp\.down_proj\.weight",
     ),
     "weights do not reach norms": (
         "tuned",
         {"weights": [0.5, 2.0]},
-        lambda m: changed_plan(
-            m, "_average_job", lambda job, _: planner.Job(**vars(job) | {"weights": (1.0,) * len(job.weights)})
-        ),
+        lambda m: changed_plan(m, "_average_job", lambda job, _: replace(job, weights=(1.0,) * len(job.weights))),
         NORM,
     ),
     "λ does not reach norms": (
@@ -287,7 +294,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Break, str]] = {
             m,
             "full_jobs",
             lambda jobs, _: [
-                planner.Job("keep", DOWN, job.outputs, job.reads[:1]) if job.slot == DOWN else job for job in jobs
+                planner.Job("keep", DOWN, job.outputs, job.start) if job.name == DOWN else job for job in jobs
             ],
         ),
         DOWN,
@@ -334,9 +341,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Break, str]] = {
             m,
             "_average_job",
             lambda job, _: (
-                planner.Job(**vars(job) | {"reads": job.reads[:2], "weights": job.weights[:1]})
-                if job.slot == EMBEDDINGS
-                else job
+                replace(job, models=job.models[:1], weights=job.weights[:1]) if job.name == EMBEDDINGS else job
             ),
         ),
         EMBEDDINGS,

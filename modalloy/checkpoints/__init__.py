@@ -4,9 +4,10 @@ from modalloy.checkpoints.buffers import Buffers
 from modalloy.checkpoints.config import config_size, read_config
 from modalloy.checkpoints.folder import file_sha256, is_there, parse_json, present, read_bytes, read_json, read_text
 from modalloy.checkpoints.full import place
+from modalloy.checkpoints.inputs import Inputs
 from modalloy.checkpoints.layouts import check_one_kind, open_specialist
 from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
-from modalloy.checkpoints.specialist import Factors, Specialist
+from modalloy.checkpoints.specialist import Specialist, StoredLora
 from modalloy.checkpoints.staging import Staging
 from modalloy.checkpoints.tensors import (
     Checkpoint,
@@ -20,9 +21,10 @@ from modalloy.checkpoints.writer import TensorSpec, WeightWriter
 __all__ = [
     "Buffers",
     "Checkpoint",
-    "Factors",
+    "Inputs",
     "Specialist",
     "Staging",
+    "StoredLora",
     "TensorRef",
     "TensorSpec",
     "WeightFile",

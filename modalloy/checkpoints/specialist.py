@@ -30,7 +30,7 @@ LOCAL_TOKENS = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)"
 
 
 @dataclass(frozen=True)
-class Factors:
+class StoredLora:
     """A stored low-rank update: ΔW = scale · B @ A, with A (rank, in) and B (out, rank)."""
 
     a: TensorRef
@@ -47,6 +47,12 @@ class Factors:
         """(out, in) of the weight that this updates."""
         return self.b.shape[0], self.a.shape[1]
 
+    def delta(self, read: Callable[[TensorRef], Tensor]) -> LowRank:
+        """The update in its stored precision, scaling folded into `up` (float32 or wider)."""
+        up, down = read(self.b), read(self.a)
+        wide = torch.promote_types(up.dtype, torch.float32)
+        return LowRank(up.to(wide) * self.scale, down.to(wide))
+
 
 @dataclass
 class Specialist:
@@ -58,19 +64,12 @@ class Specialist:
     config: dict[str, Any]
     base_name: str | None  # the base that the files themselves record
     modality: str | None = None
-    text: dict[str, Factors] = field(default_factory=dict)
-    own: dict[str, Factors] = field(default_factory=dict)
+    text: dict[str, StoredLora] = field(default_factory=dict)
+    own: dict[str, StoredLora] = field(default_factory=dict)
     full: dict[str, TensorRef] = field(default_factory=dict)
     projector: dict[str, TensorRef] = field(default_factory=dict)
     tokens: dict[str, TensorRef] = field(default_factory=dict)  # "prefix" and "suffix", of the modality
     dropped: dict[str, str] = field(default_factory=dict)  # tensor name → why it is left out
-
-    def delta(self, slot: str, read: Callable[[TensorRef], Tensor] | None = None) -> LowRank:
-        """The text update of one weight in its stored precision, scaling folded into `up` (float32 or wider)."""
-        factors, read = self.text[slot], read or self.read
-        up, down = read(factors.b), read(factors.a)
-        wide = torch.promote_types(up.dtype, torch.float32)
-        return LowRank(up.to(wide) * factors.scale, down.to(wide))
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of one tensor; NaN or infinity in a weight is refused."""
@@ -89,7 +88,7 @@ class Specialist:
         return refs | {f"{side}_tokens.{disk}": ref for side, ref in self.tokens.items()}
 
 
-def adapter_names(updates: dict[str, Factors], adapter: str) -> dict[str, TensorRef]:
+def adapter_names(updates: dict[str, StoredLora], adapter: str) -> dict[str, TensorRef]:
     """The factors of stored updates by their names in the ModelCompose layout."""
     refs: dict[str, TensorRef] = {}
     for slot, factors in updates.items():
@@ -108,7 +107,7 @@ def not_ignored(specialist: Specialist, ignore: Sequence[str]) -> Iterator[tuple
             specialist.dropped[name] = f"ignore: {pattern}"
 
 
-def pair_factors(specialist: Specialist, slot: str, pair: dict[str, TensorRef], scale: float) -> Factors:
+def pair_factors(specialist: Specialist, slot: str, pair: dict[str, TensorRef], scale: float) -> StoredLora:
     """A stored update of the weight `slot`, of whose halves both must be there and fit."""
     where = next(iter(pair.values())).file.name
     if len(pair) < 2:
@@ -128,7 +127,7 @@ def pair_factors(specialist: Specialist, slot: str, pair: dict[str, TensorRef], 
             f"{specialist.label} specialist: {slot}: lora_A has {a.shape[0]} rows, lora_B has {b.shape[1]} columns ({where}); "
             "the file is damaged or mixes two adapters: download it again or remove the specialist"
         )
-    return Factors(a, b, scale)
+    return StoredLora(a, b, scale)
 
 
 def put(table: dict[str, TensorRef], key: str, ref: TensorRef) -> None:
@@ -156,7 +155,7 @@ def twice(first: TensorRef, second: TensorRef) -> CheckpointError:
     )
 
 
-def check_rank(specialist: Specialist, factors: Factors, recorded: float, path: Path) -> None:
+def check_rank(specialist: Specialist, factors: StoredLora, recorded: float, path: Path) -> None:
     """The recorded rank divides alpha, so one that is not the tensors' would scale the update wrongly."""
     if factors.rank != recorded:
         raise CheckpointError(

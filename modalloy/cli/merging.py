@@ -81,7 +81,7 @@ def merge(
     say(f"plan     {report.plan.summary()}")
     for notice in report.plan.notices:
         say(f"note     {notice}")
-    for label, kin in report.plan.kinship.items():
+    for label, kin in report.kinship.items():
         say(f"related  {label} and target: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"

@@ -127,7 +127,7 @@ def check_kinship(planned: "Plan") -> dict[str, Kinship]:
     """
     measured: dict[str, list[Kinship]] = {}
     for label, name, own, other in kinship_pairs(planned):
-        measured.setdefault(label, []).append(_compared(name, planned.read(own), planned.read(other)))
+        measured.setdefault(label, []).append(_compared(name, planned.inputs.read(own), planned.inputs.read(other)))
     found = {}
     for label, one in measured.items():
         cosines = sorted(one, key=lambda kinship: kinship.cosine)

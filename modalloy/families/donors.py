@@ -11,6 +11,7 @@ import torch
 from modalloy.checkpoints import (
     Checkpoint,
     Specialist,
+    StoredLora,
     TensorRef,
     check_one_kind,
     is_portable,
@@ -18,12 +19,11 @@ from modalloy.checkpoints import (
     open_specialist,
     read_config,
 )
-from modalloy.checkpoints.specialist import Factors
+from modalloy.checkpoints.views import MappedRef, Rows, floating, rows_of_tensor, stretch
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
-from modalloy.families.rules import Rows, remaining
-from modalloy.families.stored import MappedRef, floating, rows_of_tensor, stretch
+from modalloy.families.rules import remaining
 from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
 from modalloy.fit import check_base, check_complete, check_shapes
 from modalloy.recipe import Recipe
@@ -45,7 +45,9 @@ class Across:
     base_name: str = ""  # without local folders
     base_map: ModelMap | None = None
     target: Specialist | None = None
-    updates: dict[str, dict[str, Factors]] = field(default_factory=dict)  # of adapters, by label and the base's names
+    updates: dict[str, dict[str, StoredLora]] = field(
+        default_factory=dict
+    )  # of adapters, by label and the base's names
     starts: dict[str, TensorRef] = field(default_factory=dict)
     parts: dict[str, list[tuple[str, Rows]]] = field(default_factory=dict)
     vectors: dict[str, TensorRef] = field(default_factory=dict)  # θ_0's norms and biases, by the target's names

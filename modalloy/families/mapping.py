@@ -13,9 +13,10 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from modalloy.checkpoints.views import Rows, height_of
 from modalloy.errors import CheckpointError
 from modalloy.families import family_of
-from modalloy.families.rules import Family, Found, Geometry, Rows, Slot, Spelling, height_of, rows_of
+from modalloy.families.rules import Family, Found, Geometry, Slot, Spelling, rows_of
 from modalloy.families.vocabulary import SharedTokens
 from modalloy.report.text import printable_lines
 

@@ -1,14 +1,15 @@
 """Works out what a merge across architectures does, as `modalloy.planner` does for models of one architecture."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec
+from modalloy.checkpoints import Checkpoint, Specialist, StoredLora, TensorRef, TensorSpec
 from modalloy.choices import Choices, layers
 from modalloy.errors import RecipeError
 from modalloy.families.donors import Across
 from modalloy.families.mapping import ModelMap
-from modalloy.planner import Fate, Job, TensorFate
+from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.recipe import Recipe
 
 FATES: dict[str, Fate] = {"merge": "merged", "interpolate": "merged", "fuse": "merged", "average": "averaged"}
@@ -36,7 +37,7 @@ class AcrossPlanner(Choices):
         spec, own = self._like_base(name), self.base.refs[name]
         takes_source = self._policy(name) == "take_source"
         if not takes_source and not any(found.tensors[name].pieces for found in self.across.maps.values()):
-            return Job("keep", name, (spec,), (own,))  # before its depth is asked for: it may be in no layer
+            return Job("keep", name, (spec,), own)  # before its depth is asked for: it may be in no layer
         counterparts = [
             (donor.full[name], weight)
             for donor, weight in zip(self.donors, self._weights(name), strict=True)
@@ -48,7 +49,7 @@ class AcrossPlanner(Choices):
                     f"modules: policy take_source of {name} needs one donor, {len(counterparts)} have it; keep the target's by "
                     "a rule above it with policy: keep, or write a narrower pattern"
                 )
-            return Job("carry", name, (spec,), (counterparts[0][0],))
+            return Job("carry", name, (spec,), counterparts[0][0])
         method, written = self._method(name)
         if self.across.base is not None:
             if name not in self.across.parts:
@@ -56,41 +57,44 @@ class AcrossPlanner(Choices):
             return self._fused(name, spec, method, self._resolved(method, written, name))
         parameters = self._resolved(method, written, name)
         if parameters["alpha"] == 0 or not counterparts:  # whose bytes stay the target's
-            return Job("keep", name, (spec,), (own,), method, parameters)
+            return Job("keep", name, (spec,), own, method=method, parameters=parameters)
         kind: Literal["merge", "interpolate"] = "merge" if len(own.shape) == 2 else "interpolate"
-        reads = (own, *(ref for ref, _ in counterparts))
-        return Job(kind, name, (spec,), reads, method, parameters, self._shares(name, method, parameters))
+        models = self._taking_part(name, self.donors, self._shares(name, method, parameters))
+        return Job(kind, name, (spec,), own, *models, method, parameters, self.wide)
+
+    def _taking_part(
+        self, slot: str, models: Sequence[Specialist], shares: Sequence[float | None]
+    ) -> tuple[tuple[StoredLora | TensorRef | None, ...], tuple[float, ...], tuple[str, ...]]:
+        """The updates of those that take part in a merge, their factors, and their labels."""
+        chosen = [(model, share) for model, share in zip(models, shares, strict=True) if share is not None]
+        updates = tuple(model.text.get(slot) or model.full.get(slot) for model, _ in chosen)
+        return updates, tuple(share for _, share in chosen), tuple(model.label for model, _ in chosen)
 
     def _averaged(self, name: str, spec: TensorSpec, counterparts: list[tuple[TensorRef, float]]) -> Job:
         """The mean of the updates of target and donors; of a tensor that θ_0 has not, of the donors' distances to the target."""
         own, factor = self.base.refs[name], self._mean_factor(name)
         refs, weights = tuple(ref for ref, _ in counterparts), tuple(weight for _, weight in counterparts)
         if start := self.across.vectors.get(name):
-            return Job("average", name, (spec,), (start, own, *refs), "", {"scale": factor}, (1.0, *weights))
+            return Job("average", name, (spec,), start, (own, *refs), (1.0, *weights), parameters={"scale": factor})
         if not counterparts:
-            return Job("keep", name, (spec,), (own,))
+            return Job("keep", name, (spec,), own)
         share = {"scale": factor * len(refs) / (1 + len(refs))}  # the target counts, and its own distance is 0
-        return Job("average", name, (spec,), (own, *refs), "", share, weights)
+        return Job("average", name, (spec,), own, refs, weights, parameters=share)
 
     def _fused(self, name: str, spec: TensorSpec, method: str, parameters: dict[str, Any]) -> Job:
         """The merges of the linear weights in a tensor of the target."""
         across = self.across
         assert across.target is not None
-        weights, pieces, parts = (1.0, *self._shares(name, method, parameters)), [], across.parts[name]
+        models, shares = (across.target, *self.donors), (1.0, *self._shares(name, method, parameters))
+        pieces, parts = [], across.parts[name]
         for slot, rows in parts:
-            reads = [across.starts[slot]]
-            for model, weight in zip((across.target, *self.donors), weights, strict=True):
-                if weight is None:
-                    continue
-                if slot in model.text:
-                    reads += [model.text[slot].a, model.text[slot].b]
-                elif slot in model.full:
-                    reads.append(model.full[slot])
-            output = TensorSpec(name, spec.dtype, reads[0].shape)
+            output = TensorSpec(name, spec.dtype, across.starts[slot].shape)
+            taking_part = self._taking_part(slot, models, shares)
+            job = Job("merge", slot, (output,), across.starts[slot], *taking_part, method, parameters, self.wide)
             if len(parts) == 1:
-                return Job("merge", slot, (output,), tuple(reads), method, parameters, weights)
-            pieces.append(Job("merge", slot, (output,), tuple(reads), method, parameters, weights, rows=rows))
-        return Job("fuse", name, (spec,), tuple(ref for piece in pieces for ref in piece.reads), pieces=tuple(pieces))
+                return job
+            pieces.append(replace(job, rows=rows))
+        return Job("fuse", name, (spec,), pieces=tuple(pieces))
 
     def fates(self) -> list[TensorFate]:
         """The fate of every tensor of the target, of every donor and of the base."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from modalloy.checkpoints.views import Rows
 from modalloy.errors import CheckpointError, shown
 
 Owner = Literal["language", "vision"]
-Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,6 @@ class Family:
             norm_epsilon=float(text.get("rms_norm_eps", 1e-6)),
             tied=bool(text.get("tie_word_embeddings", False)),
         )
-
-
-def height_of(rows: Rows) -> int:
-    """How many rows the stretches hold."""
-    return sum(end - begin for begin, end in rows)
 
 
 def remaining(taken: Iterable[Rows], height: int) -> Rows:

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from modalloy.compute import compute, specialists_deltas, survey
+from modalloy.checkpoints import StoredLora, TensorRef
+from modalloy.compute import compute, surveys, weighted_updates
 from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
 from modalloy.methods.ssam import aligned
@@ -17,7 +18,7 @@ from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
 from modalloy.model.routing import TEXT, RoutedLinear
 from modalloy.plan import Plan, plan
-from modalloy.planner import Job
+from modalloy.planning.job import Job, Survey
 from modalloy.search.space import Changes, applied
 
 Result = TypeVar("Result")
@@ -39,14 +40,14 @@ class Server:
 
     def serve(self, changes: Changes) -> list[float]:
         """Set the text path to the merge of a candidate; returns its `sketch`."""
-        planned = candidate(self.planned, changes, self.allow_base_mismatch)
-        work = partial(_merged, planned, self.kept)
-        return self._set((job.slot, tensors) for job, tensors in in_parallel(work, planned.merges()))
+        planned, surveyed = candidate(self.planned, changes, self.allow_base_mismatch)
+        work = partial(_merged, planned, surveyed, self.kept)
+        return self._set((job.name, tensors) for job, tensors in in_parallel(work, planned.merges()))
 
     def serve_parent(self, index: int) -> None:
         """Set the text path to that of one specialist: the model is then that specialist, for its own sense."""
         work = partial(_parent, self.planned, index)
-        self._set((job.slot, [tensor]) for job, tensor in in_parallel(work, self.planned.merges()))
+        self._set((job.name, [tensor]) for job, tensor in in_parallel(work, self.planned.merges()))
 
     def _set(self, found: Iterator[tuple[str, list[Delta]]]) -> list[float]:
         """Replace the text path by one update, or one whole weight, for every linear."""
@@ -66,11 +67,10 @@ class Server:
         return total.tolist()
 
 
-def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> Plan:
-    """The plan of a candidate, ready to be computed."""
-    found = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch, idle=planned.idle)
-    found.surveys = survey(found)
-    return found
+def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> tuple[Plan, dict[str, Survey]]:
+    """The plan of a candidate, and the surveys that its jobs need."""
+    changed = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch, idle=planned.idle)
+    return changed, surveys(changed.merges(), changed.inputs.read)
 
 
 def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
@@ -83,7 +83,8 @@ def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Ite
 class Aligned:
     """ssam's decomposition of one weight at the largest k and λ = 1, in the coordinates of its cores."""
 
-    weights: tuple[float | None, ...]  # of the specialists
+    models: tuple[StoredLora | TensorRef | None, ...]  # whose updates, and their factors
+    weights: tuple[float, ...]
     U: Tensor
     core: Tensor
     V: Tensor
@@ -95,19 +96,21 @@ class Aligned:
         return self.restore(LowRank(U, core @ V.T), dtype)
 
 
-def _merged(planned: Plan, kept: dict[str, Aligned], job: Job, _: None) -> list[Delta]:
+def _merged(planned: Plan, surveyed: dict[str, Survey], kept: dict[str, Aligned], job: Job, _: None) -> list[Delta]:
     """What a merge writes for one weight: its update, or the whole weight."""
+    read = planned.inputs.read
     if not _nests(planned, job):
-        tensors = compute(planned, job, planned.read)
+        tensors = compute(job, read, survey=surveyed.get(job.survey_key)).tensors
         return [LowRank(tensors[1], tensors[0])] if len(tensors) == 2 else list(tensors)
-    found = kept.get(job.slot)
-    if found is None or found.weights != job.weights:
-        deltas = [delta for delta in specialists_deltas(planned, job, planned.read) if isinstance(delta, LowRank)]
+    found = kept.get(job.name)
+    if found is None or (found.models, found.weights) != (job.models, job.weights):
+        deltas = [delta for delta in weighted_updates(job, read) if isinstance(delta, LowRank)]
         cores, restore = lift(deltas)
-        found = Aligned(job.weights, *aligned(cores, sum(cores[1:], cores[0]), max(cores[0].shape)), restore)
-        kept[job.slot] = found
-    wide = torch.float64 if planned.recipe.dtype == "float64" else torch.float32
-    update = found.merged(job.parameters["rank"], job.parameters["scale"], wide)
+        found = Aligned(
+            job.models, job.weights, *aligned(cores, sum(cores[1:], cores[0]), max(cores[0].shape)), restore
+        )
+        kept[job.name] = found
+    update = found.merged(job.parameters["rank"], job.parameters["scale"], job.wide)
     return [update.to(job.outputs[0].dtype)]
 
 
@@ -119,17 +122,16 @@ def _nests(planned: Plan, job: Job) -> bool:
         and chosen["balance"] == chosen["match"] == "none"
         and chosen["rank"] >= 1
         and planned.recipe.output.compress_rank is None
-        and not any(job.slot in specialist.full for specialist in planned.specialists)
+        and not job.has_tuned
     )
 
 
 def _parent(planned: Plan, index: int, job: Job, _: None) -> Delta:
     """One specialist's own update of a weight, or its whole weight."""
-    specialist = planned.specialists[index]
-    if job.slot in specialist.full:
-        return planned.read(specialist.full[job.slot])
-    alone = replace(job, weights=tuple(1.0 for _ in job.weights))
-    return specialists_deltas(planned, alone, planned.read)[index]
+    specialist, read = planned.specialists[index], planned.inputs.read
+    if job.name in specialist.full:
+        return read(specialist.full[job.name])
+    return weighted_updates(replace(job, models=(specialist.text.get(job.name),), weights=(1.0,)), read)[0]
 
 
 def _sketch(linear: RoutedLinear, seed: int) -> Tensor:

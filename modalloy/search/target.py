@@ -16,7 +16,7 @@ from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
 from modalloy.plan import Plan
-from modalloy.planner import Job
+from modalloy.planning.job import Job, Survey
 from modalloy.search.candidates import SKETCHED, candidate, directions, in_parallel
 from modalloy.search.space import Changes
 
@@ -39,13 +39,13 @@ class PlacedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Put the merge of a candidate in the target's place; returns its sketch, all zero for the target itself."""
-        planned = candidate(self.planned, changes, self.allow_base_mismatch)
+        planned, surveyed = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         wanted = changed | self.changed
         jobs = [job for job in planned.jobs if any(spec.name in wanted for spec in job.outputs)]
         self.changed = wanted  # until all is put in its place
         sketches: dict[str, Tensor] = {}
-        for job, (tensors, own) in in_parallel(partial(_merged, planned, changed), jobs):
+        for job, (tensors, own) in in_parallel(partial(_merged, planned, surveyed, changed), jobs):
             for spec, tensor in zip(job.outputs, tensors, strict=True):
                 self._put(spec.name, tensor)
             sketches |= own
@@ -55,7 +55,7 @@ class PlacedTarget:
     def serve_parent(self, index: int = 0) -> None:
         """Put the target back."""
         for name in sorted(self.changed):
-            self._put(name, self.planned.read(self.planned.base.refs[name]))
+            self._put(name, self.planned.inputs.read(self.planned.base.refs[name]))
         self.changed = set()
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -82,7 +82,7 @@ class LoadedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Load the merge of a candidate; returns its sketch, all zero for the target itself."""
-        planned = candidate(self.planned, changes, self.allow_base_mismatch)
+        planned, surveyed = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         if not changed:
             self.serve_parent()
@@ -91,7 +91,7 @@ class LoadedTarget:
 
         def read(job: Job, index: int) -> Tensor:
             with one_thread():
-                tensors, own = _merged(planned, changed - sketches.keys(), job, None)
+                tensors, own = _merged(planned, surveyed, changed - sketches.keys(), job, None)
             sketches.update(own)
             return tensors[index]
 
@@ -108,7 +108,7 @@ class LoadedTarget:
     def serve_parent(self, index: int = 0) -> None:
         """Load the target itself."""
         if not self.is_target:
-            read, refs = self.planned.read, self.planned.base.refs
+            read, refs = self.planned.inputs.read, self.planned.base.refs
             stored = {name: Stored(partial(read, ref), ref.dtype) for name, ref in refs.items()}
             self._load(self.planned, stored, is_target=True)
 
@@ -160,9 +160,11 @@ def _changed(planned: Plan) -> set[str]:
     }
 
 
-def _merged(planned: Plan, changed: Set[str], job: Job, _: None) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _merged(
+    planned: Plan, surveyed: dict[str, Survey], changed: Set[str], job: Job, _: None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What a merge writes of one job, and the sketches of what of it is changed."""
-    tensors = compute(planned, job, planned.read)
+    tensors = compute(job, planned.inputs.read, survey=surveyed.get(job.survey_key)).tensors
     own = zip((spec.name for spec in job.outputs), tensors, strict=True)
     return tensors, {name: _sketch(planned, name, tensor) for name, tensor in own if name in changed}
 
@@ -170,7 +172,7 @@ def _merged(planned: Plan, changed: Set[str], job: Job, _: None) -> tuple[list[T
 def _sketch(planned: Plan, name: str, merged: Tensor) -> Tensor:
     """Numbers (SKETCHED,) that stand for what a merge changes in one tensor, as `candidates.directions` makes them."""
     rows, columns = (len(merged), merged[0].numel()) if merged.ndim > 1 else (1, merged.numel())
-    target, merged = planned.read(planned.base.refs[name]).reshape(rows, columns), merged.reshape(rows, columns)
+    target, merged = planned.inputs.read(planned.base.refs[name]).reshape(rows, columns), merged.reshape(rows, columns)
     x, y = directions(rows, columns, zlib.crc32(name.encode()))
     total = torch.zeros(SKETCHED, dtype=torch.float64)
     step = max(1, BLOCK_ENTRIES // columns)

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import TensorRef
+from modalloy.checkpoints.tensors import TensorRef
 from modalloy.errors import CheckpointError
-from modalloy.families.rules import Rows, height_of
+
+Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
 
 ROWS_AT_ONCE = 512  # so that the copy stays in the cache
 
@@ -49,6 +50,11 @@ def _index(rows: Rows) -> Tensor:
     lengths = ends - begins
     first = begins - (lengths.cumsum(0) - lengths)  # what is added to a row's place among all
     return torch.arange(height_of(rows)) + first.repeat_interleave(lengths)
+
+
+def height_of(rows: Rows) -> int:
+    """How many rows the stretches hold."""
+    return sum(end - begin for begin, end in rows)
 
 
 def rows_of_tensor(name: str, ref: TensorRef, rows: Rows) -> TensorRef:

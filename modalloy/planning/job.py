@@ -1,0 +1,124 @@
+"""The words that planning, computing and writing have in common: one piece of work, what it gives, and a tensor's fate."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from modalloy.checkpoints.specialist import StoredLora
+from modalloy.checkpoints.tensors import TensorRef
+from modalloy.checkpoints.views import Rows
+from modalloy.checkpoints.writer import TensorSpec
+
+Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
+Survey = dict[str, Any]  # what a method must know of the whole model before its first weight
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """What becomes of one input tensor: its source ("base", "target" or a specialist's label), its name, its fate and why."""
+
+    source: str
+    tensor: str
+    fate: Fate
+    detail: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One independent piece of a merge: all that is needed to do it, and nothing of the other jobs. It pickles small.
+
+    - merge: the models' updates of a linear weight, by a method
+    - average: start + scale · mean of the weighted updates of the models that have the tensor, of any shape
+    - interpolate: a norm or bias of a target towards the donors'
+    - fuse: several merged weights, `pieces`, that the target stores as one tensor
+    - keep: the tensor `start`, unchanged
+    - carry: a specialist's tensor `start`, bit for bit
+    """
+
+    kind: Literal["merge", "average", "interpolate", "fuse", "keep", "carry"]
+    name: str  # the target's tensor, or one linear weight inside a fused one
+    outputs: tuple[TensorSpec, ...]
+    start: TensorRef | None = None  # what the updates are added to; only a fused tensor has none of its own
+    models: tuple[
+        StoredLora | TensorRef | None, ...
+    ] = ()  # updates of those that take part: factors, a tuned copy, or zero
+    weights: tuple[float, ...] = ()  # the updates' factors, one for each of `models`
+    labels: tuple[str, ...] = ()  # whose updates they are, for figures; not of averages
+    method: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)  # resolved, at this weight's depth
+    wide: torch.dtype = torch.float32  # of the arithmetic
+    fishers: tuple[TensorRef, ...] = ()
+    pieces: tuple["Job", ...] = ()
+    rows: Rows = ()  # of a piece, in the tensor of its output
+
+    @property
+    def merges(self) -> tuple["Job", ...]:
+        """The merged weights that it makes: itself, or its pieces."""
+        return (self,) if self.kind == "merge" else self.pieces
+
+    @property
+    def has_tuned(self) -> bool:
+        """Whether any of the models brings a tuned copy, whose update is a full matrix."""
+        return any(isinstance(model, TensorRef) for model in self.models)
+
+    @property
+    def stacked_rank(self) -> int:
+        """The sum of the ranks of the models' factors."""
+        return sum(model.rank for model in self.models if isinstance(model, StoredLora))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that is updated."""
+        assert self.start is not None
+        return self.start.shape
+
+    @property
+    def adds_nothing(self) -> bool:
+        """Whether the result is the base: λ or α is 0, or no model takes part with a weight other than 0."""
+        return 0 in (self.parameters.get("scale"), self.parameters.get("alpha")) or not any(self.weights)
+
+    @property
+    def reads(self) -> tuple[TensorRef, ...]:
+        """The stored tensors that it reads. Factors of factors are made without the weight that they update."""
+        refs = [ref for piece in self.pieces for ref in piece.reads]
+        if self.start is not None and (self.kind != "merge" or len(self.outputs) == 1 or self.has_tuned):
+            refs.append(self.start)
+        for model in self.models:
+            refs += [model.a, model.b] if isinstance(model, StoredLora) else [model] if model is not None else []
+        return (*refs, *self.fishers)
+
+    @property
+    def read_bytes(self) -> int:
+        """Size of the tensors that it reads."""
+        return sum(ref.n_bytes for ref in self.reads)
+
+    @property
+    def write_bytes(self) -> int:
+        """Size of the tensors that it writes."""
+        return sum(spec.n_bytes for spec in self.outputs)
+
+    @property
+    def survey_key(self) -> str:
+        """Jobs with the same key share one survey of the whole model; λ, applied last, changes no survey and is left out."""
+        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a merge found out beside its tensors."""
+
+    surveys: dict[str, Survey]  # by the jobs' `survey_key`
+    compression: dict[str, float]  # relative error of updates that were cut to fit, by weight
+    sha256: dict[str, str]  # of the weight files written
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job gives: its tensors, in the order and type of its outputs, and what was measured on the way."""
+
+    tensors: list[Tensor]
+    measured: Mapping[str, float] = field(default_factory=dict)  # {"compression": relative error of a cut update}
