@@ -38,7 +38,7 @@ from torch import Tensor
 
 from modalloy import builtin, merge
 from modalloy.checkpoints import open_base, read_json
-from modalloy.compute import compute, surveys
+from modalloy.compute import compute, survey
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Benchmark, Sample, Source
 from modalloy.evals.compare import Paired, compare
@@ -160,9 +160,9 @@ def recipe_of(bench: Bench, target: str, donors: Sequence[str], method: str = "l
 
 def merged(planned: Plan) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a merge would write, one by one."""
-    read, surveyed = planned.inputs.read, surveys(planned.merges(), planned.inputs.read)
+    read, surveys = planned.inputs.read, survey(planned.merges(), planned.inputs.read)
     for job in planned.jobs:
-        computed = compute(job, read, survey=surveyed.get(job.survey_key))
+        computed = compute(job, read, surveys=surveys)
         for spec, tensor in zip(job.outputs, computed.tensors, strict=True):
             yield spec.name, tensor
 

@@ -145,6 +145,8 @@ def recipes() -> dict[str, dict[str, Any]]:
                 "vocabulary": "same",
                 "output": full,
             }
+    everywhere = {"parameters": {"threshold": "global"}}
+    made["across ties global"] = made["across ties tuned"] | everywhere
     for alpha in (0.1, [0.1, 0.4]):
         made[f"linear {alpha}"] = {
             "target": "cogvlm",

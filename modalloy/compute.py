@@ -1,7 +1,8 @@
 """One job to its tensors: base plus merged update, means, interpolations, and what is carried as it is. Pure: no files, no plan."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,22 +17,24 @@ from modalloy.methods import METHODS, apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
 
 Read = Callable[[TensorRef], Tensor]  # how a job gets at the data of its inputs
+Surveys = Mapping[str, Survey]  # by the jobs' `survey_key`
+NO_SURVEYS: Surveys = MappingProxyType({})
 
 
-def compute(job: Job, read: Read, *, survey: Survey | None = None, device: str = "cpu") -> Done:
+def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str = "cpu") -> Done:
     """What one job writes, in the order and type of `job.outputs`; the memory of its inputs may be reused.
 
-    `survey`: what the job's method must know of the whole model (see `surveys`), None for methods that need nothing.
+    `surveys`: what methods must know of the whole model (see `survey`); empty if the plan's need nothing.
 
     Raises:
         MethodError: the inputs are nothing that the method can merge, or the result does not fit the type written.
     """
     if job.kind == "merge" and len(job.outputs) == 2:
-        return _factors(job, merged_update(job, read, survey=survey, device=device))
+        return _factors(job, merged_update(job, read, surveys=surveys, device=device))
     if job.kind == "merge":
-        return Done([_merged_weight(job, read, survey, device)])
+        return Done([_merged_weight(job, read, surveys, device)])
     if job.kind == "fuse":
-        return Done([_fused(job, read, survey, device)])
+        return Done([_fused(job, read, surveys, device)])
     if job.kind == "interpolate":
         return Done([_interpolated(job, read)])
     if job.kind == "average":
@@ -40,7 +43,7 @@ def compute(job: Job, read: Read, *, survey: Survey | None = None, device: str =
     return Done([_fitted(read(job.start), job.outputs[0])])
 
 
-def surveys(jobs: Iterable[Job], read: Read) -> dict[str, Survey]:
+def survey(jobs: Iterable[Job], read: Read) -> dict[str, Survey]:
     """What methods must know of the whole model before its first weight, by the jobs' `survey_key`."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
@@ -55,7 +58,7 @@ def surveys(jobs: Iterable[Job], read: Read) -> dict[str, Survey]:
 
 
 def merged_update(
-    job: Job, read: Read, *, survey: Survey | None = None, device: str = "cpu", rows: slice = slice(None)
+    job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str = "cpu", rows: slice = slice(None)
 ) -> Delta:
     """The merged update of one linear weight, or of some of its rows where the method allows."""
     n_rows, n_columns = job.shape
@@ -69,7 +72,7 @@ def merged_update(
             (n_rows, n_columns),
             slot=job.name,
             fishers=[read(ref).to(device) for ref in job.fishers] or None,
-            whole=survey,
+            whole=surveys.get(job.survey_key),
         )
     except MethodError as error:
         raise MethodError(f"{job.name}: {error}") from error
@@ -106,20 +109,20 @@ def _factors(job: Job, merged: Delta) -> Done:
     return Done([_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)], measured)
 
 
-def _merged_weight(job: Job, read: Read, survey: Survey | None, device: str) -> Tensor:
+def _merged_weight(job: Job, read: Read, surveys: Surveys, device: str) -> Tensor:
     """Base plus merged update in the output type, in the base's memory where the type is the same."""
     assert job.start is not None
     spec, base = job.outputs[0], read(job.start)
     # of full updates a block of rows at a time, where the method allows
     by_rows = METHODS[job.method].rowwise and job.has_tuned
-    merged = None if by_rows else merged_update(job, read, survey=survey, device=device)
+    merged = None if by_rows else merged_update(job, read, surveys=surveys, device=device)
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
     # bit for bit the base where nothing is added: adding 0 would change −0
     keeps = job.adds_nothing or any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
     step = max(1, BLOCK_ENTRIES // spec.shape[1])
     for start in range(0, spec.shape[0], step):
         rows = slice(start, start + step)
-        update = merged_update(job, read, survey=survey, device=device, rows=rows) if merged is None else merged
+        update = merged_update(job, read, surveys=surveys, device=device, rows=rows) if merged is None else merged
         if isinstance(update, LowRank):
             up = update.up if merged is None else update.up[rows]
             total = torch.addmm(base[rows].to(up.device, up.dtype), up, update.down)
@@ -134,11 +137,11 @@ def _merged_weight(job: Job, read: Read, survey: Survey | None, device: str) -> 
     return out
 
 
-def _fused(job: Job, read: Read, survey: Survey | None, device: str) -> Tensor:
+def _fused(job: Job, read: Read, surveys: Surveys, device: str) -> Tensor:
     """Several merged weights in the rows of the one tensor that the target stores them as."""
     out = torch.empty(job.outputs[0].shape, dtype=job.outputs[0].dtype)
     for piece in job.pieces:
-        merged, done = _merged_weight(piece, read, survey, device), 0
+        merged, done = _merged_weight(piece, read, surveys, device), 0
         for begin, end in piece.rows:
             out[begin:end] = merged[done : done + end - begin]
             done += end - begin

@@ -84,6 +84,11 @@ class Budget:
     predicted_bytes: int  # the process's peak
     n_bytes: int | None  # for the jobs in flight, beside what the process holds anyway
 
+    @property
+    def is_ample(self) -> bool:
+        """Whether memory is no limit."""
+        return self.n_bytes is None
+
     def fits_merging(self, jobs: Sequence[Job]) -> bool:
         """Whether these jobs may be held together while merging."""
         costs = [(_held_bytes(job), _job_bytes(job)) for job in jobs]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.compute import Read, merged_update, surveys, weighted_updates
+from modalloy.compute import Read, Surveys, merged_update, survey, weighted_updates
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
 from modalloy.errors import RecipeError
@@ -29,7 +29,7 @@ from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
 from modalloy.plan import plan
-from modalloy.planning.job import Job, Survey
+from modalloy.planning.job import Job
 from modalloy.recipe import Recipe, load_recipe
 
 SAMPLED_ROWS = (
@@ -203,14 +203,14 @@ def inspect(
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     merges = planned.merges()
     ranks = [s.rank for s in planned.counted if s.rank is not None]
-    surveyed = surveys(merges, planned.inputs.read)
+    surveys = survey(merges, planned.inputs.read)
     projects = recipe.merge_method == "ssam"
     automatic = resolve("ssam", {}, n=len(planned.counted), lora_rank=max(ranks, default=None))["rank"]
     slots = []
-    results = local.run(
+    results = local.in_order(
         merges,
         lambda job: job.parameters["rank"] if job.method == "ssam" else automatic,
-        lambda job, rank: _slot(job, planned.inputs.read, surveyed.get(job.survey_key), rank),
+        lambda job, rank: _slot(job, planned.inputs.read, surveys, rank),
         jobs or local.default_workers(),
     )
     for done, (_, slot) in enumerate(results, 1):
@@ -233,7 +233,7 @@ def inspect(
     return Inspection(recipe.merge_method, planned.parameters, base, k_of, facts, tuple(slots), tuple(found))
 
 
-def _slot(job: Job, read: Read, survey: Survey | None, rank: int | float) -> Slot:
+def _slot(job: Job, read: Read, surveys: Surveys, rank: int | float) -> Slot:
     """Every figure of one weight; `rank` is SSAM's k, or below 1 the share of energy that chooses it."""
     deltas, shape = _deltas(job, read), (job.shape[0], job.shape[1])
     factored = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
@@ -254,7 +254,7 @@ def _slot(job: Job, read: Read, survey: Survey | None, rank: int | float) -> Slo
     if decomposed:
         # a method that turns with its inputs gives a result of the same norm on the cores
         turns = "rotation" in METHODS[job.method].laws
-        merged = apply(job.method, small, job.parameters, shape) if turns else merged_update(job, read, survey=survey)
+        merged = apply(job.method, small, job.parameters, shape) if turns else merged_update(job, read, surveys=surveys)
         merged_norm = norm(merged)
     mean_norm = sum_norm / len(job.models)
     rows = _sampled_rows(job.name, shape[0])

@@ -5,18 +5,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from modalloy import cost
 from modalloy.checkpoints import (
-    Buffers,
     Specialist,
     Staging,
-    TensorRef,
     WeightWriter,
     read_config,
     read_json,
@@ -24,7 +22,7 @@ from modalloy.checkpoints import (
 from modalloy.checkpoints.staging import MANIFEST, check_apart
 from modalloy.checkpoints.writer import copy_file
 from modalloy.companions import code_files, companions
-from modalloy.compute import compute, surveys
+from modalloy.compute import compute, survey
 from modalloy.differences import settle
 from modalloy.engines import local, memory
 from modalloy.errors import OutputError, memory_errors
@@ -33,7 +31,7 @@ from modalloy.files import disk_errors, write_text
 from modalloy.manifest import SOURCES, build_manifest
 from modalloy.omni import write_omni
 from modalloy.plan import Plan, plan
-from modalloy.planning.job import Done, Job, Run
+from modalloy.planning.job import Run
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.report.card import model_card
 from modalloy.verify import Verification, verify, verify_folder
@@ -179,7 +177,7 @@ def _write_weights(
     planned: Plan, staging: Staging, budget: cost.Budget, device: str, on_job: Callable[[int, int], None] | None
 ) -> Run:
     """Run all jobs and stream their tensors to disk."""
-    surveyed = surveys(planned.merges(), planned.inputs.read)
+    surveys = survey(planned.merges(), planned.inputs.read)
     specs = [spec for job in planned.jobs for spec in job.outputs]
     form = planned.recipe.output.form
     limit = None if form == "adapter" else planned.recipe.output.max_shard_size  # PEFT wants one file
@@ -187,39 +185,29 @@ def _write_weights(
     kept = writer.keep(staging.finished)
     compression = dict(staging.facts) if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
-    buffers = Buffers(keep=budget.n_bytes is None)
     for file in planned.hashed_files():
         file.hash_reads()
-
-    def fetch(job: Job) -> dict[TensorRef, Tensor]:
-        return {ref: planned.inputs.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}
-
-    def work(job: Job, inputs: dict[TensorRef, Tensor]) -> tuple[Done, list[Tensor]]:
-        survey = surveyed.get(job.survey_key)
-        return compute(job, inputs.__getitem__, survey=survey, device=device), list(inputs.values())
-
-    results = local.run(remaining, fetch, work, budget.n_workers, budget.fits_merging)
-    done = len(planned.jobs) - len(remaining)
+    work = partial(compute, surveys=surveys, device=device)
+    results = local.run(remaining, planned.inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    n_done = len(planned.jobs) - len(remaining)
     try:
-        for job, (computed, inputs) in results:
-            if "compression" in computed.measured:
-                compression[job.name] = computed.measured["compression"]
-            for spec, tensor in zip(job.outputs, computed.tensors, strict=True):
+        for job, done in results:
+            if "compression" in done.measured:
+                compression[job.name] = done.measured["compression"]
+            for spec, tensor in zip(job.outputs, done.tensors, strict=True):
                 if spec.name in kept:  # of a job whose other tensors are in a later shard
                     continue
                 if finished := writer.add(spec.name, tensor):
                     staging.note(finished, writer.sha256[finished], compression)
-            for tensor in inputs:
-                buffers.give(tensor)
-            del computed, inputs, tensor  # or they are held until the next result is there
-            done += 1
+            del done, tensor  # or they are held until the next result is there
+            n_done += 1
             if on_job is not None:
-                on_job(done, len(planned.jobs))
+                on_job(n_done, len(planned.jobs))
         writer.close()
     finally:
         results.close()
         writer.abort()
-    return Run(surveyed, compression, writer.sha256)
+    return Run(surveys, compression, writer.sha256)
 
 
 def _write_configs(planned: Plan, folder: Path) -> None:

@@ -211,7 +211,7 @@ class _Check:
         self._check_cuts()
         worst: float | None = None
         jobs = {job.name: job for job in self.planned.jobs} | {job.name: job for job in self.planned.merges()}
-        results = local.run(
+        results = local.in_order(
             some,
             lambda _: None,
             lambda promise, _: self._error(promise),

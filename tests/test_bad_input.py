@@ -26,7 +26,7 @@ from torch import Tensor
 
 import modalloy
 from modalloy import cli
-from modalloy.checkpoints import staging
+from modalloy.checkpoints import Inputs, staging
 from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.media import load_audio, load_image
 from modalloy.verify import verify
@@ -862,7 +862,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_merge(
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(sys.modules["modalloy.plan"].Plan, "read", lambda *_: pytest.fail("something was read"))
+    monkeypatch.setattr(Inputs, "read", lambda *_: pytest.fail("something was read"))
     message = r"out: the disk is full: [\d.]+ GB are needed, 0\.00 GB are free; free space"
     assert_says(merge_refused(write_recipe()), message)
 

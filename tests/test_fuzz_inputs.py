@@ -6,6 +6,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,7 @@ def test_tokenizers(folder: Path, data: st.DataObject) -> None:
     tried(lambda: read_tokens(place))
 
 
+@cache  # torch names storages by their addresses, which differ from call to call
 def saved(zipped: bool) -> bytes:
     """What torch writes of three tensors, one of which is a transposed view."""
     file, wide = io.BytesIO(), torch.arange(6.0).reshape(2, 3)

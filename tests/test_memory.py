@@ -93,7 +93,7 @@ def test_jobs_in_flight_are_limited_by_what_they_hold(budget: int) -> None:
         return sum(sizes[index] for index in indices) <= budget
 
     done = []
-    for index, size in local.run(range(len(sizes)), fetch, lambda _, size: size, 3, fits):
+    for index, size in local.in_order(range(len(sizes)), fetch, lambda _, size: size, 3, fits):
         done.append(index)
         with lock:
             held[0] -= size

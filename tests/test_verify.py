@@ -482,8 +482,8 @@ def test_a_survey_that_was_wrong_at_the_merge_is_found_with_full(
 ) -> None:
     right = merge.survey
 
-    def wrong(planned: Plan) -> dict[str, dict[str, Any]]:
-        return {group: {"weights": [0.75, 0.25]} for group in right(planned)}
+    def wrong(*of: Any) -> dict[str, dict[str, Any]]:
+        return {group: {"weights": [0.75, 0.25]} for group in right(*of)}
 
     monkeypatch.setattr(merge, "survey", wrong)
     modalloy.merge(recipe(tmp_path, models, merge_method="metagpt"), tmp_path / "out")

@@ -4,19 +4,54 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from modalloy.checkpoints import Buffers, Inputs, TensorRef
+from modalloy.planning.job import Done, Job
 
 AHEAD = 2  # items beyond the workers' that are being read or wait to be written
 
 Item = TypeVar("Item")
 Input = TypeVar("Input")
 Result = TypeVar("Result")
+Compute = Callable[[Job, Callable[[TensorRef], Tensor]], Done]
+Fits = Callable[[Sequence[Job]], bool]
 
 
 def run(
+    jobs: Sequence[Job],
+    inputs: Inputs,
+    compute: Compute,
+    n_workers: int,
+    fits: Fits = lambda jobs: True,
+    *,
+    ample: bool = True,
+) -> Generator[tuple[Job, Done], None, None]:
+    """Yields every job with what it gives, in the jobs' order; the tensors are gone once the next pair is asked for.
+
+    One thread reads, `n_workers` compute. With `ample` memory, what inputs were read into is used again.
+    """
+    buffers = Buffers(keep=ample)
+
+    def fetch(job: Job) -> dict[TensorRef, Tensor]:
+        return {ref: inputs.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}
+
+    def work(job: Job, data: dict[TensorRef, Tensor]) -> tuple[Done, list[Tensor]]:
+        return compute(job, data.__getitem__), list(data.values())
+
+    with closing(in_order(jobs, fetch, work, n_workers, fits)) as results:
+        for job, (done, data) in results:
+            yield job, done
+            del done  # or its tensors are held until the next result is there
+            while data:
+                buffers.give(data.pop())
+
+
+def in_order(
     items: Sequence[Item],
     fetch: Callable[[Item], Input],
     work: Callable[[Item, Input], Result],
@@ -25,8 +60,8 @@ def run(
 ) -> Generator[tuple[Item, Result], None, None]:
     """Yields every item with the result of its work, in the items' order.
 
-    One thread fetches the inputs, in order; `n_workers` threads work. Between the start of their fetch and the next request
-    of the caller are at most `n_workers + AHEAD` items, and no more than one unless they may be held together (`fits`).
+    One thread fetches the inputs, in order; `n_workers` threads work. At most n_workers + AHEAD items are in flight: being
+    fetched, being worked on, or waiting to be taken; no more than one unless they may be held together (`fits`).
     """
     reader, pool = (
         ThreadPoolExecutor(1),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.checkpoints import StoredLora, TensorRef
-from modalloy.compute import compute, surveys, weighted_updates
+from modalloy.compute import Surveys, compute, survey, weighted_updates
 from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
 from modalloy.methods.ssam import aligned
@@ -18,7 +18,7 @@ from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
 from modalloy.model.routing import TEXT, RoutedLinear
 from modalloy.plan import Plan, plan
-from modalloy.planning.job import Job, Survey
+from modalloy.planning.job import Job
 from modalloy.search.space import Changes, applied
 
 Result = TypeVar("Result")
@@ -40,8 +40,8 @@ class Server:
 
     def serve(self, changes: Changes) -> list[float]:
         """Set the text path to the merge of a candidate; returns its `sketch`."""
-        planned, surveyed = candidate(self.planned, changes, self.allow_base_mismatch)
-        work = partial(_merged, planned, surveyed, self.kept)
+        planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
+        work = partial(_merged, planned, surveys, self.kept)
         return self._set((job.name, tensors) for job, tensors in in_parallel(work, planned.merges()))
 
     def serve_parent(self, index: int) -> None:
@@ -67,15 +67,15 @@ class Server:
         return total.tolist()
 
 
-def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> tuple[Plan, dict[str, Survey]]:
+def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> tuple[Plan, Surveys]:
     """The plan of a candidate, and the surveys that its jobs need."""
     changed = plan(applied(planned.recipe, changes), allow_base_mismatch=allow_base_mismatch, idle=planned.idle)
-    return changed, surveys(changed.merges(), changed.inputs.read)
+    return changed, survey(changed.merges(), changed.inputs.read)
 
 
 def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
     """The work of every job, in their order."""
-    with closing(local.run(jobs, lambda job: None, work, local.default_workers())) as results:
+    with closing(local.in_order(jobs, lambda job: None, work, local.default_workers())) as results:
         yield from results
 
 
@@ -96,11 +96,11 @@ class Aligned:
         return self.restore(LowRank(U, core @ V.T), dtype)
 
 
-def _merged(planned: Plan, surveyed: dict[str, Survey], kept: dict[str, Aligned], job: Job, _: None) -> list[Delta]:
+def _merged(planned: Plan, surveys: Surveys, kept: dict[str, Aligned], job: Job, _: None) -> list[Delta]:
     """What a merge writes for one weight: its update, or the whole weight."""
     read = planned.inputs.read
     if not _nests(planned, job):
-        tensors = compute(job, read, survey=surveyed.get(job.survey_key)).tensors
+        tensors = compute(job, read, surveys=surveys).tensors
         return [LowRank(tensors[1], tensors[0])] if len(tensors) == 2 else list(tensors)
     found = kept.get(job.name)
     if found is None or (found.models, found.weights) != (job.models, job.weights):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modalloy.checkpoints import read_config
-from modalloy.compute import compute
+from modalloy.compute import Surveys, compute
 from modalloy.engines.local import one_thread
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
@@ -16,7 +16,7 @@ from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
 from modalloy.plan import Plan
-from modalloy.planning.job import Job, Survey
+from modalloy.planning.job import Job
 from modalloy.search.candidates import SKETCHED, candidate, directions, in_parallel
 from modalloy.search.space import Changes
 
@@ -39,13 +39,13 @@ class PlacedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Put the merge of a candidate in the target's place; returns its sketch, all zero for the target itself."""
-        planned, surveyed = candidate(self.planned, changes, self.allow_base_mismatch)
+        planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         wanted = changed | self.changed
         jobs = [job for job in planned.jobs if any(spec.name in wanted for spec in job.outputs)]
         self.changed = wanted  # until all is put in its place
         sketches: dict[str, Tensor] = {}
-        for job, (tensors, own) in in_parallel(partial(_merged, planned, surveyed, changed), jobs):
+        for job, (tensors, own) in in_parallel(partial(_merged, planned, surveys, changed), jobs):
             for spec, tensor in zip(job.outputs, tensors, strict=True):
                 self._put(spec.name, tensor)
             sketches |= own
@@ -82,7 +82,7 @@ class LoadedTarget:
 
     def serve(self, changes: Changes) -> list[float]:
         """Load the merge of a candidate; returns its sketch, all zero for the target itself."""
-        planned, surveyed = candidate(self.planned, changes, self.allow_base_mismatch)
+        planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         if not changed:
             self.serve_parent()
@@ -91,7 +91,7 @@ class LoadedTarget:
 
         def read(job: Job, index: int) -> Tensor:
             with one_thread():
-                tensors, own = _merged(planned, surveyed, changed - sketches.keys(), job, None)
+                tensors, own = _merged(planned, surveys, changed - sketches.keys(), job, None)
             sketches.update(own)
             return tensors[index]
 
@@ -161,10 +161,10 @@ def _changed(planned: Plan) -> set[str]:
 
 
 def _merged(
-    planned: Plan, surveyed: dict[str, Survey], changed: Set[str], job: Job, _: None
+    planned: Plan, surveys: Surveys, changed: Set[str], job: Job, _: None
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What a merge writes of one job, and the sketches of what of it is changed."""
-    tensors = compute(job, planned.inputs.read, survey=surveyed.get(job.survey_key)).tensors
+    tensors = compute(job, planned.inputs.read, surveys=surveys).tensors
     own = zip((spec.name for spec in job.outputs), tensors, strict=True)
     return tensors, {name: _sketch(planned, name, tensor) for name, tensor in own if name in changed}
 
