@@ -26,7 +26,7 @@ from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
-from modalloy.omni import specialist_config
+from modalloy.outputs.omni import specialist_config
 from modalloy.projectors import projector_class
 
 COGVLM, LLAVA, LLAMA = "CogVLMForCausalLM", "LlavaLlamaForCausalLM", "LlamaForCausalLM"

@@ -46,7 +46,7 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
     if planned.across is None:
         _check_unmerged(planned)
         kept = (job.name for job in planned.jobs if job.kind == "keep")
-        names = kept if recipe.output.form == "full" else iter(planned.base.refs.keys() - planned.changed())
+        names = kept if recipe.form.is_whole else iter(planned.base.refs.keys() - planned.changed())
         planned = replace(planned, trained={name: who for name in names if (who := _who_changed(planned, name))})
     return planned
 

@@ -10,9 +10,9 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from modalloy._version import __version__
 from modalloy.builtin import PREFIX
@@ -23,6 +23,7 @@ from modalloy.checkpoints import (
     file_sha256,
     hub_commit,
     is_hub_id,
+    is_portable_name,
     present,
     read_json,
 )
@@ -31,6 +32,7 @@ from modalloy.checkpoints.staging import MANIFEST as MANIFEST
 from modalloy.checkpoints.staging import SOURCES as SOURCES
 from modalloy.errors import CheckpointError
 from modalloy.families.vocabulary import VOCABULARY_FILES
+from modalloy.forms import known_form
 from modalloy.plan import Plan, labels
 from modalloy.planning.job import Run
 from modalloy.recipe import Recipe
@@ -52,7 +54,7 @@ class Manifest(BaseModel):
     modalloy: Annotated[str, StringConstraints(pattern=r"^[0-9][0-9A-Za-z.+]{0,40}$")]
     method: str
     parameters: dict[str, Any]
-    form: Literal["adapter", "full", "omni"]
+    form: Annotated[str, AfterValidator(known_form)]
     inputs: dict[str, dict[str, Any]]
     outputs: dict[str, Sha256]
     surveys: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -143,11 +145,11 @@ def described(planned: Plan, written: Recipe, names: Mapping[str, str]) -> dict[
 
 def _starts(planned: Plan, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the manifest says of base and target, by label."""
-    label, form = planned.base_label, planned.recipe.output.form
+    label, form = planned.base_label, planned.form
     name = names.get(label, planned.base_name)
-    copied = form == "omni" and not is_portable_name(name)
+    copied = form.is_model and form.refers_to_base and not is_portable_name(name)
     vocabulary = () if planned.across is None else VOCABULARY_FILES  # by which the rows of embeddings were chosen
-    found = {label: _start(planned.base, name, (*START_CONFIGS, *vocabulary), read=form == "full" or copied)}
+    found = {label: _start(planned.base, name, (*START_CONFIGS, *vocabulary), read=form.is_whole or copied)}
     if planned.across is not None and planned.across.base is not None:
         name = names.get("base", planned.across.base_name)
         found["base"] = _start(planned.across.base, name, START_CONFIGS, read=True)
@@ -160,11 +162,6 @@ def _start(model: Checkpoint, name: str, configs: Sequence[str], *, read: bool) 
     hashes = {name: file_sha256(model.folder / name) for name in present(model.folder, configs)}
     hashes |= {file.path.name: file.sha256 for file in model.files} if read else {}
     return {"name": name, "header_sha256": model.header_sha256(), **_revision(model.folder), "sha256": hashes}
-
-
-def is_portable_name(name: str) -> bool:
-    """Whether a recorded name is that of a hub's repository or of something built in; that of a folder has no slash."""
-    return name.startswith(PREFIX) or is_hub_id(name)
 
 
 def start_names(written: Recipe, places: Sources, manifest: dict[str, Any]) -> dict[str, str]:

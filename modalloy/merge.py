@@ -16,12 +16,9 @@ from modalloy.checkpoints import (
     Specialist,
     Staging,
     WeightWriter,
-    read_config,
     read_json,
 )
 from modalloy.checkpoints.staging import MANIFEST, check_apart
-from modalloy.checkpoints.writer import copy_file
-from modalloy.companions import code_files, companions
 from modalloy.compute import compute, survey
 from modalloy.differences import settle
 from modalloy.engines import local, memory
@@ -29,14 +26,12 @@ from modalloy.errors import OutputError, memory_errors
 from modalloy.families.ancestors import Kinship, check_kinship
 from modalloy.files import disk_errors, write_text
 from modalloy.manifest import SOURCES, build_manifest
-from modalloy.omni import write_omni
+from modalloy.outputs import WRITERS
+from modalloy.outputs.card import model_card
 from modalloy.plan import Plan, plan
 from modalloy.planning.job import Run
 from modalloy.recipe import Recipe, load_recipe
-from modalloy.report.card import model_card
 from modalloy.verify import Verification, verify, verify_folder
-
-STEMS = {"adapter": "adapter_model", "omni": "adapter_model", "full": "model"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ def merge(
         _check_disk(out, cost.disk_bytes(planned) - there)
         run = _write_weights(planned, staging, budget, chosen_device, on_job)
         merge_s = time.perf_counter() - begin
-        _write_configs(planned, folder)
+        WRITERS[planned.form.name].write(planned, folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_text(folder / "README.md", model_card(planned))
         manifest = build_manifest(planned, run, folder)
@@ -179,9 +174,8 @@ def _write_weights(
     """Run all jobs and stream their tensors to disk."""
     surveys = survey(planned.merges(), planned.inputs.read)
     specs = [spec for job in planned.jobs for spec in job.outputs]
-    form = planned.recipe.output.form
-    limit = None if form == "adapter" else planned.recipe.output.max_shard_size  # PEFT wants one file
-    writer = WeightWriter(staging.folder, STEMS[form], specs, limit)
+    limit = planned.recipe.output.max_shard_size if planned.form.has_shards else None
+    writer = WeightWriter(staging.folder, planned.form.stem, specs, limit)
     kept = writer.keep(staging.finished)
     compression = dict(staging.facts) if kept else {}
     remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
@@ -208,55 +202,6 @@ def _write_weights(
         results.close()
         writer.abort()
     return Run(surveys, compression, writer.sha256)
-
-
-def _write_configs(planned: Plan, folder: Path) -> None:
-    """Everything beside the weights that the form needs to be loaded."""
-    recipe, base = planned.recipe, planned.base_folder
-    if recipe.output.form == "adapter":
-        config = peft_config(planned)
-        write_text(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-        return
-    for name in companions(base):
-        (folder / name).parent.mkdir(exist_ok=True)
-        copy_file(base / name, folder / name)
-    if recipe.output.form == "full":
-        if planned.chat_template is not None:
-            for name in ("chat_template.json", "chat_template.jinja"):  # the base's, copied above
-                (folder / name).unlink(missing_ok=True)
-            write_text(folder / "chat_template.jinja", planned.chat_template)
-        for name in code_files(base):
-            copy_file(base / name, folder / name)
-        config = read_config(base)
-        config.pop("_name_or_path", None)  # where the base was on someone's machine
-        if recipe.written_dtype != "auto":
-            config["dtype"] = recipe.written_dtype
-            config.pop("torch_dtype", None)
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        return
-    write_omni(planned, folder)
-
-
-def peft_config(planned: Plan) -> dict[str, Any]:
-    """adapter_config.json of the result."""
-    stems = [job.name.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
-    leaves = {stem.rpartition(".")[2] for stem in stems}
-    same_leaf = {
-        n.removesuffix(".weight") for n in planned.base.refs if n.removesuffix(".weight").rpartition(".")[2] in leaves
-    }
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": planned.recorded_base_name,
-        "r": planned.rank,
-        "lora_alpha": planned.rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "target_modules": sorted(leaves if same_leaf == set(stems) else stems),
-    }
 
 
 def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:

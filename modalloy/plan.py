@@ -38,12 +38,13 @@ from modalloy.families.mapping import ModelMap
 from modalloy.families.planner import AcrossPlanner
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.fit import check_base, check_fishers_are_used, check_shapes
+from modalloy.forms import Form
 from modalloy.kinds import Kind, check_numbers, kinds
 from modalloy.methods import METHODS
-from modalloy.omni import Sense, choose_senses
 from modalloy.planner import Planner
 from modalloy.planning.job import Job, TensorFate
 from modalloy.recipe import Recipe
+from modalloy.senses.sense import Sense, choose_senses
 from modalloy.summary import one_line
 from modalloy.templates import common_template
 
@@ -71,6 +72,11 @@ class Plan:
     unchanged: tuple[str, ...] = ()  # all that count, where all their updates are zero
     must_be_equal: list[str] = field(default_factory=list)  # kept tensors that no model may have changed
     trained: dict[str, list[str]] = field(default_factory=dict)  # who changed what is kept, once `settle` has compared
+
+    @property
+    def form(self) -> Form:
+        """The form of the result."""
+        return self.recipe.form
 
     @property
     def maps(self) -> dict[str, ModelMap]:
@@ -118,12 +124,12 @@ class Plan:
     @property
     def copies_base(self) -> bool:
         """Whether the result holds a copy of the base: an omni folder does, where only this machine would find it."""
-        return self.recipe.output.form == "omni" and not self.base_is_portable
+        return self.form.is_model and self.form.refers_to_base and not self.base_is_portable
 
     @property
     def reads_base(self) -> bool:
         """Whether the base's files are read as a whole, and so hashed; else their headers identify it."""
-        return self.recipe.output.form == "full" or self.copies_base
+        return self.form.is_whole or self.copies_base
 
     @property
     def write_bytes(self) -> int:
@@ -194,7 +200,7 @@ class Plan:
         return {
             "method": self.recipe.merge_method,
             "parameters": self.parameters,
-            "form": self.recipe.output.form,
+            "form": self.form.name,
             "specialists": [s.label for s in self.specialists],
             "merged_weights": self.merged_weights(),
             "counts": self.counts(),
@@ -238,22 +244,22 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
             )
         check_base(specialist, recipe, base_config, allow_base_mismatch)
         check_shapes(specialist, base, base_config)
-    form, compress = recipe.output.form, recipe.output.compress_rank
+    form, compress = recipe.form, recipe.output.compress_rank
     found = kinds(base_config, base.refs)
     planner = Planner(recipe, base, specialists, found, absent)
-    if form == "adapter" and compress is None:
+    if not form.takes_full_updates and compress is None:
         for specialist in planner.counted:
             changed = (name for name in planner.merged if name in specialist.full)
             if whole := next((specialist.full[name] for name in changed), None):
                 holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
                 raise RecipeError(
-                    f"output.form 'adapter' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
+                    f"output.form '{form.name}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
                     "or output.compress_rank: k to approximate what is merged"
                 )
-    width = config_size(base_config, "hidden_size", base_folder) if form == "omni" else 0
-    senses = choose_senses(recipe, specialists, width) if form == "omni" else {}
-    template = None if form == "adapter" or recipe.output.chat_template == "base" else common_template(specialists)
-    jobs = planner.full_jobs() if form == "full" else planner.adapter_jobs()
+    width = config_size(base_config, "hidden_size", base_folder) if form.carries_senses else 0
+    senses = choose_senses(recipe, specialists, width) if form.carries_senses else {}
+    template = None if not form.is_model or recipe.output.chat_template == "base" else common_template(specialists)
+    jobs = planner.full_jobs() if form.is_whole else planner.adapter_jobs()
     result = Plan(
         recipe,
         base_folder,
@@ -270,7 +276,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         absent=planner.reasons,
         idle=tuple(idle),
         must_be_equal=planner.must_be_equal(),
-        notices=[] if form == "adapter" else notices(base_folder, specialists),
+        notices=notices(base_folder, specialists) if form.is_model else [],
     )
     _check_all_accounted(result)
     used = any(job.method and METHODS[job.method].takes("fishers") for job in jobs)

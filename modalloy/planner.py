@@ -101,19 +101,23 @@ class Planner(Choices):
         return next(f"{s.label} specialist" for s in self.counted if slot in s.text or slot in s.full)
 
     def adapter_jobs(self) -> list[Job]:
-        """For `adapter` and `omni`: one pair of factors per merged weight, then what is carried.
+        """For forms of low-rank updates: one pair of factors per merged weight, then what is carried.
 
-        A method that gives full matrices gives `omni` a second weight for its text tokens.
+        Where the form takes it, what a method gives as a full matrix is a second weight, for text tokens.
         """
         if self.averaged:
             raise RecipeError(
                 f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
                 "write form: full, or keep the base's by modules: {\"" + self.averaged[0] + '": {policy: keep}}'
             )
-        omni = self.recipe.output.form == "omni"
+        form = self.recipe.form
         dtype = self._dtype()
         slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
-        whole = {slot for slot in slots if omni and self.recipe.output.compress_rank is None and self._is_full(slot)}
+        whole = {
+            slot
+            for slot in slots
+            if form.takes_full_updates and self.recipe.output.compress_rank is None and self._is_full(slot)
+        }
         bounds = {slot: self._rank_bound(slot) for slot in slots if slot not in whole}
         self.rank = max(1, max(bounds.values(), default=1))  # PEFT takes no rank 0
         jobs = []
@@ -122,15 +126,12 @@ class Planner(Choices):
                 jobs.append(self._merge_job(slot, (self._like_base(slot),)))
                 continue
             rows, columns = self.base.refs[slot].shape
-            stem = slot.removesuffix(".weight")
-            names = [
-                f"{stem}.lora_{side}.default.weight" if omni else f"base_model.model.{stem}.lora_{side}.weight"
-                for side in "AB"
-            ]
             shapes = [(self.rank, columns), (rows, self.rank)]
-            specs = tuple(TensorSpec(name, dtype, shape) for name, shape in zip(names, shapes, strict=True))
+            specs = tuple(
+                TensorSpec(name, dtype, shape) for name, shape in zip(form.factors(slot), shapes, strict=True)
+            )
             jobs.append(self._merge_job(slot, specs))
-        if omni:
+        if form.carries_senses:
             for specialist in self.specialists:
                 for name, ref in specialist.carried().items():
                     jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), ref))
@@ -152,10 +153,10 @@ class Planner(Choices):
 
     def fates(self) -> list[TensorFate]:
         """The fate of every tensor of the base and of every specialist."""
-        form = self.recipe.output.form
+        form = self.recipe.form
         carried: tuple[Fate, str] = ("carried", "bit for bit")
-        if form != "omni":
-            carried = ("left out", f"form: {form} holds the text path only")
+        if not form.carries_senses:
+            carried = ("left out", f"form: {form.name} holds the text path only")
         of_slot: dict[str, tuple[Fate, str]] = {slot: ("merged", self._method(slot)[0]) for slot in self.merged}
         for name in self.averaged:
             is_sum = self.treatments[name] == "sum"

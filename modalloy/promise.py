@@ -166,14 +166,16 @@ class Promises:
         Raises:
             CheckpointError: a model changes a tensor, and neither method nor rule says what is to become of it.
         """
-        form = self.recipe.output.form
-        for slot in self.base.refs if form == "full" else sorted(self.base.refs):
+        form = self.recipe.form
+        for slot in self.base.refs if form.is_whole else sorted(self.base.refs):
             promise = self._of(slot)
-            if form == "full" or promise.kind == "merged":
+            if form.is_whole or promise.kind == "merged":
                 yield promise
             elif promise.kind == "averaged" and not promise.is_exact:
-                raise CheckpointError(f"{slot}: is to be averaged, which form: {form} cannot hold; write form: full")
-        if form == "omni":
+                raise CheckpointError(
+                    f"{slot}: is to be averaged, which form: {form.name} cannot hold; write form: full"
+                )
+        if form.carries_senses:
             for model in self.every:
                 for name, ref in model.carried.items():
                     yield Promise("carried", name, (name,), ref)
@@ -218,10 +220,8 @@ class Promises:
         if METHODS[method].takes("fishers"):
             fishers = tuple(model.fisher.refs[slot] for model in models if model.fisher is not None)
         names: tuple[str, ...] = (slot,)
-        stem, output = slot.removesuffix(".weight"), self.recipe.output
-        if output.form != "full":
-            pair = "{}.lora_{}.default.weight" if output.form == "omni" else "base_model.model.{}.lora_{}.weight"
-            names = (pair.format(stem, "A"), pair.format(stem, "B"))
+        if not self.recipe.form.is_whole:
+            names = self.recipe.form.factors(slot)
         return Promise(
             "merged",
             slot,
@@ -231,7 +231,7 @@ class Promises:
             method,
             parameters,
             fishers,
-            compress_rank=output.compress_rank,
+            compress_rank=self.recipe.output.compress_rank,
         )
 
     def _averaged(self, slot: str, start: TensorRef, having: Sequence[Model], factor: float) -> Promise:

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from modalloy import mergekit
 from modalloy.checkpoints.folder import read_bytes
 from modalloy.encoders import modalities
 from modalloy.errors import CheckpointError, RecipeError, cut, shown
+from modalloy.forms import FORMS, Form, known_form
 from modalloy.methods import METHODS, check_method
 from modalloy.names import modality_name
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
@@ -105,7 +115,7 @@ class Output(_Strict):
     base's whatever they have.
     """
 
-    form: Literal["adapter", "full", "omni"] = "adapter"
+    form: Annotated[str, AfterValidator(known_form)] = "adapter"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
     compress_rank: Annotated[int, Field(strict=True, ge=1)] | None = None
@@ -161,8 +171,10 @@ class Recipe(_Strict):
                     )
         else:
             self._check_target()
-        if self.output.form == "full" and self.output.compress_rank is not None:
-            raise ValueError("output.compress_rank is of adapters, but form: full holds full matrices; remove it")
+        if self.form.is_whole and self.output.compress_rank is not None:
+            raise ValueError(
+                f"output.compress_rank is of adapters, but form: {self.form.name} holds full matrices; remove it"
+            )
         return self
 
     def _check_target(self) -> None:
@@ -181,7 +193,7 @@ class Recipe(_Strict):
                 raise ValueError(f"{method} needs Fisher files in the target's names; choose another method")
         if not self.base_model and any(rule.policy == "average" for rule in self.modules.values()):
             raise ValueError("a merge without a base has no policy average; write keep, or parameters: {alpha: 0.5}")
-        if self.output.form != "full":
+        if not self.form.is_whole:
             raise ValueError(f"a target is a whole model, but output.form is {self.output.form}; write form: full")
         if any(entry.modality or entry.encoder for entry in self.models):
             raise ValueError("donors have no modality or encoder, the target keeps its own; remove these keys")
@@ -192,6 +204,11 @@ class Recipe(_Strict):
     def start(self) -> str:
         """The model that updates are added to: the base, or the target."""
         return self.target or self.base_model
+
+    @property
+    def form(self) -> Form:
+        """The form of the result."""
+        return FORMS[self.output.form]
 
     @property
     def written_dtype(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from modalloy import cost
 from modalloy._version import __version__
-from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, is_hub_id, read_json
+from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, read_json
 from modalloy.checkpoints.folder import reading
 from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
@@ -27,7 +27,6 @@ from modalloy.manifest import (
     check_described,
     check_recipe,
     differences,
-    is_portable_name,
     read_manifest,
     read_sources,
     result_files,
@@ -228,7 +227,7 @@ class _Check:
         refs = self.weights.refs
         if all(name in refs for name in promise.names):
             return promise
-        if len(promise.names) == 2 and promise.slot in refs and self.planned.recipe.output.form == "omni":
+        if len(promise.names) == 2 and promise.slot in refs and self.planned.form.takes_full_updates:
             return replace(promise, names=(promise.slot,))
         if len(promise.names) == 2 and promise.is_exact and not any(name in refs for name in promise.names):
             return None  # an update that is zero
@@ -392,25 +391,11 @@ def _at(recipe: Recipe, places: Sources) -> Recipe:
 
 def _check_config(folder: Path, planned: Plan, names: dict[str, str]) -> None:
     """What says how the written tensors are loaded must be what the recipe gives: it scales them."""
-    from modalloy.merge import peft_config
-    from modalloy.omni import omni_config
+    from modalloy.outputs import WRITERS
 
-    form = planned.recipe.output.form
-    path = folder / ("adapter_config.json" if form == "adapter" else "config.json")
-    found = read_json(path)
-    if form == "adapter":
-        wanted = peft_config(planned)
-        if is_portable_name(names["base"]) or not is_hub_id(planned.recorded_base_name):
-            wanted["base_model_name_or_path"] = names["base"]
-    elif form == "omni":
-        wanted = {key: value for key, value in omni_config(planned).items() if key.startswith("text_")}
-        found = {key: value for key, value in found.items() if key.startswith("text_")}
-    else:
-        own = ("_name_or_path", "dtype", "torch_dtype")
-        wanted, found = (
-            {key: value for key, value in config.items() if key not in own}
-            for config in (read_json(planned.base_folder / "config.json"), found)
-        )
+    writer = WRITERS[planned.form.name]
+    path, wanted = folder / writer.config, writer.promised(planned, names[planned.base_label])
+    found = {key: value for key, value in read_json(path).items() if writer.is_promised(key)}
     if different := differences(json.loads(json.dumps(wanted)), found):
         place, right, told = different
         raise CheckpointError(

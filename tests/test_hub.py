@@ -12,7 +12,7 @@ import pytest
 
 from modalloy.cli import app
 from modalloy.errors import OutputError
-from modalloy.hub import check_target, push
+from modalloy.outputs.push import check_target, push
 
 WriteRecipe = Callable[..., Path]
 

@@ -6,7 +6,7 @@ from modalloy.checkpoints.folder import file_sha256, is_there, parse_json, prese
 from modalloy.checkpoints.full import place
 from modalloy.checkpoints.inputs import Inputs
 from modalloy.checkpoints.layouts import check_one_kind, open_specialist
-from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, locate, open_base
+from modalloy.checkpoints.locate import hub_commit, is_hub_id, is_portable, is_portable_name, locate, open_base
 from modalloy.checkpoints.specialist import Specialist, StoredLora
 from modalloy.checkpoints.staging import Staging
 from modalloy.checkpoints.tensors import (
@@ -37,6 +37,7 @@ __all__ = [
     "hub_commit",
     "is_hub_id",
     "is_portable",
+    "is_portable_name",
     "is_there",
     "locate",
     "open_base",

@@ -50,6 +50,11 @@ def _hub_parts(location: str) -> tuple[str, str, str, str]:
     return owner, name, revision, inside
 
 
+def is_portable_name(name: str) -> bool:
+    """Whether a recorded name is that of a hub's repository or of something built in; that of a folder has no slash."""
+    return name.startswith(builtin.PREFIX) or is_hub_id(name)
+
+
 def is_portable(location: str, relative_to: Path = Path()) -> bool:
     """Whether the name means the same on another machine: built in, or a hub id; not a local path."""
     if location.startswith(builtin.PREFIX):

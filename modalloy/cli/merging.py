@@ -43,8 +43,8 @@ def merge(
     as_json: Json = False,
 ) -> Path | None:
     """Merge specialists into one model."""
-    from modalloy.hub import check_target, push
     from modalloy.merge import merge as run
+    from modalloy.outputs.push import check_target, push
 
     choice("--device", device, DEVICES)
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)

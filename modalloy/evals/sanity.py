@@ -122,8 +122,8 @@ def is_repetitive(text: str, words: int = 4, times: int = 3) -> bool:
 def check_askable(recipe: Recipe) -> None:
     """Refuse a recipe before it is merged, the result or a parent of which could not be asked: an adapter, or a target,
     donor or base of an architecture that modalloy does not run."""
-    if recipe.output.form == "adapter":
-        raise ModalloyError("--sanity: an adapter is no model by itself; write output.form: omni or full")
+    if not recipe.form.is_model:
+        raise ModalloyError(f"--sanity: an {recipe.form.name} is no model by itself; write output.form: omni or full")
     models = [recipe.target, *(entry.model for entry in recipe.models), recipe.base_model] if recipe.target else []
     for location in filter(None, models):
         folder = locate(location, recipe.folder)

@@ -10,7 +10,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from modalloy.errors import CheckpointError
 from modalloy.model.routing import TEXT
-from modalloy.omni import AUTO_MAP
+from modalloy.outputs.omni import AUTO_MAP
 
 MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
 

@@ -25,7 +25,7 @@ from modalloy.model.opening import check_code, open_tokenizer, opening, set_ends
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
-from modalloy.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
+from modalloy.outputs.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
 from modalloy.projectors import projector_class
 from modalloy.templates import own_template
 

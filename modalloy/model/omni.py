@@ -17,7 +17,7 @@ from modalloy.engines.memory import release_memory
 from modalloy.errors import CheckpointError
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
-from modalloy.omni import write_remote_code
+from modalloy.outputs.omni import write_remote_code
 from modalloy.projectors import build_projector
 
 

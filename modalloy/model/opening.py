@@ -13,7 +13,7 @@ from typing import Any
 
 from modalloy.checkpoints import present, read_json
 from modalloy.errors import CheckpointError, ModalloyError
-from modalloy.omni import AUTO_MAP
+from modalloy.outputs.omni import AUTO_MAP
 
 OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 MAX_REASON = 400  # characters of a library's message that are repeated

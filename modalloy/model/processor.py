@@ -17,7 +17,7 @@ from modalloy.model.bounded import render
 from modalloy.model.config import owner_names, tokens_per_medium
 from modalloy.model.literal import Literals
 from modalloy.names import modality_name
-from modalloy.omni import processor_config, write_remote_code
+from modalloy.outputs.omni import processor_config, write_remote_code
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")

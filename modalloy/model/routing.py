@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.delta import LowRank
-from modalloy.omni import LINEARS
+from modalloy.outputs.omni import LINEARS
 
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 

@@ -577,7 +577,7 @@ def _strategy(given: str, axes: list[Axis], objective: str, variant: str, aggreg
 def _check_recipe(recipe: Recipe, load: Loader | None) -> None:
     if recipe.target is None and load is not None:
         raise RecipeError("load=… makes models of recipes with a target, and this one has none; leave it out")
-    if recipe.target is None and recipe.output.form != "omni":
+    if recipe.target is None and not recipe.form.carries_senses:
         raise RecipeError(
             f"output.form '{recipe.output.form}': a search asks the merged model about media, so it needs the encoders; "
             "write form: omni (the chosen parameters hold for any form)"

@@ -5,47 +5,30 @@ import json
 import yaml
 
 from modalloy.methods import METHODS
+from modalloy.outputs import WRITERS
 from modalloy.plan import Plan
 from modalloy.report.escape import fence, markdown_code, markdown_text
-
-USE = {
-    "adapter": """```python
-from transformers import AutoModelForCausalLM
-from peft import PeftModel
-
-base = AutoModelForCausalLM.from_pretrained({base})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```""",
-    "full": """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```""",
-    "omni": """```
-modalloy chat path/to/this/folder {options} -p "What is this?"
-```""",
-}
 
 
 def model_card(planned: Plan) -> str:
     """README.md of the result."""
     recipe = planned.recipe
-    form, method = recipe.output.form, recipe.merge_method
+    method, writer = recipe.merge_method, WRITERS[recipe.output.form]
     modalities = [s.modality for s in planned.specialists if s.modality]
     front: dict[str, object] = {
-        "library_name": {"adapter": "peft", "full": "transformers", "omni": "modalloy"}[form],
+        "library_name": writer.library,
         "base_model": planned.base_name,
-        "base_model_relation": "adapter" if form == "adapter" else "merge",
+        "base_model_relation": writer.relation,
         "tags": ["modalloy", "merge", method, *modalities],
     }
-    if form == "omni":
-        front["pipeline_tag"] = "any-to-any"
+    if writer.pipeline is not None:
+        front["pipeline_tag"] = writer.pipeline
     if planned.maps:
         return _card_across(planned, front)
     labels = {s.label: markdown_text(s.label) for s in planned.specialists}
     rows = [f"| {labels[s.label]} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
     table = "\n".join(["| specialist | layout | modality | LoRA rank |", "|---|---|---|---|", *rows])
-    use = USE[form].format(base=json.dumps(planned.base_name), options=" ".join(f"--{m} FILE" for m in modalities))
+    use = writer.use.format(base=json.dumps(planned.base_name), options=" ".join(f"--{m} FILE" for m in modalities))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---

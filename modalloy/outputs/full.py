@@ -1,0 +1,53 @@
+"""`form: full`: a whole model as transformers loads it, with the base's tokenizer and code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from modalloy.checkpoints import read_config, read_json
+from modalloy.checkpoints.writer import copy_file
+from modalloy.companions import code_files, companions
+from modalloy.files import write_text
+from modalloy.outputs.writer import Writer
+from modalloy.plan import Plan
+
+OWN = ("_name_or_path", "dtype", "torch_dtype")  # what a result's config says otherwise than its base's
+USE = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```"""
+
+
+def write(planned: Plan, folder: Path) -> None:
+    """Copy the base's tokenizer, configs and code; write config.json, and the specialists' common chat template."""
+    recipe, base = planned.recipe, planned.base_folder
+    copy_companions(base, folder)
+    if planned.chat_template is not None:
+        for name in ("chat_template.json", "chat_template.jinja"):  # the base's, copied above
+            (folder / name).unlink(missing_ok=True)
+        write_text(folder / "chat_template.jinja", planned.chat_template)
+    for name in code_files(base):
+        copy_file(base / name, folder / name)
+    config = read_config(base)
+    config.pop("_name_or_path", None)  # where the base was on someone's machine
+    if recipe.written_dtype != "auto":
+        config["dtype"] = recipe.written_dtype
+        config.pop("torch_dtype", None)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+    """Copy what belongs to a model beside its weights and config: tokenizer, processor, generation settings."""
+    for name in companions(base):
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy_file(base / name, folder / name)
+
+
+def promised(planned: Plan, base_name: str) -> dict[str, Any]:
+    """The base's own config.json, but for what a result says otherwise."""
+    config = read_json(planned.base_folder / "config.json")
+    return {key: value for key, value in config.items() if key not in OWN}
+
+
+WRITER = Writer(write, "config.json", promised, lambda key: key not in OWN, "transformers", "merge", USE)

@@ -1,0 +1,1 @@
+"""One medium to the decoder's tokens."""
