@@ -340,6 +340,13 @@ def test_depth_maps_see_the_near_side() -> None:
     assert float((moved - front).abs().mean()) < 0.01  # neither place nor size matters
 
 
+def test_a_sound_shorter_than_a_sample_of_the_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.wav"
+    soundfile.write(path, np.full(1600, 0.1), 67_000_000)
+    with pytest.raises(MediaError, match=r"1600 samples at 67000000 Hz, less than one at 16000 Hz"):
+        load_audio(path)
+
+
 def test_short_sounds_repeat_to_fill_the_window() -> None:
     import torch
 

@@ -53,7 +53,13 @@ def read_sound(path: str | Path, sampling_rate: int) -> np.ndarray:
         raise MediaError(f"{shown(path)}: the sound has no samples; give a file that is not empty")
     if rate != sampling_rate:
         with decoding(path, "readable sound", SOUND_REMEDY):
-            mono = np.asarray(soxr.resample(mono, rate, sampling_rate), np.float32)
+            resampled = np.asarray(soxr.resample(mono, rate, sampling_rate), np.float32)
+        if resampled.size == 0:
+            raise MediaError(
+                f"{shown(path)}: the sound is {mono.size} samples at {rate} Hz, less than one at {sampling_rate} Hz; "
+                "give a longer one, or correct its sampling rate"
+            )
+        mono = resampled
     if not np.isfinite(mono).all():
         raise MediaError(f"{shown(path)}: the sound holds NaN or infinite samples; re-encode the file")
     return mono
