@@ -27,7 +27,7 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
         keys.append("vocab_size")  # else `check_shapes` compares the embeddings, and `ignore:` can leave them out
     for key in keys:
         own, base = specialist.config.get(key), base_config.get(key)
-        if specialist.layout != "peft" and own is not None and base is not None and own != base:
+        if own is not None and base is not None and own != base:
             raise CheckpointError(
                 f"{specialist.label} specialist was trained from a base with {key} {shown(own)}, '{wanted}' has "
                 f"{shown(base)}; {remedy}"
@@ -84,7 +84,7 @@ def check_rows_are_ruled(specialists: Sequence[Specialist], name: str, kind: Kin
                 f"{specialist.label} specialist: {factors.a.name} updates {name}, but {PLURALS[kind]} are kept as the base has "
                 f"them; list '*{pattern}.*' under `ignore:` to do without, or merge it by a rule: {rule}, or a merge_method there"
             )
-        if name in specialist.full and specialist.layout != "full":
+        if name in specialist.full and not specialist.is_whole:
             ref = specialist.full[name]
             raise CheckpointError(
                 f"{specialist.label} specialist: {ref.name} was trained ({ref.file}), but {PLURALS[kind]} are kept as the base "

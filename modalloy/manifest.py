@@ -128,7 +128,7 @@ def described(planned: Plan, written: Recipe, names: Mapping[str, str]) -> dict[
         named[s.label]: {
             "layout": s.layout,
             "modality": s.modality,
-            "sha256": input_sha256(s, fisher),
+            "sha256": input_sha256(s, fisher, tokens=bool(planned.maps) and s.is_whole),
             **_revision(s.checkpoint.folder),
         }
         for s, fisher in zip(planned.specialists, planned.fishers, strict=True)
@@ -182,11 +182,13 @@ def start_names(written: Recipe, places: Sources, manifest: dict[str, Any]) -> d
     return found
 
 
-def input_sha256(specialist: Specialist, fisher: WeightFile | None) -> dict[str, str]:
-    """Hashes of the files that a specialist's part depends on: weights, the config that sets their scaling, Fisher file."""
+def input_sha256(specialist: Specialist, fisher: WeightFile | None, *, tokens: bool) -> dict[str, str]:
+    """Hashes of the files that a specialist's part depends on: weights, the config that sets their scaling, Fisher file.
+
+    With `tokens`, its tokenizer too, by which the rows of its embeddings were chosen.
+    """
     folder = specialist.checkpoint.folder
-    tokens = VOCABULARY_FILES if specialist.layout == "donor" else ()  # by which its rows were chosen
-    configs = present(folder, ("config.json", "adapter_config.json", *tokens))
+    configs = present(folder, ("config.json", "adapter_config.json", *(VOCABULARY_FILES if tokens else ())))
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
     weights |= {} if fisher is None else {"fisher": fisher.sha256}
     with reading(folder):

@@ -238,7 +238,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     ]
     absent = _absent(recipe, specialists, base_folder, idle)
     for specialist in specialists:
-        if specialist.layout == "full":
+        if specialist.is_whole:
             check_numbers(
                 f"{specialist.label} specialist", specialist.checkpoint.folder, specialist.config, specialist.full
             )
@@ -251,7 +251,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         for specialist in planner.counted:
             changed = (name for name in planner.merged if name in specialist.full)
             if whole := next((specialist.full[name] for name in changed), None):
-                holds = "is a full model" if specialist.layout == "full" else f"holds {whole.name} whole"
+                holds = "is a full model" if specialist.is_whole else f"holds {whole.name} whole"
                 raise RecipeError(
                     f"output.form '{form.name}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
                     "or output.compress_rank: k to approximate what is merged"
@@ -294,8 +294,7 @@ def _absent(recipe: Recipe, specialists: list[Specialist], base: Path | None, id
     reasons = {}
     for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
         weight = entry.parameters.weight
-        whole = specialist.layout in ("full", "donor")
-        if base is not None and whole and os.path.samefile(specialist.checkpoint.folder, base):
+        if base is not None and specialist.is_whole and os.path.samefile(specialist.checkpoint.folder, base):
             reasons[index] = "is the base itself, which is no specialist"
         elif not any(weight if isinstance(weight, tuple) else (weight,)):
             reasons[index] = "its weight is 0"
@@ -319,7 +318,7 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, 
     if across.base is not None:
         check_numbers("base", across.base.folder, read_config(across.base.folder), across.base.refs)
     for donor in donors:
-        if donor.layout == "donor":
+        if donor.is_whole:
             check_numbers(donor.label, donor.checkpoint.folder, donor.config, donor.checkpoint.refs)
     planner = AcrossPlanner(recipe, target, donors, across, absent)
     unread: list[WeightFile | None] = [None] * len(donors)

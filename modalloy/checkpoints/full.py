@@ -12,7 +12,7 @@ from typing import Any
 from modalloy.checkpoints.config import read_config
 from modalloy.checkpoints.folder import present
 from modalloy.checkpoints.locate import BASE_STEMS
-from modalloy.checkpoints.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Specialist, not_ignored, put, twice
+from modalloy.checkpoints.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Layout, Specialist, not_ignored, put, twice
 from modalloy.checkpoints.tensors import Checkpoint
 from modalloy.errors import CheckpointError
 
@@ -33,7 +33,9 @@ def open_full(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     checkpoint = Checkpoint(folder, (*BASE_STEMS, *ADAPTER_STEMS))  # no adapter file: named for the message
     config = read_config(folder)
     text = config.get("text_config")
-    specialist = Specialist(label, checkpoint, "full", config | (text if isinstance(text, dict) else {}), None)
+    specialist = Specialist(
+        label, checkpoint, "full", config | (text if isinstance(text, dict) else {}), None, is_whole=True
+    )
     specialist.full = dict(not_ignored(specialist, ignore))
     return specialist
 
@@ -97,14 +99,17 @@ def _tower_is_frozen(specialist: Specialist) -> bool:
     """Whether LLaVA's own record says which encoder it is and that it was not trained."""
     config = specialist.config
     recorded = config.get("unfreeze_mm_vision_tower") is False and isinstance(config.get("mm_vision_tower"), str)
-    return recorded and specialist.layout == "full"  # what is saved beside an adapter was trained
+    return recorded and specialist.is_whole  # what is saved beside an adapter was trained
 
 
 def _is_tied(specialist: Specialist, base_config: dict[str, Any]) -> bool:
     """Whether its head is a copy of its embeddings: its config says so, or is silent where the base's, which ties, is too."""
-    if specialist.layout != "full":
+    if not specialist.is_whole:
         return bool(specialist.config.get("ensure_weight_tying"))  # else PEFT trains the head apart from the embeddings
     own = specialist.config.get("tie_word_embeddings")
     if own is None:
         return base_config.get("tie_word_embeddings") is None
     return own is True
+
+
+LAYOUT = Layout("full", lambda folder: True, open_full)  # whatever is no adapter

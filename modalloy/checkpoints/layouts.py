@@ -8,14 +8,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from modalloy.checkpoints import full, modelcompose, peft
 from modalloy.checkpoints.folder import is_there
-from modalloy.checkpoints.full import open_full
 from modalloy.checkpoints.locate import BASE_STEMS
-from modalloy.checkpoints.modelcompose import open_modelcompose
-from modalloy.checkpoints.peft import open_peft
 from modalloy.checkpoints.specialist import ADAPTER_STEMS, Specialist
 from modalloy.errors import CheckpointError
 
+LAYOUTS = (peft.LAYOUT, modelcompose.LAYOUT, full.LAYOUT)  # the first that recognises a folder opens it
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
@@ -37,12 +36,8 @@ def open_specialist(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; correct the path of the {label} specialist in the recipe")
     check_one_kind(folder)
-    if is_there(folder / "adapter_config.json"):
-        specialist = open_peft(folder, label, ignore)
-    elif any(folder.glob("adapter_model.*")):
-        specialist = open_modelcompose(folder, label, ignore)
-    else:
-        specialist = open_full(folder, label, ignore)
+    layout = next(layout for layout in LAYOUTS if layout.recognise(folder))
+    specialist = layout.open(folder, label, ignore)
     if specialist.modality is None:
         specialist.modality = modality
     elif modality is not None and modality != specialist.modality:

@@ -13,6 +13,7 @@ from modalloy.checkpoints.specialist import (
     COMPOSE_LORA,
     LOCAL_TOKENS,
     PEFT_PREFIX,
+    Layout,
     Specialist,
     check_rank,
     not_ignored,
@@ -91,3 +92,6 @@ def _check_config(specialist: Specialist, path: Path) -> None:
         raise CheckpointError(
             f"{path.parent}: config.json says lora_strategy '{strategy}' but the file has {has}; use matching files"
         )
+
+
+LAYOUT = Layout("modelcompose", lambda folder: any(folder.glob("adapter_model.*")), open_modelcompose)

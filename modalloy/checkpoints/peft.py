@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.checkpoints.config import read_config
-from modalloy.checkpoints.folder import present, read_json
+from modalloy.checkpoints.folder import is_there, present, read_json
 from modalloy.checkpoints.patterns import first_matches
 from modalloy.checkpoints.specialist import (
     ADAPTER_STEMS,
     BESIDE_ADAPTER,
     PEFT_PREFIX,
+    Layout,
     Specialist,
     check_rank,
     not_ignored,
@@ -139,3 +140,6 @@ def _patterned(config: dict[str, Any], name: str, stems: list[str], default: flo
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {name}: {error}") from error
     return [default if index is None else number(patterns, keys[index], default, path) for index in found]
+
+
+LAYOUT = Layout("peft", lambda folder: is_there(folder / "adapter_config.json"), open_peft)

@@ -69,6 +69,7 @@ class Specialist:
     full: dict[str, TensorRef] = field(default_factory=dict)
     projector: dict[str, TensorRef] = field(default_factory=dict)
     tokens: dict[str, TensorRef] = field(default_factory=dict)  # "prefix" and "suffix", of the modality
+    is_whole: bool = False  # a whole model: it holds copies of everything, trained or not
     dropped: dict[str, str] = field(default_factory=dict)  # tensor name → why it is left out
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
@@ -86,6 +87,15 @@ class Specialist:
         refs = adapter_names(self.own, disk)
         refs |= {f"model.modal_projectors.{disk}.{rest}": ref for rest, ref in self.projector.items()}
         return refs | {f"{side}_tokens.{disk}": ref for side, ref in self.tokens.items()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which training scripts store specialists; one layout, one file, one line in `layouts.LAYOUTS`."""
+
+    name: str
+    recognise: Callable[[Path], bool]  # by the folder's files and their headers, never by its name
+    open: Callable[[Path, str, Sequence[str]], Specialist]  # folder, label, patterns to ignore
 
 
 def adapter_names(updates: dict[str, StoredLora], adapter: str) -> dict[str, TensorRef]:

@@ -103,13 +103,17 @@ def open_donors(
             maps[label] = mapped(label, checkpoint, entry.model, partial(_shared, recipe, target.folder, folder))
             tensors = maps[label].tensors.values()
             full = {one.name: _ref(one, target, checkpoint) for one in tensors if one.pieces}
-            donor = Specialist(label, checkpoint, "donor", own, None, full=full, dropped=maps[label].dropped)
+            donor = Specialist(
+                label, checkpoint, "donor", own, None, full=full, dropped=maps[label].dropped, is_whole=True
+            )
         donors.append(donor)
     if base is None or base_map is None:
         return donors, Across(maps)
     name = recipe.base_model if is_portable(recipe.base_model, recipe.folder) else base.folder.name
     updates = {donor.label: donor.text for donor in donors}
-    across = Across(maps, base, name, base_map, Specialist("target", target, "full", config, None), updates)
+    across = Across(
+        maps, base, name, base_map, Specialist("target", target, "full", config, None, is_whole=True), updates
+    )
     _take_apart(across, target, donors)
     check_complete(recipe, donors, across.starts, lambda _: "target")
     return donors, across
@@ -186,7 +190,7 @@ def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) ->
             for donor in donors:
                 if stored := across.updates[donor.label].get(piece.source):
                     donor.text[slot] = replace(stored, b=rows_of_tensor(f"{slot}.lora_B", stored.b, piece.source_rows))
-                elif donor.layout == "donor":
+                elif donor.is_whole:
                     own = across.maps[donor.label].tensors[name].pieces[index]
                     donor.full[slot] = rows_of_tensor(slot, donor.checkpoint.refs[own.source], own.source_rows)
 
