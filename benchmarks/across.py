@@ -49,7 +49,8 @@ from modalloy.evals.statistics import holm
 from modalloy.model import ChatModel, load_model
 from modalloy.model.chat import user_message
 from modalloy.model.load import Stored
-from modalloy.plan import Plan, plan
+from modalloy.planning.plan import Plan
+from modalloy.planning.planner import plan
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 from modalloy.search import search
 from modalloy.search.objective import spearman

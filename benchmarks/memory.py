@@ -27,7 +27,7 @@ from measuring import table
 from safetensors.torch import load_file, save_file
 
 from modalloy.errors import OutOfMemoryError
-from modalloy.merge import MergeReport, merge
+from modalloy.merging import MergeReport, merge
 from modalloy.methods import METHODS
 
 ALLOWED = 1.05  # of the limit

@@ -1,18 +1,16 @@
 """modalloy: several specialist multimodal LLMs into one model that takes any combination of inputs."""
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from modalloy._version import __version__
 
 if TYPE_CHECKING:
     from modalloy.delta import LowRank
-    from modalloy.merge import merge
+    from modalloy.merging import merge
     from modalloy.methods import merge_deltas
     from modalloy.model import load_model
-    from modalloy.plan import plan
+    from modalloy.planning.planner import plan
     from modalloy.recipe import load_recipe
 
 
@@ -23,22 +21,10 @@ HOMES = {
     "LowRank": "delta",
     "load_model": "model",  # the only one that needs transformers
     "load_recipe": "recipe",
-    "merge": "merge",
+    "merge": "merging",
     "merge_deltas": "methods",
-    "plan": "plan",
+    "plan": "planning.planner",
 }
-
-
-class _Package(ModuleType):
-    """This package, in which `merge` and `plan` are the functions, not the modules that have the same names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if HOMES.get(name) == name and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from modalloy import builtin
 from modalloy.engines import memory
-from modalloy.merge import merge
+from modalloy.merging import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
 FOUR_HORSES = {"image": "horse.webp", "audio": "horse.flac", "video": "horse-animated.webp", "point": "horse.npy"}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from modalloy.errors import nearest
+from modalloy.errors import nearest, shown
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ def known_form(name: str) -> str:
         ValueError: no form has this name.
     """
     if name not in FORMS:
-        raise ValueError(f"no form '{name}'; {nearest(name, FORMS)}")
+        raise ValueError(f"no form {shown(name)}; {nearest(name, FORMS)}")
     return name

@@ -24,12 +24,13 @@ from torch import Tensor
 from modalloy.compute import Read, Surveys, merged_update, survey, weighted_updates
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
+from modalloy.engines.cores import default_workers
 from modalloy.errors import RecipeError
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.methods import METHODS, apply, resolve
 from modalloy.methods.ssam import balanced
-from modalloy.plan import plan
 from modalloy.planning.job import Job
+from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 
 SAMPLED_ROWS = (
@@ -211,7 +212,7 @@ def inspect(
         merges,
         lambda job: job.parameters["rank"] if job.method == "ssam" else automatic,
         lambda job, rank: _slot(job, planned.inputs.read, surveys, rank),
-        jobs or local.default_workers(),
+        jobs or default_workers(),
     )
     for done, (_, slot) in enumerate(results, 1):
         slots.append(slot)

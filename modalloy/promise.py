@@ -31,8 +31,8 @@ from modalloy.recompute import parts_of
 from modalloy.updates import Model
 
 if TYPE_CHECKING:
-    from modalloy.plan import Plan
     from modalloy.planning.job import Job
+    from modalloy.planning.plan import Plan
 
 What = Literal["matrix", "vector", "rows", "numbers", "other"]
 Kind = Literal["merged", "averaged", "kept", "carried"]

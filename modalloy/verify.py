@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modalloy import cost
 from modalloy._version import __version__
 from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, read_json
 from modalloy.checkpoints.folder import reading
 from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
+from modalloy.engines.cores import default_workers
 from modalloy.errors import CheckpointError, MethodError
-from modalloy.manifest import (
+from modalloy.methods import METHODS, survey_model
+from modalloy.outputs.manifest import (
     MANIFEST,
     SOURCES,
     Sources,
@@ -33,7 +34,7 @@ from modalloy.manifest import (
     shown,
     start_names,
 )
-from modalloy.methods import METHODS, survey_model
+from modalloy.planning import cost
 from modalloy.promise import Promise, Promises, promises_across
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import (
@@ -49,7 +50,7 @@ from modalloy.recompute import (
 )
 
 if TYPE_CHECKING:
-    from modalloy.plan import Plan
+    from modalloy.planning.plan import Plan
 
 KINDS = ("merged", "averaged", "kept", "carried")
 EXACT_BYTES = 1 << 30  # up to which `verify OUT` compares all that must be an input bit for bit
@@ -102,7 +103,7 @@ def verify(out: str | Path, *, full: bool = False) -> Verification:
         CheckpointError: a file is missing, changed or damaged, the manifest does not say what recipe and inputs give, or a
             tensor is not what they give.
     """
-    from modalloy.differences import settled_plan
+    from modalloy.planning.differences import settled_plan
 
     folder = Path(out)
     manifest = read_manifest(folder)
@@ -184,7 +185,7 @@ class _Check:
     """A result's tensors beside what they must be."""
 
     def __init__(self, folder: Path, planned: Plan, weights: Checkpoint, manifest: dict[str, Any]) -> None:
-        from modalloy.plan import labels, locate_specialist
+        from modalloy.planning.models import labels, locate_specialist
 
         self.folder, self.planned, self.weights = folder, planned, weights
         self.surveys, self.compression = manifest.get("surveys", {}), manifest.get("compression", {})
@@ -214,7 +215,7 @@ class _Check:
             some,
             lambda _: None,
             lambda promise, _: self._error(promise),
-            local.default_workers() if budget is None else budget.n_workers,
+            default_workers() if budget is None else budget.n_workers,
             lambda promises: budget is None or budget.fits_verifying([jobs[promise.slot] for promise in promises]),
         )
         with closing(results):

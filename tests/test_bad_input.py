@@ -675,7 +675,9 @@ def test_recorded_base_that_contradicts_the_recipe(
     else:
         edit_config(folder, _name_or_path="lmsys/vicuna-7b-v1.3")
     monkeypatch.setattr(
-        sys.modules["modalloy.plan"], "locate", lambda name, _: base if name.startswith("lmsys/") else Path(name)
+        sys.modules["modalloy.planning.plan"],
+        "locate",
+        lambda name, _: base if name.startswith("lmsys/") else Path(name),
     )
     recipe = write_recipe(base_model="lmsys/vicuna-7b-v1.5@main", models=[{"model": str(folder)}])
     line = merge_refused(recipe)
@@ -870,7 +872,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_merge(
 def test_disk_that_fills_up_at_the_last_file(
     write_recipe: WriteRecipe, merge_refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["modalloy.merge"]
+    module = sys.modules["modalloy.merging"]
     write_text = module.write_text
 
     def write(path: Path, text: str) -> None:
@@ -949,7 +951,7 @@ def test_failure_midway_leaves_no_trace(
         return compute(job, *rest, **more)
 
     recipe, out = write_recipe(), tmp_path / "new" / "deep" / "out" if nested else tmp_path / "out"
-    monkeypatch.setattr(sys.modules["modalloy.merge"], "compute", fail_late)
+    monkeypatch.setattr(sys.modules["modalloy.merging"], "compute", fail_late)
     before = snapshot(tmp_path)
     for jobs in (1, 3):
         with pytest.raises(RuntimeError, match="a bug"):

@@ -299,9 +299,11 @@ def test_the_version_of_help_needs_no_torch() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_the_package_has_functions_where_modules_have_their_names() -> None:
+def test_no_module_has_the_name_of_a_public_function() -> None:
     code = (
-        "import modalloy.plan, modalloy.merge, json, modalloy; from modalloy import merge, plan, load_recipe\n"
+        "import pkgutil, json, modalloy; from modalloy import merge, plan, load_recipe\n"
+        "import modalloy.planning.planner, modalloy.merging, modalloy.recipe, modalloy.model, modalloy.methods\n"
+        "assert not {name for _, name, _ in pkgutil.iter_modules(modalloy.__path__)} & set(modalloy.__all__)\n"
         "print(json.dumps([callable(f) for f in (modalloy.plan, modalloy.merge, merge, plan, load_recipe)]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

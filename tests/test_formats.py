@@ -18,7 +18,7 @@ from torch import Tensor
 import modalloy
 from modalloy.checkpoints import Checkpoint, hub_commit, is_portable, locate, open_specialist
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 from modalloy.verify import verify
 
 VOCABULARY = 30

@@ -16,7 +16,7 @@ from conftest import write_omni
 import modalloy
 from modalloy.checkpoints import Checkpoint
 from modalloy.compute import compute, survey
-from modalloy.plan import plan
+from modalloy.planning.planner import plan
 from modalloy.recipe import load_recipe
 
 ELSEWHERE = """
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 for job in jobs:
     for tensor in compute(job, inputs.read, surveys=surveys).tensors:
         print(hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest())
-assert not {"modalloy.plan", "modalloy.planner", "modalloy.recipe"} & set(sys.modules)
+assert not {"modalloy.planning.plan", "modalloy.planning.jobs", "modalloy.recipe"} & set(sys.modules)
 """
 
 

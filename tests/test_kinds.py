@@ -18,7 +18,7 @@ from torch import Tensor
 import modalloy
 from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
-from modalloy.kinds import kinds
+from modalloy.planning.kinds import kinds
 from modalloy.promise import Promises
 from modalloy.verify import verify
 

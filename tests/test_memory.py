@@ -18,18 +18,18 @@ import yaml
 from synthetic import write_base, write_lora, write_tuned
 
 import modalloy
-from modalloy import cost
 from modalloy.checkpoints.buffers import Buffers
 from modalloy.checkpoints.folder import reading
 from modalloy.engines import local, memory
 from modalloy.errors import OutOfMemoryError, memory_errors, ran_out_of_memory
 from modalloy.files import disk_errors
-from modalloy.plan import plan
+from modalloy.planning import cost
+from modalloy.planning.planner import plan
 
 LIMITED = """
 import resource, sys
 from modalloy import cli
-import modalloy.merge
+import modalloy.merging
 held = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv.pop()), resource.RLIM_INFINITY))
 cli.main()

@@ -13,9 +13,9 @@ from synthetic import write_base, write_lora
 
 import modalloy
 from modalloy.checkpoints import file_sha256
-from modalloy.cost import read_bytes
 from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
+from modalloy.planning.cost import read_bytes
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]

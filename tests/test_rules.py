@@ -18,9 +18,9 @@ from synthetic import factors_of, linear_shapes, tensors_of, updates_of, write_b
 
 import modalloy
 from modalloy.errors import CheckpointError, MethodError, RecipeError
-from modalloy.merge import MergeReport
+from modalloy.merging import MergeReport
 from modalloy.methods import METHODS
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 from modalloy.verify import verify
 
 LAYERS = 5

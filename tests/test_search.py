@@ -22,7 +22,7 @@ from modalloy.delta import LowRank, norm
 from modalloy.errors import ModalloyError, RecipeError
 from modalloy.model.chat import user_message
 from modalloy.model.routing import TEXT
-from modalloy.plan import plan
+from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import Server, distance

@@ -26,7 +26,8 @@ from modalloy.evals import sanity
 from modalloy.model import ChatModel
 from modalloy.model.chat import user_message
 from modalloy.model.hosted import HostedModel, places
-from modalloy.plan import Plan, plan
+from modalloy.planning.plan import Plan
+from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
 from modalloy.search.candidates import distance

@@ -20,13 +20,16 @@ from synthetic import write_base, write_lora, write_tuned
 from torch import Tensor
 
 import modalloy
-from modalloy import differences, manifest, planner, recompute
+from modalloy import recompute
 from modalloy.checkpoints import StoredLora, file_sha256
 from modalloy.errors import CheckpointError
-from modalloy.plan import Plan
+from modalloy.outputs import manifest
+from modalloy.planning import differences
+from modalloy.planning import jobs as planner
+from modalloy.planning.plan import Plan
 from modalloy.verify import Verification, verify
 
-merge = importlib.import_module("modalloy.merge")  # which `modalloy.merge` itself, a function, hides
+merge = importlib.import_module("modalloy.merging")  # which `modalloy.merging` itself, a function, hides
 Json = Any
 Path_ = tuple[str | int, ...]
 NORM, EMBEDDINGS = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"

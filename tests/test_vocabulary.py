@@ -72,6 +72,7 @@ def test_an_added_token_names_its_row(tmp_path: Path) -> None:
             "'a' is in rows 0 and 1",
         ),
         ({"tokenizer": {"model": {"vocab": {"a": -1}}}}, "'a' is in row -1, not a token and its number"),
+        ({"tokenizer": {"model": {"vocab": {}}, "added_tokens": [{"id": 1, "content": []}]}}, r"\[\] is in row 1"),
         ({"tokenizer": {"model": {"vocab": {"a\n": "0"}}}}, r"'a\\n' is in row '0'"),
         ({"tokenizer": {"model": {"vocab": [[7, 0]]}}}, "7 is in row 0"),
         ({"tokenizer": {"model": {}}}, "holds no vocabulary"),

@@ -59,7 +59,7 @@ def chat(
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
     files = _in_order(ctx.meta[InOrder.__name__], given)
     from modalloy import media as decoders
-    from modalloy.merge import resolve_device
+    from modalloy.merging import resolve_device
     from modalloy.model import load_model
     from modalloy.model.chat import user_message
     from modalloy.model.session import Session, typed_lines

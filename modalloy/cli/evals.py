@@ -70,7 +70,7 @@ def evaluate(
     from modalloy.evals.features import FeatureCache
     from modalloy.evals.runner import evaluate as run_on
     from modalloy.evals.runner import identify
-    from modalloy.merge import resolve_device
+    from modalloy.merging import resolve_device
     from modalloy.model import load_model
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}

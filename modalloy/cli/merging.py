@@ -43,7 +43,7 @@ def merge(
     as_json: Json = False,
 ) -> Path | None:
     """Merge specialists into one model."""
-    from modalloy.merge import merge as run
+    from modalloy.merging import merge as run
     from modalloy.outputs.push import check_target, push
 
     choice("--device", device, DEVICES)
@@ -105,9 +105,9 @@ def merge(
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
     """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
-    from modalloy import cost
-    from modalloy.engines.local import default_workers
-    from modalloy.plan import plan as run
+    from modalloy.engines.cores import default_workers
+    from modalloy.planning import cost
+    from modalloy.planning.planner import plan as run
     from modalloy.recipe import load_recipe
 
     planned = run(load_recipe(recipe), allow_base_mismatch=allow_base_mismatch)
@@ -215,7 +215,7 @@ def demo(
 def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
     """The text-only examination of a result, which its card then has."""
     from modalloy.evals.sanity import add_to_card, sanity
-    from modalloy.merge import resolve_device
+    from modalloy.merging import resolve_device
 
     with progress("sanity") as on_model:
         found = sanity(out, device=resolve_device(device), on_model=on_model)

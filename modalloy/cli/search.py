@@ -47,7 +47,7 @@ def search(
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
     from modalloy.evals.features import FeatureCache
-    from modalloy.merge import resolve_device
+    from modalloy.merging import resolve_device
     from modalloy.report.search import text
     from modalloy.search import search as run
 

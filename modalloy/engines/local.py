@@ -1,6 +1,5 @@
 """Threads on this machine. Each job runs on one BLAS thread, so its bytes do not depend on how many run at once."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,8 +101,3 @@ def one_thread() -> Iterator[None]:
 def _first(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:
     item, future = waiting.popleft()
     return item, future.result()
-
-
-def default_workers() -> int:
-    """One per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

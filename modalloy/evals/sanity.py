@@ -19,11 +19,11 @@ from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import Answer, likeliest
 from modalloy.evals.senses import capital_samples
 from modalloy.files import disk_errors, replace_text
-from modalloy.manifest import SOURCES
 from modalloy.model import load_model
 from modalloy.model.chat import ChatModel, user_message
 from modalloy.model.hosted import is_hosted
 from modalloy.model.load import is_language_model, load_text_path
+from modalloy.outputs.manifest import SOURCES
 from modalloy.recipe import Recipe
 
 HEADING = "## Sanity"

@@ -1,21 +1,12 @@
 """From which pretrained decoder a model descends: by what its config records of published models, and by its weights."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from math import prod, sqrt
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from modalloy.families.mapping import ModelMap
-    from modalloy.plan import Plan
+    pass
 
 # pretrained decoder -> models trained from it, as their cards and papers say
 DESCENDANTS = {
@@ -61,28 +52,7 @@ ANCESTORS = {
 }
 
 
-# the largest cosine of two weights of unrelated decoders that was found is 0.021: 210 weights of SmolLM2-135M against
-# the same place in its other layers, and against Gemma-3-270M (0.006) and random ones (0.006). Fine-tuning hardly turns a
-# weight (0.9999 and more for the built-in specialists), long training little (HuRef, Zeng et al., NeurIPS 2024). The limit
-# leaves a factor of ten above the unrelated; relatives below it would both have moved by twice their ancestor's norm
-LEAST_COSINE = 0.2
-SAMPLED_LAYERS = 5
-BLOCK_ENTRIES = 1 << 20  # compared at once, in float64
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 CACHED = re.compile(r"models--(?P<owner>.+?)--(?P<name>[^/]+)(?:/|$)")  # a folder of the hub's cache
-
-
-@dataclass(frozen=True)
-class Kinship:
-    """How near two models' weights are: medians over a few linear weights, one in each of some layers."""
-
-    cosine: float
-    distance: float  # ‖θ_other − θ_target‖ / ‖θ_target‖
-    weight: str  # the target's, of the median cosine
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
 
 
 def ancestor(config: dict[str, Any], location: str = "") -> str | None:
@@ -116,69 +86,3 @@ def check_ancestors(target: tuple[str, str | None], other: tuple[str, str | None
             "--allow-base-mismatch if you know that they are"
         )
     return found
-
-
-def check_kinship(planned: "Plan") -> dict[str, Kinship]:
-    """How near every donor's weights, and the base's, are to the target's, by label; refuses those that are unrelated.
-
-    Compared are linear weights that serve all tokens and that no family copied for image tokens, of each of five layers
-    the one that takes least to read; two tensors are held at a time. Models of which the recipe merges no such weight are
-    not compared.
-    """
-    measured: dict[str, list[Kinship]] = {}
-    for label, name, own, other in kinship_pairs(planned):
-        measured.setdefault(label, []).append(_compared(name, planned.inputs.read(own), planned.inputs.read(other)))
-    found = {}
-    for label, one in measured.items():
-        cosines = sorted(one, key=lambda kinship: kinship.cosine)
-        middle = cosines[len(cosines) // 2]
-        if middle.cosine < LEAST_COSINE:
-            raise CheckpointError(
-                f"{label} and target are unrelated: the cosine of their weights is {middle.cosine:.3f} ({middle.weight}, the "
-                f"median of {len(one)}), at least {LEAST_COSINE} where both descend from one decoder; choose models of one "
-                "ancestor, or say --allow-base-mismatch"
-            )
-        found[label] = Kinship(middle.cosine, median(kinship.distance for kinship in one), middle.weight)
-    return found
-
-
-def kinship_pairs(planned: "Plan") -> Iterator[tuple[str, str, TensorRef, TensorRef]]:
-    """What `check_kinship` reads: a model's label, a target tensor's name, its place and that of the model's counterpart."""
-    across = planned.across
-    if across is None:
-        return
-    for donor in planned.specialists:
-        for name in _sampled(across.maps[donor.label]) if donor.full else ():  # an adapter is an update of the base
-            yield donor.label, name, planned.base.refs[name], donor.full[name]
-    if across.base_map is not None and across.target is not None:
-        for name in _sampled(across.base_map):
-            slot = across.parts[name][0][0]
-            yield "base", name, across.target.full[slot], across.starts[slot]
-
-
-def _sampled(found: "ModelMap") -> list[str]:
-    """The target tensors that are compared."""
-    layers: dict[int, list[tuple[int, str]]] = {}
-    for name, tensor in found.tensors.items():
-        slots = [piece.slot for piece in tensor.pieces]
-        common = all(slot.owner == "language" and slot.part == "weight" and slot.role in LINEAR for slot in slots)
-        copied = any(piece.duplicated for piece in tensor.pieces)
-        if slots and common and not copied and slots[0].layer is not None and tensor.policy == "merge":
-            read = sum(prod(found.donor_header[piece.source]) for piece in tensor.pieces)
-            layers.setdefault(slots[0].layer, []).append((prod(tensor.shape) + read, name))
-    smallest, last = [min(layers[layer])[1] for layer in sorted(layers)], SAMPLED_LAYERS - 1
-    if len(smallest) <= SAMPLED_LAYERS:
-        return smallest
-    return [smallest[round(index * (len(smallest) - 1) / last)] for index in range(SAMPLED_LAYERS)]
-
-
-def _compared(name: str, own: Tensor, other: Tensor) -> Kinship:
-    dot = size = other_size = distance = 0.0
-    for some, others in zip(own.flatten().split(BLOCK_ENTRIES), other.flatten().split(BLOCK_ENTRIES), strict=True):
-        a, b = some.to(torch.float64), others.to(torch.float64)
-        dot, size, other_size = dot + float(a @ b), size + float(a @ a), other_size + float(b @ b)
-        distance += float((b - a).square().sum())
-    sizes = sqrt(size) * sqrt(other_size)
-    return Kinship(
-        dot / sizes if sizes else float(not distance), sqrt(distance / size) if size else sqrt(distance), name
-    )

@@ -94,7 +94,7 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
             added += [(entry["content"], int(row)) for row, entry in decoder.items()]
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: holds no vocabulary that can be read ({shown(error)}); {REMEDY}") from error
-    first, later = _table(pieces, path), _table(dict.fromkeys(added), path)
+    first, later = _table(pieces, path), _table(added, path)
     for token, row in later.items():
         if first.get(token, row) != row:
             raise CheckpointError(f"{path}: {shown(token)} is in rows {shown(first[token])} and {shown(row)}; {REMEDY}")
@@ -111,6 +111,8 @@ def _table(entries: Iterable[tuple[Any, Any]], path: Path) -> dict[str, int]:
             raise CheckpointError(
                 f"{path}: {shown(token)} is in row {shown(row)}, not a token and its number; {REMEDY}"
             )
+        if tokens.get(token) == row:  # an added token that two files list
+            continue
         if token in tokens:
             raise CheckpointError(
                 f"{path}: {shown(token)} is in rows {shown(tokens[token])} and {shown(row)}; {REMEDY}"

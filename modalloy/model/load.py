@@ -30,7 +30,7 @@ from modalloy.projectors import projector_class
 from modalloy.templates import own_template
 
 if TYPE_CHECKING:
-    from modalloy.plan import Plan
+    from modalloy.planning.plan import Plan
 
 # of old checkpoints: a table that transformers computes itself
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")

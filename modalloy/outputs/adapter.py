@@ -7,7 +7,7 @@ from typing import Any
 from modalloy.checkpoints import is_hub_id, is_portable_name
 from modalloy.files import write_text
 from modalloy.outputs.writer import Writer
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 
 USE = """```python
 from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@ import yaml
 
 from modalloy.methods import METHODS
 from modalloy.outputs import WRITERS
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 from modalloy.report.escape import fence, markdown_code, markdown_text
 
 

@@ -9,7 +9,7 @@ from modalloy.checkpoints.writer import copy_file
 from modalloy.companions import code_files, companions
 from modalloy.files import write_text
 from modalloy.outputs.writer import Writer
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 
 OWN = ("_name_or_path", "dtype", "torch_dtype")  # what a result's config says otherwise than its base's
 USE = """```python

@@ -12,7 +12,7 @@ from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 from modalloy.senses.sense import Sense, model_files, open_sense, recorded_encoder
 from modalloy.templates import own_template
 

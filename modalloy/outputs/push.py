@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from modalloy.errors import OutputError
-from modalloy.manifest import SOURCES
+from modalloy.outputs.manifest import SOURCES
 
 
 def check_target(repo: str) -> None:

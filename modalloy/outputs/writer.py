@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modalloy.plan import Plan
+from modalloy.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from modalloy.checkpoints import StoredLora, TensorRef
 from modalloy.compute import Surveys, compute, survey, weighted_updates
 from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
+from modalloy.engines.cores import default_workers
 from modalloy.methods.ssam import aligned
 from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
 from modalloy.model.routing import TEXT, RoutedLinear
-from modalloy.plan import Plan, plan
 from modalloy.planning.job import Job
+from modalloy.planning.plan import Plan
+from modalloy.planning.planner import plan
 from modalloy.search.space import Changes, applied
 
 Result = TypeVar("Result")
@@ -75,7 +77,7 @@ def candidate(planned: Plan, changes: Changes, allow_base_mismatch: bool) -> tup
 
 def in_parallel(work: Callable[[Job, None], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result]]:
     """The work of every job, in their order."""
-    with closing(local.in_order(jobs, lambda job: None, work, local.default_workers())) as results:
+    with closing(local.in_order(jobs, lambda job: None, work, default_workers())) as results:
         yield from results
 
 

@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from modalloy.differences import settled_plan
 from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest, shown
 from modalloy.evals.benchmark import LETTERS, Answer, Sample
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import is_text
 from modalloy.evals.runner import answers
 from modalloy.evals.scoring import normalized_match, parse_letter
-from modalloy.families.ancestors import check_kinship
-from modalloy.plan import Plan
+from modalloy.planning.differences import settled_plan
+from modalloy.planning.kinship import check_kinship
+from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search.candidates import Server, distance
 from modalloy.search.embedding import EMBEDDER, Embedder

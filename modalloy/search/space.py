@@ -14,7 +14,8 @@ from modalloy.encoders import choose
 from modalloy.errors import ModalloyError, RecipeError, cut, nearest, shown
 from modalloy.methods import METHODS
 from modalloy.methods.parameters import Rank, check_value, schema
-from modalloy.plan import Plan, labels
+from modalloy.planning.models import labels
+from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 

@@ -15,8 +15,8 @@ from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
-from modalloy.plan import Plan
 from modalloy.planning.job import Job
+from modalloy.planning.plan import Plan
 from modalloy.search.candidates import SKETCHED, candidate, directions, in_parallel
 from modalloy.search.space import Changes
 

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 
 from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec, WeightFile
-from modalloy.choices import Choices
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.fit import check_complete, check_rows_are_ruled
-from modalloy.kinds import OF_ROWS, PLURALS, Kind
 from modalloy.methods import METHODS
+from modalloy.planning.checks import check_complete, check_rows_are_ruled
+from modalloy.planning.choices import Choices
 from modalloy.planning.job import Fate, Job, TensorFate
+from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind
 from modalloy.recipe import Recipe
 
 Treatment = Literal["merge", "sum", "average", "keep"]

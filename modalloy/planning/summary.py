@@ -4,10 +4,10 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from modalloy.kinds import PLURALS
+from modalloy.planning.kinds import PLURALS
 
 if TYPE_CHECKING:
-    from modalloy.plan import Plan
+    from modalloy.planning.plan import Plan
 
 
 def one_line(planned: "Plan") -> str:

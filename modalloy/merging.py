@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from modalloy import cost
 from modalloy.checkpoints import (
     Specialist,
     Staging,
@@ -20,16 +19,19 @@ from modalloy.checkpoints import (
 )
 from modalloy.checkpoints.staging import MANIFEST, check_apart
 from modalloy.compute import compute, survey
-from modalloy.differences import settle
 from modalloy.engines import local, memory
+from modalloy.engines.cores import default_workers
 from modalloy.errors import OutputError, memory_errors
-from modalloy.families.ancestors import Kinship, check_kinship
 from modalloy.files import disk_errors, write_text
-from modalloy.manifest import SOURCES, build_manifest
 from modalloy.outputs import WRITERS
 from modalloy.outputs.card import model_card
-from modalloy.plan import Plan, plan
+from modalloy.outputs.manifest import SOURCES, build_manifest
+from modalloy.planning import cost
+from modalloy.planning.differences import settle
 from modalloy.planning.job import Run
+from modalloy.planning.kinship import Kinship, check_kinship
+from modalloy.planning.plan import Plan
+from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.verify import Verification, verify, verify_folder
 
@@ -106,7 +108,7 @@ def merge(
     staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
     chosen_device = resolve_device(device)
-    n_workers = 1 if chosen_device == "cuda" else jobs or local.default_workers()
+    n_workers = 1 if chosen_device == "cuda" else jobs or default_workers()
     held = memory.peak_bytes()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     check_apart(out, _inputs(planned, file))

@@ -1,15 +1,15 @@
-"""Works out what a merge across architectures does, as `modalloy.planner` does for models of one architecture."""
+"""Works out what a merge across architectures does, as `modalloy.planning.jobs` does for models of one architecture."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from modalloy.checkpoints import Checkpoint, Specialist, StoredLora, TensorRef, TensorSpec
-from modalloy.choices import Choices, layers
 from modalloy.errors import RecipeError
-from modalloy.families.donors import Across
 from modalloy.families.mapping import ModelMap
+from modalloy.planning.choices import Choices, layers
 from modalloy.planning.job import Fate, Job, TensorFate
+from modalloy.planning.mapped import Across
 from modalloy.recipe import Recipe
 
 FATES: dict[str, Fate] = {"merge": "merged", "interpolate": "merged", "fuse": "merged", "average": "averaged"}

@@ -1,12 +1,17 @@
 """Do the inputs fit together? Every check reads headers and configs only, and refuses with one line."""
 
+import fnmatch
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
-from modalloy.errors import CheckpointError, RecipeError, shown
-from modalloy.kinds import PLURALS, Kind, is_of_tokens
+from modalloy.errors import CheckpointError, RecipeError, nearest, shown
+from modalloy.planning.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from modalloy.planning.plan import Plan
 
 
 def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, Any], allow: bool) -> None:
@@ -118,3 +123,43 @@ def check_fishers_are_used(recipe: Recipe, *, given: bool, used: bool) -> None:
             f"parameters.fisher: {recipe.merge_method} does not weigh by Fisher information; write merge_method: fisher, "
             "or remove the file"
         )
+
+
+def check_all_accounted(planned: "Plan") -> None:
+    """Every tensor of every input has exactly one fate."""
+    listed = Counter((fate.source, fate.tensor) for fate in planned.fates)
+    inputs = {(planned.base_label, name) for name in planned.base.refs}
+    inputs |= {(s.label, name) for s in planned.specialists for name in s.checkpoint.refs}
+    if planned.across_base is not None:
+        inputs |= {("base", name) for name in planned.across_base.refs}
+    twice = {key for key, count in listed.items() if count > 1}
+    if wrong := sorted((listed.keys() ^ inputs) | twice):
+        raise RuntimeError(
+            f"the plan does not give one fate to each tensor, for example {wrong[:3]}; please report this"
+        )
+
+
+def check_patterns(recipe: Recipe, planned: "Plan") -> None:
+    """A pattern that matches nothing is a mistake in writing."""
+    others = [checkpoint for checkpoint in planned.checkpoints() if checkpoint is not planned.base]
+    theirs = [name for checkpoint in others for name in checkpoint.refs]
+    for key, patterns, names in (
+        ("modules", recipe.modules, list(planned.base.refs)),
+        ("ignore", recipe.ignore, theirs),
+    ):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
+    merged = [job.name for job in planned.jobs if job.method or job.pieces]
+    averaged = merged + [job.name for job in planned.jobs if job.kind == "average"]
+    for pattern, rule in recipe.modules.items():
+        reached = averaged if rule.merge_method is None else merged  # λ reaches norms and biases too
+        if rule.policy is None and not fnmatch.filter(reached, pattern):
+            raise RecipeError(
+                f"modules: '{pattern}' names a method or its parameters, but no weight that it matches is merged by one; write "
+                "policy: keep or average"
+            )
+        if rule.policy == "average" and not fnmatch.filter(averaged, pattern):
+            raise RecipeError(
+                f"modules: '{pattern}' is to be averaged, but no other model has what it matches; remove the rule"
+            )

@@ -33,8 +33,9 @@ from modalloy.checkpoints.staging import SOURCES as SOURCES
 from modalloy.errors import CheckpointError
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.forms import known_form
-from modalloy.plan import Plan, labels
 from modalloy.planning.job import Run
+from modalloy.planning.models import labels
+from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
 
 NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine

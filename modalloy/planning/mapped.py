@@ -25,7 +25,7 @@ from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
 from modalloy.families.rules import remaining
 from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
-from modalloy.fit import check_base, check_complete, check_shapes
+from modalloy.planning.checks import check_base, check_complete, check_shapes
 from modalloy.recipe import Recipe
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")

@@ -8,8 +8,8 @@ import torch
 
 from modalloy.checkpoints import Checkpoint, TensorSpec
 from modalloy.errors import RecipeError
-from modalloy.kinds import layer_of
 from modalloy.methods import METHODS, resolve
+from modalloy.planning.kinds import layer_of
 from modalloy.recipe import Recipe, Rule
 
 

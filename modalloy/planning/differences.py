@@ -13,10 +13,11 @@ from torch import Tensor
 
 from modalloy.checkpoints import Specialist, TensorRef
 from modalloy.errors import RecipeError
-from modalloy.kinds import PLURALS
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS
-from modalloy.plan import Plan, plan
+from modalloy.planning.kinds import PLURALS
+from modalloy.planning.plan import Plan
+from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe
 
 

@@ -12,15 +12,15 @@ from modalloy.checkpoints.views import MappedRef
 from modalloy.engines import memory
 from modalloy.engines.local import AHEAD
 from modalloy.errors import OutOfMemoryError
-from modalloy.families.ancestors import kinship_pairs
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
+from modalloy.planning.kinship import kinship_pairs
 from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_literal, spread
 
 if TYPE_CHECKING:
-    from modalloy.plan import Plan
+    from modalloy.planning.plan import Plan
 
 WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
 LIBRARY_BYTES = 24 << 20  # of torch, BLAS and LAPACK, which the first product and decomposition bring in

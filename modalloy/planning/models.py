@@ -1,0 +1,57 @@
+"""The models of a recipe: where they are, how messages call them, and which count."""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from modalloy import builtin
+from modalloy.checkpoints import Specialist, locate
+from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.recipe import Recipe
+
+
+def locate_specialist(location: str, folder: Path) -> Path:
+    """Folder of a specialist: as `locate`, and `builtin:MODALITY` for those that ship with modalloy."""
+    name = location.removeprefix(builtin.PREFIX)
+    if location.startswith(builtin.PREFIX):
+        if not builtin.specialist(name).is_dir():
+            known = [builtin.PREFIX + modality for modality in builtin.specialists()]
+            raise CheckpointError(f"no built-in specialist '{location}'; {nearest(location, known)}")
+        return builtin.specialist(name)
+    return locate(location, folder)
+
+
+def labels(recipe: Recipe) -> list[str]:
+    """How messages call the specialists: the modality, else the folder's name; numbered where that is not unique."""
+    names = [entry.modality or Path(entry.model.removeprefix(builtin.PREFIX)).name for entry in recipe.models]
+    taken = Counter([*names, "base", base_label(recipe)])  # the plan and the manifest call the base so
+    return [name if taken[name] == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
+
+
+def base_label(recipe: Recipe) -> str:
+    """What messages call the model that updates are added to."""
+    return "base" if recipe.target is None else "target"
+
+
+def absent_models(
+    recipe: Recipe, specialists: Sequence[Specialist], base: Path | None, idle: Collection[str]
+) -> dict[int, str]:
+    """Why a model of the recipe does not count, by its index.
+
+    Raises:
+        RecipeError: none counts.
+    """
+    reasons = {}
+    for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
+        weight = entry.parameters.weight
+        if base is not None and specialist.is_whole and os.path.samefile(specialist.checkpoint.folder, base):
+            reasons[index] = "is the base itself, which is no specialist"
+        elif not any(weight if isinstance(weight, tuple) else (weight,)):
+            reasons[index] = "its weight is 0"
+        elif specialist.label in idle:
+            reasons[index] = "changes nothing: every update is zero"
+    if len(reasons) == len(specialists):
+        listed = "; ".join(f"{specialists[index].label}: {reason}" for index, reason in reasons.items())
+        raise RecipeError(f"nothing would be merged ({listed}); give models that were trained from the base")
+    return reasons
