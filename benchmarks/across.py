@@ -37,7 +37,6 @@ from measuring import machine, table
 from torch import Tensor
 
 from modalloy import builtin, merge
-from modalloy.checkpoints import open_base, read_json
 from modalloy.compute import compute, survey
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Benchmark, Sample, Source
@@ -54,6 +53,8 @@ from modalloy.planning.planner import plan
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 from modalloy.search import search
 from modalloy.search.objective import spearman
+from modalloy.storage.folder import read_json
+from modalloy.storage.locate import open_base
 
 CELLS = ("image", "text")
 SKILL = "elements"  # a donor, and the questions about what it alone knows

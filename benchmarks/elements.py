@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modalloy import builtin
-from modalloy.checkpoints import locate
 from modalloy.evals.benchmark import Sample
+from modalloy.storage.locate import locate
 
 NAMES: list[str] = re.findall(
     r"\w+",

@@ -19,15 +19,19 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modalloy import builtin
-from modalloy.checkpoints import Checkpoint, Specialist, StoredLora, locate, open_base, open_specialist, read_json
-from modalloy.companions import companions
-from modalloy.encoders import encoder_weights
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.outputs.omni import specialist_config
-from modalloy.projectors import projector_class
+from modalloy.senses.encoders import encoder_weights
+from modalloy.senses.projectors import projector_class
+from modalloy.specialists.companions import companions
+from modalloy.specialists.layouts import open_specialist
+from modalloy.specialists.specialist import Specialist, StoredLora
+from modalloy.storage.folder import read_json
+from modalloy.storage.locate import locate, open_base
+from modalloy.storage.tensors import Checkpoint
 
 COGVLM, LLAVA, LLAMA = "CogVLMForCausalLM", "LlavaLlamaForCausalLM", "LlamaForCausalLM"
 ATTENTION = ("q_proj", "k_proj", "v_proj")

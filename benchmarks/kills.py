@@ -30,8 +30,8 @@ from measuring import machine, table
 from safetensors.torch import save_file
 
 import modalloy
-from modalloy.checkpoints import staging
 from modalloy.errors import ModalloyError
+from modalloy.storage import staging
 
 WIDTH, FFN, LAYERS, TOKENS, RANK = 16, 24, 2, 20, 4
 LINEARS = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}

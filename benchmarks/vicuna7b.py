@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalloy.projectors.qformer import QFormer, published_name
+from modalloy.senses.projectors.qformer import QFormer, published_name
 
 WIDTH, FFN, HEADS = 4096, 11008, 32
 LINEARS = {

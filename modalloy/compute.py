@@ -7,14 +7,16 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import StoredLora, TensorRef, TensorSpec, all_finite
-from modalloy.checkpoints.views import MappedRef
 from modalloy.delta import Delta, LowRank, compressed
 from modalloy.engines import local
 from modalloy.errors import MethodError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS, apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
+from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.tensors import TensorRef, all_finite
+from modalloy.storage.views import MappedRef
+from modalloy.storage.writer import TensorSpec
 
 Read = Callable[[TensorRef], Tensor]  # how a job gets at the data of its inputs
 Surveys = Mapping[str, Survey]  # by the jobs' `survey_key`

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy import builtin
-from modalloy.engines import memory
+from modalloy.machine import memory
 from modalloy.merging import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 

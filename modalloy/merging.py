@@ -11,18 +11,12 @@ from typing import Any
 
 import torch
 
-from modalloy.checkpoints import (
-    Specialist,
-    Staging,
-    WeightWriter,
-    read_json,
-)
-from modalloy.checkpoints.staging import MANIFEST, check_apart
 from modalloy.compute import compute, survey
-from modalloy.engines import local, memory
-from modalloy.engines.cores import default_workers
+from modalloy.engines import local
 from modalloy.errors import OutputError, memory_errors
 from modalloy.files import disk_errors, write_text
+from modalloy.machine import memory
+from modalloy.machine.cores import default_workers
 from modalloy.outputs import WRITERS
 from modalloy.outputs.card import model_card
 from modalloy.outputs.manifest import SOURCES, build_manifest
@@ -33,6 +27,10 @@ from modalloy.planning.kinship import Kinship, check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.folder import read_json
+from modalloy.storage.staging import MANIFEST, Staging, check_apart
+from modalloy.storage.writer import WeightWriter
 from modalloy.verify import Verification, verify, verify_folder
 
 

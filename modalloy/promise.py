@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import StoredLora, TensorRef, checked, open_base, read_json
 from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS, resolve
 from modalloy.recipe import Recipe, Rule
 from modalloy.recompute import parts_of
+from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.folder import read_json
+from modalloy.storage.locate import open_base
+from modalloy.storage.tensors import TensorRef, checked
 from modalloy.updates import Model
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from pydantic import (
 )
 
 from modalloy import mergekit
-from modalloy.checkpoints.folder import read_bytes
-from modalloy.encoders import modalities
 from modalloy.errors import CheckpointError, RecipeError, cut, shown
 from modalloy.forms import FORMS, Form, known_form
 from modalloy.methods import METHODS, check_method
 from modalloy.names import modality_name
+from modalloy.senses.encoders import modalities
+from modalloy.storage.folder import read_bytes
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
 MAX_PATTERNS = 1_000  # of tensor names, each of which is tried on every name

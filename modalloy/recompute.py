@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import TensorRef
 from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS, apply
+from modalloy.storage.tensors import TensorRef
 
 if TYPE_CHECKING:
     from modalloy.promise import Promise, Update

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, TensorRef, WeightFile, checked, present, read_json
-from modalloy.checkpoints.full import decoder_name
-from modalloy.checkpoints.peft import alphas_of
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe
+from modalloy.specialists.full import decoder_name
+from modalloy.specialists.peft import alphas_of
+from modalloy.storage.folder import present, read_json
+from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile, checked
 
 FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight")
 TOKEN = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)")

@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modalloy._version import __version__
-from modalloy.checkpoints import Checkpoint, all_finite, file_sha256, read_json
-from modalloy.checkpoints.folder import reading
 from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
-from modalloy.engines.cores import default_workers
 from modalloy.errors import CheckpointError, MethodError
+from modalloy.machine.cores import default_workers
 from modalloy.methods import METHODS, survey_model
 from modalloy.outputs.manifest import (
     MANIFEST,
@@ -48,6 +46,8 @@ from modalloy.recompute import (
     updates_of,
     weight_error,
 )
+from modalloy.storage.folder import file_sha256, read_json, reading
+from modalloy.storage.tensors import Checkpoint, all_finite
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan

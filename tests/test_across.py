@@ -17,16 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modalloy import load_recipe, merge, plan
-from modalloy.checkpoints import TensorRef, file_sha256
-from modalloy.checkpoints.views import MappedRef, assembled
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.families import FAMILIES
 from modalloy.families.rules import rows_of
 from modalloy.families.vocabulary import shared_tokens
-from modalloy.inspect import inspect
+from modalloy.inspection.measure import inspect
+from modalloy.inspection.page import page as inspection_page
 from modalloy.methods import METHODS
 from modalloy.recipe import Recipe
-from modalloy.report.inspect import page as inspection_page
+from modalloy.storage.folder import file_sha256
+from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import MappedRef, assembled
 from modalloy.verify import verify
 
 WIDTH, FFN, LAYERS, HEADS, TOKENS = 16, 24, 2, 4, 11
@@ -558,7 +559,7 @@ def test_plans_of_the_paper_cover_all_tensors(
         content = recipe.model_dump() | {"base_model": name, "merge_method": method, "parameters": {"rank": 128}}
         recipe = Recipe(**content)
     places = {name: without_data(tmp_path / keys, keys) for name, keys in models.items()}
-    monkeypatch.setattr(sys.modules["modalloy.planning.plan"], "locate", lambda location, folder: places[location])
+    monkeypatch.setattr(sys.modules["modalloy.planning.planner"], "locate", lambda location, folder: places[location])
     planned = plan(recipe)
     target = published(KEYS[str(recipe.target)])[0]
     assert [spec.name for job in planned.jobs for spec in job.outputs] == list(target)

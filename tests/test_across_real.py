@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modalloy import builtin, merge, plan
-from modalloy.checkpoints import open_base, read_json
 from modalloy.compute import compute
 from modalloy.model import ChatModel, load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry
+from modalloy.storage.folder import read_json
+from modalloy.storage.locate import open_base
 
 LAYERS, TOKENS = 1, 64
 WIDTH, KEYS = 576, 192  # rows of the queries, and of keys or values: three heads share one

@@ -14,7 +14,7 @@ from modalloy.evals import BENCHMARKS, find_benchmark
 from modalloy.evals.benchmark import Answer, Sample, Source, Verdict, questions
 from modalloy.evals.modelcompose import option_lines, without_tags
 from modalloy.evals.music_avqa import ANSWERS, FILLINGS, NORMALIZED, closed_set
-from modalloy.media import load_audio, load_image, load_points, load_video
+from modalloy.senses.media import load_audio, load_image, load_points, load_video
 
 LOADERS: dict[str, Callable[[str], Any]] = {
     "image": load_image,

@@ -26,9 +26,10 @@ from torch import Tensor
 
 import modalloy
 from modalloy import cli
-from modalloy.checkpoints import Inputs, staging
 from modalloy.errors import CheckpointError, MediaError, OutputError
-from modalloy.media import load_audio, load_image
+from modalloy.senses.media import load_audio, load_image
+from modalloy.storage import staging
+from modalloy.storage.inputs import Inputs
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]
@@ -149,7 +150,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "models that are no list": ({"models": "vision"}, r"models: .*found 'vision'"),
     "model without a place": ({"models": [{"modality": "image"}]}, r"the key 'models\.0\.model' is missing; add it"),
     "unknown modality": (models(modality="smell"), r"models\.0\.modality: unknown modality 'smell'; known: image"),
-    "unknown form": ({"output": {"form": "gguf"}}, r"output\.form: .*'adapter', 'full' or 'omni'.*found 'gguf'"),
+    "unknown form": ({"output": {"form": "gguf"}}, r"output\.form: no form 'gguf'; known: adapter, full, omni"),
     "unknown dtype": ({"output": {"dtype": "int4"}}, r"output\.dtype: .*'bfloat16'.*found 'int4'"),
     "shard size 0": (
         {"output": {"max_shard_size": 0}},
@@ -571,7 +572,7 @@ def test_pickles_run_no_code(
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_pickles_are_refused_or_read(zipped: bool, tmp_path: Path) -> None:
-    from modalloy.checkpoints import WeightFile
+    from modalloy.storage.tensors import WeightFile
 
     path, draw = tmp_path / "adapter_model.bin", np.random.default_rng(0)
     torch.save({"a": torch.ones(3, 4), "b": torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
@@ -675,7 +676,7 @@ def test_recorded_base_that_contradicts_the_recipe(
     else:
         edit_config(folder, _name_or_path="lmsys/vicuna-7b-v1.3")
     monkeypatch.setattr(
-        sys.modules["modalloy.planning.plan"],
+        sys.modules["modalloy.planning.planner"],
         "locate",
         lambda name, _: base if name.startswith("lmsys/") else Path(name),
     )

@@ -10,9 +10,9 @@ import soundfile
 import torch
 from published_beats import CFG, FILE, beats_shapes, noise, qformer_tensors, write_beats
 
-from modalloy.encoders.beats import Beats, relative_bucket
 from modalloy.errors import CheckpointError, MediaError, RecipeError
-from modalloy.projectors.qformer import QFormer
+from modalloy.senses.encoders.beats import Beats, relative_bucket
+from modalloy.senses.projectors.qformer import QFormer
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -184,7 +184,7 @@ def test_a_missing_extra_is_named(
     tmp_path: Path,
 ) -> None:
     for module in [
-        name for name in sys.modules if name.startswith(("modalloy.model", "modalloy.report.inspect", package))
+        name for name in sys.modules if name.startswith(("modalloy.model", "modalloy.inspection.page", package))
     ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)

@@ -16,9 +16,9 @@ from PIL import Image
 from published_clip import clip_shapes, published_shapes, striped, write_clip
 from safetensors.torch import save_file
 
-from modalloy.encoders import load_encoder
-from modalloy.encoders.clip import Clip
 from modalloy.errors import CheckpointError, MediaError
+from modalloy.senses.encoders import load_encoder
+from modalloy.senses.encoders.clip import Clip
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = {"projection": 768, "text_width": 768, "text_layers": 12, "vocabulary": 49408, "text_positions": 77}

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 import modalloy
-from modalloy import encoders
-from modalloy.encoders import ENCODERS, PUBLISHED, build, encoder_class, load_encoder, modalities
 from modalloy.errors import CheckpointError, MediaError, RecipeError
+from modalloy.senses import encoders
+from modalloy.senses.encoders import ENCODERS, PUBLISHED, build, encoder_class, load_encoder, modalities
 
 EXAMPLE = Path(__file__).parents[1] / "examples/fifth_modality"
 TOY = "motion-spectrum"

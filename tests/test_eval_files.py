@@ -16,11 +16,11 @@ from PIL import Image
 
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.evals import BENCHMARKS, ocrbench, senses
+from modalloy.evals import page as evals
 from modalloy.evals.benchmark import Source
 from modalloy.evals.doctor import doctor
 from modalloy.evals.files import leads_out
 from modalloy.evals.run import load_run, result
-from modalloy.report import evals
 from modalloy.report.escape import csv_cell, fence, markdown_code, markdown_text
 from modalloy.search.probes import read_probes
 

@@ -18,9 +18,9 @@ from fake_run import benchmark, question, write_run
 
 from modalloy import builtin, cli
 from modalloy.errors import ModalloyError
-from modalloy.evals import BENCHMARKS
+from modalloy.evals import BENCHMARKS, shelf
+from modalloy.evals import page as evals
 from modalloy.evals.run import result
-from modalloy.report import evals, shelf
 
 EVIL = """</script><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;"""
 

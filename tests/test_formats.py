@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalloy
-from modalloy.checkpoints import Checkpoint, hub_commit, is_portable, locate, open_specialist
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.planning.plan import Plan
+from modalloy.specialists.layouts import open_specialist
+from modalloy.storage.locate import hub_commit, is_portable, locate
+from modalloy.storage.tensors import Checkpoint
 from modalloy.verify import verify
 
 VOCABULARY = 30
@@ -268,7 +270,7 @@ def test_no_variant_of_lora_is_taken_for_a_plain_one() -> None:
     """PEFT marks the options that change what an adapter means; VeLoRA changes only how gradients are stored."""
     from peft import LoraConfig
 
-    from modalloy.checkpoints.peft import OTHER_UPDATES
+    from modalloy.specialists.peft import OTHER_UPDATES
 
     variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert variants - {"velora_config"} <= OTHER_UPDATES.keys()

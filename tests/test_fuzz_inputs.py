@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from tiny_inputs import CONFIG, LORA, SHAPES, lora_tensors, with_header, write_base, write_lora, write_recipe
 
 from modalloy import merge, plan
-from modalloy.checkpoints import Checkpoint, WeightFile, open_specialist, read_config
-from modalloy.checkpoints.pickled import unpickle
 from modalloy.errors import ModalloyError
 from modalloy.evals.run import RUN, load_run
 from modalloy.families.vocabulary import read_tokens
@@ -28,6 +26,10 @@ from modalloy.recipe import load_recipe
 from modalloy.search.probes import read_probes
 from modalloy.search.space import parse_axes
 from modalloy.search.trials import Trials
+from modalloy.specialists.layouts import open_specialist
+from modalloy.storage.config import read_config
+from modalloy.storage.pickled import unpickle
+from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.verify import verify
 
 ODD = st.recursive(

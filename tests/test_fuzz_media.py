@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modalloy.errors import MediaError
-from modalloy.media import load_audio, load_image, load_points, load_video
+from modalloy.senses.media import load_audio, load_image, load_points, load_video
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 3), np.uint8)

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from test_cli import run
 
 import modalloy
-import modalloy.report.inspect as report
-from modalloy import inspect as module
+import modalloy.inspection.page as report
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
 from modalloy.files import new_file
-from modalloy.inspect import Inspection, inspect
+from modalloy.inspection import measure as module
+from modalloy.inspection.measure import Inspection, inspect
 
 WriteRecipe = Callable[..., Path]
 Run = Callable[..., str]

@@ -14,10 +14,10 @@ import torch
 from conftest import write_omni
 
 import modalloy
-from modalloy.checkpoints import Checkpoint
 from modalloy.compute import compute, survey
 from modalloy.planning.planner import plan
 from modalloy.recipe import load_recipe
+from modalloy.storage.tensors import Checkpoint
 
 ELSEWHERE = """
 import hashlib, pickle, sys

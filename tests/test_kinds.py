@@ -16,10 +16,10 @@ from synthetic import write_base, write_lora, write_tuned
 from torch import Tensor
 
 import modalloy
-from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.planning.kinds import kinds
 from modalloy.promise import Promises
+from modalloy.storage.tensors import TensorRef
 from modalloy.verify import verify
 
 CONFIG = {

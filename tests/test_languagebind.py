@@ -16,9 +16,9 @@ from PIL import Image
 from published_clip import published_shapes, striped
 from published_languagebind import languagebind_shapes, write_languagebind
 
-from modalloy.encoders import load_encoder
-from modalloy.encoders.languagebind import LanguageBindVideo
 from modalloy.errors import CheckpointError, MediaError
+from modalloy.senses.encoders import load_encoder
+from modalloy.senses.encoders.languagebind import LanguageBindVideo
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXT = {"projection": 768, "text_width": 768, "text_layers": 12, "vocabulary": 49408, "text_positions": 77}

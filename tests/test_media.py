@@ -10,9 +10,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from modalloy.encoders import load_encoder
 from modalloy.errors import MediaError
-from modalloy.media import limits, load_audio, load_image, load_video
+from modalloy.senses.encoders import load_encoder
+from modalloy.senses.media import limits, load_audio, load_image, load_video
 
 TIME = np.arange(44_100) / 44_100
 TONE = np.stack([np.sin(2 * np.pi * 440 * TIME), np.zeros_like(TIME)], 1).astype(np.float32) * 0.5
@@ -328,7 +328,7 @@ def test_a_video_is_what_it_shows_and_how_it_changes() -> None:
 
 
 def test_depth_maps_see_the_near_side() -> None:
-    from modalloy.encoders.depth_views import depth_maps
+    from modalloy.senses.encoders.depth_views import depth_maps
 
     wall = np.stack(np.meshgrid(np.linspace(-1, 1, 60), np.linspace(-1, 1, 60), [0.0]), -1).reshape(-1, 3)
     ball = np.array([[0.0, 0.0, 1.0]])  # before the wall as seen from the front, behind it as seen from behind

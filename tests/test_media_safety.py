@@ -18,7 +18,7 @@ from PIL import Image
 
 from modalloy import builtin
 from modalloy.errors import MediaError
-from modalloy.media import child, limits, load_audio, load_image, load_points, load_video
+from modalloy.senses.media import child, limits, load_audio, load_image, load_points, load_video
 
 LOADERS: dict[str, Callable[[Any], Any]] = {
     "image": load_image,

@@ -18,13 +18,14 @@ import yaml
 from synthetic import write_base, write_lora, write_tuned
 
 import modalloy
-from modalloy.checkpoints.buffers import Buffers
-from modalloy.checkpoints.folder import reading
-from modalloy.engines import local, memory
+from modalloy.engines import local
 from modalloy.errors import OutOfMemoryError, memory_errors, ran_out_of_memory
 from modalloy.files import disk_errors
+from modalloy.machine import memory
 from modalloy.planning import cost
 from modalloy.planning.planner import plan
+from modalloy.storage.buffers import Buffers
+from modalloy.storage.folder import reading
 
 LIMITED = """
 import resource, sys

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import write_base, write_lora
 
 import modalloy
-from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
 from modalloy.planning.cost import read_bytes
+from modalloy.storage.folder import file_sha256
 from modalloy.verify import verify
 
 WriteRecipe = Callable[..., Path]
@@ -90,7 +90,7 @@ def test_plan_accounts_for_every_tensor(write_recipe: WriteRecipe, base: Path, s
 
 
 def test_plan_reads_headers_only(write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modalloy.checkpoints import WeightFile
+    from modalloy.storage.tensors import WeightFile
 
     recipe = modalloy.load_recipe(write_recipe())
     monkeypatch.setattr(WeightFile, "read", lambda *_: pytest.fail("plan read a tensor's data"))

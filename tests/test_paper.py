@@ -9,10 +9,10 @@ import pytest
 from fake_run import write_run
 
 from modalloy import load_recipe
-from modalloy.checkpoints.locate import is_hub_id
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.benchmark import Sample
+from modalloy.storage.locate import is_hub_id
 
 ROOT = Path(__file__).parents[1]
 PAPER = ROOT / "recipes" / "paper"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from published_pointbert import FILE, FULL, published_shapes, write_pointbert
 
-from modalloy.encoders.pointbert import PointBert, farthest_points, nearest_points
 from modalloy.errors import CheckpointError, MediaError, RecipeError
+from modalloy.senses.encoders.pointbert import PointBert, farthest_points, nearest_points
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUPING = {"heads": 2, "groups": 8, "group_size": 6, "points": 64}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modalloy.errors import MediaError
-from modalloy.media import limits, load_points
+from modalloy.senses.media import limits, load_points
 
 XYZ = np.array([[0.5, -1.25, 3.0], [1e-3, 0.0, -7.5], [2.0, 4.0, 8.0]], np.float32)
 RGB = np.array([[0, 128, 255], [1, 2, 3], [255, 255, 0]], np.uint8)

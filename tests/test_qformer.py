@@ -9,8 +9,8 @@ import torch
 from published_beats import QFORMER, TINY_QFORMER, qformer_shapes, qformer_tensors
 
 from modalloy.errors import CheckpointError
-from modalloy.projectors import build_projector, recognise
-from modalloy.projectors.qformer import QFormer
+from modalloy.senses.projectors import build_projector, recognise
+from modalloy.senses.projectors.qformer import QFormer
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYER = "audio_Qformer.bert.encoder.layer"

@@ -19,8 +19,8 @@ from conftest import SLOTS
 from safetensors.torch import load_file, save_file
 
 import modalloy
-from modalloy.checkpoints import Staging
 from modalloy.errors import CheckpointError, OutputError
+from modalloy.storage.staging import Staging
 
 WriteRecipe = Callable[..., Path]
 FULL = {"form": "full", "max_shard_size": "6KB"}
@@ -30,7 +30,7 @@ FULL = {"form": "full", "max_shard_size": "6KB"}
 KILLER = textwrap.dedent("""
     import json, os, signal, sys
     import modalloy
-    from modalloy.checkpoints import staging
+    from modalloy.storage import staging
     from pathlib import Path
 
     recipe, out, options, cycle, *points = sys.argv[1:]

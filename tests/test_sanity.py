@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import modalloy
-from modalloy.checkpoints import read_json
 from modalloy.errors import ModalloyError
 from modalloy.evals import sanity
 from modalloy.evals.sanity import REFUSAL, Sanity, findings, is_repetitive
+from modalloy.storage.folder import read_json
 from modalloy.verify import verify
 
 GOOD = Sanity(perplexity=20.0, capitals=0.9, empty=0.0, repetitive=0.1, refused=0.6)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 import modalloy
 from modalloy import cli
-from modalloy.checkpoints import open_base
 from modalloy.errors import MediaError, RecipeError
 from modalloy.evals import sanity
 from modalloy.model import ChatModel
@@ -33,6 +32,7 @@ from modalloy.search import search
 from modalloy.search.candidates import distance
 from modalloy.search.space import applied, relocated
 from modalloy.search.target import LoadedTarget, PlacedTarget
+from modalloy.storage.locate import open_base
 
 SIZES = {
     "hidden_size": 32,
@@ -331,7 +331,7 @@ def test_refusals(
         config.write_text(before)
     assert "is a LlavaLlamaForCausalLM, which modalloy can merge but not run" in said and "load=…" in said
     with monkeypatch.context() as patch:
-        patch.setattr("modalloy.families.ancestors.LEAST_COSINE", 1.0)
+        patch.setattr("modalloy.planning.kinship.LEAST_COSINE", 1.0)
         assert "donor and target are unrelated" in refusal(text, folder / "text.jsonl", out, patch, capsys)
 
 

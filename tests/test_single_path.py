@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import builtin
-from modalloy.checkpoints import open_specialist
 from modalloy.model import load_model
+from modalloy.specialists.layouts import open_specialist
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import builtin
-from modalloy.checkpoints import open_specialist
+from modalloy.specialists.layouts import open_specialist
 from modalloy.verify import verify
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "senses-ssam.yaml"

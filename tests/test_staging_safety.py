@@ -17,10 +17,10 @@ from synthetic import write_base, write_lora
 from test_resume import killed_at
 
 import modalloy
-from modalloy.checkpoints import Staging, staging
-from modalloy.checkpoints.staging import check_apart, exchange
 from modalloy.errors import CheckpointError, OutputError
 from modalloy.files import is_mount
+from modalloy.storage import staging
+from modalloy.storage.staging import Staging, check_apart, exchange
 from modalloy.verify import verify
 
 

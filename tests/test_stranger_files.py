@@ -17,15 +17,18 @@ from safetensors.torch import load_file, save_file
 from tiny_inputs import CONFIG, SLOTS, lora_tensors, with_header, write_base, write_lora, write_recipe
 
 from modalloy import merge, plan
-from modalloy.checkpoints import Checkpoint, WeightFile, open_specialist, parse_json, present, read_config, read_json
-from modalloy.checkpoints.patterns import first_matches
-from modalloy.checkpoints.pickled import unpickle
 from modalloy.errors import CheckpointError, MediaError, ModalloyError, RecipeError, shown
 from modalloy.families import vocabulary
 from modalloy.families.vocabulary import read_tokens
 from modalloy.recipe import Recipe, load_recipe, parse_bytes
 from modalloy.search.probes import read_probes
 from modalloy.search.space import parse_axes
+from modalloy.specialists.layouts import open_specialist
+from modalloy.storage.config import read_config
+from modalloy.storage.folder import parse_json, present, read_json
+from modalloy.storage.patterns import first_matches
+from modalloy.storage.pickled import unpickle
+from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.yaml_text import MAX_VALUES, parse_yaml
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modalloy.checkpoints import Checkpoint, WeightFile, tensors
-from modalloy.checkpoints.writer import DIRECT_BYTES, TensorSpec, WeightWriter, _header
 from modalloy.errors import CheckpointError
+from modalloy.storage import tensors
+from modalloy.storage.tensors import Checkpoint, WeightFile
+from modalloy.storage.writer import DIRECT_BYTES, TensorSpec, WeightWriter, _header
 
 MEMORY = Path("/dev/shm")  # a file system without O_DIRECT on many kernels
 

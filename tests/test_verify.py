@@ -21,12 +21,13 @@ from torch import Tensor
 
 import modalloy
 from modalloy import recompute
-from modalloy.checkpoints import StoredLora, file_sha256
 from modalloy.errors import CheckpointError
 from modalloy.outputs import manifest
 from modalloy.planning import differences
 from modalloy.planning import jobs as planner
 from modalloy.planning.plan import Plan
+from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.folder import file_sha256
 from modalloy.verify import Verification, verify
 
 merge = importlib.import_module("modalloy.merging")  # which `modalloy.merging` itself, a function, hides
@@ -533,7 +534,7 @@ def test_a_changed_config_of_the_base_is_found(models: Path, tmp_path: Path) -> 
 
 
 def test_pieces_are_the_whole_tensor() -> None:
-    from modalloy.checkpoints import TensorRef
+    from modalloy.storage.tensors import TensorRef
 
     ref = TensorRef("x", torch.float16, (5, 3), Path("x"), 100)
     assert [(one.shape, one.begin) for one in recompute.parts_of(ref, 4)] == [

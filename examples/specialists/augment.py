@@ -8,9 +8,9 @@ import numpy as np
 import soxr
 from PIL import Image, ImageEnhance
 
-from modalloy.encoders.depth_views import rotation
-from modalloy.encoders.efficientnet_lite0_video import FRAMES
-from modalloy.media import load_audio, load_image, load_points, load_video
+from modalloy.senses.encoders.depth_views import rotation
+from modalloy.senses.encoders.efficientnet_lite0_video import FRAMES
+from modalloy.senses.media import load_audio, load_image, load_points, load_video
 
 
 def image_view(path: Path, view: int, rng: np.random.Generator) -> Image.Image:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modalloy import builtin
-from modalloy.encoders import load_encoder
 from modalloy.evals import senses
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.run import baselines
@@ -39,6 +38,7 @@ from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT, low_rank_zeros
 from modalloy.names import disk_name
+from modalloy.senses.encoders import load_encoder
 
 RANK = 8
 ALPHA = 16

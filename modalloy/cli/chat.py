@@ -58,11 +58,11 @@ def chat(
         raise ModalloyError("-p: the question holds bytes that are no UTF-8; set the terminal's encoding to UTF-8")
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
     files = _in_order(ctx.meta[InOrder.__name__], given)
-    from modalloy import media as decoders
     from modalloy.merging import resolve_device
     from modalloy.model import load_model
     from modalloy.model.chat import user_message
     from modalloy.model.session import Session, typed_lines
+    from modalloy.senses import media as decoders
 
     model = load_model(out, device=resolve_device(device), dtype=dtype)
     if prompt is None:
@@ -86,7 +86,7 @@ def chat(
 
 def _in_order(order: list[str], given: dict[str, Any]) -> list[tuple[str, Path]]:
     """(modality, existing file) of every medium, in the order of the options."""
-    from modalloy.media.limits import opened
+    from modalloy.senses.media.limits import opened
 
     left = {option: iter(values or ()) for option, values in given.items()}
     files = []

@@ -66,12 +66,12 @@ def evaluate(
     choice("--dtype", dtype, DTYPES)
     benchmark = find_benchmark(task)
     source = source_of(data_folder(benchmark, data, download=download), media_root, variant, modalities)
-    from modalloy import media
     from modalloy.evals.features import FeatureCache
     from modalloy.evals.runner import evaluate as run_on
     from modalloy.evals.runner import identify
     from modalloy.merging import resolve_device
     from modalloy.model import load_model
+    from modalloy.senses import media
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
     with progress(task) as on_sample, kept(run), media.isolated(isolated):
@@ -125,9 +125,9 @@ def eval_score(
         raise ModalloyError(
             "eval-score: a run knows its data; --data and the like belong to --task and a file of answers"
         )
+    from modalloy.evals.page import page as page_of
     from modalloy.evals.run import load_run
     from modalloy.files import new_file
-    from modalloy.report.evals import page as page_of
 
     found, other = load_run(run), None if beside is None else load_run(beside)
     if out is not None:
@@ -147,8 +147,8 @@ def eval_compare(
 ) -> None:
     """Is run B really better than run A? Paired tests on the questions that both were asked; Markdown on stdout."""
     from modalloy.evals.compare import compare
+    from modalloy.evals.page import comparison
     from modalloy.evals.run import load_run
-    from modalloy.report.evals import comparison
 
     found = compare(load_run(a), load_run(b))
     print(json.dumps(found.to_dict()) if as_json else comparison(found), end="\n" if as_json else "")
@@ -165,10 +165,10 @@ def eval_doctor(
     as_json: Json = False,
 ) -> None:
     """Which media of a benchmark are missing or broken. Loads no model; exit code 1 if there are any, 0 if none."""
-    from modalloy import media
     from modalloy.evals import find_benchmark
     from modalloy.evals.benchmark import data_folder
     from modalloy.evals.doctor import doctor
+    from modalloy.senses import media
 
     benchmark = find_benchmark(task)
     source = source_of(data_folder(benchmark, data), media_root, variant, modalities)
@@ -200,8 +200,8 @@ def _published(
 
 def _write_scores(run: "Run", as_json: bool) -> Path:
     """Write a run's result.json, result.md and result.csv, print one of them, and return the run's folder."""
+    from modalloy.evals.page import csv, markdown
     from modalloy.evals.run import result, write_text
-    from modalloy.report.evals import csv, markdown
 
     scores = result(run)
     for name, text in (("json", json.dumps(scores, indent=1)), ("md", markdown(scores)), ("csv", csv(scores))):

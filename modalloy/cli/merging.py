@@ -105,7 +105,7 @@ def merge(
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
     """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
-    from modalloy.engines.cores import default_workers
+    from modalloy.machine.cores import default_workers
     from modalloy.planning import cost
     from modalloy.planning.planner import plan as run
     from modalloy.recipe import load_recipe
@@ -140,8 +140,8 @@ def inspect(
 ) -> Path | None:
     """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
     from modalloy.files import new_file
-    from modalloy.inspect import inspect as run
-    from modalloy.report.inspect import page, require_plotly, text
+    from modalloy.inspection.measure import inspect as run
+    from modalloy.inspection.page import page, require_plotly, text
 
     with ExitStack() as stack:
         if out is not None:  # refused before the work, not after it

@@ -48,8 +48,8 @@ def search(
     choice("--dtype", dtype, DTYPES)
     from modalloy.evals.features import FeatureCache
     from modalloy.merging import resolve_device
-    from modalloy.report.search import text
     from modalloy.search import search as run
+    from modalloy.search.page import text
 
     with progress("search") as on_answer, kept(out):
         found = run(

@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Buffers, Inputs, TensorRef
+from modalloy.machine.cores import AHEAD
 from modalloy.planning.job import Done, Job
-
-AHEAD = 2  # items beyond the workers' that are being read or wait to be written
+from modalloy.storage.buffers import Buffers
+from modalloy.storage.inputs import Inputs
+from modalloy.storage.tensors import TensorRef
 
 Item = TypeVar("Item")
 Input = TypeVar("Input")

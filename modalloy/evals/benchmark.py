@@ -16,7 +16,7 @@ from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.evals.files import MAX_FILE_BYTES, leads_out, own_folders, parquet_rows, parse_json, read_bytes
-from modalloy.media.limits import shown
+from modalloy.senses.media.limits import shown
 
 LETTERS = "ABCDEFGH"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from modalloy import media
 from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Benchmark, Source, questions
 from modalloy.evals.files import OUTSIDE, leads_out
 from modalloy.report.text import printable_lines
+from modalloy.senses import media
 
 LOADERS: dict[str, Callable[[str], Any]] = {
     "image": media.load_image,

@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from modalloy.checkpoints import file_sha256
 from modalloy.errors import CheckpointError, MediaError, OutputError
 from modalloy.files import replace_bytes
-from modalloy.media.limits import opened
 from modalloy.model import ChatModel, ModalloyForConditionalGeneration
+from modalloy.senses.media.limits import opened
+from modalloy.storage.folder import file_sha256
 
 MEMORY_BYTES = 2_000_000_000
 DISK_BYTES = 20_000_000_000

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError
-from modalloy.media.limits import opened, shown
+from modalloy.senses.media.limits import opened, shown
 
 MAX_FILE_BYTES = 1_000_000_000  # of a table with its pictures
 MAX_TEXT_BYTES = 200_000_000  # of JSON, JSON lines or CSV

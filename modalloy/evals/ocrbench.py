@@ -14,7 +14,7 @@ from modalloy.errors import MediaError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, choose_variant, fields
 from modalloy.evals.files import leads_out
 from modalloy.files import is_folder, kind, replace_bytes
-from modalloy.media import ENDINGS
+from modalloy.senses.media import ENDINGS
 
 RECOGNITION = "Text Recognition"  # what the official script sums six types up to
 AREAS = {

@@ -21,7 +21,7 @@ from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, S
 from modalloy.evals.files import MAX_FILE_BYTES, parse_json, read_bytes
 from modalloy.evals.statistics import bootstrap_interval
 from modalloy.files import append, is_file, open_log, replace_text
-from modalloy.media.limits import shown
+from modalloy.senses.media.limits import shown
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1

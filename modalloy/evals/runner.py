@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from modalloy.checkpoints import file_sha256, locate, read_json
 from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.files import OUTSIDE, leads_out
 from modalloy.evals.run import Entry, Log, Run, described
-from modalloy.media.limits import shown
 from modalloy.model import ChatModel
 from modalloy.model.chat import Prompt, placed_message
+from modalloy.senses.media.limits import shown
+from modalloy.storage.folder import file_sha256, read_json
+from modalloy.storage.locate import locate
 
 Progress = Callable[[int, int], None]
 Batch = list[tuple[int, Sample, Prompt]]

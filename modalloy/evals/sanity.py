@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from modalloy.checkpoints import file_sha256, locate, read_json
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import Answer, likeliest
 from modalloy.evals.senses import capital_samples
@@ -25,6 +24,8 @@ from modalloy.model.hosted import is_hosted
 from modalloy.model.load import is_language_model, load_text_path
 from modalloy.outputs.manifest import SOURCES
 from modalloy.recipe import Recipe
+from modalloy.storage.folder import file_sha256, read_json
+from modalloy.storage.locate import locate
 
 HEADING = "## Sanity"
 NEW_TOKENS = 24

@@ -13,12 +13,12 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from modalloy.checkpoints.views import Rows, height_of
 from modalloy.errors import CheckpointError
 from modalloy.families import family_of
 from modalloy.families.rules import Family, Found, Geometry, Slot, Spelling, rows_of
 from modalloy.families.vocabulary import SharedTokens
 from modalloy.report.text import printable_lines
+from modalloy.storage.views import Rows, height_of
 
 Header = Mapping[str, tuple[int, ...]]  # tensor name -> shape
 Operation = Literal["same", "rename", "dup", "cat", "split", "slice_rows", "none"]

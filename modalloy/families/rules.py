@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-from modalloy.checkpoints.views import Rows
 from modalloy.errors import CheckpointError, shown
+from modalloy.storage.views import Rows
 
 Owner = Literal["language", "vision"]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import is_there, read_bytes, read_json
-from modalloy.checkpoints.views import Rows
 from modalloy.errors import CheckpointError, shown
+from modalloy.storage.folder import is_there, read_bytes, read_json
+from modalloy.storage.views import Rows
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
 ADDED, CONFIG = "added_tokens.json", "tokenizer_config.json"

@@ -18,8 +18,8 @@ MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
 class ModalloyConfig(PreTrainedConfig):
     """`text_config` is the decoder's own config. `modalities` maps a name to a dictionary with
 
-    - `encoder`: {"name": in `modalloy.encoders.ENCODERS`, "settings": its constructor's keywords}
-    - `projector`: {"type": in `modalloy.projectors.PROJECTORS`, and its constructor's keywords}
+    - `encoder`: {"name": in `modalloy.senses.encoders.ENCODERS`, "settings": its constructor's keywords}
+    - `projector`: {"type": in `modalloy.senses.projectors.PROJECTORS`, and its constructor's keywords}
     - `n_tokens`: number of projected features per medium
     - `n_prefix`, `n_suffix`: trained tokens around them, owned by the modality
     - `update`: as `text_update`, or null if its tokens use the text path (ModelCompose's `lora_strategy: same`)

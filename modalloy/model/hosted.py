@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from modalloy.errors import CheckpointError, MediaError
-from modalloy.media import load_image
 from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.literal import MARKS, Literals
 from modalloy.model.omni import check_loaded, quiet
 from modalloy.model.opening import opening, set_ends
 from modalloy.model.processor import Message, ModalloyProcessor, chosen_template, medium_of, rendered_by
 from modalloy.names import modality_name
+from modalloy.senses.media import load_image
 
 IMAGE = "image"
 

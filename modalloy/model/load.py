@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, locate, open_base, open_specialist, read_json
-from modalloy.checkpoints.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, adapter_names
-from modalloy.encoders import build, encoder_weights
-from modalloy.engines.memory import release_memory
 from modalloy.errors import CheckpointError
+from modalloy.machine.memory import release_memory
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig, check_content
 from modalloy.model.hosted import is_hosted, load_hosted
@@ -26,8 +23,14 @@ from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
 from modalloy.outputs.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
-from modalloy.projectors import projector_class
-from modalloy.templates import own_template
+from modalloy.senses.encoders import build, encoder_weights
+from modalloy.senses.projectors import projector_class
+from modalloy.specialists.layouts import open_specialist
+from modalloy.specialists.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTOR, Specialist, adapter_names
+from modalloy.specialists.templates import own_template
+from modalloy.storage.folder import read_json
+from modalloy.storage.locate import locate, open_base
+from modalloy.storage.tensors import Checkpoint, TensorRef
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan

@@ -12,13 +12,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from modalloy.delta import LowRank, norm
-from modalloy.encoders import build
-from modalloy.engines.memory import release_memory
 from modalloy.errors import CheckpointError
+from modalloy.machine.memory import release_memory
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 from modalloy.outputs.omni import write_remote_code
-from modalloy.projectors import build_projector
+from modalloy.senses.encoders import build
+from modalloy.senses.projectors import build_projector
 
 
 class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):

@@ -11,9 +11,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import present, read_json
 from modalloy.errors import CheckpointError, ModalloyError
 from modalloy.outputs.omni import AUTO_MAP
+from modalloy.storage.folder import present, read_json
 
 OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 MAX_REASON = 400  # characters of a library's message that are repeated

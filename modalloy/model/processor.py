@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from modalloy.encoders import Encoder, build
 from modalloy.errors import CheckpointError, MediaError
 from modalloy.model.bounded import render
 from modalloy.model.config import owner_names, tokens_per_medium
 from modalloy.model.literal import Literals
 from modalloy.names import modality_name
 from modalloy.outputs.omni import processor_config, write_remote_code
+from modalloy.senses.encoders import Encoder, build
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")

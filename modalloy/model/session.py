@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError, nearest
-from modalloy.media import ENDINGS
-from modalloy.media.limits import shown
 from modalloy.model.chat import ChatModel
 from modalloy.model.processor import Message
 from modalloy.report.text import is_unicode, one_line, printable
+from modalloy.senses.media import ENDINGS
+from modalloy.senses.media.limits import shown
 
 # a word, or a path in quotes or with escapes, as terminals write a file that is dropped on them
 WORD = re.compile(r"""(?:'[^']+'|"[^"]+")(?=[\s.,;:!?]|$)|(?:\\.|[^\s\\])+""")

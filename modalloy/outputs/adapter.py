@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import is_hub_id, is_portable_name
 from modalloy.files import write_text
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
+from modalloy.storage.locate import is_hub_id, is_portable_name
 
 USE = """```python
 from transformers import AutoModelForCausalLM

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import read_config, read_json
-from modalloy.checkpoints.writer import copy_file
-from modalloy.companions import code_files, companions
 from modalloy.files import write_text
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
+from modalloy.specialists.companions import code_files, companions
+from modalloy.storage.config import read_config
+from modalloy.storage.folder import read_json
+from modalloy.storage.writer import copy_file
 
 OWN = ("_name_or_path", "dtype", "torch_dtype")  # what a result's config says otherwise than its base's
 USE = """```python

@@ -16,20 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from modalloy._version import __version__
 from modalloy.builtin import PREFIX
-from modalloy.checkpoints import (
-    Checkpoint,
-    Specialist,
-    WeightFile,
-    file_sha256,
-    hub_commit,
-    is_hub_id,
-    is_portable_name,
-    present,
-    read_json,
-)
-from modalloy.checkpoints.folder import reading
-from modalloy.checkpoints.staging import MANIFEST as MANIFEST
-from modalloy.checkpoints.staging import SOURCES as SOURCES
 from modalloy.errors import CheckpointError
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.forms import known_form
@@ -37,6 +23,12 @@ from modalloy.planning.job import Run
 from modalloy.planning.models import labels
 from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.folder import file_sha256, present, read_json, reading
+from modalloy.storage.locate import hub_commit, is_hub_id, is_portable_name
+from modalloy.storage.staging import MANIFEST as MANIFEST
+from modalloy.storage.staging import SOURCES as SOURCES
+from modalloy.storage.tensors import Checkpoint, WeightFile
 
 NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine
 MAX_PATH = 4096  # bytes of a path that a system takes

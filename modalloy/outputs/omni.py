@@ -5,16 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import Checkpoint, Specialist, StoredLora, config_size, read_config
-from modalloy.checkpoints.writer import copy_file
 from modalloy.errors import CheckpointError
 from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
-from modalloy.senses.sense import Sense, model_files, open_sense, recorded_encoder
-from modalloy.templates import own_template
+from modalloy.planning.senses import Sense, model_files, open_sense, recorded_encoder
+from modalloy.specialists.specialist import Specialist, StoredLora
+from modalloy.specialists.templates import own_template
+from modalloy.storage.config import config_size, read_config
+from modalloy.storage.tensors import Checkpoint
+from modalloy.storage.writer import copy_file
 
 USE = """```
 modalloy chat path/to/this/folder {options} -p "What is this?"

@@ -5,10 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from modalloy.checkpoints import Checkpoint, Specialist, is_portable, place
 from modalloy.errors import CheckpointError, RecipeError, nearest, shown
 from modalloy.planning.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
+from modalloy.specialists.full import place
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.locate import is_portable
+from modalloy.storage.tensors import Checkpoint
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan

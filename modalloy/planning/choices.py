@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from modalloy.checkpoints import Checkpoint, TensorSpec
 from modalloy.errors import RecipeError
 from modalloy.methods import METHODS, resolve
 from modalloy.planning.kinds import layer_of
 from modalloy.recipe import Recipe, Rule
+from modalloy.storage.tensors import Checkpoint
+from modalloy.storage.writer import TensorSpec
 
 
 class Choices:

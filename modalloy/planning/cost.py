@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from modalloy.checkpoints.tensors import BLOCK_BYTES
-from modalloy.checkpoints.views import MappedRef
-from modalloy.engines import memory
-from modalloy.engines.local import AHEAD
 from modalloy.errors import OutOfMemoryError
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.machine import memory
+from modalloy.machine.cores import AHEAD
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
 from modalloy.planning.kinship import kinship_pairs
 from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_literal, spread
+from modalloy.storage.tensors import BLOCK_BYTES
+from modalloy.storage.views import MappedRef
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan

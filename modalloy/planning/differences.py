@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import Specialist, TensorRef
 from modalloy.errors import RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS
@@ -19,6 +18,8 @@ from modalloy.planning.kinds import PLURALS
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.tensors import TensorRef
 
 
 def settled_plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints.specialist import StoredLora
-from modalloy.checkpoints.tensors import TensorRef
-from modalloy.checkpoints.views import Rows
-from modalloy.checkpoints.writer import TensorSpec
+from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import Rows
+from modalloy.storage.writer import TensorSpec
 
 Fate = Literal["merged", "kept", "averaged", "carried", "left out"]
 Survey = dict[str, Any]  # what a method must know of the whole model before its first weight

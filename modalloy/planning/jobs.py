@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 
-from modalloy.checkpoints import Checkpoint, Specialist, TensorRef, TensorSpec, WeightFile
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.methods import METHODS
 from modalloy.planning.checks import check_complete, check_rows_are_ruled
@@ -14,6 +13,9 @@ from modalloy.planning.choices import Choices
 from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind
 from modalloy.recipe import Recipe
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
+from modalloy.storage.writer import TensorSpec
 
 Treatment = Literal["merge", "sum", "average", "keep"]
 

@@ -4,13 +4,15 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from modalloy.checkpoints import Checkpoint, Specialist, StoredLora, TensorRef, TensorSpec
 from modalloy.errors import RecipeError
 from modalloy.families.mapping import ModelMap
 from modalloy.planning.choices import Choices, layers
 from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.mapped import Across
 from modalloy.recipe import Recipe
+from modalloy.specialists.specialist import Specialist, StoredLora
+from modalloy.storage.tensors import Checkpoint, TensorRef
+from modalloy.storage.writer import TensorSpec
 
 FATES: dict[str, Fate] = {"merge": "merged", "interpolate": "merged", "fuse": "merged", "average": "averaged"}
 

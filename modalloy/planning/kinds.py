@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError, cut
+from modalloy.storage.tensors import TensorRef
 
 Kind = Literal[
     "linear",  # (out, in)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import TensorRef
 from modalloy.errors import CheckpointError
 from modalloy.families.mapping import ModelMap
+from modalloy.storage.tensors import TensorRef
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan

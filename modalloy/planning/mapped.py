@@ -8,18 +8,6 @@ from typing import Any
 
 import torch
 
-from modalloy.checkpoints import (
-    Checkpoint,
-    Specialist,
-    StoredLora,
-    TensorRef,
-    check_one_kind,
-    is_portable,
-    open_base,
-    open_specialist,
-    read_config,
-)
-from modalloy.checkpoints.views import MappedRef, Rows, floating, rows_of_tensor, stretch
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
@@ -27,6 +15,12 @@ from modalloy.families.rules import remaining
 from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
 from modalloy.planning.checks import check_base, check_complete, check_shapes
 from modalloy.recipe import Recipe
+from modalloy.specialists.layouts import check_one_kind, open_specialist
+from modalloy.specialists.specialist import Specialist, StoredLora
+from modalloy.storage.config import read_config
+from modalloy.storage.locate import is_portable, open_base
+from modalloy.storage.tensors import Checkpoint, TensorRef
+from modalloy.storage.views import MappedRef, Rows, floating, rows_of_tensor, stretch
 
 EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
 

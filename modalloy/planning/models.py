@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from modalloy import builtin
-from modalloy.checkpoints import Specialist, locate
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.recipe import Recipe
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.locate import locate
 
 
 def locate_specialist(location: str, folder: Path) -> Path:

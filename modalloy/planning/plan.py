@@ -12,20 +12,24 @@ from typing import Any
 import torch
 
 from modalloy._version import __version__
-from modalloy.checkpoints import Checkpoint, Inputs, Specialist, WeightFile, is_hub_id, is_portable, present
-from modalloy.engines.cores import default_workers
 from modalloy.families.mapping import ModelMap
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.forms import Form
+from modalloy.machine.cores import default_workers
 from modalloy.methods import METHODS
 from modalloy.planning import cost
 from modalloy.planning.job import Job, TensorFate
 from modalloy.planning.kinds import Kind
 from modalloy.planning.mapped import Across
 from modalloy.planning.models import base_label
+from modalloy.planning.senses import Sense
 from modalloy.planning.summary import one_line
 from modalloy.recipe import Recipe
-from modalloy.senses.sense import Sense
+from modalloy.specialists.specialist import Specialist
+from modalloy.storage.folder import present
+from modalloy.storage.inputs import Inputs
+from modalloy.storage.locate import is_hub_id, is_portable
+from modalloy.storage.tensors import Checkpoint, WeightFile
 
 
 @dataclass(frozen=True)

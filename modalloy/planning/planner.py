@@ -2,8 +2,6 @@
 
 from collections.abc import Collection
 
-from modalloy.checkpoints import Checkpoint, WeightFile, config_size, locate, open_base, open_specialist, read_config
-from modalloy.companions import notices
 from modalloy.errors import RecipeError
 from modalloy.methods import METHODS
 from modalloy.planning.checks import (
@@ -19,9 +17,14 @@ from modalloy.planning.kinds import check_numbers, kinds
 from modalloy.planning.mapped import open_donors
 from modalloy.planning.models import absent_models, labels, locate_specialist
 from modalloy.planning.plan import Plan
+from modalloy.planning.senses import choose_senses
 from modalloy.recipe import Recipe
-from modalloy.senses.sense import choose_senses
-from modalloy.templates import common_template
+from modalloy.specialists.companions import notices
+from modalloy.specialists.layouts import open_specialist
+from modalloy.specialists.templates import common_template
+from modalloy.storage.config import config_size, read_config
+from modalloy.storage.locate import locate, open_base
+from modalloy.storage.tensors import Checkpoint, WeightFile
 
 
 def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[str] = ()) -> Plan:

@@ -9,11 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from modalloy.checkpoints import StoredLora, TensorRef
 from modalloy.compute import Surveys, compute, survey, weighted_updates
 from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
-from modalloy.engines.cores import default_workers
+from modalloy.machine.cores import default_workers
 from modalloy.methods.ssam import aligned
 from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_planned
@@ -22,6 +21,8 @@ from modalloy.planning.job import Job
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.search.space import Changes, applied
+from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.tensors import TensorRef
 
 Result = TypeVar("Result")
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from modalloy.checkpoints import locate
 from modalloy.errors import CheckpointError, ModalloyError
 from modalloy.model.omni import quiet
 from modalloy.model.opening import open_tokenizer, opening
+from modalloy.storage.locate import locate
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"  # of AdaMMS
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from modalloy.errors import OutputError
 from modalloy.files import disk_errors, is_file, is_page, kind, read_file, replace_text
 from modalloy.recipe import Recipe
-from modalloy.report.search import page
 from modalloy.search.found import Found
+from modalloy.search.page import page
 from modalloy.search.space import applied, relocated
 
 CHOSEN = "# Chosen by modalloy search"  # how the recipe begins that a search writes

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import file_sha256
 from modalloy.errors import MediaError, ModalloyError, nearest
 from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.files import parse_json, read_bytes
 from modalloy.evals.run import PREDS
-from modalloy.media.limits import opened, shown
 from modalloy.names import modality_name
+from modalloy.senses.media.limits import opened, shown
+from modalloy.storage.folder import file_sha256
 
 KEYS = ("id", "text", "media", "choices", "gold")
 

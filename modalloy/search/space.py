@@ -9,14 +9,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from modalloy.checkpoints import is_portable, read_text
-from modalloy.encoders import choose
 from modalloy.errors import ModalloyError, RecipeError, cut, nearest, shown
 from modalloy.methods import METHODS
 from modalloy.methods.parameters import Rank, check_value, schema
 from modalloy.planning.models import labels
 from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
+from modalloy.senses.encoders import choose
+from modalloy.storage.folder import read_text
+from modalloy.storage.locate import is_portable
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
 MAX_VALUES = 1_000  # of one axis: each is a merge

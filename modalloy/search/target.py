@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from modalloy.checkpoints import read_config
 from modalloy.compute import Surveys, compute
 from modalloy.engines.local import one_thread
 from modalloy.errors import CheckpointError, RecipeError
@@ -19,6 +18,7 @@ from modalloy.planning.job import Job
 from modalloy.planning.plan import Plan
 from modalloy.search.candidates import SKETCHED, candidate, directions, in_parallel
 from modalloy.search.space import Changes
+from modalloy.storage.config import read_config
 
 Loader = Callable[[Plan, dict[str, Stored]], ChatModel]
 

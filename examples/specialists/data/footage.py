@@ -22,10 +22,10 @@ import numpy as np
 from convert import VIDEO_FRAME_MS, VIDEO_FRAMES, VIDEO_PX
 from PIL import Image
 
-from modalloy.encoders.depth_views import depth_maps
 from modalloy.evals import senses
 from modalloy.evals.senses import Clip
-from modalloy.media import load_image, load_points
+from modalloy.senses.encoders.depth_views import depth_maps
+from modalloy.senses.media import load_image, load_points
 
 STILLS = ("om", "tux", "a4a")  # not f3, whose animations are there already
 TIERS = ("train", "new source")

@@ -1,0 +1,3 @@
+"""`Encoder`, where plugins import it from."""
+
+from modalloy.senses.encoders import Encoder as Encoder

@@ -1,8 +1,0 @@
-"""How many cores there are to work with."""
-
-import os
-
-
-def default_workers() -> int:
-    """One per core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

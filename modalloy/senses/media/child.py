@@ -1,0 +1,140 @@
+"""Decoding in a child process of bounded memory and time: a decoder that crashes, hangs or swells is a MediaError."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from modalloy.errors import MediaError
+from modalloy.senses.media.limits import opened, shown
+
+MEMORY_BYTES = 4_000_000_000  # of addresses, of which the libraries themselves take about 1 GB
+SECONDS = 120
+KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")  # of the environment; no secrets
+REFUSED = 3  # exit code of a child that raised a MediaError
+# the parent's own search path, and the package without its __init__.py, which would import torch
+BEGIN = """
+import sys
+sys.path[:] = sys.argv[1].split(chr(10))
+import types
+package = sys.modules["modalloy"] = types.ModuleType("modalloy")
+package.__path__ = [sys.argv[2]]
+from modalloy.senses.media.child import decode
+decode(*sys.argv[3:])
+"""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a child may take."""
+
+    memory_bytes: int
+    seconds: int
+
+
+_BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds of decoders", default=None)
+
+
+@contextmanager
+def isolated(on: bool = True, *, memory_bytes: int = MEMORY_BYTES, seconds: int = SECONDS) -> Iterator[None]:
+    """Every medium that is loaded inside the block, in this thread or task, is decoded in a child process of its own.
+
+    Args:
+        on: False: in this process after all.
+        memory_bytes: of addresses that the child may ask for.
+        seconds: of CPU, and twice as many by the clock.
+    """
+    token = _BOUNDS.set(Bounds(memory_bytes, seconds) if on else None)
+    try:
+        yield
+    finally:
+        _BOUNDS.reset(token)
+
+
+def is_isolated() -> bool:
+    """Whether media are to be decoded in a child."""
+    return _BOUNDS.get() is not None
+
+
+def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
+    """What the modality's loader gives of a file (a picture as uint8 (height, width, 3)); `number` is its option.
+
+    Raises:
+        MediaError: the loader raised it; or the child crashed, or needed more than its bounds.
+    """
+    bounds = _BOUNDS.get()
+    assert bounds is not None
+    with opened(path):
+        pass  # a regular file, or no child is needed
+    folder = str(Path(__file__).resolve().parent.parent)
+    given = [modality, os.fspath(path), str(number), str(bounds.memory_bytes), str(bounds.seconds)]
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            code = subprocess.run(
+                [sys.executable, "-c", BEGIN, "\n".join(sys.path), folder, *given],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                timeout=2 * bounds.seconds,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise MediaError(f"{shown(path)}: was not decoded in {error.timeout:.0f} s; give another file") from error
+        except OSError as error:
+            raise MediaError(f"{shown(path)}: no child process can be started for it ({error.strerror})") from error
+        err.seek(0)
+        said = err.read(1 << 16).decode("utf-8", "replace")
+        if code == REFUSED:
+            raise MediaError(said)
+        if code == -signal.SIGXCPU:
+            raise MediaError(f"{shown(path)}: its decoder took more than {bounds.seconds} s; give another file")
+        if code < 0:
+            name = signal.Signals(-code).name
+            raise MediaError(f"{shown(path)}: its decoder crashed ({name}); the file is damaged, get it again")
+        if code:
+            raise RuntimeError(f"the child that decoded {shown(path)} failed: {said}")
+        out.seek(0)
+        found: np.ndarray = np.lib.format.read_array(out, allow_pickle=False)
+        return found
+
+
+def decode(modality: str, path: str, number: str, memory_bytes: str, seconds: str) -> None:
+    """What the child does: bound itself, decode, write the array to standard output."""
+    from modalloy.senses import media
+
+    loaders = {
+        "image": lambda: np.asarray(media.load_image(path)),
+        "audio": lambda: media.load_audio(path, int(number)),
+        "video": lambda: media.load_video(path, int(number)),
+        "point": lambda: media.load_points(path),
+    }
+    for what, bound in (
+        (resource.RLIMIT_AS, int(memory_bytes)),
+        (resource.RLIMIT_CPU, int(seconds)),
+        (resource.RLIMIT_FSIZE, int(memory_bytes)),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(what)
+        bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
+        resource.setrlimit(what, (bound, bound if what != resource.RLIMIT_CPU else hard))
+    try:
+        array = np.ascontiguousarray(loaders[modality]())
+        np.lib.format.write_array(sys.stdout.buffer, array, allow_pickle=False)
+        sys.stdout.buffer.flush()
+    except (MediaError, MemoryError) as error:
+        text = str(error) or f"{shown(path)}: needs more memory than {memory_bytes} bytes; give a smaller file"
+        sys.stderr.buffer.write(text.encode("utf-8", "replace"))
+        sys.stderr.buffer.flush()
+        os._exit(REFUSED)

@@ -1,0 +1,47 @@
+"""Projectors: from an encoder's features to the decoder's width, with the published names of their tensors.
+
+A projector's class gives `settings(shapes)` (its keywords, from the names and shapes of published tensors), `own_name`
+(its state dict's key for a published name), `n_tokens` (how many tokens n features become), `dim` and `width` (of both).
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from modalloy.errors import CheckpointError
+
+# type → module:class, tried in this order
+PROJECTORS = {
+    "mlp": "modalloy.senses.projectors.mlp:Mlp",
+    "qformer": "modalloy.senses.projectors.qformer:QFormer",
+}
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], label: str) -> dict[str, Any]:
+    """The settings, with their `type`, of the projector that has tensors of these published names and shapes."""
+    reasons = []
+    for name in PROJECTORS:
+        try:
+            return {"type": name, **projector_class(name).settings(shapes)}
+        except ValueError as error:
+            reasons.append(f"{name}: {error}")
+    raise CheckpointError(
+        f"{label} specialist: its projector is of no known kind ({'; '.join(reasons)}); use a checkpoint of ModelCompose's "
+        "or LLaVA's layout"
+    )
+
+
+def build_projector(settings: dict[str, Any], *, meta: bool = False) -> Any:
+    """The projector of `settings`, with weights yet to be loaded; `meta`: without memory for them."""
+    with torch.device("meta" if meta else "cpu"):
+        return projector_class(settings["type"])(**{key: value for key, value in settings.items() if key != "type"})
+
+
+def projector_class(name: str) -> Any:
+    """The class of a projector's type: an `nn.Module` with `settings`, `own_name` and `n_tokens`."""
+    module, _, attribute = PROJECTORS[name].partition(":")
+    found: type[nn.Module] = getattr(importlib.import_module(module), attribute)
+    return found

@@ -1,0 +1,1 @@
+"""How training scripts store specialists: one layout a file."""

@@ -1,0 +1,60 @@
+"""Opening a specialist: its layout is told by its files and tensor names, never by the folder's name.
+
+- ModelCompose (`adapter_model.{safetensors,bin}` + `config.json`): modelcompose.py
+- PEFT (`adapter_model.{safetensors,bin}` + `adapter_config.json`), also with LLaVA's `non_lora_trainables.bin`: peft.py
+- a full model (`model.safetensors`, sharded or `.bin`), also LLaVA's: full.py
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modalloy.errors import CheckpointError
+from modalloy.specialists import full, modelcompose, peft
+from modalloy.specialists.specialist import ADAPTER_STEMS, Specialist
+from modalloy.storage.folder import is_there
+from modalloy.storage.locate import BASE_STEMS
+
+LAYOUTS = (peft.LAYOUT, modelcompose.LAYOUT, full.LAYOUT)  # the first that recognises a folder opens it
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+
+
+def open_specialist(
+    folder: Path, *, modality: str | None = None, label: str | None = None, ignore: Sequence[str] = ()
+) -> Specialist:
+    """A specialist whose tensors are sorted; reads headers and configs only.
+
+    Args:
+        folder: local folder.
+        modality: what the recipe says it sees; checked against the tensor names.
+        label: how messages call it; default: the modality, else the folder's name.
+        ignore: name patterns of tensors to leave out.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or a tensor is one that no rule covers.
+    """
+    label = label or modality or folder.name
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; correct the path of the {label} specialist in the recipe")
+    check_one_kind(folder)
+    layout = next(layout for layout in LAYOUTS if layout.recognise(folder))
+    specialist = layout.open(folder, label, ignore)
+    if specialist.modality is None:
+        specialist.modality = modality
+    elif modality is not None and modality != specialist.modality:
+        raise CheckpointError(
+            f"{folder}: its tensors belong to modality '{specialist.modality}', the recipe says '{modality}'; correct the recipe"
+        )
+    return specialist
+
+
+def check_one_kind(folder: Path) -> None:
+    """An adapter beside the model that it was merged into: each alone would be read, and they are two specialists."""
+    adapters, models = (
+        [stem + ending for stem in stems for ending in ENDINGS if is_there(folder / (stem + ending))]
+        for stems in (ADAPTER_STEMS, BASE_STEMS)
+    )
+    if adapters and models:
+        raise CheckpointError(
+            f"{folder}: holds an adapter ({adapters[0]}) and a full model ({models[0]}); give a folder that holds only the "
+            "one that is meant"
+        )

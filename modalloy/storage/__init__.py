@@ -1,0 +1,1 @@
+"""Bytes in and out: tensors, files and folders; nothing of recipes, specialists or methods."""

@@ -1,0 +1,40 @@
+"""Every input of a merge behind one door: any of its tensors, whoever it belongs to."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from modalloy.storage.tensors import TensorRef, WeightFile, checked
+from modalloy.storage.views import MappedRef, assembled
+
+
+class Inputs:
+    """Reads any tensor of a merge's inputs, and refuses NaN and infinity by the owner's name. Pickles as paths."""
+
+    def __init__(self, owners: Iterable[tuple[str, Iterable[WeightFile]]]) -> None:
+        """`owners`: what messages call each owner, and its files; of a file that two share, the first is named."""
+        self.files: dict[Path, tuple[WeightFile, str]] = {}
+        for owner, files in owners:
+            for file in files:
+                self.files.setdefault(file.path, (file, owner))
+
+    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
+        """The data of a tensor, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long).
+
+        Raises:
+            CheckpointError: the file is damaged, was changed meanwhile, or holds NaN or infinity there.
+        """
+        if isinstance(ref, MappedRef):
+            return assembled(ref, self.read, buffer)
+        file, owner = self.files[ref.file]
+        return checked(file.read(ref, buffer), ref, owner)
+
+    def __getstate__(self) -> Mapping[str, list[str]]:
+        owners: dict[str, list[str]] = {}
+        for path, (_, owner) in self.files.items():
+            owners.setdefault(owner, []).append(str(path))
+        return owners
+
+    def __setstate__(self, state: Mapping[str, list[str]]) -> None:
+        self.__init__((owner, map(WeightFile, map(Path, paths))) for owner, paths in state.items())  # type: ignore[misc]

@@ -1,0 +1,416 @@
+"""Opening a folder of weights: every tensor's name, type, shape and place, from headers only; data is read on demand.
+
+Data is read with `pread`, so no mapped page counts as memory: what the page cache holds comes from there, the rest past
+it, straight from the disk. `.bin` files are read by `pickled.py`, which runs no code from the file.
+"""
+
+import errno
+import hashlib
+import math
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modalloy.errors import CheckpointError, shown
+from modalloy.storage.folder import MAX_TEXT_BYTES, is_there, open_file, parse_json, present, read_json, reading
+from modalloy.storage.pickled import ENDINGS, OtherTensor, PickledFile, StoredTensor, checked_count
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+BLOCK_BYTES = 8 << 20  # what is read or written at once
+MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
+PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
+DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
+MAX_NAME = 1000  # characters of a tensor's name; several patterns take time that is quadratic in it
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One stored tensor: what it is and where its bytes are; `begin` is −1 where they are not in one piece."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the data."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class WeightFile:
+    """One `.safetensors` or `.bin` file; opening it reads the header only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path):
+            if not path.exists():
+                raise CheckpointError(f"{path}: no such file; download it again or correct the path")
+            with open_file(path):  # a pipe, device or folder is refused
+                self._source = _Source(path)
+            self.refs = self._bin_refs() if path.suffix in ENDINGS else self._safetensors_refs()
+
+    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
+        """The tensor's data, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long)."""
+        if ref.begin < 0:
+            return self._pickled.tensor(self._pickled.content[ref.name]).clone(memory_format=torch.contiguous_format)
+        if buffer is None:
+            buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
+        data = buffer[: ref.n_bytes]
+        with reading(self.path):
+            self._source.read_into(data.numpy().data, ref.begin, ref.name)
+        return data.view(ref.dtype).reshape(ref.shape)
+
+    def hash_reads(self) -> None:
+        """From now on, hash what is read in the file's order, so that `sha256` need not read it again."""
+        self._source.hashes_reads = True
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the whole file."""
+        with reading(self.path):
+            return self._source.sha256()
+
+    def _safetensors_refs(self) -> dict[str, TensorRef]:
+        size = self._source.size
+        with open_file(self.path) as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_TEXT_BYTES + 1
+            if length > MAX_TEXT_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{self.path}: not a complete safetensors file ({size} bytes); download or copy it again"
+                )
+            text = file.read(length)
+        try:
+            header = parse_json(text)
+            del text
+            if not isinstance(header, dict):
+                raise ValueError("is no JSON object")
+            header.pop("__metadata__", None)
+            refs = {name: self._safetensors_ref(name, entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path}: the safetensors header is damaged ({error}); download it again"
+            ) from error
+        expected = 8 + length
+        for ref in sorted(refs.values(), key=lambda ref: (ref.begin, ref.n_bytes)):
+            if ref.begin != expected:
+                raise CheckpointError(
+                    f"{self.path}: the safetensors header is damaged ({ref.name} overlaps another tensor or leaves a gap); "
+                    "download it again"
+                )
+            expected += ref.n_bytes
+        if expected != size:
+            state = "truncated" if expected > size else "too long"
+            raise CheckpointError(
+                f"{self.path}: {state}: the header describes {expected} bytes, the file has {size}; download or copy it again"
+            )
+        return dict(sorted(refs.items(), key=lambda item: item[1].begin))  # so that reading in order is sequential
+
+    def _safetensors_ref(self, name: str, entry: dict[str, Any], data_start: int) -> TensorRef:
+        self._check_name(name)
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {shown(entry['dtype'])[1:-1]}, which cannot be merged; "
+                "convert it to bfloat16 or float32"
+            )
+        begin, end = entry["data_offsets"]
+        shape = entry["shape"]
+        if type(shape) is not list or not all(type(size) is int and size >= 0 for size in (begin, end, *shape)):
+            raise ValueError(f"shape or offsets of {name} are not whole numbers")
+        checked_count(shape)
+        ref = TensorRef(name, DTYPES[entry["dtype"]], tuple(shape), self.path, data_start + begin)
+        if end - begin != ref.n_bytes:
+            raise ValueError(f"{name} is {ref.n_bytes} bytes by its shape, {end - begin} by its offsets")
+        return ref
+
+    def _bin_refs(self) -> dict[str, TensorRef]:
+        content = self._pickled.content
+        if not isinstance(content, dict) or not all(
+            isinstance(name, str) and isinstance(value, (StoredTensor, OtherTensor)) for name, value in content.items()
+        ):
+            raise CheckpointError(f"{self.path}: is not a dictionary of tensors; give the file that holds the weights")
+        return {name: self._bin_ref(name, tensor) for name, tensor in content.items()}
+
+    def _bin_ref(self, name: str, tensor: StoredTensor | OtherTensor) -> TensorRef:
+        kind = tensor.kind if isinstance(tensor, OtherTensor) else "torch.strided"
+        if isinstance(tensor, OtherTensor) or tensor.storage.dtype not in CODES:
+            of = "" if isinstance(tensor, OtherTensor) else f" of {tensor.storage.dtype}"
+            raise CheckpointError(
+                f"{self.path}: {shown(name)[1:-1]} is a {kind} tensor{of}, which cannot be merged; "
+                "convert it to dense bfloat16 or float32"
+            )
+        self._check_name(name)
+        begin = self._pickled.begin(tensor) if tensor.in_one_piece else -1
+        return TensorRef(name, tensor.storage.dtype, tensor.shape, self.path, begin)
+
+    def _check_name(self, name: str) -> None:
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise CheckpointError(
+                f"{self.path}: {shown(name)} is no name of a tensor (1 to {MAX_NAME} printable characters); "
+                "download the file again"
+            )
+
+    @cached_property
+    def _pickled(self) -> PickledFile:
+        return PickledFile(self.path)
+
+
+class _Source:
+    """The bytes of one file, for several threads, and their hash taken on the way.
+
+    With `hashes_reads`, what is read in the file's order is hashed as it passes, with what little lies between; the rest
+    is read again when the hash is asked for. The file is opened for each read: a model of hundreds of shards would run
+    out of descriptors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = path.stat()
+        self.size, self.changed_ns = found.st_size, found.st_mtime_ns
+        self.lock = threading.Lock()
+        self.digest = hashlib.sha256()
+        self.hashed = 0
+        self.hashes_reads = False
+
+    def read_into(self, target: memoryview, begin: int, what: str) -> None:
+        """Fill `target` with the bytes from `begin` on."""
+        with self._opened() as file:
+            done = 0
+            while done < len(target):
+                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done)
+                if not count:
+                    raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
+                done += count
+            if not self.hashes_reads:
+                return
+            with self.lock:
+                if begin <= self.hashed < begin + len(target):
+                    self._hash(target[self.hashed - begin :])
+                elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
+                    self._catch_up(file, begin)
+                    self._hash(target)
+
+    def sha256(self) -> str:
+        """Hash of the whole file."""
+        with self._opened() as file, self.lock:
+            self._catch_up(file, self.size)
+            return self.digest.hexdigest()
+
+    @contextmanager
+    def _opened(self) -> Iterator["_Opened"]:
+        with _Opened(self.path) as file:
+            found = os.fstat(file.cached)
+            if (found.st_size, found.st_mtime_ns) != (self.size, self.changed_ns):
+                raise CheckpointError(f"{self.path}: was changed while being read; start again")
+            yield file
+
+    def _catch_up(self, file: "_Opened", end: int) -> None:
+        block = memoryview(bytearray(min(BLOCK_BYTES, max(end - self.hashed, 0))))
+        while self.hashed < end:
+            count = file.read_some(block[: end - self.hashed], self.hashed)
+            if not count:
+                raise CheckpointError(f"{self.path}: was cut while being read; download or copy it again")
+            self._hash(block[:count])
+
+    def _hash(self, data: memoryview) -> None:
+        self.digest.update(data)
+        self.hashed += len(data)
+
+
+class _Opened:
+    """A file opened to read through the page cache, and past it where that is possible and needed."""
+
+    bounce = threading.local()  # a block of memory as the disk wants it, one for each thread
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cached = os.open(path, os.O_RDONLY)
+        self.direct: int | None = None
+
+    def __enter__(self) -> "_Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.cached)
+        if self.direct is not None:
+            os.close(self.direct)
+
+    def read_some(self, target: memoryview, begin: int) -> int:
+        """Some of the bytes from `begin` on: from the page cache if they are there, else past it; 0 at the end."""
+        if len(target) < 16 * PAGE_BYTES or not DIRECT_READS:
+            return os.preadv(self.cached, [target], begin)
+        try:
+            if count := os.preadv(self.cached, [target], begin, os.RWF_NOWAIT):
+                return count
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+        skip = begin % PAGE_BYTES
+        wanted = -(-(skip + len(target)) // PAGE_BYTES) * PAGE_BYTES
+        with memoryview(self._block()) as block:
+            try:
+                count = os.preadv(self._past_cache(), [block[:wanted]], begin - skip) - skip
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return os.preadv(self.cached, [target], begin)  # no O_DIRECT here, or a disk with larger sectors
+            count = max(0, min(count, len(target)))
+            target[:count] = block[skip : skip + count]
+            return count
+
+    def _past_cache(self) -> int:
+        if self.direct is None:
+            self.direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+        return self.direct
+
+    def _block(self) -> mmap.mmap:
+        if not hasattr(self.bounce, "block"):
+            self.bounce.block = aligned_block(BLOCK_BYTES + 2 * PAGE_BYTES)
+        block: mmap.mmap = self.bounce.block
+        return block
+
+
+def aligned_block(n_bytes: int) -> mmap.mmap:
+    """Memory aligned to a page, as a disk wants it; private, so that a forked process does not share it."""
+    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+class Checkpoint:
+    """The tensors of a folder: one file, or the shards that its index names; and those of further files beside them."""
+
+    def __init__(self, folder: Path, stems: Sequence[str], extra: Sequence[str] = ()) -> None:
+        """Open `folder`, looking for `STEM.safetensors`, `STEM.safetensors.index.json`, `STEM.bin`, … in that order.
+
+        The files named by `extra` are opened too where they exist. No tensor may be in two files, and shards must hold
+        exactly what their index places in them.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; correct the path in the recipe")
+        paths, index = self._main_paths(stems)
+        self.files = [WeightFile(path) for path in (*paths, *(folder / name for name in present(folder, extra)))]
+        self.refs: dict[str, TensorRef] = {}
+        for file in self.files:
+            for name, ref in file.refs.items():
+                if name in self.refs:
+                    raise CheckpointError(
+                        f"{file.path}: {name} is also in {self.refs[name].file.name}; keep one of them"
+                    )
+                self.refs[name] = ref
+        self._by_path = {file.path: file for file in self.files}
+        if index is not None:
+            self._check_index(index, paths)
+
+    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
+        """The data of one of this checkpoint's tensors, in a new tensor or in `buffer` (uint8)."""
+        return self._by_path[ref.file].read(ref, buffer)
+
+    def owns(self, ref: TensorRef) -> bool:
+        """Whether the tensor is in one of this checkpoint's files."""
+        return ref.file in self._by_path
+
+    def header_sha256(self) -> str:
+        """Hash of every tensor's name, type and shape: what is known of files whose data was not read."""
+        rows = [f"{ref.name} {CODES.get(ref.dtype, ref.dtype)} {ref.shape}" for ref in self.refs.values()]
+        return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+    def _main_paths(self, stems: Sequence[str]) -> tuple[list[Path], dict[str, str] | None]:
+        """The weight files, and the index (tensor name → file name) if they are shards."""
+        for suffix in ("safetensors", "bin"):
+            for stem in stems:
+                single, index = self.folder / f"{stem}.{suffix}", self.folder / f"{stem}.{suffix}.index.json"
+                if is_there(single):
+                    return [single], None
+                if is_there(index):
+                    weight_map = read_json(index).get("weight_map")
+                    if not isinstance(weight_map, dict) or not weight_map:
+                        raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
+                    shards = {name: self._shard(name, index) for name in _texts(weight_map.values(), index)}
+                    weight_map = {tensor: shards[name] for tensor, name in weight_map.items()}
+                    return [self.folder / name for name in sorted(set(shards.values()))], weight_map
+        tried = ", ".join(f"{stem}.safetensors / .bin" for stem in stems)
+        raise CheckpointError(f"{self.folder}: holds no weights (looked for {tried}); correct the path in the recipe")
+
+    def _shard(self, name: str, index: Path) -> str:
+        """The name of a shard's file, which must be one of this folder."""
+        plain = PurePosixPath(name).name  # "./shard" is a path of the folder too
+        if PurePosixPath(name) != PurePosixPath(plain) or plain in ("", "..") or not plain.isprintable():
+            raise CheckpointError(
+                f"{index}: names the shard {shown(name)}, which is no file of this folder; correct the index"
+            )
+        if not is_there(self.folder / plain):
+            raise CheckpointError(
+                f"{self.folder / plain}: listed in {index.name} but missing; download the folder again"
+            )
+        return plain
+
+    def _check_index(self, index: dict[str, str], shards: list[Path]) -> None:
+        """A folder that mixes the shards of two versions shows in an index that disagrees with what they hold."""
+        if missing := sorted(index.keys() - self.refs.keys()):
+            raise CheckpointError(
+                f"{self.folder}: the index lists {shown(missing[0])[1:-1]}, which no shard holds; download the folder again"
+            )
+        for name, ref in self.refs.items():
+            if ref.file not in shards or index.get(name) == ref.file.name:
+                continue
+            if name in index:
+                raise CheckpointError(
+                    f"{ref.file}: holds {name}, which the index places in {index[name]}; download the folder again: index "
+                    "and shards are of two versions"
+                )
+            raise CheckpointError(
+                f"{ref.file}: holds {name}, which the index does not list; download the folder again, or add "
+                f'"{name}": "{ref.file.name}" to its weight_map if the tensor belongs to the model'
+            )
+
+
+def _texts(values: Iterable[Any], index: Path) -> set[str]:
+    """The distinct names of shards, all of which must be texts."""
+    found = list(values)
+    if not all(isinstance(value, str) for value in found):
+        raise CheckpointError(f"{index}: has no weight_map of file names; download the file again")
+    return set(found)
+
+
+def checked(tensor: Tensor, ref: TensorRef, owner: str) -> Tensor:
+    """The tensor, unless it holds NaN or infinity."""
+    if not all_finite(tensor):
+        raise CheckpointError(
+            f"{owner}: {ref.name} holds NaN or infinite values ({ref.file}); "
+            "the file is damaged or its training diverged: download it again"
+        )
+    return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: both show in the extremes, which are many times faster than `isfinite`."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

@@ -1,0 +1,84 @@
+"""Tensors made of rows of stored ones: what a mapped tensor is read from, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from modalloy.errors import CheckpointError
+from modalloy.storage.tensors import TensorRef
+
+Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
+
+ROWS_AT_ONCE = 512  # so that the copy stays in the cache
+
+
+@dataclass(frozen=True)
+class MappedRef(TensorRef):
+    """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become).
+
+    With `keeps`, some of these rows are the target's own.
+    """
+
+    parts: tuple[tuple[TensorRef, Rows, Rows], ...] = ()
+    keeps: bool = False
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest source, which is read whole."""
+        return max(source.n_bytes for source, _, _ in self.parts)
+
+
+def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+    """The data of a mapped tensor, in a new tensor or in `buffer` (uint8)."""
+    if buffer is None:
+        buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
+    out = buffer[: ref.n_bytes].view(ref.dtype).reshape(ref.shape)
+    for source in dict.fromkeys(source for source, _, _ in ref.parts):
+        data = read(source)
+        for taken, rows in ((taken, rows) for one, taken, rows in ref.parts if one == source):
+            steps = zip(_index(taken).split(ROWS_AT_ONCE), _index(rows).split(ROWS_AT_ONCE), strict=True)
+            for some, places in steps:
+                out.index_copy_(0, places, data.index_select(0, some).to(ref.dtype))
+    return out
+
+
+def _index(rows: Rows) -> Tensor:
+    """The number of every row, in order; a vocabulary can be cut into a stretch for each token."""
+    begins, ends = torch.tensor(rows).T
+    lengths = ends - begins
+    first = begins - (lengths.cumsum(0) - lengths)  # what is added to a row's place among all
+    return torch.arange(height_of(rows)) + first.repeat_interleave(lengths)
+
+
+def height_of(rows: Rows) -> int:
+    """How many rows the stretches hold."""
+    return sum(end - begin for begin, end in rows)
+
+
+def rows_of_tensor(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
+    """Some rows of a stored tensor as one of its own; the tensor itself where they are all of it."""
+    if rows == ((0, floating(ref).shape[0]),):
+        return ref
+    height = height_of(rows)
+    return MappedRef(name, ref.dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
+
+
+def stretch(ref: TensorRef, rows: Rows) -> tuple[TensorRef, Rows]:
+    """As little of a stored tensor as holds these rows, and where they are in it: padding is a small part of a vocabulary."""
+    if ref.begin < 0:  # not in one piece
+        return ref, rows
+    first, height = rows[0][0], rows[-1][1] - rows[0][0]
+    begin = ref.begin + first * ref.n_bytes // ref.shape[0]
+    less = replace(ref, shape=(height, *ref.shape[1:]), begin=begin)
+    return less, tuple((begin - first, end - first) for begin, end in rows)
+
+
+def floating(ref: TensorRef) -> TensorRef:
+    """The tensor, if it is of a type that can be merged."""
+    if not ref.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{ref.file}: {ref.name} is stored as {ref.dtype}, which cannot be merged; convert it to bfloat16 or float32"
+        )
+    return ref
