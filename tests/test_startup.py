@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from modalloy import __version__, builtin
-from modalloy.cli import progress as module
 from modalloy.cli.progress import progress
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +50,7 @@ def test_a_remaining_time_is_told_once_the_rate_means_something(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     with progress("merge") as report:
         for done in (1, 2, 10):
             now += 38.0
