@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= build/senses
 MERGEKIT := build/bench/venv-mergekit/bin/mergekit-yaml
-.PHONY: install demo test check fix bench bench-peers data clean
+.PHONY: install demo test check fix docs bench bench-peers data clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
 	touch $@
 
@@ -25,6 +25,12 @@ check: install  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+
+docs: install  ## write the pages that are made from code and stored results, and build the site (build/site)
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 fix: install  ## format, and mend what the linter can
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,183 @@
+"""Writes the pages that are made from code and from stored results; with --check, says which are out of date.
+
+python docs/generate.py [--check]
+"""
+
+import argparse
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from typer.main import get_command
+
+import modalloy
+from modalloy.cli import app
+from modalloy.methods import METHODS
+from modalloy.recipe import Recipe
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+RECEIVES = {
+    "core": "small float64 cores, exact",
+    "factored_core": "small float64 cores, exact",
+    "left_core": "cores of the output side, exact",
+    "factors": "the factors themselves",
+    "dense": "full matrices",
+}
+
+
+def main() -> int:
+    """0 if all pages are written, or up to date."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
+    check = parser.parse_args().check
+    old = []
+    for name, text in pages().items():
+        path = DOCS / name
+        if not path.exists() or path.read_text() != text:
+            old.append(name)
+            if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    if check and old:
+        print(f"docs: {', '.join(old)} out of date; run `make docs`", file=sys.stderr)
+    return int(check and bool(old))
+
+
+def pages() -> dict[str, str]:
+    """Every generated page by its name."""
+    return {
+        "reference/methods.md": methods(),
+        "reference/recipe.md": recipe(),
+        "reference/cli.md": cli(),
+        "reference/python.md": python(),
+        "results/safety.md": safety(),
+    }
+
+
+def methods() -> str:
+    """Every method: summary, parameters, paper, laws."""
+    out = ["# Methods: reference\n", "Written by `modalloy methods`, which prints the same.\n"]
+    for name, method in METHODS.items():
+        out.append(f"## `{name}`\n\n{_text(method.summary)}\n\nPaper: {_text(method.paper)}.\n")
+        rows = []
+        for parameter, default in method.parameters.items():
+            shown = f"auto: {method.auto_scale}" if parameter == "scale" else default
+            rows.append(f"| `{parameter}` | {_cell(shown)} | {_cell(method.documentation[parameter])} |")
+        if rows:
+            out.append("\n".join(["| parameter | default | meaning |", "|---|---|---|", *rows]) + "\n")
+        laws = ", ".join(method.laws) or "–"
+        out.append(f"On low-rank updates: {RECEIVES[method.receives]}. Laws: {laws}.\n")
+    return "\n".join(out)
+
+
+def recipe() -> str:
+    """Every key of a recipe, from its schema."""
+    schema = Recipe.model_json_schema()
+    out = [
+        "# Recipes: reference\n",
+        "Unknown keys are refused, with the nearest known one.\n",
+        _schema("Recipe", schema),
+    ]
+    out += [_schema(name, part) for name, part in sorted(schema.get("$defs", {}).items())]
+    return "\n".join(out)
+
+
+def _schema(name: str, schema: dict[str, Any]) -> str:
+    rows = []
+    for key, value in schema.get("properties", {}).items():
+        required = key in schema.get("required", [])
+        default = "required" if required else json.dumps(value["default"]) if "default" in value else "–"
+        rows.append(f"| `{key}` | {_cell(_type(value))} | {_cell(default)} |")
+    text = _text(" ".join(str(schema.get("description", "")).split()))
+    return f"## {name}\n\n{text}\n\n" + "\n".join(["| key | type | default |", "|---|---|---|", *rows]) + "\n"
+
+
+def _type(value: dict[str, Any]) -> str:
+    if "$ref" in value:
+        return str(value["$ref"]).rpartition("/")[2]
+    if "anyOf" in value:
+        return " or ".join(dict.fromkeys(_type(one) for one in value["anyOf"]))
+    if "enum" in value or "const" in value:
+        return " or ".join(json.dumps(one) for one in value.get("enum", [value.get("const")]))
+    if value.get("type") == "array" and isinstance(value.get("items"), dict):
+        return f"list of {_type(value['items'])}"
+    if value.get("type") == "object" and isinstance(value.get("additionalProperties"), dict):
+        return f"mapping to {_type(value['additionalProperties'])}"
+    return str(value.get("type", "any"))
+
+
+def cli() -> str:
+    """Every command with its arguments and options."""
+    command = get_command(app)
+    assert isinstance(command, click.Group) or hasattr(command, "commands")
+    out = ["# Commands: reference\n", "Exit codes: 0 done, 1 a check that failed, 2 a mistake that one line names.\n"]
+    for name, one in command.commands.items():
+        out.append(f"## `modalloy {name}`\n\n{_text(' '.join((one.help or '').split()))}\n")
+        rows = []
+        for parameter in one.params:
+            is_option = parameter.param_type_name == "option"
+            names = (
+                ", ".join((*parameter.opts, *parameter.secondary_opts)) if is_option else str(parameter.name).upper()
+            )
+            default = parameter.default
+            plain = "–" if default is None or callable(default) or default == [] else str(default)
+            help_text = " ".join(str(getattr(parameter, "help", "") or "").split())
+            rows.append(f"| `{names}` | {_cell(plain)} | {_cell(help_text)} |")
+        out.append("\n".join(["| option | default | meaning |", "|---|---|---|", *rows]) + "\n")
+    return "\n".join(out)
+
+
+def python() -> str:
+    """The public names of the package."""
+    out = [
+        "# Python: reference\n",
+        "`from modalloy import …`; importing the package loads neither torch nor transformers.\n",
+    ]
+    for name in modalloy.__all__:
+        value = getattr(modalloy, name)
+        if isinstance(value, str):
+            out.append(f"## `{name}`\n\nThe version.\n")
+            continue
+        text = inspect.getdoc(value) or ""
+        signature = "" if inspect.isclass(value) else f"\n\n```python\n{name}{inspect.signature(value)}\n```"
+        out.append(f"## `{name}`{signature}\n\n```text\n{text}\n```\n")
+    return "\n".join(out)
+
+
+def safety() -> str:
+    """What was tried against merges, from the stored results of kills, fuzzing and memory."""
+    kills, fuzz, memory = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("kills", "fuzz", "memory"))
+    rows = [f"| {name} | {one['examples']:,} | {one['failures']} |" for name, one in fuzz["targets"].items()]
+    return "\n".join(
+        [
+            "# How safe is it?\n",
+            "## Killed merges (`benchmarks/kills.py`)\n",
+            f"{kills['kills']} merges were killed at random moments and gone on with: {len(kills['faults'])} faults.\n",
+            "## Memory (`benchmarks/memory.py`)\n",
+            f"{memory['merges']} merges at the least `--max-memory` that is accepted: {memory['over']} over it, the worst at "
+            f"{memory['worst']:.3f} × the limit.\n",
+            "## Fuzzing (`benchmarks/fuzz.py`)\n",
+            f"{fuzz['examples']:,} examples, {fuzz['times']} times as many as the suite tries.\n",
+            "| target | examples | failures |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _text(text: str) -> str:
+    """Text in which nothing is taken for HTML."""
+    return text.replace("<", "&lt;")
+
+
+def _cell(value: Any) -> str:
+    return _text(str(value)).replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
