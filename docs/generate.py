@@ -55,7 +55,25 @@ def pages() -> dict[str, str]:
         "reference/cli.md": cli(),
         "reference/python.md": python(),
         "results/safety.md": safety(),
+        "../modalloy/methods/catalogue.json": catalogue(),
     }
+
+
+def catalogue() -> str:
+    """What `modalloy methods` prints without importing torch."""
+    rows = {
+        name: {
+            "summary": method.summary,
+            "parameters": method.parameters,
+            "documentation": method.documentation,
+            "auto_scale": method.auto_scale,
+            "receives": method.receives,
+            "paper": method.paper,
+            "laws": method.laws,
+        }
+        for name, method in METHODS.items()
+    }
+    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 
 def methods() -> str:

@@ -32,7 +32,10 @@ def cli(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["methods"], ["methods", "--json"], *([name, "--help"] for name in COMMANDS)],
+)
 def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     done = cli(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
@@ -40,7 +43,17 @@ def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
         assert done.stdout == f"modalloy {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["mrege"], ["merge"], ["merge", "--nonsense"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mrege"],
+        ["merge"],
+        ["merge", "--nonsense"],
+        ["--nonsense"],
+        ["plan", "no.yaml"],
+        ["merge", "no.yaml", "-o", "out"],
+    ],
+)
 def test_usage_errors_import_no_torch(arguments: list[str]) -> None:
     done = cli(*arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "Traceback" not in done.stderr

@@ -3,12 +3,13 @@
 import json
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modalloy.cli.options import DEVICES, Json, Mismatch, OutFolder, RecipePath, choice, parse_size
+from modalloy.cli.options import DEVICES, Json, Mismatch, OutFolder, RecipePath, check_exists, choice, parse_size
 from modalloy.cli.progress import progress
 from modalloy.cli.terminal import say
 from modalloy.errors import ModalloyError
@@ -43,6 +44,7 @@ def merge(
     as_json: Json = False,
 ) -> Path | None:
     """Merge specialists into one model."""
+    check_exists(recipe)
     from modalloy.merging import merge as run
     from modalloy.outputs.push import check_target, push
 
@@ -105,6 +107,7 @@ def merge(
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:
     """What a merge would do: the fate of every tensor, bytes read and written, memory. Reads headers only."""
+    check_exists(recipe)
     from modalloy.machine.cores import default_workers
     from modalloy.planning import cost
     from modalloy.planning.planner import plan as run
@@ -139,6 +142,7 @@ def inspect(
     as_json: Json = False,
 ) -> Path | None:
     """Is this merge sane? Norms, spectra, subspace overlap and conflict of the updates, per layer. Merges nothing."""
+    check_exists(recipe)
     from modalloy.files import new_file
     from modalloy.inspection.measure import inspect as run
     from modalloy.inspection.page import page, require_plotly, text
@@ -176,29 +180,19 @@ def verify(
 
 def methods(as_json: Json = False) -> None:
     """Every merging method: parameters, defaults, paper, and the laws it keeps."""
-    from modalloy.methods import METHODS
-
+    catalogue = (
+        resources.files("modalloy") / "methods" / "catalogue.json"
+    )  # made by docs/generate.py: torch takes seconds
+    methods = json.loads(catalogue.read_text(encoding="utf-8"))
     if as_json:
-        rows = {
-            name: {
-                "summary": method.summary,
-                "parameters": method.parameters,
-                "documentation": method.documentation,
-                "auto_scale": method.auto_scale,
-                "receives": method.receives,
-                "paper": method.paper,
-                "laws": method.laws,
-            }
-            for name, method in METHODS.items()
-        }
-        print(json.dumps(rows))
+        print(json.dumps(methods))
         return
-    for name, method in METHODS.items():
-        print(f"{name} ({method.paper})\n  {method.summary}")
-        for parameter, default in method.parameters.items():
-            shown = method.auto_scale if parameter == "scale" else default
-            print(f"  {parameter} ({shown}): {method.documentation[parameter]}")
-        print(f"  on low-rank updates: {RECEIVES[method.receives]}; laws: {', '.join(method.laws)}\n")
+    for name, method in methods.items():
+        print(f"{name} ({method['paper']})\n  {method['summary']}")
+        for parameter, default in method["parameters"].items():
+            shown = method["auto_scale"] if parameter == "scale" else default
+            print(f"  {parameter} ({shown}): {method['documentation'][parameter]}")
+        print(f"  on low-rank updates: {RECEIVES[method['receives']]}; laws: {', '.join(method['laws'])}\n")
 
 
 def demo(

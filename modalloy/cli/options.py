@@ -1,5 +1,6 @@
 """Options that several commands share, and what is read from them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,11 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest
 from modalloy.names import MODALITIES, modality_name
 
 if TYPE_CHECKING:
     from modalloy.evals.benchmark import Source
+
+
+def check_exists(recipe: Path) -> None:
+    """Refuse a path at which nothing is: a slip of the pen is told before torch is imported."""
+    if not os.path.lexists(recipe):
+        raise RecipeError(f"{recipe}: no such recipe; check the path")
+
 
 RecipePath = Annotated[Path, typer.Argument(help="YAML recipe", show_default=False)]
 OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy merge`", show_default=False)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modalloy.cli.options import DEVICES, DTYPES, Json, Mismatch, RecipePath, choice, kept
+from modalloy.cli.options import DEVICES, DTYPES, Json, Mismatch, RecipePath, check_exists, choice, kept
 from modalloy.cli.progress import progress
 from modalloy.cli.terminal import say
 
@@ -44,6 +44,7 @@ def search(
     as_json: Json = False,
 ) -> Path:
     """Choose λ, k, α, weights or any parameter of a recipe by asking candidates questions, with few or no labels."""
+    check_exists(recipe)
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
     from modalloy.evals.features import FeatureCache
