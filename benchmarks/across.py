@@ -179,8 +179,8 @@ def asked(bench: Bench, name: str, recipe: Recipe) -> Run:
     planned = plan(recipe)
 
     def load() -> ChatModel:
-        chat = bench.chat(planned.base_folder)
-        experts.set_weights(chat, merged(planned), read_json(planned.base_folder / "config.json"))
+        chat = bench.chat(planned.target.folder)
+        experts.set_weights(chat, merged(planned), read_json(planned.target.folder / "config.json"))
         print(f"{name}: merged in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         return chat
 
@@ -294,7 +294,7 @@ def searches(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]
 
 def served(bench: Bench, planned: Plan, tensors: dict[str, Stored]) -> ChatModel:
     """The model in memory with a candidate's tensors, for `search`."""
-    chat, config = bench.chat(planned.base_folder), read_json(planned.base_folder / "config.json")
+    chat, config = bench.chat(planned.target.folder), read_json(planned.target.folder / "config.json")
     experts.set_weights(chat, ((name, stored[...]) for name, stored in tensors.items()), config)
     return chat
 

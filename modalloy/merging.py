@@ -208,9 +208,8 @@ def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
     """Every file or folder that a merge reads, as a message calls it."""
     if recipe is not None:
         yield "the recipe", recipe
-    yield f"the {planned.base_label}", planned.base_folder
-    if planned.across_base is not None:
-        yield "the base", planned.across_base.folder
+    for label, model in planned.starts:
+        yield f"the {label}", model.folder
     for specialist in planned.specialists:
         yield f"the model {specialist.label}", specialist.checkpoint.folder
     for file in filter(None, planned.fishers):
@@ -222,10 +221,8 @@ def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
 
 def _sources(planned: Plan) -> dict[str, Any]:
     """Where the inputs were on this machine, so that `verify` can merge again; not part of what is hashed."""
-    base = planned.across_base
     return {
-        planned.base_label: str(planned.base_folder.resolve()),
-        **({} if base is None else {"base": str(base.folder.resolve())}),
+        **{label: str(model.folder.resolve()) for label, model in planned.starts},
         "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
         "encoders": [_encoder_source(planned, s) for s in planned.specialists],
         "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],

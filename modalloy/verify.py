@@ -192,7 +192,7 @@ class _Check:
         recipe = planned.recipe
         if planned.across is None:
             folders = [locate_specialist(entry.model, recipe.folder) for entry in recipe.models]
-            promises = Promises(recipe, planned.base_folder, folders, labels(recipe))
+            promises = Promises(recipe, planned.target.folder, folders, labels(recipe))
             self.read, promised = promises.read, list(promises.all())
         else:
             self.read, promised = planned.inputs.read, list(promises_across(planned))
@@ -395,7 +395,7 @@ def _check_config(folder: Path, planned: Plan, names: dict[str, str]) -> None:
     from modalloy.outputs import WRITERS
 
     writer = WRITERS[planned.form.name]
-    path, wanted = folder / writer.config, writer.promised(planned, names[planned.base_label])
+    path, wanted = folder / writer.config, writer.promised(planned, names[planned.target_label])
     found = {key: value for key, value in read_json(path).items() if writer.is_promised(key)}
     if different := differences(json.loads(json.dumps(wanted)), found):
         place, right, told = different

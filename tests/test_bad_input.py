@@ -703,7 +703,7 @@ def test_relative_base_is_no_hub_id(
 ) -> None:
     shutil.copytree(base, tmp_path / "models" / "base")  # "models/base" looks like owner/name
     planned = modalloy.plan(modalloy.load_recipe(write_recipe(base_model="models/base")))
-    assert not planned.base_is_portable and planned.base_name == "base"
+    assert not planned.target_is_portable and planned.target_name == "base"
 
 
 def peft_folder(folder: Path, **config: Any) -> Path:

@@ -949,7 +949,7 @@ def test_cached_repository_without_network(location: str, hub_cache: Path, untie
     edit_config(adapter, base_model_name_or_path="Owner/Name")
     recipe = recipe_of_one(untied, adapter, base_model=location, output={"form": "adapter"})
     planned = modalloy.merge(recipe, tmp_path / "out").plan
-    assert planned.base_folder == snapshot and planned.base_name == location and planned.base_is_portable
+    assert planned.target.folder == snapshot and planned.target_name == location and planned.target_is_portable
     inputs = json.loads((tmp_path / "out" / "manifest.json").read_text())["inputs"]
     assert inputs["base"]["revision"] == COMMIT and "revision" not in inputs["peft"]
 

@@ -125,7 +125,7 @@ def loader(calls: list[set[str]]) -> Callable[..., ChatModel]:
 
     def load(planned: Plan, tensors: dict[str, Any]) -> ChatModel:
         calls.append(set(tensors))
-        model = modalloy.load_model(planned.base_folder)
+        model = modalloy.load_model(planned.target.folder)
         for name, parameter in model.model.decoder.named_parameters():
             parameter.data = tensors[name][...]
         return model
@@ -183,7 +183,7 @@ def test_a_loader_gets_what_a_merge_writes(folder: Path) -> None:
     loaded.serve_parent()
     server.serve_parent()
     assert same(state(loaded.chat), state(server.chat))
-    assert len(calls) == 3 and set(map(frozenset, calls)) == {frozenset(planned.base.refs)}
+    assert len(calls) == 3 and set(map(frozenset, calls)) == {frozenset(planned.target.refs)}
 
 
 def test_equal_tensors_that_are_stored_apart_are_replaced_apart(folder: Path) -> None:

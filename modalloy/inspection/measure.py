@@ -225,12 +225,12 @@ def inspect(
         weights.insert(0, 1.0)  # of the target
     facts = tuple(
         SpecialistFacts(s.label, s.modality, s.layout, s.rank, weight, math.hypot(*norms[s.label].values()))
-        for s, weight in zip(planned.updated, weights, strict=True)
+        for s, weight in zip(planned.models, weights, strict=True)
         if s.label not in planned.absent
     )
     found = findings(facts, slots, projects=projects, balance=planned.parameters.get("balance", "none"))
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
-    base = planned.base_name if planned.across is None else planned.across.base_name
+    base = planned.target_name if planned.across is None else planned.across.base_name
     return Inspection(recipe.merge_method, planned.parameters, base, k_of, facts, tuple(slots), tuple(found))
 
 

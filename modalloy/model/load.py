@@ -184,7 +184,7 @@ def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32"
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder, content = planned.base_folder, omni_config(planned)
+    folder, content = planned.target.folder, omni_config(planned)
     check_code(folder)
     for modality, sense in planned.senses.items():
         if sense.path is not None:

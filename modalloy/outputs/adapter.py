@@ -29,7 +29,7 @@ def peft_config(planned: Plan) -> dict[str, Any]:
     stems = [job.name.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
     leaves = {stem.rpartition(".")[2] for stem in stems}
     same_leaf = {
-        n.removesuffix(".weight") for n in planned.base.refs if n.removesuffix(".weight").rpartition(".")[2] in leaves
+        n.removesuffix(".weight") for n in planned.target.refs if n.removesuffix(".weight").rpartition(".")[2] in leaves
     }
     return {
         "peft_type": "LORA",

@@ -17,7 +17,7 @@ def model_card(planned: Plan) -> str:
     modalities = [s.modality for s in planned.specialists if s.modality]
     front: dict[str, object] = {
         "library_name": writer.library,
-        "base_model": planned.base_name,
+        "base_model": planned.target_name,
         "base_model_relation": writer.relation,
         "tags": ["modalloy", "merge", method, *modalities],
     }
@@ -28,14 +28,14 @@ def model_card(planned: Plan) -> str:
     labels = {s.label: markdown_text(s.label) for s in planned.specialists}
     rows = [f"| {labels[s.label]} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
     table = "\n".join(["| specialist | layout | modality | LoRA rank |", "|---|---|---|---|", *rows])
-    use = writer.use.format(base=json.dumps(planned.base_name), options=" ".join(f"--{m} FILE" for m in modalities))
+    use = writer.use.format(base=json.dumps(planned.target_name), options=" ".join(f"--{m} FILE" for m in modalities))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
 # {" + ".join(labels[s.label] for s in planned.counted)}, merged by {method}
 
-{len(planned.counted)} specialists on {markdown_code(planned.base_name)}, merged by modalloy without training and without data
+{len(planned.counted)} specialists on {markdown_code(planned.target_name)}, merged by modalloy without training and without data
 ({METHODS[method].paper}): {markdown_text(planned.summary())}.
 
 {table}
@@ -56,12 +56,12 @@ def _card_across(planned: Plan, front: dict[str, object]) -> str:
         shown = " | ".join(f"{counts[fate]['tensors']} ({counts[fate]['parameters'] / 1e6:.1f}M)" for fate in fates)
         rows.append(f"| {markdown_text(label)} | {found.donor} | {shown} | {found.shared()} |")
     table = "\n".join([f"| donor | family | {' | '.join(fates)} | tokens |", "|---|---|---|---|---|---|---|", *rows])
-    family, name = next(iter(planned.maps.values())).target, markdown_code(planned.base_name)
+    family, name = next(iter(planned.maps.values())).target, markdown_code(planned.target_name)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {markdown_text(" + ".join((planned.base_name, *planned.maps)))}, merged by {planned.recipe.merge_method}
+# {markdown_text(" + ".join((planned.target_name, *planned.maps)))}, merged by {planned.recipe.merge_method}
 
 The architecture, encoder and projector are those of {name} ({family}); modalloy moved its decoder towards the
 donors', without training and without data ({METHODS[planned.recipe.merge_method].paper}): {markdown_text(planned.summary())}.

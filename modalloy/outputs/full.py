@@ -22,7 +22,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 
 def write(planned: Plan, folder: Path) -> None:
     """Copy the base's tokenizer, configs and code; write config.json, and the specialists' common chat template."""
-    recipe, base = planned.recipe, planned.base_folder
+    recipe, base = planned.recipe, planned.target.folder
     copy_companions(base, folder)
     if planned.chat_template is not None:
         for name in ("chat_template.json", "chat_template.jinja"):  # the base's, copied above
@@ -47,7 +47,7 @@ def copy_companions(base: Path, folder: Path) -> None:
 
 def promised(planned: Plan, base_name: str) -> dict[str, Any]:
     """The base's own config.json, but for what a result says otherwise."""
-    config = read_json(planned.base_folder / "config.json")
+    config = read_json(planned.target.folder / "config.json")
     return {key: value for key, value in config.items() if key not in OWN}
 
 

@@ -138,11 +138,11 @@ def described(planned: Plan, written: Recipe, names: Mapping[str, str]) -> dict[
 
 def _starts(planned: Plan, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """What the manifest says of base and target, by label."""
-    label, form = planned.base_label, planned.form
-    name = names.get(label, planned.base_name)
+    label, form = planned.target_label, planned.form
+    name = names.get(label, planned.target_name)
     copied = form.is_model and form.refers_to_base and not is_portable_name(name)
     vocabulary = () if planned.across is None else VOCABULARY_FILES  # by which the rows of embeddings were chosen
-    found = {label: _start(planned.base, name, (*START_CONFIGS, *vocabulary), read=form.is_whole or copied)}
+    found = {label: _start(planned.target, name, (*START_CONFIGS, *vocabulary), read=form.is_whole or copied)}
     if planned.across is not None and planned.across.base is not None:
         name = names.get("base", planned.across.base_name)
         found["base"] = _start(planned.across.base, name, START_CONFIGS, read=True)
@@ -378,10 +378,9 @@ def check_described(manifest: dict[str, Any], planned: Plan, written: Recipe, pl
 
 def _folder_of(label: str, planned: Plan, written: Recipe) -> Path:
     """Where an input of the manifest is."""
-    if label == planned.base_label:
-        return planned.base_folder
-    if label == "base" and planned.across_base is not None:
-        return planned.across_base.folder
+    for own, model in planned.starts:
+        if label == own:
+            return model.folder
     named = dict(zip(labels(planned.recipe), labels(written), strict=True))
     return next(s.checkpoint.folder for s in planned.specialists if named[s.label] == label)
 

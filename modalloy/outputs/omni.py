@@ -47,16 +47,16 @@ def omni_config(planned: Plan) -> dict[str, Any]:
     merged = [job for job in planned.jobs if job.kind == "merge"]
     low_rank = [job.name for job in merged if len(job.outputs) == 2]
     modalities = {
-        specialist.modality or "": _modality(specialist, planned.senses[specialist.modality or ""], planned.base)
+        specialist.modality or "": _modality(specialist, planned.senses[specialist.modality or ""], planned.target)
         for specialist in planned.specialists
     }
     return {
         "architectures": ["ModalloyForConditionalGeneration"],
         "model_type": "modalloy",
         "auto_map": AUTO_MAP,
-        "base_model": planned.base_name if planned.base_is_portable else "base",
-        "text_config": read_config(planned.base_folder),
-        "text_update": _update(low_rank, planned.rank, 1.0, planned.base),
+        "base_model": planned.target_name if planned.target_is_portable else "base",
+        "text_config": read_config(planned.target.folder),
+        "text_update": _update(low_rank, planned.rank, 1.0, planned.target),
         "text_linears": [job.name for job in merged if len(job.outputs) == 1],
         "modalities": modalities,
     }
@@ -83,7 +83,7 @@ def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | d
 
 def write(planned: Plan, folder: Path) -> None:
     """Everything of an omni folder beside its merged weights."""
-    copy_companions(planned.base_folder, folder)
+    copy_companions(planned.target.folder, folder)
     config = omni_config(planned)
     replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     template, labels = prompt_format(planned)
@@ -93,8 +93,8 @@ def write(planned: Plan, folder: Path) -> None:
     processor = processor_config(config["modalities"], labels)
     replace_text(folder / "processor_config.json", json.dumps(processor, indent=2) + "\n")
     write_remote_code(folder)
-    if planned.copies_base:
-        _copy(model_files(planned.base, ["config.json"]), folder / "base")
+    if planned.copies_target:
+        _copy(model_files(planned.target, ["config.json"]), folder / "base")
     for modality, sense in planned.senses.items():
         _copy(sense.files(), folder / "encoders" / modality)
 
@@ -132,7 +132,7 @@ def prompt_format(planned: Plan) -> tuple[str | None, bool]:
     """The chat template to write, None for the base's own; and whether media have labels, as ModelCompose's prompts do."""
     if planned.chat_template is not None:
         return planned.chat_template, False
-    return (VICUNA_V1, True) if own_template(planned.base_folder) is None else (None, False)
+    return (VICUNA_V1, True) if own_template(planned.target.folder) is None else (None, False)
 
 
 def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[str, Any]:

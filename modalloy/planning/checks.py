@@ -131,10 +131,8 @@ def check_fishers_are_used(recipe: Recipe, *, given: bool, used: bool) -> None:
 def check_all_accounted(planned: "Plan") -> None:
     """Every tensor of every input has exactly one fate."""
     listed = Counter((fate.source, fate.tensor) for fate in planned.fates)
-    inputs = {(planned.base_label, name) for name in planned.base.refs}
+    inputs = {(label, name) for label, model in planned.starts for name in model.refs}
     inputs |= {(s.label, name) for s in planned.specialists for name in s.checkpoint.refs}
-    if planned.across_base is not None:
-        inputs |= {("base", name) for name in planned.across_base.refs}
     twice = {key for key, count in listed.items() if count > 1}
     if wrong := sorted((listed.keys() ^ inputs) | twice):
         raise RuntimeError(
@@ -144,10 +142,10 @@ def check_all_accounted(planned: "Plan") -> None:
 
 def check_patterns(recipe: Recipe, planned: "Plan") -> None:
     """A pattern that matches nothing is a mistake in writing."""
-    others = [checkpoint for checkpoint in planned.checkpoints() if checkpoint is not planned.base]
+    others = [checkpoint for checkpoint in planned.checkpoints() if checkpoint is not planned.target]
     theirs = [name for checkpoint in others for name in checkpoint.refs]
     for key, patterns, names in (
-        ("modules", recipe.modules, list(planned.base.refs)),
+        ("modules", recipe.modules, list(planned.target.refs)),
         ("ignore", recipe.ignore, theirs),
     ):
         for pattern in patterns:

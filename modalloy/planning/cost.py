@@ -47,7 +47,7 @@ def read_bytes(planned: Plan) -> int:
 
 def disk_bytes(planned: Plan) -> int:
     """Room that the result takes: the tensors, and copies of the base and encoders that only this machine would find."""
-    copied = [file.path for file in planned.base.files] if planned.copies_base else []
+    copied = [file.path for file in planned.target.files] if planned.copies_target else []
     copied += [path for sense in planned.senses.values() for path in sense.files()]
     return planned.write_bytes + sum(path.stat().st_size for path in copied)
 

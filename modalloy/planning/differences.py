@@ -48,7 +48,7 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
     if planned.across is None:
         _check_unmerged(planned)
         kept = (job.name for job in planned.jobs if job.kind == "keep")
-        names = kept if recipe.form.is_whole else iter(planned.base.refs.keys() - planned.changed())
+        names = kept if recipe.form.is_whole else iter(planned.target.refs.keys() - planned.changed())
         planned = replace(planned, trained={name: who for name in names if (who := _who_changed(planned, name))})
     return planned
 
@@ -57,7 +57,7 @@ def _check_unmerged(planned: Plan) -> None:
     """Refuse a change of what the method cannot merge, and no rule speaks of."""
     for name in planned.must_be_equal:
         if who := _who_changed(planned, name):
-            ref, kind = planned.base.refs[name], planned.kinds[name]
+            ref, kind = planned.target.refs[name], planned.kinds[name]
             pattern = re.sub(r"\.\d+\.", ".*.", name)
             shape = " × ".join(map(str, ref.shape))
             if not ref.dtype.is_floating_point:
@@ -75,7 +75,7 @@ def _check_unmerged(planned: Plan) -> None:
 
 def _who_changed(planned: Plan, name: str) -> list[str]:
     """The labels of the models that count and have another value of a tensor than the base."""
-    base = planned.base.refs[name]
+    base = planned.target.refs[name]
     return [
         one.label
         for one in planned.counted
@@ -93,7 +93,7 @@ def _updates(planned: Plan, model: Specialist) -> bool:
     return any(
         _differs(planned, start, ref)
         for name, ref in tuned
-        if (start := starts.get(name) or planned.base.refs.get(name))
+        if (start := starts.get(name) or planned.target.refs.get(name))
     )
 
 

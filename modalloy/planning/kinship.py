@@ -70,7 +70,7 @@ def kinship_pairs(planned: "Plan") -> Iterator[tuple[str, str, TensorRef, Tensor
         return
     for donor in planned.specialists:
         for name in _sampled(across.maps[donor.label]) if donor.full else ():  # an adapter is an update of the base
-            yield donor.label, name, planned.base.refs[name], donor.full[name]
+            yield donor.label, name, planned.target.refs[name], donor.full[name]
     if across.base_map is not None and across.target is not None:
         for name in _sampled(across.base_map):
             slot = across.parts[name][0][0]

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ class Plan:
     """The jobs of a merge in the order they are written, and the account of every input tensor."""
 
     recipe: Recipe
-    base_folder: Path
-    base: Checkpoint
+    target: Checkpoint  # what is written: the base itself, or a model of another architecture
+    base: Checkpoint | None  # θ_0, which all models were trained from; None where donors are interpolated
     specialists: list[Specialist]
     parameters: dict[str, Any]
     jobs: list[Job]
@@ -49,7 +48,7 @@ class Plan:
     chat_template: str | None = None
     notices: list[str] = field(default_factory=list)  # of tokenizers and code, for the user
     across: Across | None = None  # of a merge across architectures
-    kinds: dict[str, Kind] = field(default_factory=dict)  # of the base's tensors
+    kinds: dict[str, Kind] = field(default_factory=dict)  # of the target's tensors
     absent: dict[str, str] = field(default_factory=dict)  # why a model does not count, by label
     idle: tuple[str, ...] = ()  # those of them whose every update is zero
     unchanged: tuple[str, ...] = ()  # all that count, where all their updates are zero
@@ -67,52 +66,53 @@ class Plan:
         return {} if self.across is None else self.across.maps
 
     @property
-    def across_base(self) -> Checkpoint | None:
-        """θ_0 of a merge across architectures that has one; `base` is the target there."""
-        return None if self.across is None else self.across.base
+    def starts(self) -> list[tuple[str, Checkpoint]]:
+        """What updates are added to, by the names that messages have for it: the target, and the base where it is another."""
+        further = [] if self.base is None or self.base is self.target else [("base", self.base)]
+        return [(base_label(self.recipe), self.target), *further]
 
     @property
-    def updated(self) -> list[Specialist]:
-        """Those whose updates are merged: the specialists; before donors of other architectures the target, if there is a base."""
+    def models(self) -> list[Specialist]:
+        """The models whose updates are merged. Across architectures with a base, the target comes first, then the donors."""
         target = None if self.across is None else self.across.target
         return self.specialists if target is None else [target, *self.specialists]
 
     @property
     def counted(self) -> list[Specialist]:
-        """Those of `updated` that count: a base among the models, a weight of 0 and an update of zeros do not."""
-        return [one for one in self.updated if one.label not in self.absent]
+        """Those of `models` that count: a base among the models, a weight of 0 and an update of zeros do not."""
+        return [one for one in self.models if one.label not in self.absent]
 
     @property
-    def base_is_portable(self) -> bool:
-        """Whether the recipe names the base so that any machine finds it (built in, or a hub id)."""
+    def target_is_portable(self) -> bool:
+        """Whether the recipe names the target so that any machine finds it (built in, or a hub id)."""
         return is_portable(self.recipe.start, self.recipe.folder)
 
     @property
-    def base_name(self) -> str:
-        """The base's name without local folders."""
-        return self.recipe.start if self.base_is_portable else self.base_folder.name
+    def target_name(self) -> str:
+        """The target's name without local folders."""
+        return self.recipe.start if self.target_is_portable else self.target.folder.name
 
     @property
     def recorded_base_name(self) -> str:
         """What an adapter records as its base: where that is a local folder, the hub id that all its specialists record."""
         recorded = {one.base_name for one in self.specialists}
         name = recorded.pop() if len(recorded) == 1 else None
-        return name if not self.base_is_portable and name is not None and is_hub_id(name) else self.base_name
+        return name if not self.target_is_portable and name is not None and is_hub_id(name) else self.target_name
 
     @property
-    def base_label(self) -> str:
+    def target_label(self) -> str:
         """What the plan calls it."""
         return base_label(self.recipe)
 
     @property
-    def copies_base(self) -> bool:
-        """Whether the result holds a copy of the base: an omni folder does, where only this machine would find it."""
-        return self.form.is_model and self.form.refers_to_base and not self.base_is_portable
+    def copies_target(self) -> bool:
+        """Whether the result holds a copy of the target: an omni folder does, where only this machine would find it."""
+        return self.form.is_model and self.form.refers_to_base and not self.target_is_portable
 
     @property
-    def reads_base(self) -> bool:
-        """Whether the base's files are read as a whole, and so hashed; else their headers identify it."""
-        return self.form.is_whole or self.copies_base
+    def reads_target(self) -> bool:
+        """Whether the target's files are read as a whole, and so hashed; else their headers identify it."""
+        return self.form.is_whole or self.copies_target
 
     @property
     def write_bytes(self) -> int:
@@ -128,15 +128,13 @@ class Plan:
         return [merge for job in self.jobs for merge in job.merges]
 
     def changed(self) -> set[str]:
-        """The base's tensors that the result changes."""
+        """The target's tensors that the result changes."""
         return {job.name for job in self.jobs if job.kind not in ("keep", "carry")}
 
     def hashed_files(self) -> list[WeightFile]:
         """The weight files that the merge reads as a whole, once, and hashes on the way."""
-        files = [file for specialist in self.specialists for file in specialist.checkpoint.files]
-        if self.across_base is not None:
-            files = files + self.across_base.files
-        return files + (self.base.files if self.reads_base else [])
+        read = [one.checkpoint for one in self.specialists] + [model for _, model in self.starts[1:]]
+        return [file for model in read for file in model.files] + (self.target.files if self.reads_target else [])
 
     @property
     def fingerprint(self) -> str:
@@ -152,16 +150,14 @@ class Plan:
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The base's tensors (the target's, then the base's), then the specialists'."""
-        starts = [self.base] if self.across_base is None else [self.base, self.across_base]
-        return starts + [one.checkpoint for one in self.specialists]
+        """The target's tensors, the base's, then the specialists'."""
+        return [model for _, model in self.starts] + [one.checkpoint for one in self.specialists]
 
     @cached_property
     def inputs(self) -> Inputs:
         """Every input tensor's data, checked for NaN and infinity."""
         owners = [(f"{one.label} specialist", one.checkpoint.files) for one in self.specialists]
-        owners.append((self.base_label, self.base.files))
-        owners += [] if self.across_base is None else [("base", self.across_base.files)]
+        owners += [(label, model.files) for label, model in self.starts]
         owners += [("Fisher file", [file]) for file in self.fishers if file is not None]
         return Inputs(owners)
 

@@ -74,7 +74,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     jobs = planner.full_jobs() if form.is_whole else planner.adapter_jobs()
     result = Plan(
         recipe,
-        base_folder,
+        base,
         base,
         specialists,
         planner.parameters,
@@ -116,8 +116,8 @@ def _plan_across(recipe: Recipe, target: Checkpoint, allow_base_mismatch: bool, 
     parameters, jobs, fates = planner.parameters, planner.jobs, planner.fates()
     result = Plan(
         recipe,
-        target.folder,
         target,
+        across.base,
         donors,
         parameters,
         jobs,

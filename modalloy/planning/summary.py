@@ -44,11 +44,11 @@ def _said_of_rules(planned: "Plan") -> list[str]:
 
 def _by_kind(planned: "Plan", names: list[str], what: str) -> list[str]:
     """How many tensors of each kind, and their share of the base's parameters."""
-    whole = sum(math.prod(ref.shape) for ref in planned.base.refs.values())
+    whole = sum(math.prod(ref.shape) for ref in planned.target.refs.values())
     said = []
     for kind, plural in PLURALS.items():
         if chosen := [name for name in names if planned.kinds[name] == kind]:
-            share = sum(math.prod(planned.base.refs[name].shape) for name in chosen) / whole
+            share = sum(math.prod(planned.target.refs[name].shape) for name in chosen) / whole
             said.append(f"{len(chosen)} {plural} {what} ({share:.1%} of the parameters)")
     return said
 

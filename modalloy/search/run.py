@@ -134,7 +134,7 @@ def search(
             sweeps, settled = [sweep], True
         settings = {
             "method": recipe.merge_method,
-            **({} if recipe.target is None else {"target": planned.base_name}),
+            **({} if recipe.target is None else {"target": planned.target_name}),
             "objective": objective,
             **({"variant": variant, "match": match} if objective == "consistency" else {}),
             **({"embedder": embedder} if by_meaning else {}),

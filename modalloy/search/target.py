@@ -31,9 +31,9 @@ class PlacedTarget:
 
     def __init__(self, planned: Plan, *, device: str, dtype: str, allow_base_mismatch: bool) -> None:
         self.planned, self.allow_base_mismatch = planned, allow_base_mismatch
-        self.chat = load_model(planned.base_folder, device=device, dtype=dtype)
+        self.chat = load_model(planned.target.folder, device=device, dtype=dtype)
         within = "" if isinstance(self.chat, HostedModel) else "decoder."
-        shapes = {within + name: ref.shape for name, ref in planned.base.refs.items() if not COMPUTED.fullmatch(name)}
+        shapes = {within + name: ref.shape for name, ref in planned.target.refs.items() if not COMPUTED.fullmatch(name)}
         self.places = {name.removeprefix(within): place for name, place in places(self.chat.model, shapes).items()}
         self.changed: set[str] = set()  # tensors in memory that are not the target's
 
@@ -55,13 +55,13 @@ class PlacedTarget:
     def serve_parent(self, index: int = 0) -> None:
         """Put the target back."""
         for name in sorted(self.changed):
-            self._put(name, self.planned.inputs.read(self.planned.base.refs[name]))
+            self._put(name, self.planned.inputs.read(self.planned.target.refs[name]))
         self.changed = set()
 
     def _put(self, name: str, tensor: Tensor) -> None:
         if name not in self.places:
             raise CheckpointError(
-                f"{self.planned.base_name}: transformers makes another tensor of {name} when it loads it, so that it cannot be "
+                f"{self.planned.target_name}: transformers makes another tensor of {name} when it loads it, so that it cannot be "
                 "replaced in memory; give search(…, load=…) a function that loads the model"
             )
         self.places[name].data.copy_(tensor)
@@ -108,7 +108,7 @@ class LoadedTarget:
     def serve_parent(self, index: int = 0) -> None:
         """Load the target itself."""
         if not self.is_target:
-            read, refs = self.planned.inputs.read, self.planned.base.refs
+            read, refs = self.planned.inputs.read, self.planned.target.refs
             stored = {name: Stored(partial(read, ref), ref.dtype) for name, ref in refs.items()}
             self._load(self.planned, stored, is_target=True)
 
@@ -134,24 +134,24 @@ def target_senses(planned: Plan, load: Loader | None) -> tuple[str, ...] | None:
         CheckpointError: the target's processor cannot be opened.
         RecipeError: modalloy does not run the target's architecture, and there is no loader.
     """
-    config = read_config(planned.base_folder)
+    config = read_config(planned.target.folder)
     if load is not None:
         return None
     if is_hosted(config):
-        open_processor(planned.base_folder)
+        open_processor(planned.target.folder)
         return ("image",)
     if is_language_model(config):
         return ()
     found = ", ".join(config.get("architectures") or ["no architecture"])
     raise RecipeError(
-        f"target: {planned.base_name} is a {found}, which modalloy can merge but not run; merge some values of alpha and "
+        f"target: {planned.target_name} is a {found}, which modalloy can merge but not run; merge some values of alpha and "
         "ask them with that model's own code, or give search(…, load=…) a function that loads it (in Python)"
     )
 
 
 def _changed(planned: Plan) -> set[str]:
     """Names of the tensors that a merge writes otherwise than the target has them."""
-    refs = planned.base.refs
+    refs = planned.target.refs
     return {
         spec.name
         for job in planned.jobs
@@ -172,7 +172,10 @@ def _merged(
 def _sketch(planned: Plan, name: str, merged: Tensor) -> Tensor:
     """Numbers (SKETCHED,) that stand for what a merge changes in one tensor, as `candidates.directions` makes them."""
     rows, columns = (len(merged), merged[0].numel()) if merged.ndim > 1 else (1, merged.numel())
-    target, merged = planned.inputs.read(planned.base.refs[name]).reshape(rows, columns), merged.reshape(rows, columns)
+    target, merged = (
+        planned.inputs.read(planned.target.refs[name]).reshape(rows, columns),
+        merged.reshape(rows, columns),
+    )
     x, y = directions(rows, columns, zlib.crc32(name.encode()))
     total = torch.zeros(SKETCHED, dtype=torch.float64)
     step = max(1, BLOCK_ENTRIES // columns)
