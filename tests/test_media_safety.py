@@ -18,7 +18,7 @@ from PIL import Image
 
 from modalloy import builtin
 from modalloy.errors import MediaError
-from modalloy.senses.media import child, limits, load_audio, load_image, load_points, load_video
+from modalloy.senses.media import child, limits, load_audio, load_image, load_points, load_video, streams
 
 LOADERS: dict[str, Callable[[Any], Any]] = {
     "image": load_image,
@@ -326,3 +326,9 @@ def test_a_fault_of_ours_in_a_child_is_no_broken_medium(monkeypatch: pytest.Monk
     monkeypatch.setattr(child, "BEGIN", "raise KeyError('ours')")
     with child.isolated(), pytest.raises(RuntimeError, match="ours"):
         load_image(builtin.SAMPLES / "dog.webp")
+
+
+def test_no_place_before_the_beginning_of_a_sound_is_sought() -> None:
+    """libsndfile asks for such places in damaged files; what a seek raises there is a traceback that nothing catches."""
+    file = streams._Within(io.BytesIO(bytes(range(10))))
+    assert [file.seek(*to) for to in ((-3,), (4,), (-9, 1), (-20, 2), (-2, 2), (99,))] == [0, 4, 0, 0, 8, 10]

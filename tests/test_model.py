@@ -271,7 +271,7 @@ def test_import_is_cheap() -> None:
     import sys
 
     heavy = ("transformers", "ray", "PIL", "av", "soundfile", "soxr", "scipy")
-    code = f"import sys, modalloy.media; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, modalloy.senses.media; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -86,7 +86,7 @@ def _plain_sound(path: str | Path, file: BinaryIO) -> tuple[np.ndarray, int] | N
     if not plain:
         return None
     try:
-        sound = soundfile.SoundFile(file)
+        sound = soundfile.SoundFile(_Within(file))
     except soundfile.LibsndfileError:  # such as an .avi, or a codec that only FFmpeg knows
         file.seek(0)
         return None
@@ -104,6 +104,21 @@ def _plain_sound(path: str | Path, file: BinaryIO) -> tuple[np.ndarray, int] | N
                 f"{shown(path)}: the sound ends after {done} of {len(mono)} samples; it is cut short, get it again"
             )
         return mono, sound.samplerate
+
+
+class _Within:
+    """A file in which no place before its beginning can be sought: libsndfile asks for some in damaged files, and what the
+    operating system says of it would be a traceback that nothing catches."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.tell, self.read = file.tell, file.read
+        self.file, self.size = file, file.seek(0, os.SEEK_END)
+        file.seek(0)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """The new place."""
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
+        return self.file.seek(min(max(0, begin + offset), self.size))
 
 
 @contextmanager
