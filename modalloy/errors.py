@@ -29,6 +29,9 @@ NO_MEMORY = (
 )
 
 
+MAX_PLAIN = 200  # characters of a name or a reason in a message
+
+
 class ModalloyError(Exception):
     """A mistake the user can fix. The message says what was found, where, and what to do."""
 
@@ -114,6 +117,13 @@ def shown(value: Any) -> str:
 def cut(text: str) -> str:
     """A stranger's or user's name for a message: as it is, or as `shown` where it is long or not printable."""
     return text if len(text) <= 300 and text.isprintable() else shown(text)[1:-1]
+
+
+def plain(text: object) -> str:
+    """A name or a reason for a message: short, and printable whatever a stranger put into it."""
+    words = " ".join(str(text).split())
+    words = words if len(words) <= MAX_PLAIN else f"{words[: MAX_PLAIN // 2]} … {words[-MAX_PLAIN // 2 :]}"
+    return words if words.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in words)
 
 
 _SHORT = _Short()

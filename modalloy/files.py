@@ -8,7 +8,6 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from modalloy.errors import OutputError
 
@@ -131,18 +130,6 @@ def open_log(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def append(log: IO[bytes], path: Path, data: bytes) -> None:
-    """Append to the log at `path`; the data is on the disk when this returns."""
-    try:
-        log.write(data)
-        log.flush()
-        os.fsync(log.fileno())
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); see to it, then go on with --resume"
-        ) from error
 
 
 def read_file(path: Path, limit: int) -> bytes:

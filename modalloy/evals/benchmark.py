@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import MediaError, ModalloyError
+from modalloy.errors import MediaError, ModalloyError, plain
 from modalloy.evals.files import MAX_FILE_BYTES, leads_out, own_folders, parquet_rows, parse_json, read_bytes
-from modalloy.senses.media.limits import shown
 
 LETTERS = "ABCDEFGH"
 
@@ -163,7 +162,7 @@ class Source:
                 else:
                     rows = parse_json(raw.decode("utf-8-sig"))
         except (ValueError, csv.Error) as error:
-            raise MediaError(f"{path}: cannot be read ({shown(error)}); download it again") from error
+            raise MediaError(f"{path}: cannot be read ({plain(error)}); download it again") from error
         if not isinstance(rows, list):
             raise MediaError(
                 f"{path}: holds a {type(rows).__name__}, not a list of rows; give the benchmark's own file"
@@ -231,7 +230,7 @@ def fields(path: Path, index: int) -> Iterator[None]:
         yield
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         what = (
-            f"lacks {shown(error)}" if isinstance(error, KeyError) else f"has a field of another form ({shown(error)})"
+            f"lacks {plain(error)}" if isinstance(error, KeyError) else f"has a field of another form ({plain(error)})"
         )
         raise MediaError(f"{path}: row {index} {what}; give the benchmark's own file") from error
 

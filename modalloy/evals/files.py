@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import MediaError, ModalloyError
-from modalloy.senses.media.limits import opened, shown
+from modalloy.errors import MediaError, ModalloyError, plain
+from modalloy.senses.media.limits import opened
 
 MAX_FILE_BYTES = 1_000_000_000  # of a table with its pictures
 MAX_TEXT_BYTES = 200_000_000  # of JSON, JSON lines or CSV
@@ -26,7 +26,7 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
         try:
             return file.read()
         except OSError as error:
-            raise MediaError(f"{shown(path)}: cannot be read ({error.strerror}); get it again") from error
+            raise MediaError(f"{plain(path)}: cannot be read ({error.strerror}); get it again") from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -51,7 +51,7 @@ def parquet_rows(raw: bytes) -> list[Any]:
             raise ValueError(f"it has more than {MAX_ROWS:,} rows, or unpacks to more than {MAX_FILE_BYTES:,} bytes")
         return list(file.read().to_pylist())
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
-        raise ValueError(shown(error)) from error
+        raise ValueError(plain(error)) from error
 
 
 def leads_out(path: str | Path, folders: Iterable[str | Path]) -> bool:

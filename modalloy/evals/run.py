@@ -6,22 +6,21 @@ Every figure is computed from these two files, so a rule that changed, or a tabl
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from modalloy._version import __version__
-from modalloy.errors import ModalloyError, OutputError
+from modalloy.errors import ModalloyError, OutputError, plain
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, Source, Verdict, by_group, wilson
 from modalloy.evals.files import MAX_FILE_BYTES, parse_json, read_bytes
 from modalloy.evals.statistics import bootstrap_interval
-from modalloy.files import append, is_file, open_log, replace_text
-from modalloy.senses.media.limits import shown
+from modalloy.files import is_file, replace_text
+from modalloy.storage.journal import Journal, read_lines
 
 RUN, PREDS = "run.json", "preds.jsonl"
 SCHEMA = 1
@@ -192,7 +191,7 @@ class Log:
                 raise OutputError(f"{folder}: holds other files, and no run; choose another folder")
             if not is_new:
                 _read_meta(folder)  # a file of another program is refused
-            self.file: IO[bytes] = os.fdopen(open_log(self.path), "ab")
+            self.journal = Journal(self.path)
         except BlockingIOError as error:
             raise OutputError(
                 f"{folder}: another process writes this run; wait for it, or choose another folder"
@@ -204,24 +203,23 @@ class Log:
         except BaseException:
             if is_new:
                 self._leave_nothing()
-            self.file.close()
+            self.journal.close()
             raise
 
     def _begin(self, meta: dict[str, Any], resume: bool) -> None:
         folder = self.folder
-        if os.fstat(self.file.fileno()).st_size:
+        if not self.journal.is_empty:
             if not resume:
                 raise OutputError(f"{folder}: holds a run already; go on with --resume, or choose another folder")
             if change := _change(_read_meta(folder), meta):
                 raise OutputError(f"{folder}: is a run of another {change}; choose another folder")
-        self.entries = _read_entries(self.path, cut=self.file.fileno())
+        self.entries = self.journal.read(_Entries(), MAX_FILE_BYTES)
         write_text(folder / RUN, json.dumps(meta, indent=1) + "\n")
 
     def add(self, benchmark: Benchmark, *entries: Entry) -> None:
         """Append entries; they are on the disk when this returns."""
         self.entries += entries
-        lines = [json.dumps(line(entry, benchmark), ensure_ascii=False).encode() + b"\n" for entry in entries]
-        append(self.file, self.path, b"".join(lines))
+        self.journal.add(*(line(entry, benchmark) for entry in entries))
 
     def __enter__(self) -> "Log":
         return self
@@ -229,7 +227,7 @@ class Log:
     def __exit__(self, *_: object) -> None:
         if not self.entries:
             self._leave_nothing()
-        self.file.close()
+        self.journal.close()
 
     def _leave_nothing(self) -> None:
         (self.folder / RUN).unlink(missing_ok=True)
@@ -266,7 +264,8 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / RUN).is_file():
         raise ModalloyError(f"{folder}: holds no {RUN}; give a folder that `modalloy eval -o` wrote")
     meta = _read_meta(folder)
-    entries = _read_entries(folder / PREDS) if (folder / PREDS).is_file() else []
+    preds = folder / PREDS
+    entries = read_lines(preds, _Entries(), MAX_FILE_BYTES)[0] if preds.is_file() else []
     if not entries:
         raise ModalloyError(f"{folder}: has no answers yet; run `modalloy eval` with --resume first")
     return Run(folder, meta, sorted(entries, key=lambda entry: entry.index))
@@ -289,33 +288,29 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = parse_json(read_bytes(folder / RUN))
     except ValueError as error:
-        raise ModalloyError(f"{folder / RUN}: cannot be read ({shown(error)}); run the evaluation again") from error
+        raise ModalloyError(f"{folder / RUN}: cannot be read ({plain(error)}); run the evaluation again") from error
     if not isinstance(meta, dict) or not meta.keys() >= {*IDENTITY, "n_samples", "environment"}:
         raise ModalloyError(f"{folder / RUN}: does not describe a run; run the evaluation again")
     if wrong := [name for name, fits in KINDS.items() if name in meta and not fits(meta[name])]:
-        raise ModalloyError(f'{folder / RUN}: "{wrong[0]}" is {shown(repr(meta[wrong[0]]))}; run the evaluation again')
+        raise ModalloyError(f'{folder / RUN}: "{wrong[0]}" is {plain(repr(meta[wrong[0]]))}; run the evaluation again')
     if meta["schema"] != SCHEMA:
         raise ModalloyError(f"{folder / RUN}: is of format {meta['schema']}, this version reads {SCHEMA}; run it again")
     return meta
 
 
-def _read_entries(path: Path, *, cut: int | None = None) -> list[Entry]:
-    """The entries of a log. A last line without its end is left out, and cut off the file of the descriptor `cut`."""
-    raw = read_bytes(path, MAX_FILE_BYTES)
-    whole = raw[: raw.rfind(b"\n") + 1]
-    entries = []
-    seen = dict[int, int]()
-    for number, text in enumerate(whole.splitlines(), 1):
-        try:
-            entries.append(entry(parse_json(text)))
-            first = seen.setdefault(entries[-1].index, number)
-            if first != number:
-                raise ValueError(f"it answers question {entries[-1].index} again, as line {first} does")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ModalloyError(f"{path}: line {number} is damaged ({shown(error)}); remove it and resume") from error
-    if cut is not None and len(whole) < len(raw):  # once it is known to be a log of ours
-        os.ftruncate(cut, len(whole))
-    return entries
+class _Entries:
+    """Makes entries of lines, each of another question."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, int] = {}
+
+    def __call__(self, line: Any) -> Entry:
+        """The entry of the next line; an error where it is none."""
+        made, number = entry(line), len(self.lines) + 1
+        first = self.lines.setdefault(made.index, number)
+        if first != number:
+            raise ValueError(f"it answers question {made.index} again, as line {first} does")
+        return made
 
 
 def result(run: Run) -> dict[str, Any]:

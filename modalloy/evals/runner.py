@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError
+from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError, plain
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.files import OUTSIDE, leads_out
 from modalloy.evals.run import Entry, Log, Run, described
 from modalloy.model import ChatModel
 from modalloy.model.chat import Prompt, placed_message
-from modalloy.senses.media.limits import shown
 from modalloy.storage.folder import file_sha256, read_json
 from modalloy.storage.locate import locate
 
@@ -167,7 +166,7 @@ def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache, folders: tuple
 
     def features(modality: str, path: Any) -> torch.Tensor:
         if folders is not None and leads_out(path, folders):
-            raise _UnreadableError(f"{shown(path)}: {OUTSIDE}")
+            raise _UnreadableError(f"{plain(path)}: {OUTSIDE}")
         try:
             return cache.features(chat, modality, path)
         except MediaError as error:

@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.errors import MediaError, ModalloyError, nearest, plain
 from modalloy.model.chat import ChatModel
 from modalloy.model.processor import Message
 from modalloy.report.text import is_unicode, one_line, printable
 from modalloy.senses.media import ENDINGS
-from modalloy.senses.media.limits import shown
 
 # a word, or a path in quotes or with escapes, as terminals write a file that is dropped on them
 WORD = re.compile(r"""(?:'[^']+'|"[^"]+")(?=[\s.,;:!?]|$)|(?:\\.|[^\s\\])+""")
@@ -176,5 +175,5 @@ def _file(word: str) -> Path | None:
 def _existing(word: str) -> Path:
     found = _file(word)
     if found is None:
-        raise MediaError(f"{shown(_plain(word))}: no such file; check the path")
+        raise MediaError(f"{plain(_plain(word))}: no such file; check the path")
     return found

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import MediaError, ModalloyError, nearest
+from modalloy.errors import MediaError, ModalloyError, nearest, plain
 from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.files import parse_json, read_bytes
 from modalloy.evals.run import PREDS
 from modalloy.names import modality_name
-from modalloy.senses.media.limits import opened, shown
+from modalloy.senses.media.limits import opened
 from modalloy.storage.folder import file_sha256
 
 KEYS = ("id", "text", "media", "choices", "gold")
@@ -52,13 +52,13 @@ def _probe(line: str, where: str, folder: Path) -> Sample:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise ModalloyError(f"{where} is not JSON ({shown(error)}); correct it") from error
+        raise ModalloyError(f"{where} is not JSON ({plain(error)}); correct it") from error
     if not isinstance(row, dict):
         raise ModalloyError(f"{where} is a {type(row).__name__}, not an object with text and media; correct it")
     if "question" in row and "prompt_sha" in row:  # of a run's log
         row = {"text": row["question"]} | {key: row.get(key) for key in ("media", "choices", "gold")}
     if unknown := [key for key in row if key not in KEYS]:
-        raise ModalloyError(f"{where} has an unknown key '{shown(unknown[0])}'; {nearest(shown(unknown[0]), KEYS)}")
+        raise ModalloyError(f"{where} has an unknown key '{plain(unknown[0])}'; {nearest(plain(unknown[0]), KEYS)}")
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         raise ModalloyError(f'{where} has no "text"; write the question there')
@@ -96,6 +96,6 @@ def _media(given: Any, where: str) -> list[tuple[str, str]]:
     found = []
     for pair in pairs:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(one, str) for one in pair):
-            raise ModalloyError(f'{where}: "media" holds {shown(repr(pair))}; write {{"image": "dog.png"}}')
+            raise ModalloyError(f'{where}: "media" holds {plain(repr(pair))}; write {{"image": "dog.png"}}')
         found.append((modality_name(pair[0]), pair[1]))
     return found

@@ -1,15 +1,16 @@
 """The log of a search: one line for every merge that was served and every answer, so that nothing is asked twice."""
 
-import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from modalloy.errors import ModalloyError, OutputError
-from modalloy.files import append, open_log
+from modalloy.errors import OutputError
+from modalloy.evals.files import MAX_FILE_BYTES
+from modalloy.storage.journal import Journal, read_lines
 
 TRIALS = "trials.jsonl"
 SCHEMA = 1
+BEGIN = b'{"schema": '  # of every log of a search
 
 
 class Trials:
@@ -31,7 +32,7 @@ class Trials:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.path.lexists(self.path) and any(folder.iterdir()):
                 raise OutputError(f"{folder}: holds other files, and no search; choose another folder")
-            self.file: IO[bytes] = os.fdopen(open_log(self.path), "ab")
+            self.journal = Journal(self.path)
         except BlockingIOError as error:
             raise OutputError(
                 f"{folder}: another process writes this search; wait for it, or choose another folder"
@@ -41,51 +42,49 @@ class Trials:
         try:
             self._begin(folder, {"schema": SCHEMA, **identity}, resume)
         except BaseException:
-            self.file.close()
+            self.journal.close()
             raise
 
     def _begin(self, folder: Path, header: dict[str, Any], resume: bool) -> None:
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        found = self._lines(whole)
-        if not found and raw and not raw.startswith(b'{"schema": '):
+        with self.path.open("rb") as file:
+            begin = file.read(len(BEGIN))
+        if not (begin.startswith(BEGIN) or BEGIN.startswith(begin)):
             raise OutputError(f"{folder}: holds other files, and no search; choose another folder")
+        found, end = read_lines(self.path, _Lines(), MAX_FILE_BYTES)
         if found and not resume:
             raise OutputError(f"{folder}: holds a search already; go on with --resume, or choose another folder")
         if found and found[0] != header:
             changed = next((key for key in header if found[0].get(key) != header[key]), "version")
             raise OutputError(f"{self.path}: is a search with another {changed}; choose another folder")
-        if len(whole) < len(raw):  # once it is known to be a log of ours
-            os.ftruncate(self.file.fileno(), len(whole))
+        self.journal.cut(end)  # once it is known to be a log of ours
         if not found:
-            self._append(header)
+            self.journal.add(header)
         for line in found[1:]:
             self.lines[line["key"]] = line
 
     def add(self, key: str, line: dict[str, Any]) -> None:
         """Append a line; it is on the disk when this returns."""
         self.lines[key] = {"key": key, **line}
-        self._append(self.lines[key])
-
-    def _append(self, line: dict[str, Any]) -> None:
-        append(self.file, self.path, json.dumps(line, ensure_ascii=False).encode() + b"\n")
-
-    def _lines(self, whole: bytes) -> list[dict[str, Any]]:
-        lines = []
-        for number, text in enumerate(whole.splitlines(), 1):
-            try:
-                line = json.loads(text)
-                _check_line(line, first=number == 1)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ModalloyError(f"{self.path}: line {number} is damaged ({error}); remove it and resume") from error
-            lines.append(line)
-        return lines
+        self.journal.add(self.lines[key])
 
     def __enter__(self) -> "Trials":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        self.journal.close()
+
+
+class _Lines:
+    """Checks lines; the first says what was searched."""
+
+    def __init__(self) -> None:
+        self.is_first = True
+
+    def __call__(self, line: Any) -> dict[str, Any]:
+        """The line; an error where it does not say what a search reads of it."""
+        _check_line(line, first=self.is_first)
+        self.is_first = False
+        return dict(line)
 
 
 def _check_line(line: Any, *, first: bool) -> None:

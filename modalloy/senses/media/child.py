@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modalloy.errors import MediaError
-from modalloy.senses.media.limits import opened, shown
+from modalloy.errors import MediaError, plain
+from modalloy.senses.media.limits import opened
 
 MEMORY_BYTES = 4_000_000_000  # of addresses, of which the libraries themselves take about 1 GB
 SECONDS = 120
@@ -90,20 +90,20 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired as error:
-            raise MediaError(f"{shown(path)}: was not decoded in {error.timeout:.0f} s; give another file") from error
+            raise MediaError(f"{plain(path)}: was not decoded in {error.timeout:.0f} s; give another file") from error
         except OSError as error:
-            raise MediaError(f"{shown(path)}: no child process can be started for it ({error.strerror})") from error
+            raise MediaError(f"{plain(path)}: no child process can be started for it ({error.strerror})") from error
         err.seek(0)
         said = err.read(1 << 16).decode("utf-8", "replace")
         if code == REFUSED:
             raise MediaError(said)
         if code == -signal.SIGXCPU:
-            raise MediaError(f"{shown(path)}: its decoder took more than {bounds.seconds} s; give another file")
+            raise MediaError(f"{plain(path)}: its decoder took more than {bounds.seconds} s; give another file")
         if code < 0:
             name = signal.Signals(-code).name
-            raise MediaError(f"{shown(path)}: its decoder crashed ({name}); the file is damaged, get it again")
+            raise MediaError(f"{plain(path)}: its decoder crashed ({name}); the file is damaged, get it again")
         if code:
-            raise RuntimeError(f"the child that decoded {shown(path)} failed: {said}")
+            raise RuntimeError(f"the child that decoded {plain(path)} failed: {said}")
         out.seek(0)
         found: np.ndarray = np.lib.format.read_array(out, allow_pickle=False)
         return found
@@ -134,7 +134,7 @@ def decode(modality: str, path: str, number: str, memory_bytes: str, seconds: st
         np.lib.format.write_array(sys.stdout.buffer, array, allow_pickle=False)
         sys.stdout.buffer.flush()
     except (MediaError, MemoryError) as error:
-        text = str(error) or f"{shown(path)}: needs more memory than {memory_bytes} bytes; give a smaller file"
+        text = str(error) or f"{plain(path)}: needs more memory than {memory_bytes} bytes; give a smaller file"
         sys.stderr.buffer.write(text.encode("utf-8", "replace"))
         sys.stderr.buffer.flush()
         os._exit(REFUSED)

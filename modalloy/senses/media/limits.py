@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 from zipfile import BadZipFile
 
-from modalloy.errors import MediaError
+from modalloy.errors import MediaError, plain
 
 MAX_FILE_BYTES = 8_000_000_000
 MAX_PICTURE_BYTES = 250_000_000
@@ -38,14 +38,6 @@ DAMAGE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
     *(RuntimeError, MemoryError, BufferError, SyntaxError, struct.error, zlib.error, tokenize.TokenError, BadZipFile),
 )
-SHOWN = 200  # characters of a name or a reason in a message
-
-
-def shown(text: object) -> str:
-    """A name or a reason for a message: short, and printable whatever a stranger put into it."""
-    words = " ".join(str(text).split())
-    words = words if len(words) <= SHOWN else f"{words[: SHOWN // 2]} … {words[-SHOWN // 2 :]}"
-    return words if words.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in words)
 
 
 @contextmanager
@@ -56,17 +48,17 @@ def opened(path: str | Path, limit: int | None = None) -> Iterator[BinaryIO]:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-            raise MediaError(f"{shown(path)}: is {kind}, not a file; check the path")
+            raise MediaError(f"{plain(path)}: is {kind}, not a file; check the path")
         if status.st_size > limit:
             raise MediaError(
-                f"{shown(path)}: has {status.st_size} bytes, more than the limit of {limit}; give a smaller file"
+                f"{plain(path)}: has {status.st_size} bytes, more than the limit of {limit}; give a smaller file"
             )
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MediaError(f"{shown(path)}: no such file; check the path") from error
+        raise MediaError(f"{plain(path)}: no such file; check the path") from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(f"{shown(path)}: cannot be opened ({reason}); check the path") from error
+        raise MediaError(f"{plain(path)}: cannot be opened ({reason}); check the path") from error
     with file:
         yield file
 
@@ -77,14 +69,14 @@ def decoding(path: str | Path, kind: str, remedy: str, *more: type[Exception]) -
     try:
         yield
     except (*DAMAGE, *more) as error:
-        raise MediaError(f"{shown(path)}: not a {kind} ({reason(error)}); {remedy}") from error
+        raise MediaError(f"{plain(path)}: not a {kind} ({reason(error)}); {remedy}") from error
 
 
 def reason(error: Exception) -> str:
     """What a decoder says, in one short line."""
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
-    return shown(error) or type(error).__name__
+    return plain(error) or type(error).__name__
 
 
 def check_pixels(path: str | Path, width: int, height: int, limit: int | None = None) -> None:
@@ -92,21 +84,21 @@ def check_pixels(path: str | Path, width: int, height: int, limit: int | None = 
     limit = MAX_PIXELS if limit is None else limit
     if width * height > limit:
         raise MediaError(
-            f"{shown(path)}: has {width} × {height} pixels, more than the limit of {limit}; give a smaller picture"
+            f"{plain(path)}: has {width} × {height} pixels, more than the limit of {limit}; give a smaller picture"
         )
     if max(width, height) > MAX_SIDE:
         raise MediaError(
-            f"{shown(path)}: has {width} × {height} pixels, more than {MAX_SIDE} on a side; give a smaller picture"
+            f"{plain(path)}: has {width} × {height} pixels, more than {MAX_SIDE} on a side; give a smaller picture"
         )
 
 
 def check_frames(path: str | Path, count: int, pixels: int, limit: int) -> None:
     """Refuse more than MAX_FRAMES frames, or frames that have more than `limit` pixels in all."""
     if count > MAX_FRAMES:
-        raise MediaError(f"{shown(path)}: has more frames than the limit of {MAX_FRAMES}; give a shorter part")
+        raise MediaError(f"{plain(path)}: has more frames than the limit of {MAX_FRAMES}; give a shorter part")
     if pixels > limit:
         raise MediaError(
-            f"{shown(path)}: its frames have more than {limit} pixels in all; give a shorter part, or smaller frames"
+            f"{plain(path)}: its frames have more than {limit} pixels in all; give a shorter part, or smaller frames"
         )
 
 
@@ -114,13 +106,13 @@ def check_seconds(path: str | Path, seconds: float) -> None:
     """Refuse what lasts longer than MAX_SECONDS."""
     if seconds > MAX_SECONDS:
         raise MediaError(
-            f"{shown(path)}: lasts {seconds:.0f} s, more than the limit of {MAX_SECONDS} s; give a shorter part"
+            f"{plain(path)}: lasts {seconds:.0f} s, more than the limit of {MAX_SECONDS} s; give a shorter part"
         )
 
 
 def check_samples(path: str | Path, samples: int, channels: int) -> None:
     """Refuse a sound of more than MAX_SAMPLES samples, or of more than MAX_CHANNELS channels."""
     if samples > MAX_SAMPLES:
-        raise MediaError(f"{shown(path)}: has more than {MAX_SAMPLES} samples; give a shorter part, or a lower rate")
+        raise MediaError(f"{plain(path)}: has more than {MAX_SAMPLES} samples; give a shorter part, or a lower rate")
     if channels > MAX_CHANNELS:
-        raise MediaError(f"{shown(path)}: has {channels} channels, more than {MAX_CHANNELS}; mix them down")
+        raise MediaError(f"{plain(path)}: has {channels} channels, more than {MAX_CHANNELS}; mix them down")

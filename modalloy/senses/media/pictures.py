@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from modalloy.errors import MediaError
+from modalloy.errors import MediaError, plain
 from modalloy.senses.media import limits
-from modalloy.senses.media.limits import decoding, opened, shown
+from modalloy.senses.media.limits import decoding, opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +68,7 @@ def read_animation(path: str | Path, n_frames: int) -> np.ndarray:
                     frame = np.asarray(_rgb(ImageOps.exif_transpose(image), image.format))
                 result = np.empty((n_frames, *frame.shape), np.uint8) if result is None else result
                 if frame.shape != result.shape[1:]:
-                    raise MediaError(f"{shown(path)}: the frames change their size; write it again")
+                    raise MediaError(f"{plain(path)}: the frames change their size; write it again")
                 result[[place for place, one in enumerate(wanted) if one == index]] = frame
     assert result is not None
     return result
@@ -93,7 +93,7 @@ def _picture(path: str | Path) -> Iterator[Any]:
                 yield image
         except Image.DecompressionBombError as error:
             raise MediaError(
-                f"{shown(path)}: has more pixels than the limit of {limits.MAX_PIXELS}; give a smaller picture"
+                f"{plain(path)}: has more pixels than the limit of {limits.MAX_PIXELS}; give a smaller picture"
             ) from error
 
 
@@ -105,7 +105,7 @@ def _recognised(path: str | Path, file: BinaryIO) -> Any:
             return Image.open(file, formats=FORMATS)
     except MediaError as error:
         if isinstance(error.__cause__, UnidentifiedImageError):
-            raise NoPictureError(f"{shown(path)}: not a {KIND} (of an unknown format); {REMEDY}") from error
+            raise NoPictureError(f"{plain(path)}: not a {KIND} (of an unknown format); {REMEDY}") from error
         raise
 
 
@@ -116,7 +116,7 @@ def _check_scans(path: str | Path, file: BinaryIO) -> None:
         while block := file.read(1 << 24):
             scans += block.count(SCAN)
         if scans > limits.MAX_SCANS:
-            raise MediaError(f"{shown(path)}: has {scans} scans, more than {limits.MAX_SCANS}; write it again")
+            raise MediaError(f"{plain(path)}: has {scans} scans, more than {limits.MAX_SCANS}; write it again")
     file.seek(0)
 
 

@@ -12,9 +12,9 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from modalloy.errors import MediaError
+from modalloy.errors import MediaError, plain
 from modalloy.senses.media import limits
-from modalloy.senses.media.limits import DAMAGE, opened, reason, shown
+from modalloy.senses.media.limits import DAMAGE, opened, reason
 from modalloy.senses.ply import PlyFile
 
 NPZ_POINTS, NPZ_COLOURS = ("points", "xyz"), ("colors", "rgb")
@@ -31,7 +31,7 @@ def read_points(path: str | Path) -> np.ndarray:
         read = next((reader for magic, reader in READERS.items() if begin.startswith(magic)), None)
         if read is None:
             raise MediaError(
-                f"{shown(path)}: not a kind of point cloud that is read; give a .npy, .npz or .ply file, not {begin!r} …"
+                f"{plain(path)}: not a kind of point cloud that is read; give a .npy, .npz or .ply file, not {begin!r} …"
             )
         size = file.seek(0, 2)
         file.seek(0)
@@ -39,7 +39,7 @@ def read_points(path: str | Path) -> np.ndarray:
             _check_size(size)
             return _joined(*read(file))
         except (ValueError, OSError, MemoryError) as error:
-            raise MediaError(f"{shown(path)}: not a usable point cloud: {reason(error)}") from error
+            raise MediaError(f"{plain(path)}: not a usable point cloud: {reason(error)}") from error
 
 
 def check_points(points: np.ndarray) -> np.ndarray:
@@ -156,7 +156,7 @@ def _npz(file: BinaryIO) -> Cloud:
     colours = [name for name in names if name in NPZ_COLOURS]
     if len(names) != 2 or not len(xyz) == len(colours) == 1:
         listed = ", ".join(names) or "none"
-        raise ValueError(f"its arrays are: {shown(listed)}; keep one, or points (or xyz) with colors (or rgb)")
+        raise ValueError(f"its arrays are: {plain(listed)}; keep one, or points (or xyz) with colors (or rgb)")
     return arrays[xyz[0]], arrays[colours[0]]
 
 
@@ -179,7 +179,7 @@ def _ply(file: BinaryIO) -> Cloud:
     colours = next((triple for triple in PLY_COLOURS if names.keys() & set(triple)), ())
     if missing := [name for name in (*"xyz", *colours) if name not in names]:
         raise ValueError(
-            f"its vertices have {shown(', '.join(names)) or 'nothing'}, but no {missing[0]}; export it again"
+            f"its vertices have {plain(', '.join(names)) or 'nothing'}, but no {missing[0]}; export it again"
         )
     values = ply.read(*"xyz", *colours)
     return np.stack([values[name] for name in "xyz"], 1), np.stack([values[c] for c in colours], 1) if colours else None

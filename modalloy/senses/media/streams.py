@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from modalloy.errors import MediaError
+from modalloy.errors import MediaError, plain
 from modalloy.senses.media import limits
-from modalloy.senses.media.limits import decoding, opened, shown
+from modalloy.senses.media.limits import decoding, opened
 from modalloy.senses.media.pictures import spaced
 
 # what a file that libsndfile may open begins with; FFmpeg gets all others
@@ -50,18 +50,18 @@ def read_sound(path: str | Path, sampling_rate: int) -> np.ndarray:
     with opened(path) as file:
         mono, rate = _plain_sound(path, file) or _sound_track(path, file)
     if mono.size == 0:
-        raise MediaError(f"{shown(path)}: the sound has no samples; give a file that is not empty")
+        raise MediaError(f"{plain(path)}: the sound has no samples; give a file that is not empty")
     if rate != sampling_rate:
         with decoding(path, "readable sound", SOUND_REMEDY):
             resampled = np.asarray(soxr.resample(mono, rate, sampling_rate), np.float32)
         if resampled.size == 0:
             raise MediaError(
-                f"{shown(path)}: the sound is {mono.size} samples at {rate} Hz, less than one at {sampling_rate} Hz; "
+                f"{plain(path)}: the sound is {mono.size} samples at {rate} Hz, less than one at {sampling_rate} Hz; "
                 "give a longer one, or correct its sampling rate"
             )
         mono = resampled
     if not np.isfinite(mono).all():
-        raise MediaError(f"{shown(path)}: the sound holds NaN or infinite samples; re-encode the file")
+        raise MediaError(f"{plain(path)}: the sound holds NaN or infinite samples; re-encode the file")
     return mono
 
 
@@ -73,7 +73,7 @@ def read_video(path: str | Path, n_frames: int) -> np.ndarray:
             file.seek(0)
             frames, count = _frames(path, file, n_frames, count)
     if frames is None:
-        raise MediaError(f"{shown(path)}: the frames are not the same when read again; re-encode the file")
+        raise MediaError(f"{plain(path)}: the frames are not the same when read again; re-encode the file")
     return frames
 
 
@@ -81,9 +81,9 @@ def _plain_sound(path: str | Path, file: BinaryIO) -> tuple[np.ndarray, int] | N
     """Mono samples and their rate, where libsndfile knows the file."""
     import soundfile
 
-    plain = file.read(4) in PLAIN
+    is_plain = file.read(4) in PLAIN
     file.seek(0)
-    if not plain:
+    if not is_plain:
         return None
     try:
         sound = soundfile.SoundFile(_Within(file))
@@ -101,7 +101,7 @@ def _plain_sound(path: str | Path, file: BinaryIO) -> tuple[np.ndarray, int] | N
                 done += len(block)
         if done < len(mono):
             raise MediaError(
-                f"{shown(path)}: the sound ends after {done} of {len(mono)} samples; it is cut short, get it again"
+                f"{plain(path)}: the sound ends after {done} of {len(mono)} samples; it is cut short, get it again"
             )
         return mono, sound.samplerate
 
@@ -149,7 +149,7 @@ def _decoded(path: str | Path, container: Any, stream: Any, kind: str, remedy: s
             damaged = packet.is_corrupt
             frames = [] if damaged else packet.decode()
         if damaged:
-            raise MediaError(f"{shown(path)}: the file is damaged or cut short; get it again")
+            raise MediaError(f"{plain(path)}: the file is damaged or cut short; get it again")
         yield from frames
 
 
@@ -161,7 +161,7 @@ def _sound_track(path: str | Path, file: BinaryIO) -> tuple[np.ndarray, int]:
     samples = array("f")  # grows in place
     with _container(path, file, kind, SOUND_REMEDY) as container:
         if not container.streams.audio:
-            raise MediaError(f"{shown(path)}: the file has no sound track; give a file with one")
+            raise MediaError(f"{plain(path)}: the file has no sound track; give a file with one")
         stream = container.streams.audio[0]
         _check_decoder(path, stream, SOUND_DECODERS)
         limits.check_samples(path, 0, stream.codec_context.channels)
@@ -189,7 +189,7 @@ def _frames(path: str | Path, file: BinaryIO, n_frames: int, count: int | None =
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
-            raise MediaError(f"{shown(path)}: the file has no video; give a file with one")
+            raise MediaError(f"{plain(path)}: the file has no video; give a file with one")
         stream = streams[0]
         _check_decoder(path, stream, VIDEO_DECODERS)
         limits.check_pixels(path, stream.codec_context.width, stream.codec_context.height, limits.MAX_FRAME_PIXELS)
@@ -208,12 +208,12 @@ def _frames(path: str | Path, file: BinaryIO, n_frames: int, count: int | None =
                 upright = _upright(path, frame)
                 result = np.empty((n_frames, *upright.shape), np.uint8) if result is None else result
                 if upright.shape != result.shape[1:]:
-                    raise MediaError(f"{shown(path)}: the frames change their size; re-encode the file")
+                    raise MediaError(f"{plain(path)}: the frames change their size; re-encode the file")
                 result[[place for place, one in enumerate(wanted) if one == found]] = upright
             found, pixels = found + 1, pixels + frame.width * frame.height
             limits.check_frames(path, found, pixels, limits.MAX_VIDEO_PIXELS)
     if not found:
-        raise MediaError(f"{shown(path)}: the video has no frames; give a file that is not empty")
+        raise MediaError(f"{plain(path)}: the video has no frames; give a file that is not empty")
     return (result if found == expected else None), found
 
 
@@ -221,7 +221,7 @@ def _check_decoder(path: str | Path, stream: Any, known: tuple[str, ...]) -> Non
     """Refuse what FFmpeg cannot decode, or would by a decoder that is not listed."""
     if stream.codec_context is None or stream.codec_context.name not in known:
         name = "in a format that FFmpeg cannot decode" if stream.codec_context is None else stream.codec_context.name
-        raise MediaError(f"{shown(path)}: its {stream.type} is {name}, which is not decoded; re-encode the file")
+        raise MediaError(f"{plain(path)}: its {stream.type} is {name}, which is not decoded; re-encode the file")
 
 
 def _upright(path: str | Path, frame: Any) -> np.ndarray:
@@ -240,7 +240,7 @@ def _upright(path: str | Path, frame: Any) -> np.ndarray:
     a, b, _, c, d = numbers
     if not ((a and d and not (b or c)) or (b and c and not (a or d))):
         raise MediaError(
-            f"{shown(path)}: the video is turned by an angle that is not a right one; re-encode it upright"
+            f"{plain(path)}: the video is turned by an angle that is not a right one; re-encode it upright"
         )
     if b:
         pixels, a, d = pixels.transpose(1, 0, 2), c, b
