@@ -198,7 +198,7 @@ def test_dense_weights_above_the_limit_keep_norms_and_say_so(
         assert slot.updates[0].norm == pytest.approx(0.1 * np.sqrt(np.prod(slot.shape)), rel=1e-4)
         assert slot.updates[0].singular_values is None and slot.merged_norm is None
     assert codes(inspection)["spectra_omitted"].slots == tuple(slot.name for slot in omitted)
-    assert "–" in report.text(inspection) and "FIGURES" in report.page(inspection)
+    assert "–" in report.text(inspection) and "figures" in report.page(inspection)
 
 
 def test_rows_are_sampled_by_the_weights_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_page_holds_everything_and_loads_nothing(write_recipe: WriteRecipe) -> N
     assert "default-src 'none'" in own and "http://" not in own and "https://" not in own
     assert "form-action 'none'" in own and "modeBarButtons" in own  # plotly's usual buttons would upload the chart
     assert not re.search(r"<(link|img|iframe|script)[^>]*\b(src|href)=", own)
-    figures, _ = json.JSONDecoder().raw_decode(own, own.index("const FIGURES = ") + len("const FIGURES = "))
+    figures, _ = json.JSONDecoder().raw_decode(own, own.index('id="figures">') + len('id="figures">'))
     drawn = [number for figure in figures for view in figure["views"].values() for number in numbers(view["data"])]
     for slot in inspection.slots:
         wanted = [u.norm for u in slot.updates] + [p.cosine for p in slot.pairs] + [p.left_overlap for p in slot.pairs]

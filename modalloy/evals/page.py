@@ -4,9 +4,7 @@ The page holds all that it shows, and a content security policy that forbids it 
 on the run, on the media's files and on where these are only.
 """
 
-import base64
 import csv as csv_module
-import hashlib
 import html
 import io
 import json
@@ -20,6 +18,7 @@ from modalloy.evals.compare import Comparison, Paired, compare, points
 from modalloy.evals.run import Entry, Run, is_text, result
 from modalloy.evals.shelf import Shelf
 from modalloy.report.escape import csv_cell, markdown_text
+from modalloy.report.html import asset, shell
 from modalloy.report.text import printable
 
 TURN = "drag to turn; double-click to change which axis points up"
@@ -210,21 +209,7 @@ def page(run: Run, *, examples: int = 200, other: Run | None = None) -> str:
         for i in chosen
     ]
     title = " · ".join(filter(None, (run.meta["task"], run.meta["variant"], _shown(run.meta["modalities"]))))
-    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'sha256-{script_hash}'; \
-style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; base-uri 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>modalloy eval · {html.escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(title)}</h1>
+    body = f"""<h1>{html.escape(title)}</h1>
 <p class="quiet">{html.escape(run.benchmark.summary)}</p>
 {_facts(scores)}
 <h2>Scores</h2>
@@ -237,17 +222,15 @@ style-src 'unsafe-inline'; img-src data:; media-src data:; form-action 'none'; b
 <p class="quiet">{_choice(outcomes, chosen, shelf, other is not None)}</p>
 {_filters([run.entries[i] for i in chosen], [outcomes[i] for i in chosen], len(verdicts) > 1, other is not None)}
 <noscript><p>Media and filters need JavaScript.</p></noscript>
-<div id="cards">{"".join(cards)}</div>
-</main>
-<script type="application/json" id="media">{_safe_json(shelf.items)}</script>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _safe_json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+<div id="cards">{"".join(cards)}</div>"""
+    return shell(
+        f"modalloy eval · {title}",
+        body,
+        style="evals",
+        scripts=[asset("evals.js")],
+        data={"media": shelf.items},
+        shows=["image", "media"],
+    )
 
 
 def _outcome(entry: Entry, verdict: Verdict) -> str:
@@ -467,154 +450,3 @@ def _stands_for(index: int, sample: Sample, answers: Sequence[str]) -> bool:
     if sample.choices and not is_text(sample) and LETTERS[index : index + 1] in answers:
         return True
     return any(names[index].strip() in answers for names in (sample.choices, sample.options) if names)
-
-
-STYLE = """
-:root { --ground: #f6f7f9; --card: #fff; --ink: #1a202c; --quiet: #5a6577; --line: #dfe4ea; --bar: #4a7fc1; --blind: #a9b4c2;
-  --right: #2f855a; --wrong: #c53030; --unparsed: #b7791f; --media_error: #6b46c1; --oom: #6b46c1; --mark: #e6f4ec; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1d2229; --ink: #e4e8ee; --quiet: #97a3b4;
-  --line: #323a45; --bar: #5b93d8; --blind: #566171; --right: #58b888; --wrong: #f07575; --unparsed: #dfa848;
-  --media_error: #a78bec; --oom: #a78bec; --mark: #1f3a2c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 24px 28px 64px; }
-h1 { font-size: 26px; margin: 8px 0 2px; } h2 { font-size: 19px; margin: 34px 0 8px; }
-.quiet, small { color: var(--quiet); } .quiet { margin: 0 0 12px; max-width: 100ch; }
-.wide { overflow-x: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 8px 0; }
-dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-summary { cursor: pointer; color: var(--quiet); margin: 6px 0; overflow-wrap: anywhere; }
-.facts { font-size: 14px; }
-table { border-collapse: collapse; background: var(--card); margin: 6px 0 16px; font-size: 14px;
-  font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: 4px 14px; text-align: left; white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; }
-.barred { display: flex; gap: 14px; align-items: center; justify-content: space-between; }
-.barred .bar { width: 180px; }
-.strips { display: grid; grid-template-columns: fit-content(50%) minmax(80px, 560px) max-content; gap: 5px 16px;
-  align-items: center; margin: 0 0 16px; font-variant-numeric: tabular-nums; }
-.strips > span:not(.bar) { color: var(--quiet); }
-.bar { display: block; position: relative; height: 12px; min-width: 60px; background: var(--line); border-radius: 3px; }
-.bar u { position: absolute; inset: 0 auto 0 0; background: var(--bar); border-radius: 3px; }
-.bar.blind u { background: var(--blind); }
-.bar i { position: absolute; top: 5px; height: 2px; background: var(--ink); }
-.bar i::before, .bar i::after { content: ""; position: absolute; top: -3px; height: 8px; width: 2px; background: var(--ink); }
-.bar i::before { left: 0; } .bar i::after { right: 0; }
-#filters { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 8px 18px; align-items: center;
-  background: var(--ground); padding: 10px 0; border-bottom: 1px solid var(--line); font-size: 14px; }
-select, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-  border-radius: 5px; padding: 3px 7px; }
-output { color: var(--quiet); margin-left: auto; }
-article { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--tone);
-  border-radius: 6px; margin: 14px 0; padding: 10px 16px 12px; }
-article[hidden] { display: none; }
-.right { --tone: var(--right); } .wrong { --tone: var(--wrong); } .unparsed { --tone: var(--unparsed); }
-.media_error, .too_long, .oom, .missing { --tone: var(--media_error); }
-header { display: flex; flex-wrap: wrap; gap: 4px 12px; align-items: baseline; font-size: 13px; }
-header b { color: var(--tone); font-size: 14px; } header .yes { color: var(--right); } header .no { color: var(--wrong); }
-.tags span { border: 1px solid var(--line); border-radius: 9px; padding: 0 8px; margin-right: 6px; color: var(--quiet); }
-.id { margin-left: auto; color: var(--quiet); overflow-wrap: anywhere; }
-.body { display: flex; flex-wrap: wrap; gap: 10px 24px; margin-top: 8px; }
-.media { display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; max-width: 480px; }
-.media:empty { display: none; }
-.text { flex: 1 1 380px; min-width: 0; }
-figure { margin: 0; width: 220px; } figure.audio { width: 230px; } figure.audio:only-child { width: 300px; }
-figure.gone { width: 100%; max-width: 460px; }
-figure.gone { border: 1px dashed var(--line); border-radius: 5px; padding: 8px 10px; }
-figcaption { font-size: 12px; color: var(--quiet); overflow-wrap: anywhere; }
-img, video, canvas { display: block; width: 100%; border-radius: 5px; background: #8882; }
-img, video { max-height: 260px; object-fit: contain; } img:not([src]), video:not([src]) { height: 160px; }
-canvas { cursor: grab; touch-action: none; } audio { width: 100%; }
-.question { margin: 0 0 8px; font-size: 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.options { list-style: none; margin: 0 0 2px; padding: 0; font-variant-numeric: tabular-nums; }
-.options li { display: grid; grid-template-columns: 1.4em minmax(0, 1fr); gap: 0 10px; align-items: center;
-  padding: 1px 6px; border-radius: 4px; }
-.options.scored li { grid-template-columns: 1.4em minmax(0, 1fr) minmax(60px, 160px) 4em 4em; }
-.options span:first-child { color: var(--quiet); } .options .is-gold { background: var(--mark); }
-.options .is-said { font-weight: 600; }
-.options small, .options .bar + span { text-align: right; }
-.answer { max-height: 14em; overflow-y: auto; font: 13px/1.5 ui-monospace, monospace; } .error { color: var(--media_error); }
-@media (max-width: 640px) { main { padding: 12px 14px 48px; } .text { flex-basis: 100%; } .options.scored small { display: none; }
-  .options.scored li { grid-template-columns: 1.2em minmax(0, 1fr) 60px 4em; } }
-"""
-
-SCRIPT = """
-const MEDIA = JSON.parse(document.getElementById("media").textContent);
-const cards = [...document.querySelectorAll("article")].map(card =>
-  ({card, kinds: card.dataset.kinds.split(" "), group: JSON.parse(card.dataset.group),
-    text: (card.textContent + " " + [...card.querySelectorAll("figcaption")].map(one => one.title).join(" ")).toLowerCase()}));
-const selects = [...document.querySelectorAll("#filters select")], search = document.getElementById("search");
-function filter() {
-  const words = search.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  let shown = 0;
-  for (const {card, kinds, group, text} of cards) {
-    const fits = words.every(word => text.includes(word)) && selects.every(select => !select.value ||
-      (select.dataset.key ? group[select.dataset.key] === select.value : kinds.includes(select.value)));
-    card.hidden = !fits;
-    shown += fits;
-  }
-  document.getElementById("count").textContent = shown + " of " + cards.length;
-}
-selects.forEach(select => select.addEventListener("change", filter));
-search.addEventListener("input", filter);
-filter();
-
-function cloud(canvas, item) {
-  const raw = Uint8Array.from(atob(item.data), c => c.charCodeAt(0)), n = item.n;
-  const xyz = new Int16Array(raw.buffer, 0, 3 * n), rgb = item.coloured ? raw.subarray(6 * n) : null;
-  const context = canvas.getContext("2d"), size = canvas.width, order = [...Array(n).keys()], depth = new Float32Array(n);
-  const dark = matchMedia("(prefers-color-scheme: dark)"), still = matchMedia("(prefers-reduced-motion: reduce)");
-  let turn = 0.6, tilt = 0.35, upright = 1, held = null, seen = false, last = 0;
-  function draw() {
-    const [s, c, st, ct] = [Math.sin(turn), Math.cos(turn), Math.sin(tilt), Math.cos(tilt)], places = [];
-    for (let i = 0; i < n; i++) {
-      const x = xyz[3 * i] / 32767, up = xyz[3 * i + upright] / 32767;
-      const away = (upright === 1 ? xyz[3 * i + 2] : -xyz[3 * i + 1]) / 32767;
-      const z = c * away - s * x;
-      places.push([c * x + s * away, ct * up - st * z]);
-      depth[i] = st * up + ct * z;
-    }
-    order.sort((i, j) => depth[i] - depth[j]);
-    context.clearRect(0, 0, size, size);
-    for (const i of order) {
-      const near = (depth[i] + 1) / 2, scale = size * 0.46 / (1.25 - 0.25 * depth[i]), dot = 2 + 3.2 * near;
-      context.fillStyle = rgb ? `rgb(${rgb[3 * i]},${rgb[3 * i + 1]},${rgb[3 * i + 2]})`
-        : `hsl(212 55% ${dark.matches ? 25 + 50 * near : 75 - 45 * near}%)`;
-      context.fillRect(size / 2 + scale * places[i][0] - dot / 2, size / 2 - scale * places[i][1] - dot / 2, dot, dot);
-    }
-  }
-  function step(now) {
-    if (!seen) return;
-    if (now - last > 40) {
-      if (!held && !still.matches) turn += 0.018;
-      last = now;
-      draw();
-    }
-    requestAnimationFrame(step);
-  }
-  canvas.addEventListener("pointerdown", event => { held = event; canvas.setPointerCapture(event.pointerId); });
-  canvas.addEventListener("pointermove", event => {
-    if (!held) return;
-    turn += event.movementX * 0.012;
-    tilt = Math.max(-1.5, Math.min(1.5, tilt + event.movementY * 0.012));
-  });
-  for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => { held = null; });
-  canvas.addEventListener("dblclick", () => { upright = 3 - upright; });
-  draw();
-  return visible => { if (visible && !seen) requestAnimationFrame(step); seen = visible; };
-}
-const clouds = new Map();
-const watch = new IntersectionObserver(found => {
-  for (const {target, isIntersecting} of found) {
-    const item = MEDIA[target.dataset.place];
-    if (item.type === "points") {
-      if (isIntersecting && !clouds.has(target)) clouds.set(target, cloud(target, item));
-      clouds.get(target)?.(isIntersecting);
-    } else if (isIntersecting) {
-      target.src = "data:" + item.type + ";base64," + item.data;
-      watch.unobserve(target);
-    }
-  }
-}, {rootMargin: "600px"});
-document.querySelectorAll("[data-place]").forEach(place => watch.observe(place));
-"""

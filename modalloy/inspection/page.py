@@ -7,13 +7,13 @@ inspection and on the installed plotly only.
 
 import html
 import importlib.util
-import json
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from modalloy.errors import OutputError
 from modalloy.inspection.measure import SAMPLED_ROWS, Inspection, Pair, Slot, Update
+from modalloy.report.html import asset, shell, table
 from modalloy.report.text import printable_lines
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b7791f", "#b83280", "#0987a0", "#4a5568")
@@ -87,32 +87,21 @@ def page(inspection: Inspection) -> str:
         figures.pop(1)
     labels = " + ".join(one.label for one in inspection.specialists)
     sections = "\n".join(_section(index, figure) for index, figure in enumerate(figures))
-    data = json.dumps(_rounded(figures), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>modalloy inspect · {html.escape(labels)}</title>
-<style>{STYLE}</style>
-<script>{get_plotlyjs()}</script>
-</head>
-<body>
-<main>
-<h1>{html.escape(labels)}, by {html.escape(inspection.method)}</h1>
+    body = f"""<h1>{html.escape(labels)}, by {html.escape(inspection.method)}</h1>
 {_facts(inspection)}
 <h2>Is this merge sane?</h2>
 {_findings(inspection)}
 {sections}
 <h2>Medians over the layers</h2>
-{"".join(_table(*table) for table in tables(inspection))}
-</main>
-<script>const FIGURES = {data.replace("</", "<" + chr(92) + "/").replace("<!--", "<" + chr(92) + "!--")};{SCRIPT}</script>
-</body>
-</html>
-"""
+{"".join(table(*one) for one in tables(inspection))}"""
+    return shell(
+        f"modalloy inspect · {labels}",
+        body,
+        style="inspection",
+        scripts=[get_plotlyjs(), asset("inspection.js")],
+        data={"figures": _rounded(figures)},
+        shows=["image"],
+    )
 
 
 def _facts(inspection: Inspection) -> str:
@@ -131,7 +120,7 @@ def _facts(inspection: Inspection) -> str:
         [s.label, s.modality or "–", s.layout, str(s.rank or "–"), f"{s.weight:g}", f"{s.norm:.4g}"]
         for s in inspection.specialists
     ]
-    return f"<dl>{items}</dl>{_table(head, rows)}"
+    return f"<dl>{items}</dl>{table(head, rows)}"
 
 
 def _findings(inspection: Inspection) -> str:
@@ -142,12 +131,6 @@ def _findings(inspection: Inspection) -> str:
         message = html.escape(finding.message)
         items.append(f'<li class="{finding.level}"><b>{finding.level}</b> {message}{which}</li>')
     return f'<p class="verdict">{inspection.verdict}</p><ul class="findings">{"".join(items)}</ul>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _section(index: int, figure: Figure) -> str:
@@ -463,56 +446,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-STYLE = """
-body { margin: 0; background: #f7fafc; color: #1a202c; font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 24px 32px 64px; }
-h1 { font-size: 26px; margin: 8px 0 16px; }
-h2 { font-size: 19px; margin: 32px 0 4px; }
-section p { margin: 0 0 10px; color: #4a5568; max-width: 100ch; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; margin: 0 0 16px; }
-dt { color: #4a5568; } dd { margin: 0; }
-table { border-collapse: collapse; background: #fff; margin: 8px 0 20px; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid #e2e8f0; padding: 4px 12px; text-align: left; }
-th { background: #edf2f7; font-weight: 600; }
-.verdict { font-size: 17px; font-weight: 600; margin: 4px 0 10px; }
-.findings { list-style: none; padding: 0; margin: 0; }
-.findings > li { background: #fff; border-left: 4px solid #4299e1; padding: 8px 14px; margin: 0 0 8px; overflow-wrap: anywhere; }
-.findings > li.warning { border-color: #dd6b20; }
-details { font-size: 13px; color: #4a5568; }
-.choices { display: flex; gap: 20px; margin: 0 0 8px; }
-select { font: inherit; padding: 2px 6px; }
-.plot { background: #fff; border: 1px solid #e2e8f0; }
-"""
-
-SCRIPT = """
-const CONFIG = {displaylogo: false, responsive: true, plotlyServerURL: "",
-                modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]};
-const AXIS = {gridcolor: "#edf2f7", linecolor: "#cbd5e0", zerolinecolor: "#cbd5e0", ticks: "outside", tickcolor: "#cbd5e0",
-              automargin: true};
-function drawn(figure, view) {
-  const layout = structuredClone({font: {family: "system-ui, sans-serif", size: 12, color: "#1a202c"},
-    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
-    margin: {l: 60, r: 45, t: 76, b: 50}, modebar: {orientation: "v"},
-    legend: {orientation: "h", x: 0, y: 1, yref: "container", yanchor: "top"}, ...figure.layout});
-  for (const [path, value] of Object.entries(structuredClone(view.layout))) {
-    const [name, part] = path.split(".");
-    if (part) layout[name] = {...layout[name], [part]: value}; else layout[name] = value;
-  }
-  for (const name of Object.keys(layout)) if (/^[xy]axis/.test(name)) layout[name] = {...AXIS, ...layout[name]};
-  return layout;
-}
-FIGURES.forEach((figure, index) => {
-  const section = document.getElementById("figure-" + index), plot = section.querySelector(".plot");
-  const selects = [...section.querySelectorAll("select")];
-  const draw = () => {
-    const view = figure.views[selects.map(select => select.value).join("|")]
-      || {data: [], layout: {annotations: [{text: "this layer has no such merged weight", showarrow: false,
-          x: 0.5, y: 0.5, xref: "paper", yref: "paper"}]}};
-    Plotly.react(plot, structuredClone(view.data), drawn(figure, view), CONFIG);
-  };
-  selects.forEach(select => select.addEventListener("change", draw));
-  draw();
-});
-"""

@@ -5,19 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from modalloy.report.html import shell, table
 from modalloy.report.text import printable_lines
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 52, 52, 14, 34
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1a202c;margin:0;background:#fff}
-main{max-width:52rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-table{border-collapse:collapse;margin:.7rem 0}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0}
-td:first-child,th:first-child{text-align:left}tr.chosen{background:#ebf8ff;font-weight:600}tr.out{color:#a0aec0}
-.note{color:#4a5568}li{margin:.2rem 0}svg{max-width:100%;height:auto}
-@media(prefers-color-scheme:dark){body{background:#1a202c;color:#e2e8f0}tr.chosen{background:#2a4365}
-td,th{border-color:#2d3748}.note{color:#a0aec0}}
-"""
 LOSSES = {
     "normalised": "share of answers that differ from the neighbours'",
     "exact": "share of answers that differ from the neighbours'",
@@ -61,12 +52,7 @@ def page(found: dict[str, Any]) -> str:
         if (proxy := sweep["proxy"]) is not None:
             parts.append(f'<p class="note">{html.escape(proxy_words(proxy))}</p>')
     parts.append(f"<h2>Cost</h2><p>{html.escape(cost_words(found['cost']))}</p>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>modalloy search</title>'
-        f"<style>{STYLE}</style></head><body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
-    )
+    return shell("modalloy search", "\n".join(parts), style="search")
 
 
 def text(found: dict[str, Any]) -> str:
@@ -161,12 +147,8 @@ def _marks(sweep: dict[str, Any]) -> list[str]:
 
 
 def _table(sweep: dict[str, Any]) -> str:
-    head, rows = _cells(sweep)
-    names = {"*": ' class="chosen"', "x": ' class="out"', " ": ""}
-    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"]
-    for mark, row in zip(_marks(sweep), rows, strict=True):
-        lines.append(f"<tr{names[mark]}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    names = {"*": "chosen", "x": "out", " ": ""}
+    return table(*_cells(sweep), [names[mark] for mark in _marks(sweep)])
 
 
 def _curve(sweep: dict[str, Any], what: str) -> str:
