@@ -61,7 +61,7 @@ def server(folder: Path) -> Server:
 @pytest.fixture
 def run(folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
     """`search` with the one model of this file."""
-    monkeypatch.setattr("modalloy.search.run.Server", lambda planned, **options: server)
+    monkeypatch.setattr("modalloy.search.asking.Server", lambda planned, **options: server)
 
     def run(out: Path, **options: Any) -> Found:
         return search(folder / "recipe.yaml", folder / "probe.jsonl", out, **{"max_new_tokens": 3} | options)
@@ -183,7 +183,7 @@ def test_consistency_from_start_to_a_recipe(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished search loads no model")
 
-    monkeypatch.setattr("modalloy.search.run.Server", refuse)
+    monkeypatch.setattr("modalloy.search.asking.Server", refuse)
     assert run(out, vary=[SCALES, "rank=2,4,8,16"], resume=True).chosen == found.chosen
     assert run(out, vary=["scale=0.25,0.5,0.75"], resume=True, variant="union").chosen == {"scale": 0.5}
     with pytest.raises(ModalloyError, match=r"is a search with another max_new_tokens; choose another folder"):

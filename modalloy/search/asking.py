@@ -1,0 +1,171 @@
+"""Answers of candidates to the probes: from the log, else from the one model in memory."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from modalloy.errors import MediaError, ModalloyError
+from modalloy.evals.benchmark import Sample
+from modalloy.evals.features import FeatureCache
+from modalloy.evals.runner import answers
+from modalloy.planning.plan import Plan
+from modalloy.search.candidates import Server
+from modalloy.search.space import Axis, Changes, start
+from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, serve_target
+from modalloy.search.trials import Trials
+
+TARGET = "target"  # in the log: the model of α = 0
+Line = dict[str, Any]
+
+
+class Asking:
+    """Answers of candidates to the probes: from the log, else from the one model in memory."""
+
+    def __init__(
+        self,
+        planned: Plan,
+        axes: list[Axis],
+        probes: list[Sample],
+        log: Trials,
+        cache: FeatureCache,
+        lengths: dict[str, Any],
+        allow_base_mismatch: bool,
+        load: Loader | None,
+        on_answer: Callable[[int, int], None],
+    ) -> None:
+        self.planned, self.probes, self.log, self.cache, self.lengths = planned, probes, log, cache, lengths
+        self.allow_base_mismatch, self.load, self.on_answer = allow_base_mismatch, load, on_answer
+        self.home = start(planned, axes)
+        self.expected = 0
+        self.used: dict[str, Line] = {}  # lines of the log that this search wanted
+        self.serving = ""
+
+    @cached_property
+    def server(self) -> Server | PlacedTarget | LoadedTarget:
+        """Loaded when there is something to ask, and every medium encoded once."""
+        begin = time.perf_counter()
+        options = {"device": self.lengths["device"], "dtype": self.lengths["dtype"]}
+        options["allow_base_mismatch"] = self.allow_base_mismatch
+        across = self.planned.recipe.target is not None
+        found = serve_target(self.planned, self.load, **options) if across else Server(self.planned, **options)
+        loaded = time.perf_counter()
+        for modality, path in dict.fromkeys(medium for probe in self.probes for medium in probe.media):
+            self.cache.features(found.chat, modality, path)
+        seconds = {"load_s": loaded - begin, "features_s": time.perf_counter() - loaded}
+        if across:
+            size = self.planned.write_bytes
+        else:
+            size = sum(one.numel() * one.element_size() for one in found.chat.model.parameters())
+        self.log.add("loaded", seconds | {"checkpoint_bytes": size})
+        return found
+
+    def sketch(self, changes: Changes) -> list[float]:
+        """Numbers that stand for a candidate's merge."""
+        key = f"served {self._key(changes)}"
+        if key not in self.log.lines:
+            self._serve(changes)
+        self.used[key] = self.log.lines[key]
+        found: list[float] = self.used[key]["sketch"]
+        return found
+
+    def ask(self, changes: Changes, asked: Sequence[Sample], *, predict: bool = False) -> list[Line]:
+        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some, or with
+        `predict` the likeliest token at every place of its option."""
+        # the target itself is a parent too, and asked once
+        is_target = self.planned.recipe.target is not None and not any(self.sketch(changes))
+        name = TARGET if is_target else self._key(changes)
+        return self._lines(name, lambda: self._serve(changes), asked, predict)
+
+    @cached_property
+    def parents(self) -> dict[str, Line]:
+        """The answer of the specialist of its sense to every probe of one sense, by the probe's id; or of the target to all."""
+        found: dict[str, Line] = {}
+        if self.planned.recipe.target is not None:
+            lines = self._lines(TARGET, lambda: self._serve_parent(0), self.probes)
+            return {probe.id: line for probe, line in zip(self.probes, lines, strict=True)}
+        for index, specialist in enumerate(self.planned.specialists):
+            own = [probe for probe in self.probes if {m for m, _ in probe.media} == {specialist.modality}]
+            if own:
+                name = f"parent {specialist.modality}"
+                lines = self._lines(name, lambda at=index: self._serve_parent(at), own)  # type: ignore[misc]
+                found |= {probe.id: line for probe, line in zip(own, lines, strict=True)}
+        return found
+
+    def _lines(
+        self, name: str, serve: Callable[[], None], asked: Sequence[Sample], predict: bool = False
+    ) -> list[Line]:
+        mark = " · top1" if predict else ""
+        keys = [f"{name} · {probe.id} · {json.dumps(probe.options)}{mark}" for probe in asked]
+        todo = [(index, probe) for index, probe in enumerate(asked) if keys[index] not in self.log.lines]
+        if todo:
+            serve()
+            size, limit = self.lengths["batch_size"], self.lengths["max_new_tokens"]
+            for entries in answers(self.server.chat, todo, limit, size, self.cache, predict=predict):
+                for entry in entries:
+                    if entry.status != "ok":
+                        kind = MediaError if entry.status == "media_error" else ModalloyError
+                        raise kind(
+                            f"{entry.error}; use a smaller --batch-size" if entry.status == "oom" else entry.error
+                        )
+                    line: Line = {"model": name, "probe": entry.sample.id, "text": entry.answer.text}
+                    line |= {"likelihoods": list(entry.answer.likelihoods), "n_out": entry.new_tokens}
+                    line |= {"predicted": list(entry.answer.predicted)} if predict else {}
+                    self.log.add(keys[entry.index], line | {"seconds": round(entry.seconds, 4)})
+                self._progress()
+        self.used |= {key: self.log.lines[key] for key in keys}
+        self._progress()
+        return [self.log.lines[key] for key in keys]
+
+    def _serve(self, changes: Changes) -> None:
+        key = f"served {self._key(changes)}"
+        if self.serving == key:
+            return
+        server, begin = self.server, time.perf_counter()
+        sketch = server.serve(changes)
+        self.serving = key
+        if key not in self.log.lines:
+            self.log.add(key, {"sketch": sketch, "seconds": round(time.perf_counter() - begin, 4)})
+
+    def _serve_parent(self, index: int) -> None:
+        self.server.serve_parent(index)
+        self.serving = f"parent {index}"
+
+    def _key(self, changes: Changes) -> str:
+        """A candidate's name in the log: what of it is not as in the recipe."""
+        return json.dumps({n: v for n, v in changes.items() if v != self.home[n]}, sort_keys=True)
+
+    def _progress(self) -> None:
+        done = sum("probe" in line for line in self.log.lines.values())
+        self.on_answer(done, max(done, self.expected))
+
+    def cost(self) -> dict[str, Any]:
+        """Merges, answers and seconds of this search, and an estimate of the published way: every candidate written as a
+        full checkpoint, loaded, and asked with its encoders run again (from the times measured here; writing not counted)."""
+        loaded = self.log.lines["loaded"]
+        served = [line for key, line in self.used.items() if key.startswith("served ")]
+        asked = [line for line in self.used.values() if "probe" in line]
+        models = {line["model"] for line in asked if not line["model"].startswith("parent ")}
+        of_candidates = sum(line["seconds"] for line in asked if not line["model"].startswith("parent "))
+        each = loaded["load_s"] + loaded["features_s"] + of_candidates / max(1, len(models))
+        serving_s, answers_s = (sum(line["seconds"] for line in lines) for lines in (served, asked))
+        return {
+            "merges": len(served),
+            "candidates_asked": len(models),
+            "generated": sum(line["n_out"] > 0 for line in asked),
+            "scored": sum(line["n_out"] == 0 for line in asked),
+            "seconds": {
+                "load": round(loaded["load_s"], 2),
+                "features": round(loaded["features_s"], 2),
+                "merges": round(serving_s, 2),
+                "answers": round(answers_s, 2),
+                "all": round(loaded["load_s"] + loaded["features_s"] + serving_s + answers_s, 2),
+            },
+            "written_checkpoints": 0,
+            "published_way": {
+                "written_bytes": len(served) * loaded["checkpoint_bytes"],
+                "answers": len(served) * len(self.probes),
+                "seconds_estimate": round(len(served) * each + serving_s, 2),
+            },
+        }
