@@ -15,7 +15,7 @@ from fake_run import benchmark, question, write_run
 from PIL import Image
 
 from modalloy.errors import MediaError, ModalloyError
-from modalloy.evals import BENCHMARKS, ocrbench, senses
+from modalloy.evals import BENCHMARKS, markdown, ocrbench, senses
 from modalloy.evals import page as evals
 from modalloy.evals.benchmark import Source
 from modalloy.evals.doctor import doctor
@@ -225,7 +225,7 @@ def test_a_run_of_other_types_is_one_line(name: str, tmp_path: Path) -> None:
         (run.folder / "run.json").write_text(json.dumps(whole | {name: value}))
         try:
             evals.page(load_run(run.folder))
-            evals.markdown(result(load_run(run.folder)))
+            markdown.markdown(result(load_run(run.folder)))
         except ModalloyError as error:
             assert "\n" not in str(error)
     (run.folder / "run.json").write_text("[" * 100_000)
@@ -263,9 +263,9 @@ def test_texts_of_strangers_stay_text_in_tables(tmp_path: Path) -> None:
     evil = "=HYPERLINK(1)|<img src=x> [a](b) `c` *d*\n# e"
     sample = replace(question(0), group={evil: evil, "type": "+1"})
     scores = result(write_run(tmp_path / "run", [sample, sample], ["yes", "no"], variant=evil))
-    text = evals.markdown(scores)
+    text = markdown.markdown(scores)
     assert "<img" not in re.sub(r"\\.", "", text) and "[a]" not in text and "\n# e" not in text
-    for cell in re.split(r',|"', evals.csv(scores)):
+    for cell in re.split(r',|"', markdown.csv(scores)):
         assert not cell.startswith(("=", "+", "@", "-"))
     assert csv_cell("-2+3") == "'-2+3" and csv_cell("a=b") == "a=b"
     assert (markdown_code("org/base"), markdown_code("a`` b\n")) == ("`org/base`", "``` a`` b  ```")

@@ -18,7 +18,7 @@ from fake_run import benchmark, question, write_run
 
 from modalloy import builtin, cli
 from modalloy.errors import ModalloyError
-from modalloy.evals import BENCHMARKS, shelf
+from modalloy.evals import BENCHMARKS, markdown, shelf
 from modalloy.evals import page as evals
 from modalloy.evals.run import result
 
@@ -176,13 +176,13 @@ def test_tables(tmp_path: Path) -> None:
     samples = [question(index, cluster=(f"c{index % 3}",)) for index in range(8)]
     run = write_run(tmp_path / "run", samples, ["yes", "no", "yes", "perhaps", "yes", "no", "yes", None], n_samples=20)
     scores = result(run)
-    text = evals.markdown(scores)
+    text = markdown.markdown(scores)
     assert text.startswith(
         "# fake · image\n\n8 questions of 20, 0 distinct media; 1 unparsed, 1 media errors, 0 out of memory"
     )
     assert re.search(r"\| text +\| 50\.0 % +\| 21\.5 to 78\.5 +\| [\d.]+ to [\d.]+ +\| 4 of 8 \| 57\.1 % ", text)
     assert "always the most frequent answer 100.0 %" in text and "## type" in text
-    rows = list(csv.DictReader(io.StringIO(evals.csv(scores))))
+    rows = list(csv.DictReader(io.StringIO(markdown.csv(scores))))
     assert [(row["rule"], row["group"], row["value"], row["n"], row["acc"]) for row in rows[:3]] == [
         ("text", "", "", "8", "0.5"),
         ("text", "type", "even", "4", "1.0"),

@@ -19,10 +19,13 @@ from test_cli import run
 
 import modalloy
 import modalloy.inspection.page as report
+import modalloy.inspection.text as tables
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
 from modalloy.files import new_file
 from modalloy.inspection import measure as module
-from modalloy.inspection.measure import Inspection, inspect
+from modalloy.inspection.figures import Finding, Inspection
+from modalloy.inspection.findings import findings
+from modalloy.inspection.measure import inspect
 
 WriteRecipe = Callable[..., Path]
 Run = Callable[..., str]
@@ -198,7 +201,7 @@ def test_dense_weights_above_the_limit_keep_norms_and_say_so(
         assert slot.updates[0].norm == pytest.approx(0.1 * np.sqrt(np.prod(slot.shape)), rel=1e-4)
         assert slot.updates[0].singular_values is None and slot.merged_norm is None
     assert codes(inspection)["spectra_omitted"].slots == tuple(slot.name for slot in omitted)
-    assert "–" in report.text(inspection) and "figures" in report.page(inspection)
+    assert "–" in tables.text(inspection) and "figures" in report.page(inspection)
 
 
 def test_rows_are_sampled_by_the_weights_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +215,7 @@ def test_rows_are_sampled_by_the_weights_name(monkeypatch: pytest.MonkeyPatch) -
 # --- findings
 
 
-def codes(inspection: Inspection) -> dict[str, module.Finding]:
+def codes(inspection: Inspection) -> dict[str, Finding]:
     assert len({f.code for f in inspection.findings}) == len(inspection.findings)
     return {finding.code: finding for finding in inspection.findings}
 
@@ -284,23 +287,23 @@ def test_all_updates_zero(write_recipe: WriteRecipe, specialists: dict[str, Path
     inspection = inspect(write_recipe())
     assert [f.code for f in inspection.findings] == ["zero_update", "zero_update"]
     assert all(slot.merged_norm == 0 and slot.coherence is None for slot in inspection.slots)
-    assert report.page(inspection) and report.text(inspection)
+    assert report.page(inspection) and tables.text(inspection)
 
 
 def test_uneven_layers(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
     slots = list(inspect(write_recipe(parameters={"rank": 6})).slots)
     layers = [replace(slot, name=f"{slot.name}.{copy}") for slot in slots for copy in range(3)]
     facts = inspect(write_recipe(parameters={"rank": 6})).specialists
-    assert module.findings(facts, layers, projects=True) == []
+    assert findings(facts, layers, projects=True) == []
     far = replace(layers[0], updates=tuple(replace(u, norm=u.norm / 11) for u in layers[0].updates))
-    found = module.findings(facts, [far, *layers[1:]], projects=True)
+    found = findings(facts, [far, *layers[1:]], projects=True)
     assert [f.code for f in found] == ["uneven_layers"] * 2 and found[0].slots == (layers[0].name,)
 
 
 def test_one_specialist(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
     inspection = inspect(write_recipe(models=[{"model": str(specialists["image"])}]))
     assert all(slot.pairs == () and slot.updates[0].kept == pytest.approx(1) for slot in inspection.slots)
-    assert "pair" not in report.text(inspection) and "Conflict between" not in report.page(inspection)
+    assert "pair" not in tables.text(inspection) and "Conflict between" not in report.page(inspection)
 
 
 def test_damaged_input_is_refused(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
@@ -444,7 +447,7 @@ def test_command(run: Run, write_recipe: WriteRecipe, tmp_path: Path) -> None:
 
 def test_tables_hold_medians(write_recipe: WriteRecipe) -> None:
     inspection = inspect(write_recipe())
-    (_, updates), (_, pairs) = report.tables(inspection)
+    (_, updates), (_, pairs) = tables.tables(inspection)
     assert len(updates) == 14 and len(pairs) == 7
     slots = [slot for slot in inspection.slots if slot.module.endswith("v_proj")]
     norms = [slot.updates[1].norm for slot in slots]

@@ -19,7 +19,7 @@ from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest, questions, wilson
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.page import markdown
+from modalloy.evals.markdown import markdown
 from modalloy.evals.run import Run, baselines, load_run, result
 from modalloy.evals.runner import answers, evaluate, identify
 from modalloy.model.chat import ChatModel

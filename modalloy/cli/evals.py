@@ -147,7 +147,7 @@ def eval_compare(
 ) -> None:
     """Is run B really better than run A? Paired tests on the questions that both were asked; Markdown on stdout."""
     from modalloy.evals.compare import compare
-    from modalloy.evals.page import comparison
+    from modalloy.evals.markdown import comparison
     from modalloy.evals.run import load_run
 
     found = compare(load_run(a), load_run(b))
@@ -200,7 +200,7 @@ def _published(
 
 def _write_scores(run: "Run", as_json: bool) -> Path:
     """Write a run's result.json, result.md and result.csv, print one of them, and return the run's folder."""
-    from modalloy.evals.page import csv, markdown
+    from modalloy.evals.markdown import csv, markdown
     from modalloy.evals.run import result, write_text
 
     scores = result(run)

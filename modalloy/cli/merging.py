@@ -145,7 +145,8 @@ def inspect(
     check_exists(recipe)
     from modalloy.files import new_file
     from modalloy.inspection.measure import inspect as run
-    from modalloy.inspection.page import page, require_plotly, text
+    from modalloy.inspection.page import page, require_plotly
+    from modalloy.inspection.text import text
 
     with ExitStack() as stack:
         if out is not None:  # refused before the work, not after it

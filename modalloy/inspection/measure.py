@@ -2,21 +2,17 @@
 
 All of it is computed on the small cores that the merge itself works on. With D_i = Q_B C_i Q_Aᵀ and orthonormal Q_B and
 Q_A, the norms, singular values, inner products and subspaces of the D_i are exactly those of the C_i. Only the conflict of
-signs needs entries of the D_i; it is measured on a sample of their rows.
-"""
+signs needs entries of the D_i; it is measured on a sample of their rows."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-import statistics
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +21,17 @@ from modalloy.compute import Read, Surveys, merged_update, survey, weighted_upda
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
 from modalloy.errors import RecipeError
+from modalloy.inspection.figures import (
+    DENSE_LIMIT,
+    Inspection,
+    Pair,
+    Slot,
+    SpecialistFacts,
+    Update,
+    norms_of,
+    place_in_layer,
+)
+from modalloy.inspection.findings import findings
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.machine.cores import default_workers
 from modalloy.methods import METHODS, apply, resolve
@@ -37,143 +44,9 @@ SAMPLED_ROWS = (
     256  # a share over 256 · in entries has a standard error of at most 0.5 / √(256 · in), 0.001 at in = 1024
 )
 CURVE_POINTS = 64  # of an energy curve, evenly spread: finer than a plot of usual width shows
-DENSE_LIMIT = 2048  # spectra of dense updates are computed up to this size: their cost grows with its cube
 SHOWN_VALUES = 128  # singular values that are listed of a dense update (of a low-rank one: all of them)
-IN_A_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # order of the data's way
 ENERGIES = (0.90, 0.95, 0.99)
-
-DOMINANT_RATIO = 5.0  # A and B weigh updates by their squared norm, so 5 times the norm is 25 times the say
-DUPLICATE_COSINE = 0.99  # independent runs from one base are nearly orthogonal; this is one run, or a copy of it
-OPPOSED_COSINE = -0.5  # two updates of equal norm then cancel half of their energy or more when they are added
-LOST_ENERGY = 0.5  # the merge then drops more of a specialist than it keeps
-UNEVEN_RATIO = (
-    10.0  # layers of one kind share shape, initialisation and learning rate; a run rarely spreads them so far
-)
-UNEVEN_MIN_LAYERS = 3  # a median of fewer layers says nothing about an outlier
-
 Svd = tuple[Tensor, Tensor, Tensor]  # U (p, r), σ (r,), V (q, r)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about this merge that a person should know. `code` is stable; `slots` are the weights, worst first."""
-
-    level: Literal["warning", "note"]
-    code: str
-    message: str
-    specialists: tuple[str, ...] = ()
-    slots: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Update:
-    """One specialist's update D of one weight, its `weight` in the recipe included.
-
-    `stable_rank` is ‖D‖_F² / ‖D‖₂² (Rudelson and Vershynin 2007). `effective_rank` is exp(−Σ p log p), p = σ / Σ σ (Roy and
-    Vetterli 2007): the number of directions it would have if all were equally strong. `kept` is the share of its
-    energy that SSAM's projection keeps, ‖U Uᵀ D V Vᵀ‖² / ‖D‖², and `kept_curve` the same at every `Slot.curve_k`.
-    None where it is not defined (D = 0) or was not computed (`Inspection.findings` then says so).
-    """
-
-    specialist: str
-    rank: int | None  # columns of its factors; None: dense
-    norm: float  # Frobenius
-    singular_values: tuple[float, ...] | None
-    stable_rank: float | None
-    effective_rank: float | None
-    kept: float | None
-    kept_curve: tuple[float, ...] | None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two specialists' updates of one weight, compared.
-
-    An overlap is ‖U_iᵀ U_j‖_F² / min(r_i, r_j) over their top singular vectors, at most k (Hu et al., arXiv 2106.09685, eq. 4):
-    1 if one subspace holds the other, 0 if they are orthogonal; `*_chance` is what random subspaces give on average.
-    `sign_conflict` is the share of entries in which the two disagree in sign, among those where both are not zero;
-    `sign_conflict_mass` weighs every entry by |D_i| |D_j|.
-    """
-
-    specialists: tuple[str, str]
-    cosine: float | None
-    left_overlap: float | None
-    left_chance: float | None
-    right_overlap: float | None
-    right_chance: float | None
-    sign_conflict: float | None
-    sign_conflict_mass: float | None
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One merged weight. `left_energy` and `right_energy` are the shares of the spectral energy of A = Σ D_i D_iᵀ and of
-    B = Σ D_iᵀ D_i in their top `curve_k` directions; `k_for_energy` the k at which both reach a share. Where the recipe
-    balances, A and B are those of D_i / ‖D_i‖.
-
-    `coherence` is ‖Σ D_i‖ / Σ ‖D_i‖: 1 if all point one way, 1/√n if n of equal norm are orthogonal, 0 if they cancel.
-    `merged_over_mean` is the norm of what the recipe merges over the norm of the plain mean (1/n) Σ D_i.
-    """
-
-    name: str
-    layer: int | None
-    module: str  # the name with its layer's number replaced by *
-    shape: tuple[int, int]
-    k: int | None
-    updates: tuple[Update, ...]
-    pairs: tuple[Pair, ...]
-    curve_k: tuple[int, ...] | None
-    left_energy: tuple[float, ...] | None
-    right_energy: tuple[float, ...] | None
-    k_for_energy: dict[str, int] | None
-    coherence: float | None
-    merged_norm: float | None
-    merged_over_mean: float | None
-
-
-@dataclass(frozen=True)
-class SpecialistFacts:
-    """One specialist as the recipe uses it; `norm` is over all merged weights."""
-
-    label: str
-    modality: str | None
-    layout: str
-    rank: int | None
-    weight: float | tuple[float, ...]  # several: over the depth
-    norm: float
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything that was measured, weight by weight, and what it means. Deterministic, whatever the number of workers."""
-
-    method: str
-    parameters: dict[str, Any]
-    base: str
-    k_of: str  # what `Slot.k` is
-    specialists: tuple[SpecialistFacts, ...]
-    slots: tuple[Slot, ...]
-    findings: tuple[Finding, ...]
-
-    @property
-    def verdict(self) -> str:
-        """One line: is this merge sane?"""
-        warnings = sum(finding.level == "warning" for finding in self.findings)
-        return f"{warnings} warning{'s' * (warnings > 1)}: read the findings" if warnings else "nothing looks wrong"
-
-    @property
-    def modules(self) -> dict[str, str]:
-        """Every kind of weight in the order of the model, and its name without the part that all of them share."""
-        patterns = sorted(dict.fromkeys(slot.module for slot in self.slots), key=_place_in_layer)
-        parents = [pattern.split(".")[:-1] for pattern in patterns]
-        shared = 0  # names at the start that all have
-        while parents and all(len(parent) > shared and parent[shared] == parents[0][shared] for parent in parents):
-            shared += 1
-        return {pattern: ".".join(pattern.split(".")[shared:]) for pattern in patterns}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
-        return asdict(self) | {"verdict": self.verdict}
 
 
 def inspect(
@@ -218,8 +91,8 @@ def inspect(
         slots.append(slot)
         if on_job is not None:
             on_job(done, len(merges))
-    slots.sort(key=lambda slot: (-1 if slot.layer is None else slot.layer, _place_in_layer(slot.module)))
-    norms = _norms(slots)
+    slots.sort(key=lambda slot: (-1 if slot.layer is None else slot.layer, place_in_layer(slot.module)))
+    norms = norms_of(slots)
     weights = [entry.parameters.weight for entry in recipe.models]
     if recipe.target is not None:
         weights.insert(0, 1.0)  # of the target
@@ -414,145 +287,3 @@ def _layer(slot: str) -> tuple[int | None, str]:
     stem = slot.removesuffix(".weight")
     number = re.search(r"(?<=\.)\d+(?=\.)", stem)
     return (int(number[0]), f"{stem[: number.start()]}*{stem[number.end() :]}") if number else (None, stem)
-
-
-def _place_in_layer(module: str) -> int:
-    """Where a kind of weight stands in a layer; unknown kinds come last."""
-    leaf = module.rpartition(".")[2]
-    return IN_A_LAYER.index(leaf) if leaf in IN_A_LAYER else len(IN_A_LAYER)
-
-
-def _norms(slots: Sequence[Slot]) -> defaultdict[str, dict[str, float]]:
-    """Specialist → weight → norm of its update."""
-    norms: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    for slot in slots:
-        for update in slot.updates:
-            norms[update.specialist][slot.name] = update.norm
-    return norms
-
-
-def findings(
-    specialists: Sequence[SpecialistFacts], slots: Sequence[Slot], *, projects: bool, balance: str = "none"
-) -> list[Finding]:
-    """What a person should know before trusting the merge, warnings first.
-
-    `projects`: the method keeps k directions only; `balance`: what of the updates it brings to one norm first, if it does.
-    """
-    found = [*_unused(specialists, slots), *_uneven(slots), *_conflicts(slots)]
-    for one in specialists:
-        others = max((other.norm for other in specialists if other is not one), default=0.0)
-        if others and one.norm > DOMINANT_RATIO * others and balance != "updates":
-            decides = "the shared subspaces and the sum" if balance == "none" else "the sum"
-            remedy = "lower its weight, raise the others'" + (", or set balance: updates" if projects else "")
-            found.append(
-                Finding(
-                    "warning",
-                    "dominates",
-                    f"{one.label}: its update is {one.norm / others:.1f} times as large as the next ({one.norm:.3g} against "
-                    f"{others:.3g}, over all weights), so that it decides {decides}; {remedy}",
-                    (one.label,),
-                )
-            )
-    if projects:
-        found += _projection(specialists, slots)
-    if omitted := [slot.name for slot in slots if slot.k is None]:
-        found.append(
-            Finding(
-                "note",
-                "spectra_omitted",
-                f"spectra, overlaps and energies of {_count(omitted, slots)} were not computed: dense and larger than "
-                f"{DENSE_LIMIT}; norms, cosines and signs were",
-                slots=tuple(omitted),
-            )
-        )
-    return sorted(found, key=lambda finding: finding.level != "warning")
-
-
-def _unused(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -> list[Finding]:
-    """Updates that are zero or absent: they count in λ = 1/n all the same."""
-    found, norms = [], _norms(slots)
-    for label in (one.label for one in specialists):
-        if zero := [name for name, norm in norms[label].items() if norm == 0]:
-            text = f"{label}: its update of {_count(zero, slots)} is zero: untrained (B = 0), or its weight is 0"
-            found.append(Finding("warning", "zero_update", text, (label,), tuple(zero)))
-        if absent := [slot.name for slot in slots if slot.name not in norms[label]]:
-            text = f"{label}: has no update of {_count(absent, slots)} that others update; it counts there as zero"
-            found.append(Finding("note", "no_update", text, (label,), tuple(absent)))
-    return found
-
-
-def _uneven(slots: Sequence[Slot]) -> list[Finding]:
-    """Layers whose update is far from the usual size of their kind."""
-    found = []
-    kinds: dict[str, list[Slot]] = defaultdict(list)
-    for slot in slots:
-        kinds[slot.module].append(slot)
-    for label, norms in _norms(slots).items():
-        ratios: dict[str, float] = {}
-        for kind in kinds.values():
-            sizes = {slot.name: norms[slot.name] for slot in kind if norms.get(slot.name)}
-            if len(sizes) >= UNEVEN_MIN_LAYERS:
-                usual = statistics.median(sizes.values())
-                ratios |= {name: max(size / usual, usual / size) for name, size in sizes.items()}
-        if far := sorted((name for name in ratios if ratios[name] > UNEVEN_RATIO), key=lambda name: -ratios[name]):
-            text = (
-                f"{label}: its update of {_count(far, slots)} is more than {UNEVEN_RATIO:g} times larger or smaller than the "
-                f"median of its kind, at worst {ratios[far[0]]:.0f} times ({far[0]}); was it trained to the end?"
-            )
-            found.append(Finding("warning", "uneven_layers", text, (label,), tuple(far)))
-    return found
-
-
-def _conflicts(slots: Sequence[Slot]) -> list[Finding]:
-    """Pairs that are copies of each other, or that point in opposite directions."""
-    cosines: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
-    for slot in slots:
-        for pair in slot.pairs:
-            if pair.cosine is not None:
-                cosines[pair.specialists][slot.name] = pair.cosine
-    found = []
-    for labels, by_slot in cosines.items():
-        both = " and ".join(labels)
-        if same := sorted((n for n, c in by_slot.items() if c > DUPLICATE_COSINE), key=lambda n: -by_slot[n]):
-            text = (
-                f"{both}: their updates of {_count(same, slots)} are nearly the same (cosine above {DUPLICATE_COSINE:g}), "
-                "so that they count twice; is one a copy of the other?"
-            )
-            found.append(Finding("warning", "near_duplicate", text, labels, tuple(same)))
-        if opposed := sorted((n for n, c in by_slot.items() if c < OPPOSED_COSINE), key=lambda n: by_slot[n]):
-            text = (
-                f"{both}: their updates of {_count(opposed, slots)} point in opposite directions (cosine below "
-                f"{OPPOSED_COSINE:g}, at worst {by_slot[opposed[0]]:.2f}); added, they cancel each other"
-            )
-            found.append(Finding("warning", "opposed", text, labels, tuple(opposed)))
-    return found
-
-
-def _projection(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -> list[Finding]:
-    """What SSAM's k does to each specialist."""
-    found = []
-    for label in (one.label for one in specialists):
-        kept = {s.name: u.kept for s in slots for u in s.updates if u.specialist == label and u.kept is not None}
-        if lost := sorted((name for name in kept if kept[name] < LOST_ENERGY), key=lambda name: kept[name]):
-            text = (
-                f"{label}: k keeps less than {LOST_ENERGY:.0%} of its energy in {_count(lost, slots)}, at worst "
-                f"{kept[lost[0]]:.0%} ({lost[0]}); raise rank, or its weight"
-            )
-            found.append(Finding("warning", "k_loses", text, (label,), tuple(lost)))
-    if all_kept := [s.name for s in slots if s.k is not None and _holds_all(s)]:
-        text = (
-            f"k is at least the sum of the ranks in {_count(all_kept, slots)}: nothing is projected away there, and ssam only "
-            "adds and scales"
-        )
-        found.append(Finding("note", "k_keeps_all", text, slots=tuple(all_kept)))
-    return found
-
-
-def _holds_all(slot: Slot) -> bool:
-    ranks = [update.rank for update in slot.updates]
-    stacked = sum(rank for rank in ranks if rank is not None) if None not in ranks else max(slot.shape)
-    return slot.k is not None and slot.k >= min(stacked, max(slot.shape))
-
-
-def _count(names: Sequence[str], slots: Sequence[Slot]) -> str:
-    return f"{len(names)} of {len(slots)} weights"
