@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from modalloy._version import __version__
+from modalloy.errors import missing_package
 
 if TYPE_CHECKING:
     from modalloy.delta import LowRank
@@ -29,5 +30,8 @@ HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in HOMES:
-        return getattr(importlib.import_module(f"modalloy.{HOMES[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"modalloy.{HOMES[name]}"), name)
+        except ModuleNotFoundError as error:
+            raise missing_package(error) or error from error
     raise AttributeError(f"module 'modalloy' has no attribute '{name}'")

@@ -7,11 +7,13 @@ ModalloyError
 ├── OutputError       the result cannot be written where or how it was asked for
 ├── OutOfMemoryError  what was asked for needs more memory than there is
 ├── MediaError        an image, sound, video or point cloud cannot be read
-└── LengthError       a conversation does not fit the model's context
+├── LengthError       a conversation does not fit the model's context
+└── MissingPackageError   a package of an optional extra is not installed (an ImportError too)
 """
 
 import difflib
 import errno
+import re
 import reprlib
 import traceback
 from collections.abc import Iterable, Iterator
@@ -27,8 +29,15 @@ NO_MEMORY = (
     "failed to map segment",
     "can't start new thread",
 )
-
-
+# package → the extra that installs it
+EXTRAS = {
+    **dict.fromkeys(
+        ("transformers", "tokenizers", "sentencepiece", "google", "PIL", "soundfile", "soxr", "av"), "model"
+    ),
+    **dict.fromkeys(("accelerate", "gguf"), "builtin"),
+    **dict.fromkeys(("resvg_py", "scipy", "zstandard"), "data"),
+    **{"lm_eval": "evals", "plotly": "report", "optuna": "search"},
+}
 MAX_PLAIN = 200  # characters of a name or a reason in a message
 
 
@@ -62,6 +71,27 @@ class MediaError(ModalloyError):
 
 class LengthError(ModalloyError):
     """A conversation and its answer are longer than the model's context."""
+
+
+class MissingPackageError(ModalloyError, ImportError):
+    """A package of an optional extra is not installed."""
+
+
+def missing_package(error: ImportError) -> MissingPackageError | None:
+    """What to say of an import that lacked a package of an optional extra; None of any other import."""
+    if isinstance(error, MissingPackageError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        words = [(error.name or "").partition(".")[0]]
+    else:  # transformers' own words
+        words = re.findall(r"\w+", str(error)) if "install" in str(error) else []
+        words = [word for word in words if word != "transformers"]
+    name = next((word for word in words if word in EXTRAS), None)
+    if name is None:
+        return None
+    return MissingPackageError(
+        f'{name} is not installed, and this needs it; run pip install "modalloy[{EXTRAS[name]}]"'
+    )
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

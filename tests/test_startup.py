@@ -95,3 +95,16 @@ def test_a_demo_that_lacks_a_package_says_how_to_get_it(missing: str, told: str,
         env=os.environ | {"MODALLOY_CACHE": str(tmp_path / "cache")},
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and told in done.stderr
+
+
+def test_python_names_the_extra_that_a_function_needs() -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None; import modalloy\n"
+        "from modalloy.errors import ModalloyError\n"
+        "try: modalloy.load_model\n"
+        "except ImportError as error: print(isinstance(error, ModalloyError), error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == (
+        'True transformers is not installed, and this needs it; run pip install "modalloy[model]"\n'
+    ), done.stderr

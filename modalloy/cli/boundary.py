@@ -24,21 +24,12 @@ import typer
 
 from modalloy._version import __version__
 from modalloy.cli.terminal import SafeStream, safe_streams
-from modalloy.errors import ModalloyError, ran_out_of_memory
+from modalloy.errors import ModalloyError, missing_package, ran_out_of_memory
 from modalloy.report.text import one_line
 
 BUG, STOPPED = 70, 130
 SHOW_BUGS = "MODALLOY_TRACEBACK"  # an environment variable: bugs and libraries' warnings are shown as they are
 USAGE, CLICK = typer.BadParameter.__mro__[1:3]  # UsageError and ClickException, which typer has no names for
-# package → the extra that installs it
-EXTRAS = {
-    **dict.fromkeys(
-        ("transformers", "tokenizers", "sentencepiece", "google", "PIL", "soundfile", "soxr", "av"), "model"
-    ),
-    **dict.fromkeys(("accelerate", "gguf"), "builtin"),
-    **dict.fromkeys(("resvg_py", "scipy", "zstandard"), "data"),
-    **{"lm_eval": "evals", "plotly": "report", "optuna": "search"},
-}
 REMEDIES = {
     errno.ENOSPC: "free space, or choose another place",
     errno.EDQUOT: "free space, or choose another place",
@@ -98,9 +89,8 @@ def mistake(error: BaseException) -> str | None:
         return f"{message}; see `{'modalloy' if context is None else context.command_path} --help`"
     if isinstance(error, ImportError) and isinstance(error.__cause__, ImportError):
         return mistake(error.__cause__)  # as transformers wraps it
-    missing = _missing_package(error) if isinstance(error, ImportError) else None
-    if missing is not None:
-        return f'{missing} is not installed, and this needs it; run pip install "modalloy[{EXTRAS[missing]}]"'
+    if isinstance(error, ImportError) and (missing := missing_package(error)) is not None:
+        return str(missing)
     if ran_out_of_memory(error):
         detail = f" ({one_line(str(error), 200)})" if str(error) else ""
         return f"memory ran out{detail}; stop other programs, or use fewer --jobs, a smaller model or another machine"
@@ -120,15 +110,6 @@ def _system_words(error: OSError) -> str:
     where = f"{' → '.join(files)}: " if files else ""
     remedy = REMEDIES.get(error.errno or 0)
     return f"{where}{error.strerror}{f'; {remedy}' if remedy else ''}"
-
-
-def _missing_package(error: ImportError) -> str | None:
-    """The package of an optional extra that an import lacked."""
-    if isinstance(error, ModuleNotFoundError):
-        root = (error.name or "").partition(".")[0]
-        return root if root in EXTRAS else None
-    words = re.findall(r"\w+", str(error)) if "install" in str(error) else []  # transformers' own words
-    return next((word for word in words if word != "transformers" and word in EXTRAS), None)
 
 
 def _bug(error: BaseException) -> str:
