@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from modalloy import builtin
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, cut
 from modalloy.storage.folder import reading
 from modalloy.storage.tensors import Checkpoint
 
@@ -29,7 +29,7 @@ def locate(location: str, relative_to: Path = Path(), *, whole: bool = False) ->
             return path
     if is_hub_id(location):
         return _download(location, whole)
-    raise CheckpointError(f"{path}: no such folder; correct the path in the recipe")
+    raise CheckpointError(f"{cut(str(path))}: no such folder; correct the path in the recipe")
 
 
 def is_hub_id(location: str) -> bool:

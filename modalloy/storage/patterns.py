@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from modalloy.errors import CheckpointError, shown
+from modalloy.errors import CheckpointError, plain, shown
 
 MAX_SECONDS, MAX_MEMORY = 2, 1 << 30  # of the child
 MAX_PATTERN = 1_000  # characters
@@ -59,5 +59,5 @@ def first_matches(patterns: Sequence[str], names: Sequence[str]) -> list[int | N
             f"{odd} or a pattern beside it takes more than {MAX_SECONDS} s to match; write plainer patterns"
         ) from error
     if index is not None:
-        raise CheckpointError(f"{shown(patterns[index])} is not a pattern ({found}); correct the file")
+        raise CheckpointError(f"{shown(patterns[index])} is not a pattern ({plain(found)}); correct the file")
     return [None if match is None else int(match) for match in found]
