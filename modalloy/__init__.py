@@ -9,7 +9,7 @@ from modalloy.errors import missing_package
 if TYPE_CHECKING:
     from modalloy.delta import LowRank
     from modalloy.merging import merge
-    from modalloy.methods import merge_deltas
+    from modalloy.methods.apply import merge_deltas
     from modalloy.model import load_model
     from modalloy.planning.planner import plan
     from modalloy.recipe import load_recipe
@@ -23,7 +23,7 @@ HOMES = {
     "load_model": "model",  # the only one that needs transformers
     "load_recipe": "recipe",
     "merge": "merging",
-    "merge_deltas": "methods",
+    "merge_deltas": "methods.apply",
     "plan": "planning.planner",
 }
 

@@ -11,7 +11,8 @@ from modalloy.delta import Delta, LowRank, compressed
 from modalloy.engines import local
 from modalloy.errors import MethodError
 from modalloy.linalg import BLOCK_ENTRIES
-from modalloy.methods import METHODS, apply, survey_model
+from modalloy.methods import METHODS
+from modalloy.methods.apply import apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.tensors import TensorRef, all_finite

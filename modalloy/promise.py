@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError
-from modalloy.methods import METHODS, resolve
+from modalloy.methods import METHODS
+from modalloy.methods.apply import resolve
 from modalloy.recipe import Recipe, Rule
 from modalloy.recompute import parts_of
 from modalloy.specialists.specialist import StoredLora

@@ -20,7 +20,8 @@ from pydantic import (
 from modalloy import mergekit
 from modalloy.errors import CheckpointError, RecipeError, cut, shown
 from modalloy.forms import FORMS, Form, known_form
-from modalloy.methods import METHODS, check_method
+from modalloy.methods import METHODS
+from modalloy.methods.apply import check_method
 from modalloy.names import modality_name
 from modalloy.senses.encoders import modalities
 from modalloy.storage.folder import read_bytes

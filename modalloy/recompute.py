@@ -14,7 +14,8 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
-from modalloy.methods import METHODS, apply
+from modalloy.methods import METHODS
+from modalloy.methods.apply import apply
 from modalloy.storage.tensors import TensorRef
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
 from modalloy.errors import CheckpointError, MethodError
 from modalloy.machine.cores import default_workers
-from modalloy.methods import METHODS, survey_model
+from modalloy.methods import METHODS
+from modalloy.methods.apply import survey_model
 from modalloy.outputs.manifest import (
     MANIFEST,
     SOURCES,

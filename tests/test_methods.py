@@ -15,7 +15,8 @@ from torch import Tensor
 from modalloy import LowRank, merge_deltas
 from modalloy.errors import MethodError, RecipeError
 from modalloy.linalg import Basis
-from modalloy.methods import METHODS, resolve
+from modalloy.methods import METHODS
+from modalloy.methods.apply import resolve
 from modalloy.methods.wudi import Interference
 
 OUT, IN = 60, 44

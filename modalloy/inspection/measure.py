@@ -34,7 +34,8 @@ from modalloy.inspection.figures import (
 from modalloy.inspection.findings import findings
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.machine.cores import default_workers
-from modalloy.methods import METHODS, apply, resolve
+from modalloy.methods import METHODS
+from modalloy.methods.apply import apply, resolve
 from modalloy.methods.ssam import balanced
 from modalloy.planning.job import Job
 from modalloy.planning.planner import plan

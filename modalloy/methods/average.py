@@ -1,6 +1,7 @@
 """Uniform averaging (model soups, Wortsman et al., arXiv 2203.05482)."""
 
 from modalloy.delta import Delta
+from modalloy.methods.method import LINEAR_LAWS, Method
 from modalloy.methods.parameters import Number
 
 
@@ -13,3 +14,6 @@ def average(deltas: list[Delta], *, scale: Number, shape: tuple[int, int]) -> De
         shape: of the original weight; unused.
     """
     return scale * sum(deltas[1:], deltas[0])
+
+
+METHOD = Method(average, "factors", "arXiv 2203.05482", LINEAR_LAWS, mean_scale=True, rowwise=True)

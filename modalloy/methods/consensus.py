@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from modalloy.methods.entries import row_blocks
+from modalloy.methods.method import ENTRY_LAWS, Method
 from modalloy.methods.parameters import Count, NotNegative, Number
 
 
@@ -33,3 +34,6 @@ def consensus(
         needed = D.abs() > mask_scale * (total - D).abs()
         merged[rows] = total * (needed.sum(0) >= agreement)
     return merged.mul_(scale)
+
+
+METHOD = Method(consensus, "dense", "arXiv 2405.07813", ENTRY_LAWS, rowwise=True)

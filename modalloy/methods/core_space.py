@@ -7,6 +7,7 @@ import torch
 from modalloy.delta import Delta, LowRank
 from modalloy.errors import MethodError
 from modalloy.linalg import Basis, left_singular_vectors
+from modalloy.methods.method import Method
 from modalloy.methods.parameters import Number, Share
 from modalloy.methods.ties import Combine, ties
 from modalloy.methods.tsv import tsv
@@ -60,3 +61,11 @@ def core_space(
         merged = scale * torch.stack(M).sum(0)
     dtype = factors[0].up.dtype
     return LowRank(rows.times(U @ merged, dtype), columns.times(V, dtype).T)
+
+
+METHOD = Method(
+    core_space,
+    "factors",
+    "arXiv 2509.17786",
+    ("permutation", "scaling", "left rotation", "rotation", "transpose", "rank ≤ Σ r_i"),
+)

@@ -1,6 +1,7 @@
 """DAMC (Chen et al., ACL 2024, arXiv 2402.12750): decoupled parameters, and a weighted sum of the text updates."""
 
 from modalloy.delta import Delta
+from modalloy.methods.method import LINEAR_LAWS, Method
 from modalloy.methods.parameters import Number
 
 
@@ -13,3 +14,6 @@ def damc(deltas: list[Delta], *, scale: Number, shape: tuple[int, int]) -> Delta
         shape: of the original weight; unused.
     """
     return scale * sum(deltas[1:], deltas[0])
+
+
+METHOD = Method(damc, "factors", "arXiv 2402.12750", LINEAR_LAWS, mean_scale=True, rowwise=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalloy.methods.method import MASK_LAWS, Method, always, is_global
 from modalloy.methods.parameters import Number, Seed, Share
 from modalloy.methods.ties import Combine, Threshold, survey_ties, ties
 
@@ -126,3 +127,10 @@ def keep_mask(shape: tuple[int, int], density: float, seed: int, model: int, slo
     words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(-(-n // 2))
     numbers = words.astype("<u8", copy=False).view("<u4")[:n]
     return (numbers <= np.uint32(max(1, round(density * 2**32)) - 1)).reshape(shape)
+
+
+DARE_LINEAR = Method(dare_linear, "dense", "arXiv 2311.03099", MASK_LAWS)
+
+DARE_TIES = Method(
+    dare_ties, "dense", "arXiv 2311.03099", MASK_LAWS, survey=survey_dare_ties, surveys=is_global, copies_updates=always
+)

@@ -8,6 +8,7 @@ from torch import Tensor
 from modalloy.delta import Delta, LowRank
 from modalloy.errors import MethodError
 from modalloy.linalg import require_finite
+from modalloy.methods.method import LINEAR_LAWS, Method
 from modalloy.methods.optmerge import momentum_gain, truncate
 from modalloy.methods.parameters import Number, Positive, Share
 from modalloy.methods.ties import ties
@@ -86,3 +87,12 @@ def _merge(factors: list[Tensor], mode: str) -> Tensor:
         return mean
     targets = [truncate(factor, max(1, min(shape) // 5))[0] for factor in factors]
     return Interference(mean, targets, factors, factors).relax(momentum_gain(300, 5e-2, 0.9))
+
+
+METHOD = Method(
+    factorwise,
+    "factors",
+    "arXiv 2402.12750",
+    tuple(law for law in LINEAR_LAWS if law not in ("gauge", "factored = dense")),
+    one_rank=True,
+)

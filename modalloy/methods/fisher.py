@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modalloy.methods.entries import row_blocks
+from modalloy.methods.method import ENTRY_LAWS, Method
 from modalloy.methods.parameters import Number, Positive
 
 
@@ -54,3 +55,6 @@ def _floored(F: Tensor, floor: float) -> Tensor:
 
 def _norm(F: Tensor, floor: float) -> float:
     return sum(float(_floored(F[rows], floor).square().sum()) for rows in row_blocks(F)) ** 0.5
+
+
+METHOD = Method(fisher, "dense", "arXiv 2111.09832", ("identity at n=1", *ENTRY_LAWS))

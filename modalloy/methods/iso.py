@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modalloy.delta import LowRank
 from modalloy.linalg import polar, singular_triples
+from modalloy.methods.method import FLAT_LAWS, ROW_LAWS, Method
 from modalloy.methods.parameters import Number, UnitInterval
 
 MeanOver = Literal["all", "support"]
@@ -73,3 +74,8 @@ def iso_cts(
 def _mean(values: Tensor, over: MeanOver, shape: tuple[int, int]) -> float:
     count = min(shape) if over == "all" else len(values)
     return float(values.sum()) / max(count, 1)
+
+
+ISO_C = Method(iso_c, "core", "arXiv 2502.04959", FLAT_LAWS)
+
+ISO_CTS = Method(iso_cts, "core", "arXiv 2502.04959", ROW_LAWS[1:])

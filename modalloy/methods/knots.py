@@ -5,6 +5,7 @@ from torch import Tensor
 
 from modalloy.delta import LowRank
 from modalloy.linalg import gram, leading_eigenvectors
+from modalloy.methods.method import Method
 from modalloy.methods.parameters import Number, Share
 from modalloy.methods.ties import Combine, ties
 
@@ -39,3 +40,11 @@ def knots(
     U = leading_eigenvectors(gram(*(D.T for D in deltas)), CUT**2)
     X = [U.T @ D.to(torch.float64) for D in deltas]  # S V_iᵀ: (ρ, in)
     return LowRank(U, ties(X, density=density, combine=combine, scale=scale, shape=shape))
+
+
+METHOD = Method(
+    knots,
+    "left_core",
+    "arXiv 2410.19735",
+    ("permutation", "scaling", "left rotation", "gauge", "factored = dense", "rank ≤ Σ r_i"),
+)

@@ -1,6 +1,7 @@
 """Linear interpolation between the base and the donors (AdaMMS, Chen et al., CVPR 2025, arXiv 2503.23733)."""
 
 from modalloy.delta import Delta
+from modalloy.methods.method import FLAT_LAWS, Method
 from modalloy.methods.parameters import UnitInterval
 
 
@@ -17,3 +18,6 @@ def linear(deltas: list[Delta], *, alpha: UnitInterval = 0.5, shape: tuple[int, 
         shape: of the original weight; unused.
     """
     return (alpha / len(deltas)) * sum(deltas[1:], deltas[0])
+
+
+METHOD = Method(linear, "factors", "arXiv 2503.23733", FLAT_LAWS, rowwise=True)

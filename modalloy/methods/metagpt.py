@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from modalloy.delta import Delta, norm
+from modalloy.methods.method import LINEAR_LAWS, Method
 from modalloy.methods.parameters import Number
 
 
@@ -30,3 +31,6 @@ def survey_metagpt(model: Callable[[], Iterable[tuple[str, list[Delta]]]], **_: 
     squares = [[norm(delta) ** 2 for delta in deltas] for _, deltas in model()]
     sums = [sum(own) for own in zip(*squares, strict=True)]
     return {"weights": [one / (sum(sums) or 1.0) for one in sums]}
+
+
+METHOD = Method(metagpt, "factors", "arXiv 2406.11385", LINEAR_LAWS, survey=survey_metagpt, rowwise=True)

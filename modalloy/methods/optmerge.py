@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modalloy.errors import MethodError
 from modalloy.linalg import singular_triples
+from modalloy.methods.method import ROW_LAWS, Method
 from modalloy.methods.parameters import Count, Number, Positive, Probability
 from modalloy.methods.wudi import Interference
 
@@ -83,3 +84,13 @@ def momentum_gain(iterations: int, lr: float, momentum: float) -> Callable[[Tens
         return g
 
     return gain
+
+
+METHOD = Method(
+    optmerge,
+    "core",
+    "arXiv 2505.19892",
+    ROW_LAWS,
+    dense=lambda parameters: parameters.get("variant") == "full",
+    scale_when=("variant", "full", 0.1),
+)

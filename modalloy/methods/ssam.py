@@ -8,6 +8,7 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, norm, second_moment, shared_subspace
 from modalloy.linalg import RANK_TOLERANCE, energy_rank, frobenius
+from modalloy.methods.method import ROTATION_LAWS, Method
 from modalloy.methods.parameters import Number, Rank
 
 
@@ -83,3 +84,14 @@ def resized(matrix: Tensor, size: float) -> Tensor:
     """The matrix at Frobenius norm `size`; zero if its own norm is nothing beside that but rounding."""
     own = frobenius(matrix)
     return matrix * (size / own if own > RANK_TOLERANCE * size else 0.0)
+
+
+METHOD = Method(
+    ssam,
+    "factored_core",
+    "arXiv 2603.21584",
+    (*ROTATION_LAWS, "rank ≤ k", "rank ≤ Σ r_i"),
+    mean_scale=True,
+    scale_when=("match", "norm", 1.0),
+    copies_updates=lambda parameters: parameters["balance"] != "none",
+)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modalloy.linalg import inverse
+from modalloy.methods.method import ROW_LAWS, Method
 from modalloy.methods.parameters import Number, Positive, Share
 from modalloy.methods.wudi import Interference
 
@@ -50,3 +51,6 @@ def swudi(
         return full
 
     return scale * Interference(sum(deltas[1:], deltas[0]), deltas, deltas, deltas).relax(gain)
+
+
+METHOD = Method(swudi, "core", "arXiv 2606.07289", ROW_LAWS)

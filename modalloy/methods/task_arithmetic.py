@@ -1,6 +1,7 @@
 """Task arithmetic (Ilharco et al., arXiv 2212.04089): λ times the sum of the task vectors."""
 
 from modalloy.delta import Delta
+from modalloy.methods.method import LINEAR_LAWS, Method
 from modalloy.methods.parameters import Number
 
 
@@ -13,3 +14,6 @@ def task_arithmetic(deltas: list[Delta], *, scale: Number, shape: tuple[int, int
         shape: of the original weight; unused.
     """
     return scale * sum(deltas[1:], deltas[0])
+
+
+METHOD = Method(task_arithmetic, "factors", "arXiv 2212.04089", LINEAR_LAWS, rowwise=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from modalloy.methods.entries import magnitude_cuts, row_blocks
+from modalloy.methods.method import ENTRY_LAWS, Method, is_global
 from modalloy.methods.parameters import Number, Share
 
 Combine = Literal["mean", "sum", "max"]
@@ -92,3 +93,6 @@ def _trimmed(deltas: list[Tensor], cuts: list[float], rows: slice) -> Tensor:
         below = torch.tensor(cut, dtype=D.dtype).nextafter(torch.zeros((), dtype=D.dtype))
         blocks.append(hardshrink(D[rows], below.item()))  # zeroes |v| ≤ λ, much faster than comparing and selecting
     return torch.stack(blocks)
+
+
+METHOD = Method(ties, "dense", "arXiv 2306.01708", ENTRY_LAWS, survey=survey_ties, surveys=is_global)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modalloy.delta import LowRank
 from modalloy.linalg import polar, singular_triples
+from modalloy.methods.method import LINEAR_LAWS, Method
 from modalloy.methods.parameters import Count, Number
 
 
@@ -34,3 +35,6 @@ def tsv(
     left, values, right = zip(*(singular_triples(D, k) for D in deltas), strict=True)
     U, V = polar(torch.cat(left, 1)), polar(torch.cat(right, 1))
     return LowRank(scale * U * torch.cat(values), V.T)
+
+
+METHOD = Method(tsv, "core", "arXiv 2412.00081", LINEAR_LAWS)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modalloy.linalg import Basis, gram, inverse, spectral_function
+from modalloy.methods.method import ROW_LAWS, Method
 from modalloy.methods.parameters import Count, Number, Positive
 
 
@@ -99,3 +100,6 @@ class Interference:
             square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
             Y.addcdiv_(mean, (square / (1 - 0.999**step)).sqrt_().add_(1e-8), value=-lr / (1 - 0.9**step))
         return self.start.to(dtype) + Y
+
+
+METHOD = Method(wudi, "core", "arXiv 2503.08099", ROW_LAWS, dense=lambda parameters: parameters.get("solver") == "adam")

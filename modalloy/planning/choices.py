@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from modalloy.errors import RecipeError
-from modalloy.methods import METHODS, resolve
+from modalloy.methods import METHODS
+from modalloy.methods.apply import resolve
 from modalloy.planning.kinds import layer_of
 from modalloy.recipe import Recipe, Rule
 from modalloy.storage.tensors import Checkpoint
