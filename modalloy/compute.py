@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed
-from modalloy.engines import local
 from modalloy.errors import MethodError
 from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
@@ -55,7 +55,7 @@ def survey(jobs: Iterable[Job], read: Read) -> dict[str, Survey]:
     made = {}
     for key, group in groups.items():
         model = partial(map, lambda job: (job.name, weighted_updates(job, read)), group)
-        with local.one_thread():
+        with one_thread():
             made[key] = survey_model(group[0].method, model, group[0].parameters) or {}
     return made
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modalloy.compute import compute, survey
-from modalloy.engines import local
+from modalloy.engines import ENGINES
 from modalloy.errors import OutputError, memory_errors
 from modalloy.files import disk_errors, write_text
 from modalloy.machine import memory
@@ -123,7 +123,7 @@ def merge(
         verification = _finished_before(out, fingerprint)
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
-    kinship = check_kinship(planned) if planned.across is not None and not allow_base_mismatch else {}
+    kinship = {} if allow_base_mismatch else check_kinship(planned)
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         there = sum(path.stat().st_size for path in folder.iterdir())
@@ -182,7 +182,9 @@ def _write_weights(
     for file in planned.hashed_files():
         file.hash_reads()
     work = partial(compute, surveys=surveys, device=device)
-    results = local.run(remaining, planned.inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    results = ENGINES["local"](
+        remaining, planned.inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample
+    )
     n_done = len(planned.jobs) - len(remaining)
     try:
         for job, done in results:

@@ -373,7 +373,7 @@ def _numbers(config: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, i
 def promises_across(planned: "Plan") -> Iterator[Promise]:
     """What every tensor of a merge across architectures must be, by the plan's map of its models: here only the arithmetic
     is worked out again."""
-    interpolates = planned.across is not None and planned.across.base is None
+    interpolates = planned.base is None
     for job in planned.jobs:
         name, start = job.outputs[0].name, job.start
         if job.pieces or job.kind == "merge":

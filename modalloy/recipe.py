@@ -207,6 +207,18 @@ class Recipe(_Strict):
         return self.target or self.base_model
 
     @property
+    def starts(self) -> dict[str, str]:
+        """Where the target is, and θ_0 if that is another model, by what messages call them; one model alone is the base."""
+        if self.target is None:
+            return {"base": self.base_model}
+        return {"target": self.target, **({"base": self.base_model} if self.base_model else {})}
+
+    @property
+    def is_across(self) -> bool:
+        """Whether models of other architectures are merged into a target."""
+        return self.target is not None
+
+    @property
     def form(self) -> Form:
         """The form of the result."""
         return FORMS[self.output.form]

@@ -18,6 +18,7 @@ from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
 from modalloy.errors import CheckpointError, MethodError
 from modalloy.machine.cores import default_workers
+from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import survey_model
 from modalloy.outputs.manifest import (
@@ -308,7 +309,7 @@ class _Check:
             if not _is_survey(told[group], len(promised[0].updates)):
                 raise self._odd(f"surveys: {group[:200]}", f"is {told[group]!r:.80}, which no model gives")
             if full:
-                with local.one_thread():
+                with one_thread():
                     model = partial(map, self._slot_and_updates, promised)
                     wanted = survey_model(promised[0].method, model, promised[0].parameters) or {}
                 if not _alike(wanted, told[group]):

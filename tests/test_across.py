@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -559,7 +558,7 @@ def test_plans_of_the_paper_cover_all_tensors(
         content = recipe.model_dump() | {"base_model": name, "merge_method": method, "parameters": {"rank": 128}}
         recipe = Recipe(**content)
     places = {name: without_data(tmp_path / keys, keys) for name, keys in models.items()}
-    monkeypatch.setattr(sys.modules["modalloy.planning.planner"], "locate", lambda location, folder: places[location])
+    monkeypatch.setattr("modalloy.planning.planner.locate", lambda location, folder: places[location])
     planned = plan(recipe)
     target = published(KEYS[str(recipe.target)])[0]
     assert [spec.name for job in planned.jobs for spec in job.outputs] == list(target)

@@ -676,8 +676,7 @@ def test_recorded_base_that_contradicts_the_recipe(
     else:
         edit_config(folder, _name_or_path="lmsys/vicuna-7b-v1.3")
     monkeypatch.setattr(
-        sys.modules["modalloy.planning.planner"],
-        "locate",
+        "modalloy.planning.planner.locate",
         lambda name, _: base if name.startswith("lmsys/") else Path(name),
     )
     recipe = write_recipe(base_model="lmsys/vicuna-7b-v1.5@main", models=[{"model": str(folder)}])
@@ -952,7 +951,7 @@ def test_failure_midway_leaves_no_trace(
         return compute(job, *rest, **more)
 
     recipe, out = write_recipe(), tmp_path / "new" / "deep" / "out" if nested else tmp_path / "out"
-    monkeypatch.setattr(sys.modules["modalloy.merging"], "compute", fail_late)
+    monkeypatch.setattr("modalloy.merging.compute", fail_late)
     before = snapshot(tmp_path)
     for jobs in (1, 3):
         with pytest.raises(RuntimeError, match="a bug"):

@@ -1,1 +1,5 @@
-"""Engines run independent jobs: one function each, `run(jobs, work, n_workers) -> iterator of (job, result)` in order."""
+"""What runs the jobs of a merge: `run(jobs, inputs, compute, …)` yields (job, done) in the jobs' order. One line an engine."""
+
+from modalloy.engines import local
+
+ENGINES = {"local": local.run}

@@ -1,15 +1,16 @@
 """Threads on this machine. Each job runs on one BLAS thread, so its bytes do not depend on how many run at once."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from modalloy.machine.cores import AHEAD
+from modalloy.machine.threads import one_thread
 from modalloy.planning.job import Done, Job
 from modalloy.storage.buffers import Buffers
 from modalloy.storage.inputs import Inputs
@@ -86,17 +87,6 @@ def in_order(
                 executor.shutdown(wait=False, cancel_futures=True)
             for executor in (reader, pool):
                 executor.shutdown(wait=True)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Runs the block as the workers run a job, on one BLAS thread: the last bits of a product may depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _first(waiting: deque[tuple[Item, Future[Result]]]) -> tuple[Item, Result]:

@@ -94,9 +94,8 @@ def inspect(
             on_job(done, len(merges))
     slots.sort(key=lambda slot: (-1 if slot.layer is None else slot.layer, place_in_layer(slot.module)))
     norms = norms_of(slots)
-    weights = [entry.parameters.weight for entry in recipe.models]
-    if recipe.target is not None:
-        weights.insert(0, 1.0)  # of the target
+    own = len(planned.models) - len(recipe.models)  # 1 where the target is one of the models
+    weights = [*[1.0] * own, *(entry.parameters.weight for entry in recipe.models)]
     facts = tuple(
         SpecialistFacts(s.label, s.modality, s.layout, s.rank, weight, math.hypot(*norms[s.label].values()))
         for s, weight in zip(planned.models, weights, strict=True)
@@ -104,8 +103,9 @@ def inspect(
     )
     found = findings(facts, slots, projects=projects, balance=planned.parameters.get("balance", "none"))
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
-    base = planned.target_name if planned.across is None else planned.across.base_name
-    return Inspection(recipe.merge_method, planned.parameters, base, k_of, facts, tuple(slots), tuple(found))
+    return Inspection(
+        recipe.merge_method, planned.parameters, planned.base_name, k_of, facts, tuple(slots), tuple(found)
+    )
 
 
 def _slot(job: Job, read: Read, surveys: Surveys, rank: int | float) -> Slot:

@@ -141,11 +141,10 @@ def _starts(planned: Plan, names: Mapping[str, str]) -> dict[str, dict[str, Any]
     label, form = planned.target_label, planned.form
     name = names.get(label, planned.target_name)
     copied = form.is_model and form.refers_to_base and not is_portable_name(name)
-    vocabulary = () if planned.across is None else VOCABULARY_FILES  # by which the rows of embeddings were chosen
+    vocabulary = VOCABULARY_FILES if planned.maps else ()  # by which the rows of embeddings were chosen
     found = {label: _start(planned.target, name, (*START_CONFIGS, *vocabulary), read=form.is_whole or copied)}
-    if planned.across is not None and planned.across.base is not None:
-        name = names.get("base", planned.across.base_name)
-        found["base"] = _start(planned.across.base, name, START_CONFIGS, read=True)
+    for further, model in planned.starts[1:]:
+        found[further] = _start(model, names.get(further, planned.base_name), START_CONFIGS, read=True)
     return found
 
 
@@ -323,12 +322,10 @@ MISSING = _Missing()
 
 def check_recipe(manifest: dict[str, Any], recipe: Recipe, folder: Path) -> None:
     """Refuse a manifest that contradicts the recipe beside it, as far as that is known without the inputs."""
-    starts = ["base" if recipe.target is None else "target"]
-    starts += ["base"] if recipe.target is not None and recipe.base_model else []
     wanted = {
         "method": recipe.merge_method,
         "form": recipe.output.form,
-        "inputs": sorted([*starts, *labels(recipe)]),
+        "inputs": sorted([*recipe.starts, *labels(recipe)]),
     }
     found = {"method": manifest["method"], "form": manifest["form"], "inputs": sorted(manifest["inputs"])}
     if different := differences(wanted, found):

@@ -1,7 +1,7 @@
 """What a recipe says of every weight: its rule, its method, its parameters and weights at the weight's depth."""
 
 import fnmatch
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,9 @@ import torch
 from modalloy.errors import RecipeError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
-from modalloy.planning.kinds import layer_of
+from modalloy.planning.kinds import Kind, layer_of
 from modalloy.recipe import Recipe, Rule
-from modalloy.storage.tensors import Checkpoint
+from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.storage.writer import TensorSpec
 
 
@@ -25,11 +25,18 @@ class Choices:
 
         `own`: how many models are merged beside the recipe's. `lora_rank`: the largest LoRA rank among all.
         """
+        self.rank: int | None = None  # of the written adapter
+        self.fishers: list[WeightFile | None] = [None] * len(recipe.models)
+        self.kinds: Mapping[str, Kind] = {}  # of the target's tensors
         self.wide = torch.float64 if recipe.dtype == "float64" else torch.float32  # of the arithmetic
         self.recipe, self.base, self.absent, self.own, self.lora_rank = recipe, base, absent, own, lora_rank
         self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
         self.depth = layers(base.refs)
         self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
+
+    def must_be_equal(self) -> list[str]:
+        """Kept tensors that no method merges, and no rule speaks of: no model may have changed them."""
+        return []
 
     def _policy(self, name: str) -> str | None:
         """What a rule says is done to a weight, if one does."""

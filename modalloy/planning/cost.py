@@ -71,7 +71,7 @@ def _bytes_with_start(job: Job) -> int:
 def is_recomputed_literally(planned: Plan, job: Job) -> bool:
     """Whether a merged weight is verified on dense float64 matrices (see `recompute.is_literal`)."""
     compress = planned.recipe.output.compress_rank
-    interpolates = planned.across is not None and planned.across.base is None
+    interpolates = planned.base is None
     return is_literal(job.method, job.parameters, job.shape, compress, interpolates)
 
 

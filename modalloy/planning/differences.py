@@ -38,7 +38,7 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
         ModalloyError: as `plan` does; and a model changed what no method merges and no rule speaks of.
     """
     recipe = planned.recipe
-    if planned.across is None or planned.across.base is not None:
+    if planned.base is not None:
         counted = [one for one in planned.counted if one in planned.specialists]
         idle = tuple(one.label for one in counted if not _updates(planned, one))
         if 0 < len(idle) < len(counted):

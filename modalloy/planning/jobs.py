@@ -37,7 +37,6 @@ class Planner(Choices):
         super().__init__(recipe, base, absent, lora_rank=max(ranks, default=None))
         self.specialists, self.kinds = specialists, kinds
         self.reasons = {specialists[index].label: reason for index, reason in absent.items()}
-        self.rank: int | None = None
         self.low_rank = {slot for s in self.counted for slot in s.text}
         self.changeable = self.low_rank | {name for s in self.counted for name in s.full if name in base.refs}
         self.treatments = {name: self._treatment(name) for name in base.refs}
@@ -101,6 +100,31 @@ class Planner(Choices):
     def _owner(self, slot: str) -> str:
         """One that updates a weight."""
         return next(f"{s.label} specialist" for s in self.counted if slot in s.text or slot in s.full)
+
+    def all_jobs(self) -> list[Job]:
+        """The jobs of the recipe's form.
+
+        Raises:
+            RecipeError: the form cannot hold what the recipe gives.
+        """
+        if self.recipe.form.is_whole:
+            return self.full_jobs()
+        self._check_low_rank()
+        return self.adapter_jobs()
+
+    def _check_low_rank(self) -> None:
+        """Refuse full updates where the form holds none."""
+        form = self.recipe.form
+        if form.takes_full_updates or self.recipe.output.compress_rank is not None:
+            return
+        for specialist in self.counted:
+            changed = (name for name in self.merged if name in specialist.full)
+            if whole := next((specialist.full[name] for name in changed), None):
+                holds = "is a full model" if specialist.is_whole else f"holds {whole.name} whole"
+                raise RecipeError(
+                    f"output.form '{form.name}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
+                    "or output.compress_rank: k to approximate what is merged"
+                )
 
     def adapter_jobs(self) -> list[Job]:
         """For forms of low-rank updates: one pair of factors per merged weight, then what is carried.

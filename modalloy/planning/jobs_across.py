@@ -35,6 +35,10 @@ class AcrossPlanner(Choices):
         self.depth = layers(mapped)  # of the decoder
         self.jobs = [self._job(name) for name in target.refs]
 
+    def all_jobs(self) -> list[Job]:
+        """One job for every tensor of the target, in its order."""
+        return self.jobs
+
     def _job(self, name: str) -> Job:
         spec, own = self._like_base(name), self.base.refs[name]
         takes_source = self._policy(name) == "take_source"

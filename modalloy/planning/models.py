@@ -10,6 +10,7 @@ from modalloy.errors import CheckpointError, RecipeError, nearest
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.locate import locate
+from modalloy.storage.tensors import Checkpoint
 
 
 def locate_specialist(location: str, folder: Path) -> Path:
@@ -36,7 +37,7 @@ def base_label(recipe: Recipe) -> str:
 
 
 def absent_models(
-    recipe: Recipe, specialists: Sequence[Specialist], base: Path | None, idle: Collection[str]
+    recipe: Recipe, specialists: Sequence[Specialist], base: Checkpoint | None, idle: Collection[str]
 ) -> dict[int, str]:
     """Why a model of the recipe does not count, by its index.
 
@@ -46,7 +47,7 @@ def absent_models(
     reasons = {}
     for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
         weight = entry.parameters.weight
-        if base is not None and specialist.is_whole and os.path.samefile(specialist.checkpoint.folder, base):
+        if base is not None and specialist.is_whole and os.path.samefile(specialist.checkpoint.folder, base.folder):
             reasons[index] = "is the base itself, which is no specialist"
         elif not any(weight if isinstance(weight, tuple) else (weight,)):
             reasons[index] = "its weight is 0"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -48,7 +49,7 @@ class Plan:
     chat_template: str | None = None
     notices: list[str] = field(default_factory=list)  # of tokenizers and code, for the user
     across: Across | None = None  # of a merge across architectures
-    kinds: dict[str, Kind] = field(default_factory=dict)  # of the target's tensors
+    kinds: Mapping[str, Kind] = field(default_factory=dict)  # of the target's tensors
     absent: dict[str, str] = field(default_factory=dict)  # why a model does not count, by label
     idle: tuple[str, ...] = ()  # those of them whose every update is zero
     unchanged: tuple[str, ...] = ()  # all that count, where all their updates are zero
@@ -91,6 +92,11 @@ class Plan:
     def target_name(self) -> str:
         """The target's name without local folders."""
         return self.recipe.start if self.target_is_portable else self.target.folder.name
+
+    @property
+    def base_name(self) -> str:
+        """θ_0's name without local folders."""
+        return self.across.base_name if self.across is not None and self.across.base is not None else self.target_name
 
     @property
     def recorded_base_name(self) -> str:

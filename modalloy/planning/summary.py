@@ -24,7 +24,7 @@ def one_line(planned: "Plan") -> str:
     parts += _said_of_rules(planned)
     if any(set(job.weights) - {None, 1.0} for job in planned.jobs):
         parts.append("a model's weight is a factor of its update, never normalised")
-    if planned.across is not None and planned.across.base is None:
+    if planned.base is None:
         parts.insert(1, f"{sum(job.kind == 'interpolate' for job in planned.jobs)} norms and biases too")
         parts.append("α is the weight of the donor, 0 = target unchanged")
     return " · ".join(parts)

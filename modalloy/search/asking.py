@@ -48,7 +48,7 @@ class Asking:
         begin = time.perf_counter()
         options = {"device": self.lengths["device"], "dtype": self.lengths["dtype"]}
         options["allow_base_mismatch"] = self.allow_base_mismatch
-        across = self.planned.recipe.target is not None
+        across = self.planned.recipe.is_across
         found = serve_target(self.planned, self.load, **options) if across else Server(self.planned, **options)
         loaded = time.perf_counter()
         for modality, path in dict.fromkeys(medium for probe in self.probes for medium in probe.media):
@@ -74,7 +74,7 @@ class Asking:
         """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some, or with
         `predict` the likeliest token at every place of its option."""
         # the target itself is a parent too, and asked once
-        is_target = self.planned.recipe.target is not None and not any(self.sketch(changes))
+        is_target = self.planned.recipe.is_across and not any(self.sketch(changes))
         name = TARGET if is_target else self._key(changes)
         return self._lines(name, lambda: self._serve(changes), asked, predict)
 
@@ -82,7 +82,7 @@ class Asking:
     def parents(self) -> dict[str, Line]:
         """The answer of the specialist of its sense to every probe of one sense, by the probe's id; or of the target to all."""
         found: dict[str, Line] = {}
-        if self.planned.recipe.target is not None:
+        if self.planned.recipe.is_across:
             lines = self._lines(TARGET, lambda: self._serve_parent(0), self.probes)
             return {probe.id: line for probe, line in zip(self.probes, lines, strict=True)}
         for index, specialist in enumerate(self.planned.specialists):

@@ -92,7 +92,7 @@ def search(
     _check_known(objective, strategy, variant, match, aggregate)
     strategy = chosen_strategy(strategy, axes, objective, variant, aggregate)
     _check_probes(probes, planned, objective, load)
-    if planned.across is not None and not allow_base_mismatch:
+    if not allow_base_mismatch:
         check_kinship(planned)  # as the merge will
     by_meaning = objective == "consistency" and match == "embedding"
     meaning = Embedder(embedder, device) if by_meaning else None
@@ -109,7 +109,7 @@ def search(
             sweeps, settled = [sweep], True
         settings = {
             "method": recipe.merge_method,
-            **({} if recipe.target is None else {"target": planned.target_name}),
+            **({"target": planned.target_name} if recipe.is_across else {}),
             "objective": objective,
             **({"variant": variant, "match": match} if objective == "consistency" else {}),
             **({"embedder": embedder} if by_meaning else {}),
@@ -137,9 +137,9 @@ def _check_known(objective: str, strategy: str, variant: str, match: str, aggreg
 
 
 def _check_recipe(recipe: Recipe, load: Loader | None) -> None:
-    if recipe.target is None and load is not None:
+    if not recipe.is_across and load is not None:
         raise RecipeError("load=… makes models of recipes with a target, and this one has none; leave it out")
-    if recipe.target is None and not recipe.form.carries_senses:
+    if not recipe.is_across and not recipe.form.carries_senses:
         raise RecipeError(
             f"output.form '{recipe.output.form}': a search asks the merged model about media, so it needs the encoders; "
             "write form: omni (the chosen parameters hold for any form)"
@@ -147,7 +147,7 @@ def _check_recipe(recipe: Recipe, load: Loader | None) -> None:
 
 
 def _check_probes(probes: list[Sample], planned: Plan, objective: str, load: Loader | None) -> None:
-    across = planned.recipe.target is not None
+    across = planned.recipe.is_across
     able = target_senses(planned, load) if across else [specialist.modality for specialist in planned.specialists]
     for probe in probes:
         for modality, _ in probe.media:

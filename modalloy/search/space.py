@@ -88,7 +88,7 @@ def default_axes(planned: Plan) -> list[Axis]:
     α of a merge with a target: 0 to 0.6 in steps of 0.1, as AdaMMS.
     """
     recipe = planned.recipe
-    if recipe.target is not None and recipe.merge_method == "linear":
+    if recipe.is_across and recipe.merge_method == "linear":
         return [Axis("alpha", tuple(step / 10 for step in range(7)))]
     if recipe.merge_method != "ssam":
         known = [*schema(METHODS[recipe.merge_method].function), *(WEIGHT + label for label in labels(recipe))]

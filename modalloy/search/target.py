@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from modalloy.compute import Surveys, compute
-from modalloy.engines.local import one_thread
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.machine.threads import one_thread
 from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
