@@ -16,6 +16,7 @@ import modalloy
 
 os.environ["MODALLOY_TRACEBACK"] = "1"  # a bug is a traceback in tests, not the command's one line
 
+LONGEST = ("test_specialists", "test_single_path", "test_predictions", "test_resume")
 WIDTH, FFN, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
 LINEARS = {
     "self_attn.q_proj": (WIDTH, WIDTH),
@@ -36,7 +37,11 @@ TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is a CUDA device."""
+    """Tests marked `gpu` run where there is a CUDA device; the files of the longest tests come first.
+
+    So that two workers end together: one would wait for a long test that the other has begun last.
+    """
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
