@@ -26,7 +26,7 @@ from torch import Tensor
 from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
-from modalloy.recipe import Recipe, Rule
+from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.folder import read_json
@@ -256,7 +256,7 @@ class Promises:
             return float(parameters.get("alpha", 1.0))
         return float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
 
-    def _rule(self, slot: str) -> Rule | None:
+    def _rule(self, slot: str) -> WeightRule | None:
         """The first of the recipe's rules that names a tensor."""
         return next((rule for pattern, rule in self.recipe.modules.items() if fnmatch.fnmatchcase(slot, pattern)), None)
 
@@ -267,7 +267,7 @@ class Promises:
             return "average", {"scale": self._strength(slot) / self._count(slot)}
         return self._resolved(slot, rule)
 
-    def _resolved(self, slot: str, rule: Rule | None) -> tuple[str, dict[str, Any]]:
+    def _resolved(self, slot: str, rule: WeightRule | None) -> tuple[str, dict[str, Any]]:
         """The recipe's method, or a rule's own, with every parameter worked out."""
         recipe = self.recipe
         method, parameters = recipe.merge_method, dict(recipe.parameters)

@@ -89,7 +89,7 @@ class SpecialistEntry(_Strict):
         return None if value is None else modality_name(value)
 
 
-class Rule(_Strict):
+class WeightRule(_Strict):
     """What `modules:` says of the weights that match its pattern: a policy, or another method or parameters.
 
     Across architectures, `take_source` takes the donor's counterpart as it is, and `error` refuses a target that has such a weight.
@@ -100,7 +100,7 @@ class Rule(_Strict):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _one_thing(self) -> "Rule":
+    def _one_thing(self) -> "WeightRule":
         if self.policy is not None and (self.merge_method is not None or self.parameters):
             raise ValueError(f"policy '{self.policy}' takes no merge_method or parameters; write one or the other")
         if self.policy is None and self.merge_method is None and not self.parameters:
@@ -139,7 +139,7 @@ class Recipe(_Strict):
     merge_method: str = "ssam"
     parameters: dict[str, Any] = Field(default_factory=dict)
     models: tuple[SpecialistEntry, ...] = Field(min_length=1)
-    modules: dict[str, Rule] = Field(default_factory=dict, max_length=MAX_PATTERNS)
+    modules: dict[str, WeightRule] = Field(default_factory=dict, max_length=MAX_PATTERNS)
     ignore: tuple[str, ...] = Field(default=(), max_length=MAX_PATTERNS)
     missing: Literal["refuse", "zero"] = "refuse"
     dtype: Literal["float32", "float64"] = "float32"
@@ -287,7 +287,7 @@ def _explain(error: ValidationError) -> str:
 def _unknown_key(parents: tuple[Any, ...], key: str) -> str:
     sections: dict[Any, type[BaseModel]] = {
         "models": SpecialistEntry,
-        "modules": Rule,
+        "modules": WeightRule,
         "output": Output,
         "parameters": SpecialistParameters,
     }

@@ -11,7 +11,7 @@ from modalloy.errors import CheckpointError
 from modalloy.families import FAMILIES, family_of
 from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import ModelMap, map_models
-from modalloy.families.rules import Slot, Spelling, remaining, rows_of
+from modalloy.families.rules import Place, Spelling, remaining, rows_of
 from modalloy.families.vocabulary import same_rows, shared_tokens
 
 # donor, target, tokens that both tokenizers have: the pairs of the paper's tables
@@ -257,7 +257,7 @@ def test_missing_and_unclaimed_tensors_are_refused() -> None:
     without = {name: shape for name, shape in header.items() if "embed_tokens" not in name}
     with pytest.raises(CheckpointError, match=r"target: no model\.embed_tokens\.weight or language_model"):
         map_models(without, config, header, config)
-    assert str(Slot("q", 3, "vision", "bias")) == "vision q bias of layer 3" and Spelling() == Spelling("model.", "")
+    assert str(Place("q", 3, "vision", "bias")) == "vision q bias of layer 3" and Spelling() == Spelling("model.", "")
 
 
 def test_ancestors() -> None:

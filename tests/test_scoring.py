@@ -2,7 +2,7 @@
 
 import pytest
 
-from modalloy.evals.benchmark import Answer, Rule, Sample, Verdict
+from modalloy.evals.benchmark import Answer, Sample, Scoring, Verdict
 from modalloy.evals.scoring import contained, contains, first_letter, normalized_match, parse_letter, robust_letter
 from modalloy.evals.scoring import vqa_normalize as norm
 
@@ -147,6 +147,6 @@ def test_phrases_are_found_on_word_boundaries() -> None:
         (contains, "yes", "", Verdict(None, False)),
     ],
 )
-def test_rules(rule: Rule, gold: str, text: str, verdict: Verdict) -> None:
+def test_rules(rule: Scoring, gold: str, text: str, verdict: Verdict) -> None:
     sample = Sample(id="1", text="?", golds=(gold,), choices=CHOICES if gold == "B" else ())
     assert rule(sample, Answer(text)) == verdict

@@ -25,7 +25,7 @@ from modalloy.model.routing import TEXT
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search import search
-from modalloy.search.candidates import Server, distance
+from modalloy.search.candidates import RoutedBench, distance
 from modalloy.search.found import Found, Sweep
 from modalloy.search.probes import read_probes
 from modalloy.search.space import Axis, applied, default_axes, parse_axes, start
@@ -54,14 +54,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Server:
-    return Server(plan(load_recipe(folder / "recipe.yaml")), device="cpu", dtype="float32", allow_base_mismatch=False)
+def server(folder: Path) -> RoutedBench:
+    return RoutedBench(
+        plan(load_recipe(folder / "recipe.yaml")), device="cpu", dtype="float32", allow_base_mismatch=False
+    )
 
 
 @pytest.fixture
-def run(folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
+def run(folder: Path, server: RoutedBench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
     """`search` with the one model of this file."""
-    monkeypatch.setattr("modalloy.search.asking.Server", lambda planned, **options: server)
+    monkeypatch.setattr("modalloy.search.asking.RoutedBench", lambda planned, **options: server)
 
     def run(out: Path, **options: Any) -> Found:
         return search(folder / "recipe.yaml", folder / "probe.jsonl", out, **{"max_new_tokens": 3} | options)
@@ -77,10 +79,10 @@ def updates(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def test_served_is_what_a_merge_writes(folder: Path, server: Server, tmp_path: Path) -> None:
+def test_served_is_what_a_merge_writes(folder: Path, server: RoutedBench, tmp_path: Path) -> None:
     recipe, changes = server.planned.recipe, {"scale": 0.7, "rank": 3, "weight.image": 0.5}
-    server.serve({"scale": 0.1, "rank": 8})
-    server.serve(changes)
+    server.put({"scale": 0.1, "rank": 8})
+    server.put(changes)
     modalloy.merge(applied(recipe, changes), tmp_path / "out", jobs=1)
     written = modalloy.load_model(tmp_path / "out")
     for slot, update in updates(written).items():
@@ -92,8 +94,8 @@ def test_served_is_what_a_merge_writes(folder: Path, server: Server, tmp_path: P
 
 
 @pytest.mark.parametrize("changes", [{"balance": "updates"}, {"rank": {"energy": 0.8}}, {"weight.audio": 2.0}])
-def test_served_is_what_every_job_of_a_merge_computes(server: Server, changes: dict[str, Any]) -> None:
-    server.serve(changes)
+def test_served_is_what_every_job_of_a_merge_computes(server: RoutedBench, changes: dict[str, Any]) -> None:
+    server.put(changes)
     planned = plan(applied(server.planned.recipe, changes))
     for job in planned.jobs:
         if job.kind == "merge":
@@ -103,24 +105,24 @@ def test_served_is_what_every_job_of_a_merge_computes(server: Server, changes: d
 
 
 def test_full_weights_are_served_too(
-    folder: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, server: RoutedBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = load_recipe(folder / "recipe.yaml").model_dump() | {"merge_method": "ties"}
     monkeypatch.setattr(server, "planned", plan(Recipe(**content, folder=folder)))
-    server.serve({"scale": 0.7})
+    server.put({"scale": 0.7})
     full = Recipe(**content | {"parameters": {"scale": 0.7}, "output": {"form": "full"}}, folder=folder)
     modalloy.merge(full, tmp_path / "out", jobs=1)
     written = load_file(tmp_path / "out" / "model.safetensors")
     for slot, weight in updates(server.chat).items():
         assert torch.equal(weight, written[slot]), slot
-    server.serve({"scale": 0.0})
+    server.put({"scale": 0.0})
     assert all(torch.equal(one.text_weight, one.weight) for one in server.chat.model.linears.values())
 
 
-def test_scale_only_rescales_and_sketches_measure_distance(server: Server) -> None:
+def test_scale_only_rescales_and_sketches_measure_distance(server: RoutedBench) -> None:
     found = {}
     for scale in (0.25, 0.5, 1.0):
-        found[scale] = server.serve({"scale": scale}), updates(server.chat)
+        found[scale] = server.put({"scale": scale}), updates(server.chat)
     for slot, update in found[0.25][1].items():
         assert torch.allclose(4 * update, found[1.0][1][slot], rtol=1e-6, atol=1e-9)
     far, near = distance(found[0.25][0], found[1.0][0]), distance(found[0.25][0], found[0.5][0])
@@ -129,8 +131,8 @@ def test_scale_only_rescales_and_sketches_measure_distance(server: Server) -> No
     assert far == pytest.approx(true, rel=0.4)
 
 
-def test_a_parent_is_its_specialist(folder: Path, base: Path, server: Server) -> None:
-    server.serve_parent(0)
+def test_a_parent_is_its_specialist(folder: Path, base: Path, server: RoutedBench) -> None:
+    server.put_parent(0)
     alone = modalloy.load_model(folder / "vision-damc", base=str(base))
     for slot, update in updates(alone).items():
         assert torch.allclose(update, updates(server.chat)[slot], atol=1e-6), slot
@@ -183,7 +185,7 @@ def test_consistency_from_start_to_a_recipe(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished search loads no model")
 
-    monkeypatch.setattr("modalloy.search.asking.Server", refuse)
+    monkeypatch.setattr("modalloy.search.asking.RoutedBench", refuse)
     assert run(out, vary=[SCALES, "rank=2,4,8,16"], resume=True).chosen == found.chosen
     assert run(out, vary=["scale=0.25,0.5,0.75"], resume=True, variant="union").chosen == {"scale": 0.5}
     with pytest.raises(ModalloyError, match=r"is a search with another max_new_tokens; choose another folder"):
@@ -209,7 +211,7 @@ def test_agreement_is_the_likelihood_of_the_parents_words(run: Callable[..., Fou
 
 
 def test_differences_by_meaning_and_by_teacher_forced_tokens(
-    run: Callable[..., Found], base: Path, server: Server, tmp_path: Path
+    run: Callable[..., Found], base: Path, server: RoutedBench, tmp_path: Path
 ) -> None:
     out, scales = tmp_path / "found", "scale=0:3:1"
     plain = run(out, vary=[scales])
@@ -226,7 +228,7 @@ def test_differences_by_meaning_and_by_teacher_forced_tokens(
     probe = next(
         probe for probe in read_probes(server.planned.recipe.folder / "probe.jsonl") if probe.id == one["probe"]
     )
-    server.serve({"scale": 1.0})
+    server.put({"scale": 1.0})
     chat = server.chat
     prompt = chat.prompt(user_message(probe.text, probe.media))
     ids = chat.processor.tokenizer.encode(said[probe.id], add_special_tokens=False)

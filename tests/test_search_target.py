@@ -145,7 +145,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_served_is_what_a_merge_writes_and_loads(folder: Path, tmp_path: Path, name: str) -> None:
     server = placed(folder, name)
     target = state(server.chat)
-    far, near = (server.serve({"alpha": alpha}) for alpha in (0.6, 0.3))
+    far, near = (server.put({"alpha": alpha}) for alpha in (0.6, 0.3))
     modalloy.merge(applied(server.planned.recipe, {"alpha": 0.3}), tmp_path / "out", jobs=1)
     written = modalloy.load_model(tmp_path / "out")
     assert isinstance(written, HostedModel) == (name == "llava")
@@ -156,17 +156,17 @@ def test_served_is_what_a_merge_writes_and_loads(folder: Path, tmp_path: Path, n
     true = sum(float((tensor - target[key]).square().sum()) for key, tensor in state(written).items()) ** 0.5
     assert distance(near, [0.0] * len(near)) == pytest.approx(true, rel=0.4)
     assert distance(far, near) == pytest.approx(true, rel=0.4)
-    assert not any(server.serve({"alpha": 0.0})) and same(state(server.chat), target)
-    server.serve({"weight.donor": 0.5, "alpha": 0.6})
+    assert not any(server.put({"alpha": 0.0})) and same(state(server.chat), target)
+    server.put({"weight.donor": 0.5, "alpha": 0.6})
     assert same(state(server.chat), state(written))
-    server.serve_parent()
+    server.put_parent()
     assert same(state(server.chat), target)
 
 
 def test_methods_with_a_base_are_served_too(folder: Path, tmp_path: Path) -> None:
     server = placed(folder, "ties")
-    server.serve({"scale": 0.2})
-    server.serve({"scale": 0.7, "density": 0.5})
+    server.put({"scale": 0.2})
+    server.put({"scale": 0.7, "density": 0.5})
     recipe = relocated(applied(server.planned.recipe, {"scale": 0.7, "density": 0.5}), tmp_path)
     assert not any(Path(place).is_absolute() for place in (recipe.base_model, str(recipe.target)))
     modalloy.merge(recipe, tmp_path / "out", jobs=1)
@@ -177,11 +177,11 @@ def test_a_loader_gets_what_a_merge_writes(folder: Path) -> None:
     calls: list[set[str]] = []
     planned, server = plan(load_recipe(folder / "text.yaml")), placed(folder, "text")
     loaded = LoadedTarget(planned, loader(calls), allow_base_mismatch=False)
-    assert not any(loaded.serve({"alpha": 0.0})) and len(calls) == 1
-    assert loaded.serve({"alpha": 0.3}) == server.serve({"alpha": 0.3})
+    assert not any(loaded.put({"alpha": 0.0})) and len(calls) == 1
+    assert loaded.put({"alpha": 0.3}) == server.put({"alpha": 0.3})
     assert same(state(loaded.chat), state(server.chat))
-    loaded.serve_parent()
-    server.serve_parent()
+    loaded.put_parent()
+    server.put_parent()
     assert same(state(loaded.chat), state(server.chat))
     assert len(calls) == 3 and set(map(frozenset, calls)) == {frozenset(planned.target.refs)}
 

@@ -98,7 +98,7 @@ class Verdict:
     correct: bool
 
 
-Rule = Callable[[Sample, Answer], Verdict]
+Scoring = Callable[[Sample, Answer], Verdict]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Benchmark:
     name: str
     summary: str
     samples: Callable[["Source"], list[Sample]]
-    rules: dict[str, Rule]
+    rules: dict[str, Scoring]
     files: str  # what `--data` must hold, for --list and for messages
     modalities: tuple[str, ...] = ()  # senses that it asks about
     variants: tuple[str, ...] = ()  # the file formats it reads; `Source.variant` chooses where several are there

@@ -5,7 +5,7 @@ Source: ModelCompose (Chen et al., ACL 2024, arXiv 2402.12750). mcub3 has four s
 
 from dataclasses import replace
 
-from modalloy.evals.benchmark import Benchmark, Rule, Sample, Source, choose_variant
+from modalloy.evals.benchmark import Benchmark, Sample, Scoring, Source, choose_variant
 from modalloy.evals.modelcompose import HUB, places, read
 from modalloy.evals.scoring import first_letter, robust_letter
 from modalloy.names import MODALITIES
@@ -37,7 +37,7 @@ def four(source: Source) -> list[Sample]:
     return read(source, path, source.need(*places(ANSWERS)), shared=True)
 
 
-RULES: dict[str, Rule] = {"compose": first_letter, "robust": robust_letter}
+RULES: dict[str, Scoring] = {"compose": first_letter, "robust": robust_letter}
 
 MCUB3 = Benchmark(
     name="mcub3",

@@ -16,7 +16,7 @@ from typing import Any
 from modalloy._version import __version__
 from modalloy.errors import ModalloyError, OutputError, plain
 from modalloy.evals import find_benchmark
-from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Rule, Sample, Source, Verdict, by_group, wilson
+from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Scoring, Source, Verdict, by_group, wilson
 from modalloy.evals.files import MAX_FILE_BYTES, parse_json, read_bytes
 from modalloy.evals.statistics import bootstrap_interval
 from modalloy.files import is_file, replace_text
@@ -62,7 +62,7 @@ class Entry:
     new_tokens: int
     prompt_sha256: str
 
-    def verdict(self, rule: Rule) -> Verdict:
+    def verdict(self, rule: Scoring) -> Verdict:
         """What a rule makes of the answer; one that could not be given is wrong."""
         return rule(self.sample, self.answer) if self.status == "ok" else Verdict(None, False)
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from modalloy.errors import CheckpointError
 from modalloy.families import family_of
-from modalloy.families.rules import Family, Found, Geometry, Slot, Spelling, rows_of
+from modalloy.families.rules import Family, Found, Geometry, Place, Spelling, rows_of
 from modalloy.families.vocabulary import SharedTokens
 from modalloy.report.text import printable_lines
 from modalloy.storage.views import Rows, height_of
@@ -42,7 +42,7 @@ UNITS = {
 class Piece:
     """Rows of a target tensor that are one slot's, and the donor's rows that they are merged with, as many."""
 
-    slot: Slot
+    slot: Place
     rows: Rows
     source: str
     source_rows: Rows
@@ -219,7 +219,7 @@ class _Model:
         except CheckpointError as error:
             raise CheckpointError(f"{label}: {error}") from error
         self.found: dict[str, Found] = {}
-        self.slots: dict[Slot, tuple[str, Rows]] = {}
+        self.slots: dict[Place, tuple[str, Rows]] = {}
         for name, shape in header.items():
             found = self.family.find(name, self.spelling)
             if found is None or name in without:
@@ -249,15 +249,15 @@ class _Model:
                 f"{self.label}: {name} {error}; its config.json does not belong to its weights: download both again"
             ) from error
 
-    def unused(self, name: str, used: set[Rows]) -> list[Slot]:
+    def unused(self, name: str, used: set[Rows]) -> list[Place]:
         """The slots of a tensor of whose rows none are used."""
         slots = self.found[name].slots if name in self.found else ()
         return [slot for slot in slots if self.slots[slot][1] not in used and not (used and slot.role in VOCABULARY)]
 
-    def counterpart(self, slot: Slot) -> tuple[str, Rows, bool] | None:
+    def counterpart(self, slot: Place) -> tuple[str, Rows, bool] | None:
         """The tensor and rows of a slot; of its own copy, else of the weight that a copy is made from (then True)."""
-        language = Slot(slot.role, slot.layer, "language", slot.part)
-        embedding = Slot("embed", None)  # which a tied head is
+        language = Place(slot.role, slot.layer, "language", slot.part)
+        embedding = Place("embed", None)  # which a tied head is
         for wanted, duplicated in ((slot, False), (language, True)):
             if wanted in self.slots:
                 return *self.slots[wanted], duplicated
@@ -357,7 +357,7 @@ def _operation(name: str, shape: tuple[int, ...], pieces: list[Piece], donor: _M
     return "same" if first.source == name else "rename"
 
 
-def _why_dropped(name: str, slots: list[Slot], target: _Model, donor: _Model, tensors: dict[str, Mapped]) -> str:
+def _why_dropped(name: str, slots: list[Place], target: _Model, donor: _Model, tensors: dict[str, Mapped]) -> str:
     """Why a donor tensor, or those slots of it, can be left out though nothing uses it."""
     if name not in donor.found:
         raise CheckpointError(

@@ -17,7 +17,7 @@ Owner = Literal["language", "vision"]
 
 
 @dataclass(frozen=True)
-class Slot:
+class Place:
     """A place in a decoder: what it does, in which layer (None: in none), for which tokens, and weight or bias.
 
     What serves all tokens is owned by "language"; "vision" owns the copies that some families have for image tokens.
@@ -34,7 +34,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """One line of a family's table. Several `roles` are stored as one tensor, row after row.
 
     With `grouped` the rows of a fused attention weight are interleaved by key head, as InternLM2 has them: the queries of
@@ -85,8 +85,8 @@ class Geometry:
 class Found:
     """A native name, understood: its rule, its layer, what `{rest}` stood for, and its slots in the order of the rows."""
 
-    rule: Rule
-    slots: tuple[Slot, ...]
+    rule: NameRule
+    slots: tuple[Place, ...]
     layer: int | None = None
     rest: str = ""
 
@@ -98,7 +98,7 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     decoders: tuple[str, ...]  # model types of the text part, where one class holds several
-    rules: tuple[Rule, ...]
+    rules: tuple[NameRule, ...]
     spellings: tuple[Spelling, ...] = (Spelling(),)
     defaults: dict[str, Any] = field(default_factory=dict, hash=False)  # of a config that does not say
     embedding: str = "{model}embed_tokens.weight"  # by which a checkpoint's spelling is known
@@ -124,7 +124,7 @@ class Family:
             if match := _regex(rule.pattern, spelling.model, spelling.head).fullmatch(name):
                 parts = match.groupdict()
                 layer = int(parts["i"]) if "i" in parts else None
-                slots = tuple(Slot(role, layer, rule.owner, rule.part) for role in rule.roles)
+                slots = tuple(Place(role, layer, rule.owner, rule.part) for role in rule.roles)
                 return Found(rule, slots, layer, parts.get("rest", ""))
         return None
 
@@ -214,7 +214,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def decoder(
     *, without: tuple[str, ...] = (), bias: tuple[str, ...] = (), reads_inv_freq: bool = True
-) -> tuple[Rule, ...]:
+) -> tuple[NameRule, ...]:
     """The rules of a plain Llama-like decoder, without those roles that a family stores otherwise."""
     layer = "{model}layers.{i}."
     names = {
@@ -231,22 +231,22 @@ def decoder(
         "norm": "{model}norm",
         "head": "{head}lm_head",
     }
-    rules = [Rule(f"{name}.weight", (role,)) for role, name in names.items() if role not in without]
-    rules += [Rule(f"{names[role]}.bias", (role,)) for role in bias]
+    rules = [NameRule(f"{name}.weight", (role,)) for role, name in names.items() if role not in without]
+    rules += [NameRule(f"{names[role]}.bias", (role,)) for role in bias]
     if reads_inv_freq:
-        rules.append(Rule(f"{layer}self_attn.rotary_emb.inv_freq", reason="computed when the model is loaded"))
+        rules.append(NameRule(f"{layer}self_attn.rotary_emb.inv_freq", reason="computed when the model is loaded"))
     return tuple(rules)
 
 
-def twins(layer: str, *, language: str, vision: str, roles: tuple[str, ...]) -> tuple[Rule, ...]:
+def twins(layer: str, *, language: str, vision: str, roles: tuple[str, ...]) -> tuple[NameRule, ...]:
     """Two rules for one weight that image tokens have a copy of."""
     prefix = "{model}layers.{i}."
-    return Rule(prefix + layer.format(language), roles), Rule(prefix + layer.format(vision), roles, "vision")
+    return NameRule(prefix + layer.format(language), roles), NameRule(prefix + layer.format(vision), roles, "vision")
 
 
-def outside(reason: str, *patterns: str) -> tuple[Rule, ...]:
+def outside(reason: str, *patterns: str) -> tuple[NameRule, ...]:
     """Rules for what is beside the decoder."""
-    return tuple(Rule(pattern, reason=reason) for pattern in patterns)
+    return tuple(NameRule(pattern, reason=reason) for pattern in patterns)
 
 
 def _begun(pattern: str, model: str, head: str) -> str:

@@ -28,7 +28,7 @@ class Update:
 
     `stable_rank` is ‖D‖_F² / ‖D‖₂² (Rudelson and Vershynin 2007). `effective_rank` is exp(−Σ p log p), p = σ / Σ σ (Roy and
     Vetterli 2007): the number of directions it would have if all were equally strong. `kept` is the share of its
-    energy that SSAM's projection keeps, ‖U Uᵀ D V Vᵀ‖² / ‖D‖², and `kept_curve` the same at every `Slot.curve_k`.
+    energy that SSAM's projection keeps, ‖U Uᵀ D V Vᵀ‖² / ‖D‖², and `kept_curve` the same at every `WeightFigures.curve_k`.
     None where it is not defined (D = 0) or was not computed (`Inspection.findings` then says so).
     """
 
@@ -63,7 +63,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightFigures:
     """One merged weight. `left_energy` and `right_energy` are the shares of the spectral energy of A = Σ D_i D_iᵀ and of
     B = Σ D_iᵀ D_i in their top `curve_k` directions; `k_for_energy` the k at which both reach a share. Where the recipe
     balances, A and B are those of D_i / ‖D_i‖.
@@ -107,9 +107,9 @@ class Inspection:
     method: str
     parameters: dict[str, Any]
     base: str
-    k_of: str  # what `Slot.k` is
+    k_of: str  # what `WeightFigures.k` is
     specialists: tuple[SpecialistFacts, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[WeightFigures, ...]
     findings: tuple[Finding, ...]
 
     @property
@@ -139,7 +139,7 @@ def place_in_layer(module: str) -> int:
     return IN_A_LAYER.index(leaf) if leaf in IN_A_LAYER else len(IN_A_LAYER)
 
 
-def norms_of(slots: Sequence[Slot]) -> defaultdict[str, dict[str, float]]:
+def norms_of(slots: Sequence[WeightFigures]) -> defaultdict[str, dict[str, float]]:
     """Specialist → weight → norm of its update."""
     norms: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for slot in slots:

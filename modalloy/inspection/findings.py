@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from modalloy.inspection.figures import DENSE_LIMIT, Finding, Slot, SpecialistFacts, norms_of
+from modalloy.inspection.figures import DENSE_LIMIT, Finding, SpecialistFacts, WeightFigures, norms_of
 
 DOMINANT_RATIO = 5.0  # A and B weigh updates by their squared norm, so 5 times the norm is 25 times the say
 DUPLICATE_COSINE = 0.99  # independent runs from one base are nearly orthogonal; this is one run, or a copy of it
@@ -19,7 +19,7 @@ UNEVEN_MIN_LAYERS = 3  # a median of fewer layers says nothing about an outlier
 
 
 def findings(
-    specialists: Sequence[SpecialistFacts], slots: Sequence[Slot], *, projects: bool, balance: str = "none"
+    specialists: Sequence[SpecialistFacts], slots: Sequence[WeightFigures], *, projects: bool, balance: str = "none"
 ) -> list[Finding]:
     """What a person should know before trusting the merge, warnings first.
 
@@ -55,7 +55,7 @@ def findings(
     return sorted(found, key=lambda finding: finding.level != "warning")
 
 
-def _unused(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -> list[Finding]:
+def _unused(specialists: Sequence[SpecialistFacts], slots: Sequence[WeightFigures]) -> list[Finding]:
     """Updates that are zero or absent: they count in λ = 1/n all the same."""
     found, norms = [], norms_of(slots)
     for label in (one.label for one in specialists):
@@ -68,10 +68,10 @@ def _unused(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -> li
     return found
 
 
-def _uneven(slots: Sequence[Slot]) -> list[Finding]:
+def _uneven(slots: Sequence[WeightFigures]) -> list[Finding]:
     """Layers whose update is far from the usual size of their kind."""
     found = []
-    kinds: dict[str, list[Slot]] = defaultdict(list)
+    kinds: dict[str, list[WeightFigures]] = defaultdict(list)
     for slot in slots:
         kinds[slot.module].append(slot)
     for label, norms in norms_of(slots).items():
@@ -90,7 +90,7 @@ def _uneven(slots: Sequence[Slot]) -> list[Finding]:
     return found
 
 
-def _conflicts(slots: Sequence[Slot]) -> list[Finding]:
+def _conflicts(slots: Sequence[WeightFigures]) -> list[Finding]:
     """Pairs that are copies of each other, or that point in opposite directions."""
     cosines: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for slot in slots:
@@ -115,7 +115,7 @@ def _conflicts(slots: Sequence[Slot]) -> list[Finding]:
     return found
 
 
-def _projection(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -> list[Finding]:
+def _projection(specialists: Sequence[SpecialistFacts], slots: Sequence[WeightFigures]) -> list[Finding]:
     """What SSAM's k does to each specialist."""
     found = []
     for label in (one.label for one in specialists):
@@ -135,11 +135,11 @@ def _projection(specialists: Sequence[SpecialistFacts], slots: Sequence[Slot]) -
     return found
 
 
-def _holds_all(slot: Slot) -> bool:
+def _holds_all(slot: WeightFigures) -> bool:
     ranks = [update.rank for update in slot.updates]
     stacked = sum(rank for rank in ranks if rank is not None) if None not in ranks else max(slot.shape)
     return slot.k is not None and slot.k >= min(stacked, max(slot.shape))
 
 
-def _count(names: Sequence[str], slots: Sequence[Slot]) -> str:
+def _count(names: Sequence[str], slots: Sequence[WeightFigures]) -> str:
     return f"{len(names)} of {len(slots)} weights"

@@ -25,9 +25,9 @@ from modalloy.inspection.figures import (
     DENSE_LIMIT,
     Inspection,
     Pair,
-    Slot,
     SpecialistFacts,
     Update,
+    WeightFigures,
     norms_of,
     place_in_layer,
 )
@@ -108,7 +108,7 @@ def inspect(
     )
 
 
-def _slot(job: Job, read: Read, surveys: Surveys, rank: int | float) -> Slot:
+def _slot(job: Job, read: Read, surveys: Surveys, rank: int | float) -> WeightFigures:
     """Every figure of one weight; `rank` is SSAM's k, or below 1 the share of energy that chooses it."""
     deltas, shape = _deltas(job, read), (job.shape[0], job.shape[1])
     factored = [delta for delta in deltas.values() if isinstance(delta, LowRank)]
@@ -136,7 +136,7 @@ def _slot(job: Job, read: Read, surveys: Surveys, rank: int | float) -> Slot:
     entries = [_rows_of(delta, rows) for delta in deltas.values()]
     k = kept.k if kept else None
     layer, module = _layer(job.name)
-    return Slot(
+    return WeightFigures(
         name=job.name,
         layer=layer,
         module=module,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modalloy.errors import OutputError
-from modalloy.inspection.figures import Inspection, Pair, Slot, Update
+from modalloy.inspection.figures import Inspection, Pair, Update, WeightFigures
 from modalloy.inspection.measure import SAMPLED_ROWS
 from modalloy.inspection.text import tables
 from modalloy.report.html import asset, shell, table
@@ -159,7 +159,7 @@ def _pairs(inspection: Inspection) -> Figure:
 
 def _merged(inspection: Inspection) -> Figure:
     """The merged update, by depth."""
-    quantities: dict[str, tuple[str, Callable[[Slot], float | None]]] = {
+    quantities: dict[str, tuple[str, Callable[[WeightFigures], float | None]]] = {
         "coherence": ("‖Σ D<sub>i</sub>‖ / Σ ‖D<sub>i</sub>‖", lambda s: s.coherence),
         "size against the plain mean": ("‖merged‖ / ‖mean‖", lambda s: s.merged_over_mean),
     }

@@ -10,7 +10,7 @@ from modalloy.errors import RecipeError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
 from modalloy.planning.kinds import Kind, layer_of
-from modalloy.recipe import Recipe, Rule
+from modalloy.recipe import Recipe, WeightRule
 from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.storage.writer import TensorSpec
 
@@ -68,7 +68,7 @@ class Choices:
             return self.own + len(self.recipe.models) - len(self.absent)
         return self.own + sum(weight != 0 for weight in self._weights(slot))
 
-    def _rule(self, slot: str) -> tuple[str, Rule | None]:
+    def _rule(self, slot: str) -> tuple[str, WeightRule | None]:
         for pattern, rule in self.recipe.modules.items():
             if fnmatch.fnmatchcase(slot, pattern):
                 return pattern, rule

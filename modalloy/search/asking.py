@@ -11,9 +11,9 @@ from modalloy.evals.benchmark import Sample
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.runner import answers
 from modalloy.planning.plan import Plan
-from modalloy.search.candidates import Server
+from modalloy.search.candidates import RoutedBench
 from modalloy.search.space import Axis, Changes, start
-from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, serve_target
+from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, target_bench
 from modalloy.search.trials import Trials
 
 TARGET = "target"  # in the log: the model of α = 0
@@ -43,13 +43,13 @@ class Asking:
         self.serving = ""
 
     @cached_property
-    def server(self) -> Server | PlacedTarget | LoadedTarget:
+    def bench(self) -> RoutedBench | PlacedTarget | LoadedTarget:
         """Loaded when there is something to ask, and every medium encoded once."""
         begin = time.perf_counter()
         options = {"device": self.lengths["device"], "dtype": self.lengths["dtype"]}
         options["allow_base_mismatch"] = self.allow_base_mismatch
         across = self.planned.recipe.is_across
-        found = serve_target(self.planned, self.load, **options) if across else Server(self.planned, **options)
+        found = target_bench(self.planned, self.load, **options) if across else RoutedBench(self.planned, **options)
         loaded = time.perf_counter()
         for modality, path in dict.fromkeys(medium for probe in self.probes for medium in probe.media):
             self.cache.features(found.chat, modality, path)
@@ -65,7 +65,7 @@ class Asking:
         """Numbers that stand for a candidate's merge."""
         key = f"served {self._key(changes)}"
         if key not in self.log.lines:
-            self._serve(changes)
+            self._put(changes)
         self.used[key] = self.log.lines[key]
         found: list[float] = self.used[key]["sketch"]
         return found
@@ -76,20 +76,20 @@ class Asking:
         # the target itself is a parent too, and asked once
         is_target = self.planned.recipe.is_across and not any(self.sketch(changes))
         name = TARGET if is_target else self._key(changes)
-        return self._lines(name, lambda: self._serve(changes), asked, predict)
+        return self._lines(name, lambda: self._put(changes), asked, predict)
 
     @cached_property
     def parents(self) -> dict[str, Line]:
         """The answer of the specialist of its sense to every probe of one sense, by the probe's id; or of the target to all."""
         found: dict[str, Line] = {}
         if self.planned.recipe.is_across:
-            lines = self._lines(TARGET, lambda: self._serve_parent(0), self.probes)
+            lines = self._lines(TARGET, lambda: self._put_parent(0), self.probes)
             return {probe.id: line for probe, line in zip(self.probes, lines, strict=True)}
         for index, specialist in enumerate(self.planned.specialists):
             own = [probe for probe in self.probes if {m for m, _ in probe.media} == {specialist.modality}]
             if own:
                 name = f"parent {specialist.modality}"
-                lines = self._lines(name, lambda at=index: self._serve_parent(at), own)  # type: ignore[misc]
+                lines = self._lines(name, lambda at=index: self._put_parent(at), own)  # type: ignore[misc]
                 found |= {probe.id: line for probe, line in zip(own, lines, strict=True)}
         return found
 
@@ -102,7 +102,7 @@ class Asking:
         if todo:
             serve()
             size, limit = self.lengths["batch_size"], self.lengths["max_new_tokens"]
-            for entries in answers(self.server.chat, todo, limit, size, self.cache, predict=predict):
+            for entries in answers(self.bench.chat, todo, limit, size, self.cache, predict=predict):
                 for entry in entries:
                     if entry.status != "ok":
                         kind = MediaError if entry.status == "media_error" else ModalloyError
@@ -118,18 +118,18 @@ class Asking:
         self._progress()
         return [self.log.lines[key] for key in keys]
 
-    def _serve(self, changes: Changes) -> None:
+    def _put(self, changes: Changes) -> None:
         key = f"served {self._key(changes)}"
         if self.serving == key:
             return
-        server, begin = self.server, time.perf_counter()
-        sketch = server.serve(changes)
+        bench, begin = self.bench, time.perf_counter()
+        sketch = bench.put(changes)
         self.serving = key
         if key not in self.log.lines:
             self.log.add(key, {"sketch": sketch, "seconds": round(time.perf_counter() - begin, 4)})
 
-    def _serve_parent(self, index: int) -> None:
-        self.server.serve_parent(index)
+    def _put_parent(self, index: int) -> None:
+        self.bench.put_parent(index)
         self.serving = f"parent {index}"
 
     def _key(self, changes: Changes) -> str:

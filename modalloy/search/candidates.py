@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 SKETCHED = 64  # numbers that stand for a merged update
 
 
-class Server:
+class RoutedBench:
     """One model in memory that is given one text path after another.
 
     The tensors of a candidate are those that a merge would write, to the bit; by ssam to rounding, for there one
@@ -41,13 +41,13 @@ class Server:
         self.chat: ChatModel = load_planned(planned, device=device, dtype=dtype)
         self.kept: dict[str, Aligned] = {}  # by weight
 
-    def serve(self, changes: Changes) -> list[float]:
+    def put(self, changes: Changes) -> list[float]:
         """Set the text path to the merge of a candidate; returns its `sketch`."""
         planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
         work = partial(_merged, planned, surveys, self.kept)
         return self._set((job.name, tensors) for job, tensors in in_parallel(work, planned.merges()))
 
-    def serve_parent(self, index: int) -> None:
+    def put_parent(self, index: int) -> None:
         """Set the text path to that of one specialist: the model is then that specialist, for its own sense."""
         work = partial(_parent, self.planned, index)
         self._set((job.name, [tensor]) for job, tensor in in_parallel(work, self.planned.merges()))

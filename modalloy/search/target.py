@@ -37,7 +37,7 @@ class PlacedTarget:
         self.places = {name.removeprefix(within): place for name, place in places(self.chat.model, shapes).items()}
         self.changed: set[str] = set()  # tensors in memory that are not the target's
 
-    def serve(self, changes: Changes) -> list[float]:
+    def put(self, changes: Changes) -> list[float]:
         """Put the merge of a candidate in the target's place; returns its sketch, all zero for the target itself."""
         planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
@@ -52,7 +52,7 @@ class PlacedTarget:
         self.changed = changed
         return _summed(sketches)
 
-    def serve_parent(self, index: int = 0) -> None:
+    def put_parent(self, index: int = 0) -> None:
         """Put the target back."""
         for name in sorted(self.changed):
             self._put(name, self.planned.inputs.read(self.planned.target.refs[name]))
@@ -78,14 +78,14 @@ class LoadedTarget:
         self.planned, self.load, self.allow_base_mismatch = planned, load, allow_base_mismatch
         self.chat: ChatModel
         self.is_target = False
-        self.serve_parent()
+        self.put_parent()
 
-    def serve(self, changes: Changes) -> list[float]:
+    def put(self, changes: Changes) -> list[float]:
         """Load the merge of a candidate; returns its sketch, all zero for the target itself."""
         planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
         changed = _changed(planned)
         if not changed:
-            self.serve_parent()
+            self.put_parent()
             return _summed({})
         sketches: dict[str, Tensor] = {}
 
@@ -105,7 +105,7 @@ class LoadedTarget:
             tensors[name].read()
         return _summed(sketches)
 
-    def serve_parent(self, index: int = 0) -> None:
+    def put_parent(self, index: int = 0) -> None:
         """Load the target itself."""
         if not self.is_target:
             read, refs = self.planned.inputs.read, self.planned.target.refs
@@ -118,7 +118,7 @@ class LoadedTarget:
         self.chat, self.is_target = self.load(planned, tensors), is_target
 
 
-def serve_target(
+def target_bench(
     planned: Plan, load: Loader | None, *, device: str, dtype: str, allow_base_mismatch: bool
 ) -> PlacedTarget | LoadedTarget:
     """What serves the candidates of a plan with a target: the caller's loader where there is one, else modalloy."""
