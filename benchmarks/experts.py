@@ -46,9 +46,9 @@ SEPARATORS = {
 def write_cogvlm(folder: Path, out: Path) -> Path:
     """An image specialist in CogVLM's layout: its text path is the language experts, its picture tokens' the vision experts."""
     specialist, base = _opened(folder)
-    tensors = {name: base.read(ref) for name, ref in base.refs.items() if name not in specialist.text}
-    language = {name: updated(specialist, base, name, specialist.text) for name in specialist.text}
-    vision = {name: updated(specialist, base, name, specialist.own) for name in specialist.own}
+    tensors = {name: base.read(ref) for name, ref in base.refs.items() if name not in specialist.text_lora}
+    language = {name: updated(specialist, base, name, specialist.text_lora) for name in specialist.text_lora}
+    vision = {name: updated(specialist, base, name, specialist.modality_lora) for name in specialist.modality_lora}
     tensors |= fused(language, "language") | fused(vision, "vision") | _beside(specialist, COGVLM)
     return _written(out, tensors, specialist, base, COGVLM, "cogvlm")
 
@@ -56,9 +56,9 @@ def write_cogvlm(folder: Path, out: Path) -> Path:
 def write_llava(folder: Path, out: Path) -> Path:
     """A specialist's text path as a Llama checkpoint; with its projector, as LLaVA's, where all its tokens use that path."""
     specialist, base = _opened(folder)
-    tensors = {name: base.read(ref) for name, ref in base.refs.items() if name not in specialist.text}
-    tensors |= {name: updated(specialist, base, name, specialist.text) for name in specialist.text}
-    if specialist.own or specialist.modality != "image":
+    tensors = {name: base.read(ref) for name, ref in base.refs.items() if name not in specialist.text_lora}
+    tensors |= {name: updated(specialist, base, name, specialist.text_lora) for name in specialist.text_lora}
+    if specialist.modality_lora or specialist.modality != "image":
         return _written(out, tensors, None, base, LLAMA, "llama")
     return _written(out, tensors | _beside(specialist, LLAVA), specialist, base, LLAVA, "llava_llama")
 

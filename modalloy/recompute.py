@@ -26,7 +26,7 @@ SUMMED = 1e-7  # and of its sum with the base
 SAMPLED = 12  # tensors of each kind, of those merged by each method, that are recomputed of a large result
 SMALL_BYTES = 64 << 20  # of inputs and of the weights that they update, up to which a result is recomputed as a whole
 PART_BYTES = 8 << 20  # of a tensor that is compared bit for bit
-LITERAL_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
+DENSE_CHECK_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
 
 Item = TypeVar("Item")
 Read = Callable[[TensorRef], Tensor]
@@ -52,7 +52,7 @@ def parts_of(ref: TensorRef, n_entries: int) -> Iterator[TensorRef]:
         yield replace(ref, shape=(size,), begin=ref.begin + start * ref.dtype.itemsize)
 
 
-def is_literal(
+def is_dense_check(
     method: str, parameters: dict[str, Any], shape: tuple[int, ...], compress_rank: int | None, interpolates: bool
 ) -> bool:
     """Whether a merged weight is recomputed on dense float64 matrices.
@@ -63,7 +63,7 @@ def is_literal(
     entry = METHODS[method]
     equivalent = "factored = dense" in entry.laws and entry.gets(parameters) != "dense"
     # a larger full matrix is not cut to a rank as its factors are: not exactly
-    limit = LITERAL_LIMIT if compress_rank is None else EXACT_SIZE
+    limit = DENSE_CHECK_LIMIT if compress_rank is None else EXACT_SIZE
     return equivalent and not interpolates and max(shape) <= limit
 
 
@@ -103,7 +103,7 @@ def merged_update(
     method, shape = promise.method, promise.start.shape
     if all(update.weight == 0 for update in promise.updates):
         return LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
-    literal = is_literal(method, promise.parameters, shape, promise.compress_rank, promise.interpolates)
+    literal = is_dense_check(method, promise.parameters, shape, promise.compress_rank, promise.interpolates)
     if METHODS[method].receives == "left_core" and any(update.tuned is not None for update in promise.updates):
         literal = False  # KnOTS selects entries of its core, whose float32 singular vectors select others
     dense = literal and not METHODS[method].one_rank  # which has no form on full matrices

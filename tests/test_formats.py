@@ -154,9 +154,9 @@ def test_peft_adapter(options: dict[str, Any], untied: Path, tmp_path: Path) -> 
     for name in wanted:
         torch.testing.assert_close(found[name] - before[name], wanted[name] - before[name], atol=3e-7, rtol=1e-5)
     specialist = open_specialist(folder)
-    assert specialist.layout == "peft" and specialist.text.keys() | specialist.full.keys() >= set(changed)
-    for slot in specialist.text:
-        delta = specialist.text[slot].delta(specialist.read).dense().double()
+    assert specialist.layout == "peft" and specialist.text_lora.keys() | specialist.tuned.keys() >= set(changed)
+    for slot in specialist.text_lora:
+        delta = specialist.text_lora[slot].delta(specialist.read).dense().double()
         torch.testing.assert_close(delta, wanted[slot] - before[slot], atol=3e-7, rtol=1e-5)
 
 
@@ -624,7 +624,7 @@ def test_modelcompose_without_its_rank(base: Path, tmp_path: Path) -> None:
         plan_one(base, folder)
     usual = write_compose(tmp_path / "usual", "vision", rank=128)
     (usual / "config.json").write_text(json.dumps(config))
-    assert open_specialist(usual).text["model.layers.0.mlp.up_proj.weight"].scale == 2.0
+    assert open_specialist(usual).text_lora["model.layers.0.mlp.up_proj.weight"].scale == 2.0
 
 
 @pytest.mark.parametrize("as_bin", [False, True])

@@ -226,7 +226,7 @@ def test_adapter_configs(folder: Path, data: st.DataObject) -> None:
     (place / "adapter_config.json").write_text(dumped(data.draw(edited(patterned) | ODD)))
     opened = tried(lambda: open_specialist(place))
     if opened is not None:
-        assert all(factors.scale > 0 for factors in opened.text.values())
+        assert all(factors.scale > 0 for factors in opened.text_lora.values())
 
 
 @examples(80)

@@ -65,7 +65,7 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
     assert len(update) == 2 * 210 and all(".default." in name for name in update)
     for modality, tensors in parts.items():
         specialist = open_specialist(out / modality)
-        assert specialist.modality == modality and not specialist.own and specialist.rank == 8
+        assert specialist.modality == modality and not specialist.modality_lora and specialist.rank == 8
         assert all(torch.equal(tensors[name], tensor) for name, tensor in update.items())
         shipped = load_file(builtin.specialist(modality) / "adapter_model.safetensors")
         projector = [name for name in tensors if ".modal_projectors." in name]

@@ -27,7 +27,7 @@ def test_what_ships_is_complete_and_small() -> None:
         folder = builtin.specialist(modality)
         specialist = open_specialist(folder)
         assert specialist.modality == modality and specialist.base_name == builtin.BASE
-        assert len(specialist.text) == len(specialist.own) == 210 and specialist.rank == 8
+        assert len(specialist.text_lora) == len(specialist.modality_lora) == 210 and specialist.rank == 8
         assert {ref.dtype for ref in specialist.checkpoint.refs.values()} == {torch.bfloat16}
         card = (folder / "README.md").read_text()
         assert "## Held-out accuracy" in card and "new source" in card and "| licence |" in card

@@ -432,7 +432,7 @@ def test_patterns_match_as_pefts_do() -> None:
 
 def test_rank_patterns_set_each_modules_scale(tmp_path: Path) -> None:
     opened = open_specialist(write_lora(tmp_path / "one", alpha_pattern={r".*mlp\.(up|down)_proj": 8, "q_proj": 2}))
-    scales = {slot.split(".")[-2]: factors.scale for slot, factors in opened.text.items()}
+    scales = {slot.split(".")[-2]: factors.scale for slot, factors in opened.text_lora.items()}
     assert scales == dict.fromkeys(["k_proj", "v_proj", "o_proj", "gate_proj"], 2.0) | {
         "up_proj": 4,
         "down_proj": 4,

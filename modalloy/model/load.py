@@ -167,10 +167,10 @@ def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device:
     config, weights = _config(folder, content), _base_weights(folder)
     if specialist is not None:
         opened = open_specialist(Path(specialist))
-        if not opened.text:
+        if not opened.text_lora:
             return load_model(specialist, device=device, dtype="auto")  # a full model
-        config.text_update = specialist_update(opened.text, open_base(folder))
-        weights |= _owned(opened.checkpoint, adapter_names(opened.text, "default"), config)
+        config.text_update = specialist_update(opened.text_lora, open_base(folder))
+        weights |= _owned(opened.checkpoint, adapter_names(opened.text_lora, "default"), config)
     model = _routed(folder, config, weights, {"dtype": "auto", "trust_remote_code": False})
     set_ends(model, folder, content)
     return ChatModel(moved(model, device), ModalloyProcessor(tokenizer, {}))
@@ -286,7 +286,7 @@ def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
 
 def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
     """The text and modality adapters, projector and extra tokens of one specialist."""
-    refs = adapter_names(specialist.text, "default") | specialist.carried()
+    refs = adapter_names(specialist.text_lora, "default") | specialist.carried()
     return _owned(specialist.checkpoint, refs, config)
 
 

@@ -76,7 +76,7 @@ def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | d
     return {
         "base_model": str(base.folder.resolve()),
         "text_config": config,
-        "text_update": specialist_update(specialist.text, base),
+        "text_update": specialist_update(specialist.text_lora, base),
         "modalities": {specialist.modality: settings},
     }
 
@@ -145,7 +145,7 @@ def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[st
         "n_tokens": sense.n_tokens,
         "n_prefix": tokens["prefix"].shape[1] if "prefix" in tokens else 0,
         "n_suffix": tokens["suffix"].shape[1] if "suffix" in tokens else 0,
-        "update": specialist_update(specialist.own, base),
+        "update": specialist_update(specialist.modality_lora, base),
     }
     source = sense.source(specialist.modality)
     return found if source is None else found | {"source": source}

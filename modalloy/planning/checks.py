@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from modalloy.errors import CheckpointError, RecipeError, nearest, shown
 from modalloy.planning.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
-from modalloy.specialists.full import place
+from modalloy.specialists.full import place_in_base
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.locate import is_portable
 from modalloy.storage.tensors import Checkpoint
@@ -44,8 +44,8 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
 
 def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
     """Every update must fit the base weight of its name, and every tensor that was tuned whole must have the base's shape."""
-    place(specialist, base, base_config)
-    for updates in (specialist.text, specialist.own):
+    place_in_base(specialist, base, base_config)
+    for updates in (specialist.text_lora, specialist.modality_lora):
         for slot, factors in updates.items():
             if slot not in base.refs:
                 raise CheckpointError(
@@ -58,13 +58,13 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
                     f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
                     "use the base it was trained from"
                 )
-    for name, ref in specialist.full.items():
+    for name, ref in specialist.tuned.items():
         if base.refs[name].dtype.is_floating_point and not ref.dtype.is_floating_point:
             raise CheckpointError(
                 f"{specialist.label} specialist: {ref.name} holds {ref.dtype}, no weights ({ref.file}), where the base has "
                 f"{base.refs[name].dtype}; use the model before it was quantised, or list the tensor under `ignore:`"
             )
-    misfits = [(ref, base.refs[name]) for name, ref in specialist.full.items() if ref.shape != base.refs[name].shape]
+    misfits = [(ref, base.refs[name]) for name, ref in specialist.tuned.items() if ref.shape != base.refs[name].shape]
     resized = [pair for pair in misfits if is_of_tokens(pair[1].name) and pair[0].shape[1:] == pair[1].shape[1:]]
     for own, wanted in resized:
         raise CheckpointError(
@@ -86,14 +86,14 @@ def check_rows_are_ruled(specialists: Sequence[Specialist], name: str, kind: Kin
     """
     for specialist in specialists:
         rule = f'modules: {{"{name}": {{policy: average}}}}'
-        if name in specialist.text:
-            factors, pattern = specialist.text[name], name.removesuffix(".weight")
+        if name in specialist.text_lora:
+            factors, pattern = specialist.text_lora[name], name.removesuffix(".weight")
             raise CheckpointError(
                 f"{specialist.label} specialist: {factors.a.name} updates {name}, but {PLURALS[kind]} are kept as the base has "
                 f"them; list '*{pattern}.*' under `ignore:` to do without, or merge it by a rule: {rule}, or a merge_method there"
             )
-        if name in specialist.full and not specialist.is_whole:
-            ref = specialist.full[name]
+        if name in specialist.tuned and not specialist.is_whole:
+            ref = specialist.tuned[name]
             raise CheckpointError(
                 f"{specialist.label} specialist: {ref.name} was trained ({ref.file}), but {PLURALS[kind]} are kept as the base "
                 f"has them; write {rule} to merge it, or policy: keep to do without"
@@ -111,7 +111,7 @@ def check_complete(
         return
     wanted = list(slots)
     for specialist in specialists:
-        if lacking := [slot for slot in wanted if slot not in specialist.text and slot not in specialist.full]:
+        if lacking := [slot for slot in wanted if slot not in specialist.text_lora and slot not in specialist.tuned]:
             raise CheckpointError(
                 f"{specialist.label} specialist: has no update of {lacking[0]} ({len(lacking)} weights in all), the "
                 f"{owner(lacking[0])} has; say `missing: zero` in the recipe to count it as zero, or keep these weights under "

@@ -15,7 +15,7 @@ from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
 from modalloy.planning.kinship import kinship_pairs
-from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_literal, spread
+from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_dense_check, spread
 from modalloy.storage.tensors import BLOCK_BYTES
 from modalloy.storage.views import MappedRef
 
@@ -68,11 +68,11 @@ def _bytes_with_start(job: Job) -> int:
     return sum(ref.n_bytes for ref in {ref for ref in (job.start, *job.reads) if ref is not None})
 
 
-def is_recomputed_literally(planned: Plan, job: Job) -> bool:
-    """Whether a merged weight is verified on dense float64 matrices (see `recompute.is_literal`)."""
+def is_checked_densely(planned: Plan, job: Job) -> bool:
+    """Whether a merged weight is verified on dense float64 matrices (see `recompute.is_dense_check`)."""
     compress = planned.recipe.output.compress_rank
     interpolates = planned.base is None
-    return is_literal(job.method, job.parameters, job.shape, compress, interpolates)
+    return is_dense_check(job.method, job.parameters, job.shape, compress, interpolates)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _surveyed_bytes(planned: Plan) -> int:
     return max(sizes)
 
 
-def _job_bytes(job: Job, *, literal: bool = False) -> int:
+def _job_bytes(job: Job, *, dense: bool = False) -> int:
     """What working on a job takes beside its inputs and outputs."""
     if job.kind == "fuse":
         return job.write_bytes + max(_job_bytes(piece) for piece in job.pieces)
@@ -206,9 +206,9 @@ def _job_bytes(job: Job, *, literal: bool = False) -> int:
     rows, columns = job.shape
     method, n = METHODS[job.method], len(job.models)
     gets = method.gets(job.parameters)
-    wide = 8 if literal else job.wide.itemsize
+    wide = 8 if dense else job.wide.itemsize
     stacked, full = job.stacked_rank, job.has_tuned
-    if not full and gets != "dense" and not literal:
+    if not full and gets != "dense" and not dense:
         blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
         return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
     if full and not stacked and method.rowwise and len(job.outputs) == 1:
@@ -234,7 +234,7 @@ def _check_bytes(planned: Plan, job: Job) -> int:
     if job.kind != "merge":
         return job.read_bytes + job.write_bytes + _job_bytes(job) + 4 * 8 * BLOCK_ENTRIES
     rows, columns = job.shape
-    literal = is_recomputed_literally(planned, job)
+    dense = is_checked_densely(planned, job)
     whole = len(job.outputs) == 1
-    entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if literal else 0
-    return job.read_bytes + job.write_bytes + _job_bytes(job, literal=literal) + 2 * 8 * entries
+    entries = min(BLOCK_ENTRIES, rows * columns) if whole else rows * columns if dense else 0
+    return job.read_bytes + job.write_bytes + _job_bytes(job, dense=dense) + 2 * 8 * entries

@@ -79,16 +79,16 @@ def _who_changed(planned: Plan, name: str) -> list[str]:
     return [
         one.label
         for one in planned.counted
-        if name in one.text or (name in one.full and _differs(planned, base, one.full[name]))
+        if name in one.text_lora or (name in one.tuned and _differs(planned, base, one.tuned[name]))
     ]
 
 
 def _updates(planned: Plan, model: Specialist) -> bool:
     """Whether a model changes anything that could be merged, averaged or kept."""
-    for factors in sorted(model.text.values(), key=lambda factors: factors.b.n_bytes):
+    for factors in sorted(model.text_lora.values(), key=lambda factors: factors.b.n_bytes):
         if _has_entries(planned, factors.b) and _has_entries(planned, factors.a):
             return True
-    tuned = sorted(model.full.items(), key=lambda item: item[1].n_bytes)
+    tuned = sorted(model.tuned.items(), key=lambda item: item[1].n_bytes)
     starts = {} if planned.across is None else planned.across.starts | planned.across.vectors
     return any(
         _differs(planned, start, ref)

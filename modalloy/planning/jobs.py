@@ -37,8 +37,8 @@ class Planner(Choices):
         super().__init__(recipe, base, absent, lora_rank=max(ranks, default=None))
         self.specialists, self.kinds = specialists, kinds
         self.reasons = {specialists[index].label: reason for index, reason in absent.items()}
-        self.low_rank = {slot for s in self.counted for slot in s.text}
-        self.changeable = self.low_rank | {name for s in self.counted for name in s.full if name in base.refs}
+        self.low_rank = {slot for s in self.counted for slot in s.text_lora}
+        self.changeable = self.low_rank | {name for s in self.counted for name in s.tuned if name in base.refs}
         self.treatments = {name: self._treatment(name) for name in base.refs}
         self.merged = [name for name in base.refs if self.treatments[name] == "merge"]
         self.averaged = [name for name in base.refs if self.treatments[name] in ("average", "sum")]
@@ -99,7 +99,7 @@ class Planner(Choices):
 
     def _owner(self, slot: str) -> str:
         """One that updates a weight."""
-        return next(f"{s.label} specialist" for s in self.counted if slot in s.text or slot in s.full)
+        return next(f"{s.label} specialist" for s in self.counted if slot in s.text_lora or slot in s.tuned)
 
     def all_jobs(self) -> list[Job]:
         """The jobs of the recipe's form.
@@ -118,8 +118,8 @@ class Planner(Choices):
         if form.takes_full_updates or self.recipe.output.compress_rank is not None:
             return
         for specialist in self.counted:
-            changed = (name for name in self.merged if name in specialist.full)
-            if whole := next((specialist.full[name] for name in changed), None):
+            changed = (name for name in self.merged if name in specialist.tuned)
+            if whole := next((specialist.tuned[name] for name in changed), None):
                 holds = "is a full model" if specialist.is_whole else f"holds {whole.name} whole"
                 raise RecipeError(
                     f"output.form '{form.name}' needs low-rank specialists, but '{specialist.label}' {holds}; write form: full, "
@@ -207,13 +207,13 @@ class Planner(Choices):
         for specialist in self.specialists:
             label = specialist.label
             absent = self.reasons.get(label)
-            for slot, factors in specialist.text.items():
+            for slot, factors in specialist.text_lora.items():
                 fate: tuple[Fate, str] = ("left out", absent or kept.get(slot, ""))
                 if slot in of_slot and not absent:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
                 result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
             result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
-            for name, ref in specialist.full.items():
+            for name, ref in specialist.tuned.items():
                 unused: tuple[Fate, str] = ("left out", absent or kept.get(name, "the base's is kept"))
                 result.append(TensorFate(label, ref.name, *(unused if absent else of_slot.get(name, unused))))
             result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
@@ -231,7 +231,7 @@ class Planner(Choices):
             slot,
             specs,
             self.base.refs[slot],
-            tuple(one.text.get(slot) or one.full.get(slot) for one, _, _ in taking_part),
+            tuple(one.text_lora.get(slot) or one.tuned.get(slot) for one, _, _ in taking_part),
             tuple(share for _, _, share in taking_part),
             tuple(one.label for one, _, _ in taking_part),
             method,
@@ -243,9 +243,9 @@ class Planner(Choices):
     def _average_job(self, name: str, spec: TensorSpec) -> Job:
         """The mean of the updates of those that have a tensor; of a method that is a sum, written as a mean."""
         having = [
-            (specialist.full[name], weight)
+            (specialist.tuned[name], weight)
             for specialist, weight in zip(self.specialists, self._weights(name), strict=True)
-            if weight != 0 and name in specialist.full
+            if weight != 0 and name in specialist.tuned
         ]
         method, factor = "", 0.0
         if self.treatments[name] == "average":
@@ -288,7 +288,7 @@ class Planner(Choices):
                     "output.compress_rank: k to approximate it"
                 )
             return min(compress, rows, columns)
-        ranks = [s.text[slot].rank for s in self.counted if slot in s.text]
+        ranks = [s.text_lora[slot].rank for s in self.counted if slot in s.text_lora]
         bound = max(ranks) if entry.one_rank else sum(ranks)
         if entry.gets(parameters) != "factors":
             bound = min(bound, rows, columns)
@@ -300,14 +300,14 @@ class Planner(Choices):
         """Whether the method's result for this weight is a full matrix."""
         method, written = self._method(slot)
         gets = METHODS[method].gets(self._resolved(method, written, slot))
-        return gets == "dense" or any(slot in s.full for s in self.counted)
+        return gets == "dense" or any(slot in s.tuned for s in self.counted)
 
     def _dtype(self) -> torch.dtype:
         chosen = self.recipe.written_dtype
         if chosen != "auto":
             return getattr(torch, chosen)
-        refs = [f.a for s in self.counted for f in s.text.values()]
-        refs += [ref for s in self.counted for ref in s.full.values()]
+        refs = [f.a for s in self.counted for f in s.text_lora.values()]
+        refs += [ref for s in self.counted for ref in s.tuned.values()]
         widest = refs[0].dtype
         for ref in refs:
             widest = torch.promote_types(widest, ref.dtype)

@@ -45,9 +45,9 @@ class AcrossPlanner(Choices):
         if not takes_source and not any(found.tensors[name].pieces for found in self.across.maps.values()):
             return Job("keep", name, (spec,), own)  # before its depth is asked for: it may be in no layer
         counterparts = [
-            (donor.full[name], weight)
+            (donor.tuned[name], weight)
             for donor, weight in zip(self.donors, self._weights(name), strict=True)
-            if name in donor.full and weight != 0
+            if name in donor.tuned and weight != 0
         ]
         if takes_source:
             if len(counterparts) != 1:
@@ -73,7 +73,7 @@ class AcrossPlanner(Choices):
     ) -> tuple[tuple[StoredLora | TensorRef | None, ...], tuple[float, ...], tuple[str, ...]]:
         """The updates of those that take part in a merge, their factors, and their labels."""
         chosen = [(model, share) for model, share in zip(models, shares, strict=True) if share is not None]
-        updates = tuple(model.text.get(slot) or model.full.get(slot) for model, _ in chosen)
+        updates = tuple(model.text_lora.get(slot) or model.tuned.get(slot) for model, _ in chosen)
         return updates, tuple(share for _, share in chosen), tuple(model.label for model, _ in chosen)
 
     def _averaged(self, name: str, spec: TensorSpec, counterparts: list[tuple[TensorRef, float]]) -> Job:

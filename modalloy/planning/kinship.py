@@ -69,12 +69,12 @@ def kinship_pairs(planned: "Plan") -> Iterator[tuple[str, str, TensorRef, Tensor
     if across is None:
         return
     for donor in planned.specialists:
-        for name in _sampled(across.maps[donor.label]) if donor.full else ():  # an adapter is an update of the base
-            yield donor.label, name, planned.target.refs[name], donor.full[name]
+        for name in _sampled(across.maps[donor.label]) if donor.tuned else ():  # an adapter is an update of the base
+            yield donor.label, name, planned.target.refs[name], donor.tuned[name]
     if across.base_map is not None and across.target is not None:
         for name in _sampled(across.base_map):
             slot = across.parts[name][0][0]
-            yield "base", name, across.target.full[slot], across.starts[slot]
+            yield "base", name, across.target.tuned[slot], across.starts[slot]
 
 
 def _sampled(found: ModelMap) -> list[str]:

@@ -98,13 +98,13 @@ def open_donors(
             tensors = maps[label].tensors.values()
             full = {one.name: _ref(one, target, checkpoint) for one in tensors if one.pieces}
             donor = Specialist(
-                label, checkpoint, "donor", own, None, full=full, dropped=maps[label].dropped, is_whole=True
+                label, checkpoint, "donor", own, None, tuned=full, dropped=maps[label].dropped, is_whole=True
             )
         donors.append(donor)
     if base is None or base_map is None:
         return donors, Across(maps)
     name = recipe.base_model if is_portable(recipe.base_model, recipe.folder) else base.folder.name
-    updates = {donor.label: donor.text for donor in donors}
+    updates = {donor.label: donor.text_lora for donor in donors}
     across = Across(
         maps, base, name, base_map, Specialist("target", target, "full", config, None, is_whole=True), updates
     )
@@ -123,9 +123,9 @@ def _open_adapter(label: str, folder: Path, recipe: Recipe, base: Checkpoint | N
     config = read_config(base.folder)
     check_base(donor, recipe, config, allow)
     check_shapes(donor, base, config)
-    if donor.full:
+    if donor.tuned:
         raise CheckpointError(
-            f"{label}: {next(iter(donor.full.values())).name} is a whole tensor beside the adapter's; merge the adapter into its "
+            f"{label}: {next(iter(donor.tuned.values())).name} is a whole tensor beside the adapter's; merge the adapter into its "
             "base first, or list the tensor under `ignore:`"
         )
     donor.dropped |= {ref.name: "belongs to the donor's own sense" for ref in donor.carried().values()}
@@ -137,11 +137,11 @@ def _adapter_map(donor: Specialist, base_map: ModelMap | None) -> ModelMap:
     assert base_map is not None
     tensors = {}
     for name, one in base_map.tensors.items():
-        pieces = tuple(piece for piece in one.pieces if piece.source in donor.text)
+        pieces = tuple(piece for piece in one.pieces if piece.source in donor.text_lora)
         reason = one.reason if not one.pieces else "" if pieces else "the adapter does not update it"
         tensors[name] = replace(one, pieces=pieces, reason=reason, operation=one.operation if pieces else "none")
     used = {piece.source for one in tensors.values() for piece in one.pieces}
-    unused = [factors for slot, factors in donor.text.items() if slot not in used]
+    unused = [factors for slot, factors in donor.text_lora.items() if slot not in used]
     dropped = {ref.name: "updates what the target keeps" for factors in unused for ref in (factors.a, factors.b)}
     donor.dropped |= dropped
     header = {name: ref.shape for name, ref in donor.checkpoint.refs.items()}
@@ -167,7 +167,7 @@ def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) ->
     """Enter every linear weight of the target's tensors under a slot of its own: θ_0's, the target's and the donors'."""
     assert across.base is not None and across.base_map is not None and across.target is not None
     for donor in donors:
-        donor.text = {}  # by the target's slots from here on
+        donor.text_lora = {}  # by the target's slots from here on
     for name, origin in across.base_map.tensors.items():
         if not origin.pieces or origin.policy == "take_source":
             continue
@@ -180,13 +180,15 @@ def _take_apart(across: Across, target: Checkpoint, donors: list[Specialist]) ->
             slot = f"{name}:{piece.slot.role}" if several else name
             across.parts[name].append((slot, piece.rows))
             across.starts[slot] = rows_of_tensor(slot, across.base.refs[piece.source], piece.source_rows)
-            across.target.full[slot] = rows_of_tensor(slot, target.refs[name], piece.rows)
+            across.target.tuned[slot] = rows_of_tensor(slot, target.refs[name], piece.rows)
             for donor in donors:
                 if stored := across.updates[donor.label].get(piece.source):
-                    donor.text[slot] = replace(stored, b=rows_of_tensor(f"{slot}.lora_B", stored.b, piece.source_rows))
+                    donor.text_lora[slot] = replace(
+                        stored, b=rows_of_tensor(f"{slot}.lora_B", stored.b, piece.source_rows)
+                    )
                 elif donor.is_whole:
                     own = across.maps[donor.label].tensors[name].pieces[index]
-                    donor.full[slot] = rows_of_tensor(slot, donor.checkpoint.refs[own.source], own.source_rows)
+                    donor.tuned[slot] = rows_of_tensor(slot, donor.checkpoint.refs[own.source], own.source_rows)
 
 
 def _shared(recipe: Recipe, target: Path, donor: Path, header: Header, own_header: Header) -> SharedTokens | None:

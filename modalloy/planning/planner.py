@@ -107,7 +107,7 @@ def _check_models(recipe: Recipe, models: Sequence[Specialist], target: Checkpoi
     for model in models:
         if model.is_whole:
             name = model.label if recipe.is_across else f"{model.label} specialist"
-            refs = model.checkpoint.refs if recipe.is_across else model.full
+            refs = model.checkpoint.refs if recipe.is_across else model.tuned
             check_numbers(name, model.checkpoint.folder, model.config, refs)
         if not recipe.is_across:
             check_base(model, recipe, config, allow)

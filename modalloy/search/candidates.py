@@ -132,9 +132,9 @@ def _nests(planned: Plan, job: Job) -> bool:
 def _parent(planned: Plan, index: int, job: Job, _: None) -> Delta:
     """One specialist's own update of a weight, or its whole weight."""
     specialist, read = planned.specialists[index], planned.inputs.read
-    if job.name in specialist.full:
-        return read(specialist.full[job.name])
-    return weighted_updates(replace(job, models=(specialist.text.get(job.name),), weights=(1.0,)), read)[0]
+    if job.name in specialist.tuned:
+        return read(specialist.tuned[job.name])
+    return weighted_updates(replace(job, models=(specialist.text_lora.get(job.name),), weights=(1.0,)), read)[0]
 
 
 def _sketch(linear: RoutedLinear, seed: int) -> Tensor:

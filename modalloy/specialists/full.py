@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
-from modalloy.specialists.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Layout, Specialist, not_ignored, put, twice
+from modalloy.specialists.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Layout, Specialist, put, twice, unignored
 from modalloy.storage.config import read_config
 from modalloy.storage.folder import present
 from modalloy.storage.locate import BASE_STEMS
@@ -23,7 +23,7 @@ TOWER = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
 def open_full(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
-    """A specialist that is a full model; all its tensors count as tuned copies until `place` has seen the base."""
+    """A specialist that is a full model; all its tensors count as tuned copies until `place_in_base` has seen the base."""
     has_model = any(path for stem in BASE_STEMS for path in folder.glob(f"{stem}.*"))
     if not has_model and present(folder, ["mm_projector.bin"]):
         raise CheckpointError(
@@ -36,26 +36,26 @@ def open_full(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     specialist = Specialist(
         label, checkpoint, "full", config | (text if isinstance(text, dict) else {}), None, is_whole=True
     )
-    specialist.full = dict(not_ignored(specialist, ignore))
+    specialist.tuned = dict(unignored(specialist, ignore))
     return specialist
 
 
-def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
+def place_in_base(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
     """Give every update and tuned tensor whose name the base does not have the place it belongs to.
 
     Raises:
         CheckpointError: a tensor belongs nowhere, or it is not certain that it can be left out.
     """
-    for slot in [slot for slot in specialist.text if slot not in base.refs and decoder_name(slot) in base.refs]:
-        factors = specialist.text.pop(slot)
-        if (plain := decoder_name(slot)) in specialist.text:
-            raise twice(specialist.text[plain].a, factors.a)
-        specialist.text[plain] = factors
-    for name in [name for name in specialist.full if name not in base.refs]:
-        ref = specialist.full.pop(name)
+    for slot in [slot for slot in specialist.text_lora if slot not in base.refs and decoder_name(slot) in base.refs]:
+        factors = specialist.text_lora.pop(slot)
+        if (plain := decoder_name(slot)) in specialist.text_lora:
+            raise twice(specialist.text_lora[plain].a, factors.a)
+        specialist.text_lora[plain] = factors
+    for name in [name for name in specialist.tuned if name not in base.refs]:
+        ref = specialist.tuned.pop(name)
         plain = decoder_name(name)
         if plain in base.refs:
-            put(specialist.full, plain, ref)
+            put(specialist.tuned, plain, ref)
         elif projector := LLAVA_PROJECTOR.fullmatch(name):
             put(specialist.projector, projector["rest"], ref)
         elif projector := HF_PROJECTOR.fullmatch(name):  # linear_1 and linear_2 are layers 0 and 2 of LLaVA's MLP
@@ -68,8 +68,8 @@ def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any])
             specialist.dropped[ref.name] = "the base ties it to its embeddings"
         else:
             raise CheckpointError(f"{specialist.label} specialist: {ref.name} ({ref.file}) {_misfit(ref.name, plain)}")
-    for slot in specialist.text.keys() & specialist.full.keys():
-        raise twice(specialist.text[slot].a, specialist.full[slot])
+    for slot in specialist.text_lora.keys() & specialist.tuned.keys():
+        raise twice(specialist.text_lora[slot].a, specialist.tuned[slot])
 
 
 def _misfit(name: str, plain: str) -> str:

@@ -17,7 +17,6 @@ from modalloy.specialists.specialist import (
     Layout,
     Specialist,
     check_rank,
-    not_ignored,
     number,
     pair_factors,
     put,
@@ -25,6 +24,7 @@ from modalloy.specialists.specialist import (
     recorded_base,
     set_modality,
     twice,
+    unignored,
     unknown_tensor,
 )
 from modalloy.storage.config import read_config
@@ -42,7 +42,7 @@ def open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Specia
         raise CheckpointError(f"{path}: {key} marks a merge of several specialists; give the specialists themselves")
     specialist = Specialist(label, checkpoint, "modelcompose", config, recorded_base(config, "_name_or_path"))
     pairs: dict[tuple[str, str], dict[str, TensorRef]] = {}
-    for name, ref in not_ignored(specialist, ignore):
+    for name, ref in unignored(specialist, ignore):
         if lora := COMPOSE_LORA.fullmatch(name):
             put(pairs.setdefault((lora["adapter"], lora["stem"] + ".weight"), {}), lora["side"], ref)
         elif tokens := LOCAL_TOKENS.fullmatch(name):
@@ -59,13 +59,13 @@ def open_modelcompose(folder: Path, label: str, ignore: Sequence[str]) -> Specia
         factors = pair_factors(specialist, slot, pair, scale)
         check_rank(specialist, factors, rank, path)
         if adapter == "default":
-            specialist.text[slot] = factors
+            specialist.text_lora[slot] = factors
         else:
             set_modality(specialist, adapter, factors.a.name)
-            if slot in specialist.own:
-                raise twice(specialist.own[slot].a, factors.a)
-            specialist.own[slot] = factors
-    if not specialist.text:
+            if slot in specialist.modality_lora:
+                raise twice(specialist.modality_lora[slot].a, factors.a)
+            specialist.modality_lora[slot] = factors
+    if not specialist.text_lora:
         raise CheckpointError(f"{folder}: has no text adapter ('default'), so there is nothing to merge")
     if specialist.modality is None:
         raise CheckpointError(f"{folder}: no tensor names a modality; give a ModelCompose specialist or a PEFT adapter")
@@ -87,8 +87,8 @@ def _check_config(specialist: Specialist, path: Path) -> None:
     if strategy is not None and not isinstance(strategy, str):
         raise CheckpointError(f"{path}: lora_strategy is {shown(strategy)}, not a text; correct the file")
     expected = {"modal+language": True, "same": False}
-    if strategy in expected and expected[strategy] != bool(specialist.own):
-        has = "a modality adapter" if specialist.own else "no modality adapter"
+    if strategy in expected and expected[strategy] != bool(specialist.modality_lora):
+        has = "a modality adapter" if specialist.modality_lora else "no modality adapter"
         raise CheckpointError(
             f"{path.parent}: config.json says lora_strategy '{strategy}' but the file has {has}; use matching files"
         )

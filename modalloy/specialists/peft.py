@@ -17,12 +17,12 @@ from modalloy.specialists.specialist import (
     Layout,
     Specialist,
     check_rank,
-    not_ignored,
     number,
     pair_factors,
     put,
     put_projector,
     recorded_base,
+    unignored,
     unknown_tensor,
 )
 from modalloy.storage.config import read_config
@@ -69,20 +69,20 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     if beside:
         specialist.layout, specialist.config = "llava", read_config(folder) | config
     pairs: dict[str, dict[str, TensorRef]] = {}
-    for name, ref in not_ignored(specialist, ignore):
+    for name, ref in unignored(specialist, ignore):
         bare = name.removeprefix(PEFT_PREFIX)
         if lora := LORA.fullmatch(name):
             pairs.setdefault(lora["stem"], {})[lora["side"]] = ref
         elif not put_projector(specialist, bare, ref):
-            put(specialist.full, _whole(specialist, name, ref), ref)
+            put(specialist.tuned, _whole(specialist, name, ref), ref)
     ranks = _patterned(config, "rank_pattern", list(pairs), number(config, "r", 8, path), path)
     alphas = _patterned(config, "alpha_pattern", list(pairs), number(config, "lora_alpha", 8, path), path)
     for (stem, pair), rank, alpha in zip(pairs.items(), ranks, alphas, strict=True):
         scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         factors = pair_factors(specialist, stem, pair, scale)
         check_rank(specialist, factors, rank, path)
-        specialist.text[stem + ".weight"] = factors
-    if not specialist.text:
+        specialist.text_lora[stem + ".weight"] = factors
+    if not specialist.text_lora:
         raise CheckpointError(f"{folder}: has no lora_A and lora_B, so there is nothing to merge")
     return specialist
 

@@ -56,7 +56,7 @@ class StoredLora:
 
 @dataclass
 class Specialist:
-    """One input of a merge. `text` and `own` map the name of a base weight to its stored update, `full` to its tuned copy."""
+    """One input of a merge. All its tables go by names of the base: stored updates of text and of its modality, tuned copies."""
 
     label: str
     checkpoint: Checkpoint
@@ -64,9 +64,9 @@ class Specialist:
     config: dict[str, Any]
     base_name: str | None  # the base that the files themselves record
     modality: str | None = None
-    text: dict[str, StoredLora] = field(default_factory=dict)
-    own: dict[str, StoredLora] = field(default_factory=dict)
-    full: dict[str, TensorRef] = field(default_factory=dict)
+    text_lora: dict[str, StoredLora] = field(default_factory=dict)
+    modality_lora: dict[str, StoredLora] = field(default_factory=dict)
+    tuned: dict[str, TensorRef] = field(default_factory=dict)
     projector: dict[str, TensorRef] = field(default_factory=dict)
     tokens: dict[str, TensorRef] = field(default_factory=dict)  # "prefix" and "suffix", of the modality
     is_whole: bool = False  # a whole model: it holds copies of everything, trained or not
@@ -79,12 +79,12 @@ class Specialist:
     @property
     def rank(self) -> int | None:
         """Largest rank of the text updates, None for a full model."""
-        return max((factors.rank for factors in self.text.values()), default=None)
+        return max((factors.rank for factors in self.text_lora.values()), default=None)
 
     def carried(self) -> dict[str, TensorRef]:
         """What belongs to its modality alone, by the names of the ModelCompose layout, which `omni` is written in."""
         disk = disk_name(self.modality or "")
-        refs = adapter_names(self.own, disk)
+        refs = adapter_names(self.modality_lora, disk)
         refs |= {f"model.modal_projectors.{disk}.{rest}": ref for rest, ref in self.projector.items()}
         return refs | {f"{side}_tokens.{disk}": ref for side, ref in self.tokens.items()}
 
@@ -107,7 +107,7 @@ def adapter_names(updates: dict[str, StoredLora], adapter: str) -> dict[str, Ten
     return refs
 
 
-def not_ignored(specialist: Specialist, ignore: Sequence[str]) -> Iterator[tuple[str, TensorRef]]:
+def unignored(specialist: Specialist, ignore: Sequence[str]) -> Iterator[tuple[str, TensorRef]]:
     """Name and place of every tensor that no pattern of `ignore` names; the others are entered as dropped."""
     for name, ref in specialist.checkpoint.refs.items():
         pattern = next((pattern for pattern in ignore if fnmatch.fnmatchcase(name, pattern)), None)
