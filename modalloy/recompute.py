@@ -57,8 +57,8 @@ def is_dense_check(
 ) -> bool:
     """Whether a merged weight is recomputed on dense float64 matrices.
 
-    What selects single entries may select others in another precision, so it is recomputed exactly as it was merged; so is
-    what lies between two models of few bits, which α = 0.1 often puts in the middle of two neighbours.
+    Not for methods that select single entries (float64 may select others), nor for interpolation (α = 0.1 between two
+    bfloat16 values is often a tie): these are recomputed exactly as they were merged.
     """
     entry = METHODS[method]
     equivalent = "factored = dense" in entry.laws and entry.gets(parameters) != "dense"

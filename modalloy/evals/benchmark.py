@@ -40,7 +40,9 @@ class Sample:
     group: dict[str, str] = field(
         default_factory=dict
     )  # what scores are broken down by, for example {"type": "Counting"}
-    kind: str = ""  # samples whose most frequent answer a blind guesser would know, for example one question template
+    kind: str = (
+        ""  # the question's template; the baseline `majority_by_kind` always gives a template's most frequent answer
+    )
     cluster: tuple[str, ...] = ()  # what is not independent of other samples, from coarse to fine: (concept, file)
 
     def to_dict(self) -> dict[str, Any]:

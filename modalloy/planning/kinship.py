@@ -42,9 +42,8 @@ class Kinship:
 def check_kinship(planned: "Plan") -> dict[str, Kinship]:
     """How near every donor's weights, and the base's, are to the target's, by label; refuses those that are unrelated.
 
-    Compared are linear weights that serve all tokens and that no family copied for image tokens, of each of five layers
-    the one that takes least to read; two tensors are held at a time. Models of which the recipe merges no such weight are
-    not compared.
+    Compares one linear weight in each of five layers: the smallest that serves all tokens and is no copy made for image
+    tokens. Two tensors are held at a time. Models of which the recipe merges no such weight are not compared.
     """
     measured: dict[str, list[Kinship]] = {}
     for label, name, own, other in kinship_pairs(planned):

@@ -27,8 +27,10 @@ EMBEDDED = ("embed_tokens.weight", "tok_embeddings.weight")
 
 @dataclass(frozen=True)
 class Across:
-    """What a merge across architectures has beside target and donors: every donor's map, by label; and, for methods that
-    merge updates, the base θ_0, the target as one of those that were trained from it, and where both are taken apart.
+    """The maps of a merge across architectures.
+
+    With a base (methods that merge updates) it also holds θ_0, the target as one of the trained models, and, for every
+    fused tensor, which rows belong to which linear weight.
 
     A target tensor holds one linear weight, or several, row after row: `parts` has the slot and rows of each, `starts` θ_0's
     weight for every slot. Target and donors have theirs under the same slots.

@@ -70,8 +70,8 @@ class PlacedTarget:
 class LoadedTarget:
     """Candidates that a loader of the caller's makes a model of, each anew.
 
-    The loader gets the plan of a candidate and all tensors of its checkpoint by name; each is read or computed at `[...]`,
-    and is what a merge would write, to the bit. What a merge does not change at all is not loaded again.
+    The loader gets the plan of a candidate and all tensors of its checkpoint by name. `tensors[name][...]` reads or computes
+    one tensor, bit for bit what a merge would write. If the candidate changes nothing, the target stays loaded.
     """
 
     def __init__(self, planned: Plan, load: Loader, *, allow_base_mismatch: bool) -> None:
