@@ -16,7 +16,7 @@ import torch
 from modalloy._version import __version__
 from modalloy.delta import Delta, LowRank
 from modalloy.engines import local
-from modalloy.errors import CheckpointError, MethodError
+from modalloy.errors import CheckpointError, MethodError, shown
 from modalloy.machine.cores import default_workers
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
@@ -31,7 +31,6 @@ from modalloy.outputs.manifest import (
     read_manifest,
     read_sources,
     result_files,
-    shown,
     start_names,
 )
 from modalloy.planning import cost

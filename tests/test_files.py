@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,3 +301,19 @@ def test_a_locked_log_is_closed_with_its_descriptor(tmp_path: Path) -> None:
     fcntl.flock(again, fcntl.LOCK_UN)
     os.close(again)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_log_that_the_disk_refuses_is_one_error(tmp_path: Path) -> None:
+    """A write that fails is not tried again when the log is closed: nothing hides the line that says what to do."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from modalloy.errors import OutputError; from modalloy.storage.journal import Journal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "try: journal.add({'text': 'x' * 500})\n"
+        "except OutputError as error: print(error)\n"
+        "journal.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "log"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("cannot be written (File too large); see to it, then go on with --resume\n")

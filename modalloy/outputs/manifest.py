@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from modalloy._version import __version__
 from modalloy.builtin import PREFIX
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.forms import known_form
 from modalloy.planning.job import Run
@@ -391,9 +391,3 @@ def _location(written: Recipe, label: str) -> str:
 
 def _is_commit(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 40 and set(value) <= set("0123456789abcdef")
-
-
-def shown(value: Any) -> str:
-    """A value of a stranger's file, short and in ASCII."""
-    text = value if isinstance(value, str) else repr(value)
-    return ascii(text) if len(text) <= 80 else f"{text[:80]!a}…"

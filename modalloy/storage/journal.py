@@ -42,7 +42,7 @@ class Journal:
             OutputError: something else than a file is there.
         """
         self.path = path
-        self.file: IO[bytes] = os.fdopen(open_log(path), "ab")
+        self.file: IO[bytes] = os.fdopen(open_log(path), "ab", buffering=0)
 
     @property
     def is_empty(self) -> bool:
@@ -63,8 +63,9 @@ class Journal:
     def add(self, *lines: dict[str, Any]) -> None:
         """Append lines; they are on the disk when this returns."""
         try:
-            self.file.write(b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines))
-            self.file.flush()
+            left = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+            while left:  # unbuffered: closing has nothing left to write, and cannot fail again
+                left = left[self.file.write(left) :]
             os.fsync(self.file.fileno())
         except OSError as error:
             raise OutputError(

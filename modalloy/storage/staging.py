@@ -170,7 +170,9 @@ class Staging:
         return records
 
     def _record(self, record: dict[str, Any]) -> None:
-        os.write(self.lock, (json.dumps(record) + "\n").encode())
+        left = (json.dumps(record) + "\n").encode()
+        while left:
+            left = left[os.write(self.lock, left) :]
         os.fsync(self.lock)
 
     def _was_interrupted(self) -> bool:
