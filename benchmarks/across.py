@@ -39,11 +39,12 @@ from torch import Tensor
 from modalloy import builtin, merge
 from modalloy.compute import compute, survey
 from modalloy.evals import find_benchmark
+from modalloy.evals.ask import evaluate
 from modalloy.evals.benchmark import Benchmark, Sample, Source
 from modalloy.evals.compare import Paired, compare
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.run import Run, load_run, result
-from modalloy.evals.runner import evaluate
+from modalloy.evals.log import Run, load_run
+from modalloy.evals.scores import result
 from modalloy.evals.statistics import holm
 from modalloy.model import ChatModel, load_model
 from modalloy.model.chat import user_message

@@ -17,8 +17,8 @@ from measuring import table
 
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import by_group
+from modalloy.evals.log import Run, load_run
 from modalloy.evals.modelcompose import SENSES
-from modalloy.evals.run import Run, load_run
 from modalloy.evals.statistics import bootstrap_interval
 
 PUBLISHED = Path(__file__).parents[1] / "recipes" / "paper" / "published.json"

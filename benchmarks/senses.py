@@ -26,11 +26,12 @@ from measuring import table
 
 from modalloy import builtin, merge
 from modalloy.evals import find_benchmark
+from modalloy.evals.ask import evaluate, identify
 from modalloy.evals.benchmark import Sample, Source
 from modalloy.evals.compare import Comparison, Paired, compare
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.run import Run, baselines, load_run, result
-from modalloy.evals.runner import evaluate, identify
+from modalloy.evals.log import Run, load_run
+from modalloy.evals.scores import baselines, result
 from modalloy.evals.senses import CELLS
 from modalloy.model import load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Verdict, likeliest
-from modalloy.evals.run import Entry, Log, Run, load_run
+from modalloy.evals.log import Entry, Log, Run, load_run
 from modalloy.names import MODALITIES
 
 

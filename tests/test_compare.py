@@ -15,8 +15,9 @@ from modalloy import cli
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
 from modalloy.evals.compare import compare
+from modalloy.evals.log import load_run
 from modalloy.evals.markdown import comparison
-from modalloy.evals.run import load_run, result
+from modalloy.evals.scores import result
 from modalloy.evals.statistics import bootstrap_interval, holm, mcnemar
 
 

@@ -20,7 +20,8 @@ from modalloy.evals import page as evals
 from modalloy.evals.benchmark import Source
 from modalloy.evals.doctor import doctor
 from modalloy.evals.files import leads_out
-from modalloy.evals.run import load_run, result
+from modalloy.evals.log import load_run
+from modalloy.evals.scores import result
 from modalloy.report.escape import csv_cell, fence, markdown_code, markdown_text
 from modalloy.search.probes import read_probes
 

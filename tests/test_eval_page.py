@@ -20,7 +20,7 @@ from modalloy import builtin, cli
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS, markdown, shelf
 from modalloy.evals import page as evals
-from modalloy.evals.run import result
+from modalloy.evals.scores import result
 
 EVIL = """</script><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;"""
 

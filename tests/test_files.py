@@ -15,8 +15,8 @@ from fake_run import question, write_run
 
 from modalloy.errors import MediaError, ModalloyError, OutputError
 from modalloy.evals.benchmark import Source
+from modalloy.evals.log import Log, load_run
 from modalloy.evals.ocrbench import _unpacked
-from modalloy.evals.run import Log, load_run
 from modalloy.files import create, new_file, open_log, replace_text, write_text
 from modalloy.search.folder import check_out
 from modalloy.search.trials import Trials

@@ -20,7 +20,7 @@ from tiny_inputs import CONFIG, LORA, SHAPES, lora_tensors, with_header, write_b
 
 from modalloy import merge, plan
 from modalloy.errors import ModalloyError
-from modalloy.evals.run import RUN, load_run
+from modalloy.evals.log import RUN, load_run
 from modalloy.families.vocabulary import read_tokens
 from modalloy.recipe import load_recipe
 from modalloy.search.probes import read_probes

@@ -16,9 +16,9 @@ from fixtures_text_evals import MMLU_TEST, mmlu_hub_rows, write_llama, write_mml
 
 from modalloy.errors import ModalloyError
 from modalloy.evals import BENCHMARKS
+from modalloy.evals.ask import evaluate
 from modalloy.evals.benchmark import Answer, Sample, Source
-from modalloy.evals.run import result
-from modalloy.evals.runner import evaluate
+from modalloy.evals.scores import result
 from modalloy.model import ChatModel, load_model
 
 GOLDEN = Path(__file__).parent / "golden" / "mmlu_lm_eval.json"

@@ -10,7 +10,7 @@ import pytest
 from fixtures_evals import MUSIC, write_mcub, write_music_avqa
 
 from modalloy import cli
-from modalloy.evals.run import load_run
+from modalloy.evals.log import load_run
 
 
 @pytest.fixture(scope="module")

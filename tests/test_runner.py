@@ -17,11 +17,12 @@ from PIL import Image
 import modalloy
 from modalloy.errors import ModalloyError, OutputError
 from modalloy.evals import BENCHMARKS
+from modalloy.evals.ask import answers, evaluate, identify
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest, questions, wilson
 from modalloy.evals.features import FeatureCache
+from modalloy.evals.log import Run, load_run
 from modalloy.evals.markdown import markdown
-from modalloy.evals.run import Run, baselines, load_run, result
-from modalloy.evals.runner import answers, evaluate, identify
+from modalloy.evals.scores import baselines, result
 from modalloy.model.chat import ChatModel
 
 WORDS = ("dog", "cat", "yes", "no")

@@ -10,7 +10,7 @@ import pytest
 from modalloy.errors import MediaError
 from modalloy.evals import senses
 from modalloy.evals.benchmark import Answer, Sample, Source
-from modalloy.evals.run import baselines
+from modalloy.evals.scores import baselines
 from modalloy.evals.senses import Clip
 
 PREFIXES = {"image": ["f3", "f3", "om", "a4a", "gc"], "audio": ["tux", "0ad", "0ad", "gc", "ovos"]}

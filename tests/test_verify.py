@@ -475,9 +475,7 @@ def test_a_tensor_that_nobody_asked_for_is_found(models: Path, tmp_path: Path) -
 def test_a_config_that_scales_the_result_otherwise_is_found(models: Path, tmp_path: Path) -> None:
     modalloy.merge(recipe(tmp_path, models, output={"form": "adapter"}), tmp_path / "out")
     forged(tmp_path / "out", "adapter_config.json", lambda config: config.update(lora_alpha=99))
-    with pytest.raises(
-        CheckpointError, match=r"adapter_config\.json: lora_alpha is 99, but recipe and inputs give 5"
-    ):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: lora_alpha is 99, but recipe and inputs give 5"):
         verify(tmp_path / "out")
 
 

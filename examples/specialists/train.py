@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modalloy import builtin
 from modalloy.evals import senses
+from modalloy.evals.ask import answers
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.run import baselines
-from modalloy.evals.runner import answers
+from modalloy.evals.scores import baselines
 from modalloy.evals.senses import Clip, Question
 from modalloy.evals.statistics import bootstrap_interval
 from modalloy.model import load_model

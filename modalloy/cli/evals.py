@@ -25,7 +25,7 @@ from modalloy.errors import ModalloyError
 
 if TYPE_CHECKING:
     from modalloy.evals.benchmark import Benchmark
-    from modalloy.evals.run import Run
+    from modalloy.evals.log import Run
 
 
 def evaluate(
@@ -66,9 +66,9 @@ def evaluate(
     choice("--dtype", dtype, DTYPES)
     benchmark = find_benchmark(task)
     source = source_of(data_folder(benchmark, data, download=download), media_root, variant, modalities)
+    from modalloy.evals.ask import evaluate as run_on
+    from modalloy.evals.ask import identify
     from modalloy.evals.features import FeatureCache
-    from modalloy.evals.runner import evaluate as run_on
-    from modalloy.evals.runner import identify
     from modalloy.merging import resolve_device
     from modalloy.model import load_model
     from modalloy.senses import media
@@ -125,8 +125,8 @@ def eval_score(
         raise ModalloyError(
             "eval-score: a run knows its data; --data and the like belong to --task and a file of answers"
         )
+    from modalloy.evals.log import load_run
     from modalloy.evals.page import page as page_of
-    from modalloy.evals.run import load_run
     from modalloy.files import new_file
 
     found, other = load_run(run), None if beside is None else load_run(beside)
@@ -147,8 +147,8 @@ def eval_compare(
 ) -> None:
     """Is run B really better than run A? Paired tests on the questions that both were asked; Markdown on stdout."""
     from modalloy.evals.compare import compare
+    from modalloy.evals.log import load_run
     from modalloy.evals.markdown import comparison
-    from modalloy.evals.run import load_run
 
     found = compare(load_run(a), load_run(b))
     print(json.dumps(found.to_dict()) if as_json else comparison(found), end="\n" if as_json else "")
@@ -200,8 +200,9 @@ def _published(
 
 def _write_scores(run: "Run", as_json: bool) -> Path:
     """Write a run's result.json, result.md and result.csv, print one of them, and return the run's folder."""
+    from modalloy.evals.log import write_text
     from modalloy.evals.markdown import csv, markdown
-    from modalloy.evals.run import result, write_text
+    from modalloy.evals.scores import result
 
     scores = result(run)
     for name, text in (("json", json.dumps(scores, indent=1)), ("md", markdown(scores)), ("csv", csv(scores))):

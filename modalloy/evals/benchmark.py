@@ -75,7 +75,7 @@ class Sample:
         )
 
     @property
-    def is_text(self) -> bool:
+    def is_well_typed(self) -> bool:
         """Whether all that should be text is text; files may hold anything."""
         given = [self.id, self.text, self.kind, *self.golds, *self.choices, *self.options, *self.cluster]
         given += [*self.group, *self.group.values(), *(part for medium in self.media for part in medium)]
@@ -253,7 +253,7 @@ def questions(benchmark: Benchmark, source: Source) -> list[Sample]:
     samples = benchmark.samples(source)
     if not samples:
         raise ModalloyError(f"{source.data}: holds no question of {benchmark.name}; check --data and --modalities")
-    if odd := [sample for sample in samples if not sample.is_text]:
+    if odd := [sample for sample in samples if not sample.is_well_typed]:
         raise MediaError(
             f"{source.data}: question {odd[0].id} has a field that is not text; give the benchmark's own files"
         )

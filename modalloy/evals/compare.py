@@ -6,7 +6,7 @@ from typing import Any
 
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import Sample, by_group
-from modalloy.evals.run import Entry, Run
+from modalloy.evals.log import Entry, Run
 from modalloy.evals.statistics import bootstrap_interval, holm, mcnemar
 
 LEVEL = 0.05

@@ -18,7 +18,7 @@ BASELINES = {
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The scores of a run (`modalloy.evals.run.result`) as Markdown: by rule, blind answers, counts, groups."""
+    """The scores of a run (`modalloy.evals.log.result`) as Markdown: by rule, blind answers, counts, groups."""
     what = " · ".join(
         str(part) for part in (result["task"], result["variant"], modalities_text(result["modalities"])) if part
     )

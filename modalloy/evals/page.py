@@ -12,8 +12,9 @@ from typing import Any
 
 from modalloy.evals.benchmark import LETTERS, Sample, Verdict
 from modalloy.evals.compare import Comparison, compare
+from modalloy.evals.log import Entry, Run
 from modalloy.evals.markdown import baselines_of, counts, group_tables, modalities_text, percent, score_table
-from modalloy.evals.run import Entry, Run, is_text, result
+from modalloy.evals.scores import golds_are_options, result
 from modalloy.evals.shelf import Shelf
 from modalloy.report.html import asset, shell
 
@@ -294,6 +295,6 @@ def _options(entry: Entry, verdict: Verdict) -> str:
 
 def _stands_for(index: int, sample: Sample, answers: Sequence[str]) -> bool:
     """Whether one of the answers is this option, by its text or, where golds are letters, by its letter."""
-    if sample.choices and not is_text(sample) and LETTERS[index : index + 1] in answers:
+    if sample.choices and not golds_are_options(sample) and LETTERS[index : index + 1] in answers:
         return True
     return any(names[index].strip() in answers for names in (sample.choices, sample.options) if names)

@@ -11,8 +11,8 @@ from typing import Any
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.evals.benchmark import Answer, Benchmark, Source, fields, questions
 from modalloy.evals.files import parse_json, read_bytes
+from modalloy.evals.log import Entry, Log, Run, described
 from modalloy.evals.modelcompose import numbered, text_of
-from modalloy.evals.run import Entry, Log, Run, described
 
 
 def read_answers(file: Path, benchmark: Benchmark, source: Source, folder: Path) -> Run:

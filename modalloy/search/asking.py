@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError
+from modalloy.evals.ask import answers
 from modalloy.evals.benchmark import Sample
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.runner import answers
 from modalloy.planning.plan import Plan
 from modalloy.search.candidates import RoutedBench
 from modalloy.search.space import Axis, Changes, start

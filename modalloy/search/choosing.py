@@ -7,7 +7,7 @@ from typing import get_args
 from modalloy.errors import ModalloyError, RecipeError, nearest, shown
 from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.run import is_text
+from modalloy.evals.scores import golds_are_options
 from modalloy.planning.differences import settled_plan
 from modalloy.planning.kinship import check_kinship
 from modalloy.planning.plan import Plan
@@ -160,7 +160,7 @@ def _check_probes(probes: list[Sample], planned: Plan, objective: str, load: Loa
             raise ModalloyError(
                 f"the probe {shown(probe.text)} has no gold answer, which --objective labels needs; add it"
             )
-        if objective == "labels" and probe.choices and not is_text(probe):
+        if objective == "labels" and probe.choices and not golds_are_options(probe):
             known = LETTERS[: len(probe.choices)]
             if not set(probe.golds) & set(known):
                 raise ModalloyError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from modalloy.errors import ModalloyError
 from modalloy.evals.benchmark import LETTERS, Answer, Sample
-from modalloy.evals.run import is_text
+from modalloy.evals.scores import golds_are_options
 from modalloy.evals.scoring import normalized_match, parse_letter
 from modalloy.search.asking import Asking, Line
 from modalloy.search.candidates import distance
@@ -187,7 +187,7 @@ def is_right(probe: Sample, line: Line) -> bool:
     if letter is None:
         return False
     named = probe.choices[LETTERS.index(letter)]
-    return named in probe.golds or (letter in probe.golds and not is_text(probe))
+    return named in probe.golds or (letter in probe.golds and not golds_are_options(probe))
 
 
 def _predicted(probe: Sample, line: Line) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from modalloy.errors import MediaError, ModalloyError, nearest, plain
 from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.files import parse_json, read_bytes
-from modalloy.evals.run import PREDS
+from modalloy.evals.log import PREDS
 from modalloy.names import modality_name
 from modalloy.senses.media.limits import opened
 from modalloy.storage.folder import file_sha256

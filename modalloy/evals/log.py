@@ -1,13 +1,11 @@
 """A run's folder: `run.json` says what was asked of which model, `preds.jsonl` has one line an answer. Nothing else is kept.
 
-Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run.
-"""
+Every figure is computed from these two files, so a rule that changed, or a table that was lost, costs no second run."""
 
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,8 @@ from typing import Any
 from modalloy._version import __version__
 from modalloy.errors import ModalloyError, OutputError, plain
 from modalloy.evals import find_benchmark
-from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Scoring, Source, Verdict, by_group, wilson
+from modalloy.evals.benchmark import Answer, Benchmark, Sample, Scoring, Source, Verdict
 from modalloy.evals.files import MAX_FILE_BYTES, parse_json, read_bytes
-from modalloy.evals.statistics import bootstrap_interval
 from modalloy.files import is_file, replace_text
 from modalloy.storage.journal import Journal, read_lines
 
@@ -158,7 +155,7 @@ def entry(line: dict[str, Any]) -> Entry:
         prompt_sha256=line["prompt_sha"],
     )
     nats = found.answer.likelihoods
-    if not found.sample.is_text or not isinstance(found.answer.text, str):
+    if not found.sample.is_well_typed or not isinstance(found.answer.text, str):
         raise ValueError("a field is not text")
     if not isinstance(found.error, str | None) or not isinstance(found.prompt_sha256, str):
         raise ValueError("a field is not text")
@@ -311,106 +308,6 @@ class _Entries:
         if first != number:
             raise ValueError(f"it answers question {made.index} again, as line {first} does")
         return made
-
-
-def result(run: Run) -> dict[str, Any]:
-    """Scores of a run by every rule, with intervals, groups, and what blind answers would get.
-
-    Accuracy counts every sample, also those without an answer (as wrong), such as those whose media could not be read;
-    `acc_scored` leaves these out.
-    """
-    samples = [entry.sample for entry in run.entries]
-    statuses = Counter(entry.status for entry in run.entries)
-    seconds = sum(entry.seconds for entry in run.entries)
-    protocols = {name: _scores(run, name) for name in run.benchmark.rules}
-    headline = next(iter(protocols.values()))
-    return {
-        "schema": SCHEMA,
-        **{key: run.meta[key] for key in ("task", "variant", "modalities")},
-        "protocol": protocols,
-        "n": len(samples),
-        "n_all": run.meta["n_samples"],
-        "n_ids": len({sample.id for sample in samples}),
-        "n_media": len({medium for sample in samples for medium in sample.media}),
-        "n_scored": statuses["ok"],
-        "n_unparsed": headline["n_unparsed"],
-        **{f"n_{status}": statuses[status] for status in STATUSES[1:]},
-        "acc": headline["acc"],
-        "ci95": headline["ci95"],
-        "ci95_clustered": headline["ci95_clustered"],
-        "groups": headline["groups"],
-        "baselines": baselines(samples),
-        "generation": run.meta["generation"],
-        "prompt_sha256": prompts_sha256(run.entries),
-        **{key: run.meta[key] for key in ("data", "model", "environment")},
-        "time": {"seconds": round(seconds, 1), "seconds_per_sample": round(seconds / len(samples), 4)},
-    }
-
-
-def _scores(run: Run, rule: str) -> dict[str, Any]:
-    verdicts = run.verdicts(rule)
-    ok = [index for index, entry in enumerate(run.entries) if entry.status == "ok"]
-    n, correct = len(verdicts), sum(verdict.correct for verdict in verdicts)
-    groups: dict[str, dict[str, Any]] = {}
-    for (key, value), indices in by_group(entry.sample for entry in run.entries).items():
-        right = sum(verdicts[index].correct for index in indices)
-        groups.setdefault(key, {})[value] = {
-            "n": len(indices),
-            "acc": right / len(indices),
-            "ci95": list(wilson(right, len(indices))),
-            "ci95_clustered": _clustered([run.entries[i].sample for i in indices], [verdicts[i] for i in indices]),
-        }
-    return {
-        "acc": correct / n,
-        "acc_scored": correct / len(ok) if ok else None,
-        "correct": correct,
-        "ci95": list(wilson(correct, n)),
-        "ci95_clustered": _clustered([entry.sample for entry in run.entries], verdicts),
-        "n_unparsed": sum(verdicts[index].prediction is None for index in ok),
-        "groups": groups,
-    }
-
-
-def _clustered(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> list[float] | None:
-    """Bootstrap interval that draws whole clusters; None without clusters, or where they cannot tell: one, or all alike."""
-    clusters = [sample.cluster for sample in samples]
-    values = [float(verdict.correct) for verdict in verdicts]
-    if not any(clusters) or len({cluster[:1] for cluster in clusters}) == 1 or len(set(values)) == 1:
-        return None
-    return list(bootstrap_interval(values, clusters))
-
-
-def baselines(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Accuracy of blind answers: the most frequent gold (of all, and of each kind of question), the first option, chance.
-
-    None where a baseline does not exist, as chance does where any answer may be given.
-    """
-    n = len(samples)
-    closed = [sample for sample in samples if sample.choices]
-    kinds: dict[str, Counter[tuple[str, ...]]] = {}
-    for sample in samples:
-        kinds.setdefault(sample.kind, Counter())[sample.golds] += 1
-    return {
-        "majority": max(Counter(sample.golds for sample in samples).values()) / n,
-        "majority_by_kind": sum(max(golds.values()) for golds in kinds.values()) / n if len(kinds) > 1 else None,
-        "first_option": sum(_is_first(sample) for sample in samples) / n if len(closed) == n else None,
-        "chance": sum(_chance(sample) for sample in samples) / n if len(closed) == n else None,
-    }
-
-
-def _is_first(sample: Sample) -> bool:
-    return sample.choices[0] in sample.golds or (LETTERS[0] in sample.golds and not is_text(sample))
-
-
-def _chance(sample: Sample) -> float:
-    if is_text(sample):
-        return sum(choice in sample.golds for choice in sample.choices) / len(sample.choices)
-    return len(sample.golds) / len(sample.choices)
-
-
-def is_text(sample: Sample) -> bool:
-    """Whether a sample's golds are texts of options, not letters."""
-    return any(gold in sample.choices for gold in sample.golds)
 
 
 def prompts_sha256(entries: Iterable[Entry]) -> str:

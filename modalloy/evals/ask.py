@@ -15,7 +15,7 @@ from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError,
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.files import OUTSIDE, leads_out
-from modalloy.evals.run import Entry, Log, Run, described
+from modalloy.evals.log import Entry, Log, Run, described
 from modalloy.model import ChatModel
 from modalloy.model.chat import Prompt, placed_message
 from modalloy.storage.folder import file_sha256, read_json
