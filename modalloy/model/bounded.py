@@ -130,7 +130,7 @@ def render(template: str, variables: dict[str, Any], where: str) -> str:
     text = str(found["text"])
     if not text.strip():
         raise CheckpointError(f"{where}: its chat template renders nothing for this conversation; {REMEDY}")
-    if not is_well_typed(text):
+    if not is_text(text):
         raise CheckpointError(f"{where}: its chat template renders half a surrogate pair, which is no text; {REMEDY}")
     return text
 
@@ -159,7 +159,7 @@ def try_encoding(tokenizer: Opened, text: str, where: str) -> None:
         )
 
 
-def is_well_typed(text: str) -> bool:
+def is_text(text: str) -> bool:
     """Whether a string holds no half of a surrogate pair, which no tokenizer takes."""
     return HALVES.search(text) is None
 

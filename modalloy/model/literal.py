@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from modalloy.errors import MediaError
-from modalloy.model.bounded import Opened, is_well_typed, try_encoding
+from modalloy.model.bounded import Opened, is_text, try_encoding
 
 OPEN, CLOSE = "\ue002", "\ue003"  # around a control token of a user's text, while the template runs
 LITERAL = "\ue004{}\ue005"  # its number, in the rendered prompt
@@ -62,7 +62,7 @@ class Literals:
         templates look for them.
         """
         if isinstance(value, str):
-            if not is_well_typed(value):
+            if not is_text(value):
                 raise MediaError("the text holds half a surrogate pair, which is no character; leave it out")
             text = (MARKS if media else OURS).sub("", value)
             found = self._matcher(text, self.special if answer else None)
