@@ -1,8 +1,10 @@
 """modalloy: several specialist multimodal LLMs into one model that takes any combination of inputs."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from modalloy._moved import Package, install
 from modalloy._version import __version__
 from modalloy.errors import missing_package
 
@@ -26,6 +28,9 @@ HOMES = {
     "merge_deltas": "methods.apply",
     "plan": "planning.planner",
 }
+
+sys.modules[__name__].__class__ = Package
+install()
 
 
 def __getattr__(name: str) -> Any:

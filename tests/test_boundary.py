@@ -310,6 +310,16 @@ def test_no_module_has_the_name_of_a_public_function() -> None:
     assert json.loads(done.stdout) == [True] * 5
 
 
+def test_modules_are_still_imported_by_the_names_they_had() -> None:
+    code = (
+        "import modalloy.merge, modalloy.plan, modalloy; from modalloy.media import load_image\n"
+        "from modalloy.merge import merge, resolve_device; from modalloy.plan import plan\n"
+        "print(modalloy.merge is merge, modalloy.plan is plan, callable(resolve_device), callable(load_image))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 4
+
+
 USAGE = {
     "": r"Missing command; see `modalloy --help`",
     "frobnicate": r"No such command 'frobnicate'.*; see `modalloy --help`",

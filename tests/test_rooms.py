@@ -8,12 +8,12 @@ import modalloy
 
 PACKAGE = Path(modalloy.__file__).parent
 FLOORS = [
-    {"_version", "errors", "names", "machine", "mergekit", "report"},
+    {"_moved", "_version", "errors", "names", "machine", "mergekit", "report"},
     {"files", "forms", "linalg", "yaml_text"},
     {"builtin", "delta"},
     {"methods", "storage"},
     {"families", "recompute", "senses"},
-    {"encoders", "recipe", "specialists"},
+    {"encoders", "media", "recipe", "specialists"},
     {"planning", "updates"},
     {"engines", "outputs", "promise"},
     {"compute", "model", "verify"},
