@@ -19,7 +19,7 @@ demo: install  ## merge the built-in specialists and ask the result about pictur
 
 test: install  ## lint, types and all tests
 	$(MAKE) check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # two workers of a thread each do not wait for each other
 
 check: install  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -200,7 +200,7 @@ def test_head_of_an_adapter_on_a_base_that_ties_it(tied: Path, tmp_path: Path) -
     message = r"apart specialist: base_model\.model\.lm_head\.weight \(.*\) is a head of its own, but the base ties"
     with refused(message):
         plan_one(tied, apart)
-    assert plan_one(tied, apart, ignore=["*lm_head.weight"], modules=keep).specialists[0].text
+    assert plan_one(tied, apart, ignore=["*lm_head.weight"], modules=keep).specialists[0].text_lora
     together = train_peft(tied, tmp_path / "together", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     listed = fates(plan_one(tied, together, modules=keep), "together")
     assert listed["base_model.model.lm_head.weight"] == ("left out", "the base ties it to its embeddings")

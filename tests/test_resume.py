@@ -29,7 +29,7 @@ FULL = {"form": "full", "max_shard_size": "6KB"}
 # With `cycle`, another child resumes what was killed, and the result is moved to OUT.POINT.
 KILLER = textwrap.dedent("""
     import json, os, signal, sys
-    import modalloy
+    from modalloy.merging import merge  # before the forks, none of which then imports torch again
     from modalloy.storage import staging
     from pathlib import Path
 
@@ -54,7 +54,7 @@ KILLER = textwrap.dedent("""
             setattr(os, name, dying(getattr(os, name)))
         staging.exchange = dying(staging.exchange)
         try:
-            modalloy.merge(recipe, out, jobs=2, **options)
+            merge(recipe, out, jobs=2, **options)
         finally:
             os._exit(0)
 
