@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from modalloy.errors import MediaError
+from modalloy.evals import clips as clips_of
 from modalloy.evals import senses
 from modalloy.evals.benchmark import Answer, Sample, Source
+from modalloy.evals.clips import Clip
 from modalloy.evals.scores import baselines
-from modalloy.evals.senses import Clip
 
 PREFIXES = {"image": ["f3", "f3", "om", "a4a", "gc"], "audio": ["tux", "0ad", "0ad", "gc", "ovos"]}
 ODD = {kind: modality for modality, (kind, _) in senses.STEMS.items()}
@@ -42,7 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_tiers_follow_packages_and_never_overlap(data: Path) -> None:
-    clips = senses.load(data)
+    clips = clips_of.load(data)
     tiers = Counter((clip.modality, clip.tier) for clip in clips)
     assert tiers == {
         ("image", "train"): 12,
@@ -53,20 +54,20 @@ def test_tiers_follow_packages_and_never_overlap(data: Path) -> None:
         ("audio", "new source"): 12,
     }
     assert not any(
-        clip.prefix in senses.NEW_SOURCE[clip.modality] for clip in clips if clip.tier in ("train", "new file")
+        clip.prefix in clips_of.NEW_SOURCE[clip.modality] for clip in clips if clip.tier in ("train", "new file")
     )
-    assert senses.split(clips) == clips  # splitting again changes nothing
+    assert clips_of.split(clips) == clips  # splitting again changes nothing
 
 
 def test_a_concept_that_only_held_out_packages_have_is_unseen(data: Path) -> None:
-    clips = [clip for clip in senses.load(data) if clip.concept != "dog" or clip.prefix == "a4a"]
-    tiers = {clip.tier for clip in senses.split(clips) if clip.concept == "dog" and clip.modality == "image"}
+    clips = [clip for clip in clips_of.load(data) if clip.concept != "dog" or clip.prefix == "a4a"]
+    tiers = {clip.tier for clip in clips_of.split(clips) if clip.concept == "dog" and clip.modality == "image"}
     assert tiers == {"unseen"}
-    assert all(q.clips[0].concept != "dog" for q in senses.single_questions(senses.split(clips), "image"))
+    assert all(q.clips[0].concept != "dog" for q in senses.single_questions(clips_of.split(clips), "image"))
 
 
 def test_questions_are_well_formed(data: Path) -> None:
-    clips = senses.load(data)
+    clips = clips_of.load(data)
     groups = [senses.single_questions(clips, modality) for modality in ("image", "audio")]
     groups.append(senses.joint_questions(clips, ("image", "audio")))
     for questions in groups:
@@ -104,7 +105,7 @@ def four(tmp_path: Path) -> list[Clip]:
                 prefix = "-".join(name.split(":")[:-1])
                 path = tmp_path / modality / concept / f"{prefix}_{index}.bin"
                 clips.append(Clip(path, concept, CONCEPTS[concept], modality, source, prefix, "MIT", "train"))
-    return senses.split(clips)
+    return clips_of.split(clips)
 
 
 def test_no_artwork_is_trained_by_one_sense_and_tested_by_another(four: list[Clip]) -> None:
@@ -153,7 +154,7 @@ def test_joint_questions_need_every_sense(four: list[Clip], modalities: tuple[st
 
 
 def test_samples_are_seeded_and_bounded(data: Path) -> None:
-    clips = senses.load(data)
+    clips = clips_of.load(data)
     everything = senses.single_questions(clips, "image", limit=10_000)
     some = senses.single_questions(clips, "image", limit=10)
     assert len(everything) == 18 * 4 and len(some) == 10
@@ -161,7 +162,7 @@ def test_samples_are_seeded_and_bounded(data: Path) -> None:
 
 
 def test_training_questions_use_training_files_only_and_are_seeded(data: Path) -> None:
-    clips = [clip for clip in senses.load(data) if clip.modality == "image"]
+    clips = [clip for clip in clips_of.load(data) if clip.modality == "image"]
     first, again = (list(itertools.islice(senses.training_questions(clips, 5), 300)) for _ in range(2))
     assert first == again
     assert {clip.tier for question in first for clip in question.clips} == {"train"}
@@ -170,7 +171,7 @@ def test_training_questions_use_training_files_only_and_are_seeded(data: Path) -
 
 
 def test_messages_hold_only_the_senses_asked_for(data: Path) -> None:
-    question = senses.joint_questions(senses.load(data), ("image", "audio"))[0]
+    question = senses.joint_questions(clips_of.load(data), ("image", "audio"))[0]
     types = [part["type"] for part in question.messages()[0]["content"]]
     assert types == ["image", "audio", "text"]
     assert [part["type"] for part in question.messages({"audio"})[0]["content"]] == ["audio", "text"]
@@ -178,7 +179,7 @@ def test_messages_hold_only_the_senses_asked_for(data: Path) -> None:
 
 def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"manifest\.json: no such file; run `make data`"):
-        senses.load(tmp_path / "nowhere")
+        clips_of.load(tmp_path / "nowhere")
 
 
 def test_samples_are_the_questions(data: Path) -> None:

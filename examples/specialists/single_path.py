@@ -24,7 +24,7 @@ from torch import Tensor
 from train import ENCODER, Trainer, build, cached_features, save_specialist, trained
 
 from modalloy import builtin
-from modalloy.evals import senses
+from modalloy.evals import clips as clips_of
 from modalloy.evals.senses import Question
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.routing import TEXT
@@ -42,7 +42,7 @@ def main() -> None:
     model, processor = build(modalities, single_path=True)
     for modality in modalities:
         start_from(builtin.specialist(modality), model, modality)
-    clips, parts = senses.load(args.data), []
+    clips, parts = clips_of.load(args.data), []
     for modality in modalities:
         own = argparse.Namespace(**vars(args) | {"modality": modality, "views": VIEWS[modality]})
         own.work = args.work / modality

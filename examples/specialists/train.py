@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modalloy import builtin
+from modalloy.evals import clips as clips_of
 from modalloy.evals import senses
 from modalloy.evals.ask import answers
+from modalloy.evals.clips import Clip
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.scores import baselines
-from modalloy.evals.senses import Clip, Question
+from modalloy.evals.senses import Question
 from modalloy.evals.statistics import bootstrap_interval
 from modalloy.model import load_model
 from modalloy.model.config import ModalloyConfig
@@ -57,7 +59,7 @@ def main() -> None:
     args = parse()
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
-    clips = [clip for clip in senses.load(args.data) if clip.modality == args.modality]
+    clips = [clip for clip in clips_of.load(args.data) if clip.modality == args.modality]
     model, processor = build([args.modality])
     features = cached_features(model, processor, clips, args)
     trainer = Trainer(model, processor, features, clips, args)
@@ -408,7 +410,7 @@ def write_card(clips: list[Clip], args: argparse.Namespace) -> None:
         seed=args.seed,
         files=len(train),
         concepts=len({clip.concept for clip in train}),
-        held_out=", ".join(sorted(senses.NEW_SOURCE[args.modality])),
+        held_out=", ".join(sorted(clips_of.NEW_SOURCE[args.modality])),
         accuracy="\n".join(rows),
         sources=table,
     )

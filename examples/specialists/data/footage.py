@@ -22,8 +22,8 @@ import numpy as np
 from convert import VIDEO_FRAME_MS, VIDEO_FRAMES, VIDEO_PX
 from PIL import Image
 
-from modalloy.evals import senses
-from modalloy.evals.senses import Clip
+from modalloy.evals import clips as clips_of
+from modalloy.evals.clips import Clip
 from modalloy.senses.encoders.depth_views import depth_maps
 from modalloy.senses.media import load_image, load_points
 
@@ -39,7 +39,7 @@ def main() -> None:
     rows = json.loads(manifest.read_text())
     present = {row["file"] for row in rows}
     added = 0
-    for clip in chosen(senses.load(data)):
+    for clip in chosen(clips_of.load(data)):
         row, verb = record(clip, data), "moving" if clip.modality == "image" else "turning"
         if row["file"] in present:
             continue
