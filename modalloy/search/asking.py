@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modalloy.errors import MediaError, ModalloyError
 from modalloy.evals.ask import answers
@@ -13,8 +13,11 @@ from modalloy.evals.features import FeatureCache
 from modalloy.planning.plan import Plan
 from modalloy.search.candidates import RoutedBench
 from modalloy.search.space import Axis, Changes, start
-from modalloy.search.target import LoadedTarget, Loader, PlacedTarget, target_bench
+from modalloy.search.target import LoadedTarget, PlacedTarget, target_bench
 from modalloy.search.trials import Trials
+
+if TYPE_CHECKING:
+    from modalloy.search.settings import Settings
 
 TARGET = "target"  # in the log: the model of α = 0
 Line = dict[str, Any]
@@ -24,19 +27,10 @@ class Asking:
     """Answers of candidates to the probes: from the log, else from the one model in memory."""
 
     def __init__(
-        self,
-        planned: Plan,
-        axes: list[Axis],
-        probes: list[Sample],
-        log: Trials,
-        cache: FeatureCache,
-        lengths: dict[str, Any],
-        allow_base_mismatch: bool,
-        load: Loader | None,
-        on_answer: Callable[[int, int], None],
+        self, planned: Plan, axes: list[Axis], probes: list[Sample], log: Trials, settings: "Settings"
     ) -> None:
-        self.planned, self.probes, self.log, self.cache, self.lengths = planned, probes, log, cache, lengths
-        self.allow_base_mismatch, self.load, self.on_answer = allow_base_mismatch, load, on_answer
+        self.planned, self.probes, self.log, self.settings = planned, probes, log, settings
+        self.cache = settings.cache or FeatureCache()
         self.home = start(planned, axes)
         self.expected = 0
         self.used: dict[str, Line] = {}  # lines of the log that this search wanted
@@ -46,10 +40,10 @@ class Asking:
     def bench(self) -> RoutedBench | PlacedTarget | LoadedTarget:
         """Loaded when there is something to ask, and every medium encoded once."""
         begin = time.perf_counter()
-        options = {"device": self.lengths["device"], "dtype": self.lengths["dtype"]}
-        options["allow_base_mismatch"] = self.allow_base_mismatch
-        across = self.planned.recipe.is_across
-        found = target_bench(self.planned, self.load, **options) if across else RoutedBench(self.planned, **options)
+        given, across = self.settings, self.planned.recipe.is_across
+        options: dict[str, Any] = {"device": given.device, "dtype": given.dtype}
+        options["allow_base_mismatch"] = given.allow_base_mismatch
+        found = target_bench(self.planned, given.load, **options) if across else RoutedBench(self.planned, **options)
         loaded = time.perf_counter()
         for modality, path in dict.fromkeys(medium for probe in self.probes for medium in probe.media):
             self.cache.features(found.chat, modality, path)
@@ -101,7 +95,7 @@ class Asking:
         todo = [(index, probe) for index, probe in enumerate(asked) if keys[index] not in self.log.lines]
         if todo:
             serve()
-            size, limit = self.lengths["batch_size"], self.lengths["max_new_tokens"]
+            size, limit = self.settings.batch_size, self.settings.max_new_tokens
             for entries in answers(self.bench.chat, todo, limit, size, self.cache, predict=predict):
                 for entry in entries:
                     if entry.status != "ok":
@@ -138,7 +132,7 @@ class Asking:
 
     def _progress(self) -> None:
         done = sum("probe" in line for line in self.log.lines.values())
-        self.on_answer(done, max(done, self.expected))
+        self.settings.on_answer(done, max(done, self.expected))
 
     def cost(self) -> dict[str, Any]:
         """Merges, answers and seconds of this search, and an estimate of the published way: every candidate written as a

@@ -3,9 +3,9 @@
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -18,12 +18,9 @@ from modalloy.search.candidates import distance
 from modalloy.search.embedding import Embedder
 from modalloy.search.found import Sweep
 from modalloy.search.objective import (
-    Aggregate,
     Health,
-    Match,
     Point,
     Table,
-    Variant,
     compared,
     degenerate,
     grouped,
@@ -33,6 +30,9 @@ from modalloy.search.objective import (
 )
 from modalloy.search.space import Axis, Changes, start
 
+if TYPE_CHECKING:
+    from modalloy.search.settings import Settings
+
 Objective = Literal["consistency", "labels", "agreement"]
 OBJECTIVES = get_args(Objective)
 SAME = 1e-4  # relative distance below which two merges are one
@@ -40,16 +40,11 @@ FACTORS = ("alpha", "scale")  # of the whole update: their steps are known, and 
 ALIKE = 0.01  # steps between neighbours that differ by less count as even
 
 
-@dataclass
 class Compare:
     """Makes tables of losses of candidates."""
 
-    asking: Asking
-    objective: Objective
-    variant: Variant
-    match: Match
-    aggregate: Aggregate
-    embedder: Embedder | None
+    def __init__(self, asking: Asking, settings: "Settings", embedder: Embedder | None) -> None:
+        self.asking, self.settings, self.embedder = asking, settings, embedder
 
     def axis(self, axis: Axis, others: Changes) -> Sweep:
         """The values of one axis, the others held. Of merges that are the same, the lowest value stands for all."""
@@ -69,9 +64,9 @@ class Compare:
             self._lines(changes)
         default = (kept.index(home),) if home in kept else None
         steps: list[float] = []
-        if self.objective == "consistency" and axis.name in FACTORS:
+        if self.settings.objective == "consistency" and axis.name in FACTORS:
             steps = [high - low for low, high in itertools.pairwise(kept)]
-        elif self.objective == "consistency":
+        elif self.settings.objective == "consistency":
             steps = [distance(*pair) for pair in itertools.pairwise(sketches)]
         uneven = len(steps) > 1 and max(steps) - min(steps) > ALIKE * max(steps)
         candidates = [others | {axis.name: value} for value in kept]
@@ -99,7 +94,7 @@ class Compare:
 
     @property
     def _predicts(self) -> bool:
-        return self.objective == "consistency" and self.match == "top1"
+        return self.settings.objective == "consistency" and self.settings.match == "top1"
 
     @cached_property
     def _asked(self) -> list[Sample]:
@@ -108,9 +103,9 @@ class Compare:
         if self._predicts:
             own = self.asking.ask(self.asking.home, probes)
             return [replace(probe, options=(line["text"],)) for probe, line in zip(probes, own, strict=True)]
-        if self.objective == "consistency":
+        if self.settings.objective == "consistency":
             return probes
-        if self.objective == "labels":
+        if self.settings.objective == "labels":
             return [replace(probe, options=probe.choices) for probe in probes]
         said = {key: line["text"] for key, line in self.asking.parents.items() if line["text"]}
         if not said:
@@ -119,11 +114,11 @@ class Compare:
 
     def _losses(self, lines: list[list[Line]], steps: list[float] | None) -> Table:
         asked = self._asked
-        if self.objective == "consistency":
+        if self.settings.objective == "consistency":
             pairs = itertools.pairwise(lines)
             changed = [[self._difference(*one) for one in zip(asked, *pair, strict=True)] for pair in pairs]
-            return inconsistency(np.reshape(changed, (len(lines) - 1, len(asked))), self.variant, steps)
-        if self.objective == "labels":
+            return inconsistency(np.reshape(changed, (len(lines) - 1, len(asked))), self.settings.variant, steps)
+        if self.settings.objective == "labels":
             return np.array([[1.0 - is_right(p, line) for line, p in zip(own, asked, strict=True)] for own in lines])
         sizes = [self.asking.parents[probe.id]["n_out"] for probe in asked]
         return np.array([[-line["likelihoods"][0] / n for line, n in zip(own, sizes, strict=True)] for own in lines])
@@ -134,7 +129,9 @@ class Compare:
             return float(np.mean(np.not_equal(one["predicted"], other["predicted"])))
         if self.embedder is not None:
             return self.embedder.difference(one["text"], other["text"])
-        return float(compared(one["text"], probe, self.match) != compared(other["text"], probe, self.match))
+        return float(
+            compared(one["text"], probe, self.settings.match) != compared(other["text"], probe, self.settings.match)
+        )
 
     def _sweep(
         self,
@@ -149,11 +146,11 @@ class Compare:
         states: list[Health] = []
         out: list[str] = []
         accuracy = None
-        if self.objective != "agreement" and not self._predicts:
-            said = self.asking.parents if self.objective == "consistency" else {}
+        if self.settings.objective != "agreement" and not self._predicts:
+            said = self.asking.parents if self.settings.objective == "consistency" else {}
             texts = [text for probe in asked for text in (probe.text, *probe.choices)]
             known = scripts([*texts, *(line["text"] for line in said.values())])
-            limit = self.asking.lengths["max_new_tokens"]
+            limit = self.settings.max_new_tokens
             by_parent = grouped([line["model"] for line in said.values()])
             spoken = [[list(said.values())[index] for index in own] for own in by_parent.values()]
             states = [_health(own, asked, limit, known) for own in lines]
@@ -174,7 +171,7 @@ class Compare:
             disqualified=out,
             accuracy=accuracy,
             groups=[probe.group["senses"] for probe in asked],
-            aggregate=self.aggregate,
+            aggregate=self.settings.aggregate,
             sizes=[distance(sketch, [0.0] * len(sketch)) for sketch in sketches],
         )
 

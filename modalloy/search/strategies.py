@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modalloy.errors import ModalloyError, RecipeError, shown
 from modalloy.search.comparing import Compare
@@ -11,6 +11,9 @@ from modalloy.search.objective import (
     Point,
 )
 from modalloy.search.space import Axis, Changes, start
+
+if TYPE_CHECKING:
+    from modalloy.search.settings import Settings
 
 STRATEGIES = ("auto", "grid", "coordinate", "tpe", "random")
 PASSES = 2  # over the axes, coordinate by coordinate
@@ -76,24 +79,24 @@ def require_optuna() -> Any:
     return optuna
 
 
-def chosen_strategy(given: str, axes: list[Axis], objective: str, variant: str, aggregate: str) -> str:
+def chosen_strategy(settings: "Settings", axes: list[Axis]) -> str:
     """The strategy that is meant; refused where the objective cannot follow it."""
-    strategy = ("grid" if len(axes) == 1 else "coordinate") if given == "auto" else given
+    strategy = ("grid" if len(axes) == 1 else "coordinate") if settings.strategy == "auto" else settings.strategy
     if strategy in ("tpe", "random"):
         require_optuna()
-        if aggregate != "probes":
+        if settings.aggregate != "probes":
             raise ModalloyError(
-                f"--aggregate {aggregate}: compares a candidate with all others, and --strategy {strategy} sees one at a "
+                f"--aggregate {settings.aggregate}: compares a candidate with all others, and --strategy {strategy} sees one at a "
                 "time; use --strategy grid or coordinate"
             )
-    if objective != "consistency":
+    if settings.objective != "consistency":
         return strategy
     if strategy in ("tpe", "random") or (strategy == "grid" and len(axes) > 1):
         raise ModalloyError(
             f"--strategy {strategy}: consistency compares neighbours along one axis; use --strategy coordinate, or another "
             "objective"
         )
-    least = 2 if variant == "one-sided" else 3
+    least = 2 if settings.variant == "one-sided" else 3
     for axis in axes:
         if not axis.ordered:
             raise RecipeError(
