@@ -29,8 +29,8 @@ import torch
 from measuring import machine, table
 from safetensors.torch import save_file
 
-import modalloy
 from modalloy.errors import ModalloyError
+from modalloy.merging import merge  # before the forks, none of which then imports torch again
 from modalloy.storage import staging
 
 WIDTH, FFN, LAYERS, TOKENS, RANK = 16, 24, 2, 20, 4
@@ -188,11 +188,11 @@ class Bench:
     def _merge(self, change: int, overwrite: bool, resume: bool) -> None:
         if change:
             die_at(change)
-        modalloy.merge(self.recipe, self.out, jobs=2, overwrite=overwrite, resume=resume)
+        merge(self.recipe, self.out, jobs=2, overwrite=overwrite, resume=resume)
 
     def _made(self, recipe: Path) -> Contents:
         """The files of an undisturbed merge."""
-        child = forked(lambda: modalloy.merge(recipe, self.out, jobs=2))
+        child = forked(lambda: merge(recipe, self.out, jobs=2))
         if os.waitpid(child, 0)[1]:
             sys.exit(f"{recipe}: the undisturbed merge failed")
         found = contents(self.out)
@@ -205,7 +205,7 @@ class Bench:
 
         def counted() -> None:
             counts = die_at(0)
-            modalloy.merge(self.recipe, self.out, jobs=2)
+            merge(self.recipe, self.out, jobs=2)
             tally.write_text(str(counts[0]))
 
         begin = time.perf_counter()
