@@ -170,9 +170,17 @@ def safety() -> str:
     """What was tried against merges, from the stored results of kills, fuzzing and memory."""
     kills, fuzz, memory = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("kills", "fuzz", "memory"))
     rows = [f"| {name} | {one['examples']:,} | {one['failures']} |" for name, one in fuzz["targets"].items()]
+    startup = json.loads((RESULTS / "startup.json").read_text())
+    commands = [f"| `{name}` | {seconds:.2f} s |" for name, seconds in startup["cpu_seconds"].items()]
     return "\n".join(
         [
-            "# How safe is it?\n",
+            "# How safe is it, and how soon is it there?\n",
+            "## Start-up (`benchmarks/startup.py`)\n",
+            "CPU time of commands that need no model:\n",
+            "| command | CPU |",
+            "|---|---|",
+            *commands,
+            "",
             "## Killed merges (`benchmarks/kills.py`)\n",
             f"{kills['kills']} merges were killed at random moments and gone on with: {len(kills['faults'])} faults.\n",
             "## Memory (`benchmarks/memory.py`)\n",

@@ -3,7 +3,6 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -19,11 +18,12 @@ class Package(ModuleType):
             super().__setattr__(name, value)
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder:
     """Finds the modules that moved."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in MOVED else None
+        loader: Any = self  # a finder that loads too
+        return ModuleSpec(name, loader) if name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """A module with all that the moved one holds."""

@@ -11,7 +11,6 @@ ModalloyError
 └── MissingPackageError   a package of an optional extra is not installed (an ImportError too)
 """
 
-import difflib
 import errno
 import re
 import reprlib
@@ -117,6 +116,8 @@ def memory_errors(remedy: str) -> Iterator[None]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Text that lists the known names nearest to `name`: "did you mean 'rank'? known: rank, scale"."""
+    import difflib  # only for a message
+
     known = sorted(known)
     close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
