@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=240, help="in all, at least")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a pool of threads that was begun here would hang in what is forked
     begun, draw = time.perf_counter(), random.Random(args.seed)
     each = -(-args.kills // (len(FORMS) * len(BEGINNINGS)))
     rows: dict[tuple[str, str], Row] = {}
