@@ -1,0 +1,264 @@
+"""What a multimodal class of transformers is made of: which part is the decoder, and what the rest hands to it.
+
+No class is known by name. A model of the class is built on the meta device (no memory), and asked; the call of its decoder
+is read in the source of its own forward.
+"""
+
+import ast
+import copy
+import inspect
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from modalloy.errors import CheckpointError, cut, shown
+
+# classes that no table of multimodal language models lists
+FURTHER = {
+    "audioflamingo3": "AudioFlamingo3ForConditionalGeneration",
+    "musicflamingo": "MusicFlamingoForConditionalGeneration",
+}
+USUAL = {  # what any language model takes
+    *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+}
+DEEPSTACK = {"deepstack_visual_embeds", "visual_pos_masks"}
+OWN_MASKS = ("create_masks_for_vision_model", "create_causal_mask_mapping", "token_type_ids")
+MASKS_BY_BLOCK = ("gemma3", "shieldgemma2")  # whose tokens of one picture see each other, and nothing else changes
+DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")  # of a class that is its own decoder
+
+COUNTS = ("layers", "depth", "blocks", "experts", "num_hidden", "stages")  # of modules, in a config's keys
+MAX_MODULES = 4096
+# what a class of transformers raises at a config that is not its own
+FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError, ZeroDivisionError)
+
+
+def native_class_name(config: Mapping[str, Any]) -> str | None:
+    """The multimodal class of transformers that a config.json names, None if it names another or none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+    listed: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+    known = [listed] if isinstance(listed, str) else list(listed or ())
+    known += [FURTHER[name] for name in FURTHER if name == config.get("model_type")]
+    architectures = config.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    return next((one for one in named if one in known), None)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A multimodal class of transformers with one config."""
+
+    model: Any  # on the meta device
+    where: str  # for messages
+
+    @property
+    def name(self) -> str:
+        """The class's name."""
+        return type(self.model).__name__
+
+    @property
+    def config(self) -> Any:
+        """transformers' object of the config."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """The decoder's part of it."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it takes besides text."""
+        given = type(self.model).input_modalities
+        return tuple(one for one in ((given,) if isinstance(given, str) else given) if one != "text")
+
+    @cached_property
+    def decoder(self) -> str:
+        """The path of the module that is the decoder."""
+        found = self.model.get_decoder()
+        return next(path for path, module in self.model.named_modules() if module is found)
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the inner model is the decoder itself, as Phi-4-multimodal's."""
+        return "." not in self.decoder and self.decoder == self.model.base_model_prefix
+
+    @property
+    def inner(self) -> str:
+        """The path of the module whose forward calls the decoder with embeddings."""
+        return self.decoder if self.is_decoder else self.decoder.rpartition(".")[0]
+
+    @cached_property
+    def head(self) -> str | None:
+        """The path of the output head."""
+        found = self.model.get_output_embeddings()
+        return next((path for path, module in self.model.named_modules() if module is found), None)
+
+    def plain_name(self, own: str) -> str | None:
+        """The name, in a plain language model, of a tensor by the class's own name; None for what is no part of one."""
+        if self.head is not None and own.startswith(f"{self.head}."):
+            return "lm_head." + own.removeprefix(f"{self.head}.")
+        if not own.startswith(f"{self.decoder}."):
+            return None
+        rest = own.removeprefix(f"{self.decoder}.")
+        if self.is_decoder and not rest.startswith(DECODER_PARTS):
+            return None
+        return f"model.{rest}"
+
+    @cached_property
+    def hands_over(self) -> set[str]:
+        """What the decoder is given beside the usual, by the names of its arguments."""
+        if self.is_decoder:
+            return set()
+        path, leaf = type(self.model.get_submodule(self.inner)), self.decoder.rpartition(".")[2]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(path.forward))))
+        calls = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == leaf
+        ]
+        return {one.arg for call in calls for one in call.keywords if one.arg} - USUAL
+
+    @property
+    def has_deepstack(self) -> bool:
+        """Whether features are added to the first layers at media positions (arXiv 2406.04334)."""
+        return bool(self.hands_over & DEEPSTACK)
+
+    @property
+    def has_three_positions(self) -> bool:
+        """Whether positions are of time, height and width (M-RoPE, arXiv 2409.12191)."""
+        rope = getattr(self.text_config, "rope_parameters", None)
+        return isinstance(rope, dict) and "mrope_section" in rope
+
+    @cached_property
+    def has_own_masks(self) -> bool:
+        """Whether it makes the decoder's attention masks itself."""
+        if self.is_decoder:
+            return False
+        source = inspect.getsource(inspect.unwrap(type(self.model.get_submodule(self.inner)).forward))
+        return "token_type_ids" in source and any(name in source for name in OWN_MASKS[:2])
+
+    def check_supported(self, label: str) -> None:
+        """Refuse a class whose decoder needs more than tokens, positions, deepstack features and masks of one picture.
+
+        Raises:
+            CheckpointError: it hands over something else, which is named.
+        """
+        remedy = "use it as base_model, or another specialist of this modality"
+        kind = self.text_config.model_type
+        if self.model.get_decoder() is self.model or not hasattr(self.text_config, "num_hidden_layers"):
+            raise CheckpointError(f"{label} specialist: {self.name} has no decoder of its own to merge; {remedy}")
+        if self.config.is_encoder_decoder or getattr(self.text_config, "is_encoder_decoder", False):
+            raise CheckpointError(
+                f"{label} specialist: {self.name} is an encoder-decoder, whose {kind} reads media by cross-attention; {remedy}"
+            )
+        if further := sorted(self.hands_over - DEEPSTACK):
+            raise CheckpointError(
+                f"{label} specialist: {self.name} hands its decoder {', '.join(further)} beside the tokens, which no other "
+                f"{kind} decoder has a place for; {remedy}"
+            )
+        if self.has_own_masks and self.config.model_type not in MASKS_BY_BLOCK:
+            raise CheckpointError(
+                f"{label} specialist: {self.name} makes attention masks of its own, which are not known here; {remedy}"
+            )
+
+
+@lru_cache(maxsize=16)
+def _anatomy(config: str, where: str) -> Anatomy:
+    import torch
+    import transformers
+    from transformers.models.auto import CONFIG_MAPPING
+
+    content = json.loads(config)
+    _check_counts(content, where)
+    name = native_class_name(content)
+    assert name is not None
+    try:
+        made = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        with torch.device("meta"):
+            return Anatomy(getattr(transformers, name)(made), where)
+    except ImportError as error:
+        raise CheckpointError(f"{where}: a {name} needs a library that is missing ({_cause(error)}); install it") from error
+    except FAULTS as error:
+        raise CheckpointError(f"{where}: its config.json makes no {name} ({_cause(error)}); download it again") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return cut(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _check_counts(content: Any, where: str) -> None:
+    """Refuse a config that asks for more modules than any model has: they would all be made."""
+    left = [content]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+            for key, value in part.items():
+                if type(value) is int and value > MAX_MODULES and any(word in key for word in COUNTS):
+                    raise CheckpointError(
+                        f"{where}: {cut(key)} is {shown(value)} in config.json, more than any model has; download it again"
+                    )
+
+
+def anatomy(config: Mapping[str, Any], where: Any) -> Anatomy:
+    """The anatomy of the model with this config.json, which must name a multimodal class of transformers.
+
+    Raises:
+        CheckpointError: the config makes no model of its class.
+    """
+    return _anatomy(json.dumps(config, sort_keys=True), str(where))
+
+
+def own_names(found: Anatomy | Any, names: Iterable[str]) -> dict[str, str]:
+    """The class's own name of each tensor of a checkpoint, whatever its spelling: the hub's, an older one, its own.
+
+    `found` is an Anatomy, or a model on the meta device. transformers' own table of renamings is used.
+
+    Raises:
+        CheckpointError: a tensor is stored in another form than the class's, or two are one.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model, where = (found.model, found.where) if isinstance(found, Anatomy) else (found, "the base")
+    table: list[Any] = list(get_model_conversion_mapping(model))
+    renamings = [one for one in table if isinstance(one, WeightRenaming)]
+    converters = [one for one in table if isinstance(one, WeightConverter)]
+    own = model.state_dict()
+    result: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in names:
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[:2]
+        if pattern is not None and name not in own:
+            raise CheckpointError(
+                f"{where}: {name} is stored in another form than {type(model).__name__}'s, which transformers converts when it "
+                "loads it; load and save the model once with transformers"
+            )
+        if new in taken:
+            raise CheckpointError(f"{where}: {name} and {taken[new]} are two names of one tensor; remove one of them")
+        taken[new] = name
+        result[name] = new
+    return result
+
+
+def headless(content: Mapping[str, Any], found: Anatomy) -> dict[str, Any]:
+    """A config.json like `content` whose decoder has no blocks: what a sense alone is built from."""
+    config = copy.deepcopy(found.config)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = 0
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, [])
+    made: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    made["architectures"] = list(content["architectures"])
+    for name in ("auto_map", "_name_or_path", "quantization_config"):
+        made.pop(name, None)
+    return made
