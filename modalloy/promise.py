@@ -173,7 +173,7 @@ class Promises:
         form = self.recipe.form
         for slot in self.base.refs if form.is_whole else sorted(self.base.refs):
             promise = self._of(slot)
-            if form.is_whole or promise.kind == "merged":
+            if form.is_whole or promise.kind == "merged" or (promise.kind == "averaged" and form.takes_full_updates):
                 yield promise
             elif promise.kind == "averaged" and not promise.is_exact:
                 raise CheckpointError(

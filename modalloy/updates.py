@@ -12,9 +12,11 @@ from torch import Tensor
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe
 from modalloy.specialists.full import decoder_name
+from modalloy.specialists.native import is_native, open_native, place_native
 from modalloy.specialists.peft import alphas_of
 from modalloy.storage.folder import present, read_json
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile, checked
+from modalloy.storage.views import MappedRef, assembled
 
 FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight")
 TOKEN = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)")
@@ -30,15 +32,18 @@ class Model:
 
     def __init__(self, label: str, folder: Path, recipe: Recipe, index: int, base: Checkpoint) -> None:
         self.label, self.entry, self.folder = label, recipe.models[index], folder
-        is_adapter = (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*"))
-        self.is_adapter = is_adapter
-        stems, beside = (ADAPTER, present(folder, BESIDE)) if is_adapter else (WHOLE, [])
-        self.checkpoint = Checkpoint(folder, stems, beside)
         name = self.entry.parameters.fisher
         self.fisher = None if name is None else WeightFile(recipe.folder / Path(name).expanduser())
         self.tuned: dict[str, TensorRef] = {}
         self.factors: dict[str, tuple[TensorRef, TensorRef, float]] = {}
         self.carried: dict[str, TensorRef] = {}
+        if is_native(folder) and not is_native(base.folder):
+            self._read_native(recipe, base)
+            return
+        is_adapter = (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*"))
+        self.is_adapter = is_adapter
+        stems, beside = (ADAPTER, present(folder, BESIDE)) if is_adapter else (WHOLE, [])
+        self.checkpoint = Checkpoint(folder, stems, beside)
         pairs: dict[str, dict[str, TensorRef]] = {}
         for name, ref in self.checkpoint.refs.items():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.ignore):
@@ -75,6 +80,16 @@ class Model:
             divisor = a.shape[0] ** 0.5 if by_root else a.shape[0]
             self.factors[slot] = (a, b, alpha / divisor)
 
+    def _read_native(self, recipe: Recipe, base: Checkpoint) -> None:
+        """A multimodal model of transformers, whose names only transformers knows."""
+        opened = open_native(self.folder, self.label, recipe.ignore)
+        place_native(opened, base, read_json(base.folder / "config.json"))
+        assert opened.native is not None
+        self.is_adapter, self.checkpoint, self.tuned = not opened.is_whole, opened.checkpoint, opened.tuned
+        self.factors = {slot: (one.a, one.b, one.scale) for slot, one in opened.text_lora.items()}
+        able = opened.native.modalities
+        self.carried = opened.native.carried(self.entry.modality or able[0])
+
     def _modality(self) -> str | None:
         """The recipe's, else the one that a tensor's name holds."""
         if self.entry.modality is not None:
@@ -96,4 +111,6 @@ class Model:
         """The data of one of its tensors, without NaN and infinity."""
         if self.fisher is not None and ref.file == self.fisher.path:
             return self.fisher.read(ref)
+        if isinstance(ref, MappedRef):
+            return assembled(ref, self.read)
         return checked(self.checkpoint.read(ref), ref, f"{self.label} specialist")

@@ -11,7 +11,9 @@ from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
-from modalloy.planning.senses import Sense, model_files, open_sense, recorded_encoder
+from modalloy.planning.native import decoder_config
+from modalloy.planning.senses import NativeSense, Sense, model_files, open_sense, recorded_encoder
+from modalloy.specialists.companions import companions
 from modalloy.specialists.specialist import Specialist, StoredLora
 from modalloy.specialists.templates import own_template
 from modalloy.storage.config import config_size, read_config
@@ -55,9 +57,10 @@ def omni_config(planned: Plan) -> dict[str, Any]:
         "model_type": "modalloy",
         "auto_map": AUTO_MAP,
         "base_model": planned.target_name if planned.target_is_portable else "base",
-        "text_config": read_config(planned.target.folder),
+        "text_config": decoder_config(planned.recipe, read_config(planned.target.folder), planned.specialists),
         "text_update": _update(low_rank, planned.rank, 1.0, planned.target),
         "text_linears": [job.name for job in merged if len(job.outputs) == 1],
+        "text_tensors": [job.name for job in planned.jobs if job.kind == "average"],
         "modalities": modalities,
     }
 
@@ -96,7 +99,19 @@ def write(planned: Plan, folder: Path) -> None:
     if planned.copies_target:
         _copy(model_files(planned.target, ["config.json"]), folder / "base")
     for modality, sense in planned.senses.items():
-        _copy(sense.files(), folder / "encoders" / modality)
+        if isinstance(sense, NativeSense):
+            write_native(sense, folder / "senses" / modality)
+        else:
+            _copy(sense.files(), folder / "encoders" / modality)
+
+
+def write_native(sense: NativeSense, folder: Path) -> None:
+    """What a native specialist's media are prepared with: its processor, its tokenizer, and its config without blocks."""
+    for name in companions(sense.folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(sense.folder / name, folder / name)
+    (folder / "config.json").unlink(missing_ok=True)
+    replace_text(folder / "config.json", json.dumps(sense.native.config, indent=2) + "\n")
 
 
 def promised(planned: Plan, base_name: str) -> dict[str, Any]:
@@ -135,8 +150,11 @@ def prompt_format(planned: Plan) -> tuple[str | None, bool]:
     return (VICUNA_V1, True) if own_template(planned.target.folder) is None else (None, False)
 
 
-def _modality(specialist: Specialist, sense: Sense, base: Checkpoint) -> dict[str, Any]:
+def _modality(specialist: Specialist, sense: Sense | NativeSense, base: Checkpoint) -> dict[str, Any]:
     """One entry of `ModalloyConfig.modalities`."""
+    if isinstance(sense, NativeSense):
+        native = {"config": sense.native.config, "rows": list(sense.native.ids)}
+        return {"native": native, "update": specialist_update(specialist.modality_lora, base)}
     tokens = specialist.tokens
     assert specialist.modality is not None
     found = {

@@ -3,13 +3,17 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modalloy.errors import CheckpointError, RecipeError, nearest, shown
 from modalloy.planning.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.recipe import Recipe
 from modalloy.specialists.full import place_in_base
+from modalloy.specialists.native import place_native
 from modalloy.specialists.specialist import Specialist
+from modalloy.planning.native import check_native
+from modalloy.storage.config import read_config
 from modalloy.storage.locate import is_portable
 from modalloy.storage.tensors import Checkpoint
 
@@ -17,8 +21,10 @@ if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
 
 
-def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, Any], allow: bool) -> None:
+def check_base(specialist: Specialist, recipe: Recipe, base_folder: Path, allow: bool) -> None:
     """Refuse a specialist whose own record of its base contradicts the recipe's."""
+    if specialist.native is not None:
+        check_native(specialist, base_folder, allow)
     if allow:
         return
     remedy = "use the right base, or say --allow-base-mismatch"
@@ -30,6 +36,7 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
         raise CheckpointError(
             f"{specialist.label} specialist was trained from '{recorded}', the recipe's base_model is '{wanted}'; {remedy}"
         )
+    base_config = read_config(base_folder)
     keys = ["hidden_size", "intermediate_size", "num_hidden_layers"]
     if not any(is_of_tokens(name) for name in specialist.checkpoint.refs):
         keys.append("vocab_size")  # else `check_shapes` compares the embeddings, and `ignore:` can leave them out
@@ -44,7 +51,10 @@ def check_base(specialist: Specialist, recipe: Recipe, base_config: dict[str, An
 
 def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
     """Every update must fit the base weight of its name, and every tensor that was tuned whole must have the base's shape."""
-    place_in_base(specialist, base, base_config)
+    if specialist.native is not None:
+        place_native(specialist, base, base_config)
+    else:
+        place_in_base(specialist, base, base_config)
     for updates in (specialist.text_lora, specialist.modality_lora):
         for slot, factors in updates.items():
             if slot not in base.refs:
@@ -58,13 +68,14 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
                     f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
                     "use the base it was trained from"
                 )
-    for name, ref in specialist.tuned.items():
+    for name, ref in (specialist.tuned | specialist.frozen).items():
         if base.refs[name].dtype.is_floating_point and not ref.dtype.is_floating_point:
             raise CheckpointError(
                 f"{specialist.label} specialist: {ref.name} holds {ref.dtype}, no weights ({ref.file}), where the base has "
                 f"{base.refs[name].dtype}; use the model before it was quantised, or list the tensor under `ignore:`"
             )
-    misfits = [(ref, base.refs[name]) for name, ref in specialist.tuned.items() if ref.shape != base.refs[name].shape]
+    tuned = specialist.tuned | specialist.frozen
+    misfits = [(ref, base.refs[name]) for name, ref in tuned.items() if ref.shape != base.refs[name].shape]
     resized = [pair for pair in misfits if is_of_tokens(pair[1].name) and pair[0].shape[1:] == pair[1].shape[1:]]
     for own, wanted in resized:
         raise CheckpointError(

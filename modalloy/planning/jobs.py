@@ -15,6 +15,7 @@ from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
+from modalloy.storage.views import MappedRef
 from modalloy.storage.writer import TensorSpec
 
 Treatment = Literal["merge", "sum", "average", "keep"]
@@ -131,7 +132,7 @@ class Planner(Choices):
 
         Where the form takes it, what a method gives as a full matrix is a second weight, for text tokens.
         """
-        if self.averaged:
+        if self.averaged and not self.recipe.form.takes_full_updates:
             raise RecipeError(
                 f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
                 "write form: full, or keep the base's by modules: {\"" + self.averaged[0] + '": {policy: keep}}'
@@ -157,6 +158,7 @@ class Planner(Choices):
                 TensorSpec(name, dtype, shape) for name, shape in zip(form.factors(slot), shapes, strict=True)
             )
             jobs.append(self._merge_job(slot, specs))
+        jobs += [self._average_job(name, self._like_base(name)) for name in sorted(self.averaged)]
         if form.carries_senses:
             for specialist in self.specialists:
                 for name, ref in specialist.carried().items():
@@ -212,7 +214,12 @@ class Planner(Choices):
                 if slot in of_slot and not absent:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
                 result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
-            result += [TensorFate(label, ref.name, *carried) for ref in specialist.carried().values()]
+            whole = (ref for ref in specialist.carried().values() if not isinstance(ref, MappedRef))
+            result += [TensorFate(label, ref.name, *carried) for ref in whole]
+            result += [
+                TensorFate(label, ref.name, "left out", "the base's, which its adapter updates")
+                for ref in specialist.frozen.values()
+            ]
             for name, ref in specialist.tuned.items():
                 unused: tuple[Fate, str] = ("left out", absent or kept.get(name, "the base's is kept"))
                 result.append(TensorFate(label, ref.name, *(unused if absent else of_slot.get(name, unused))))

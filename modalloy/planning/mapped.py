@@ -123,7 +123,7 @@ def _open_adapter(label: str, folder: Path, recipe: Recipe, base: Checkpoint | N
         )
     donor = open_specialist(folder, label=label, ignore=recipe.ignore)
     config = read_config(base.folder)
-    check_base(donor, recipe, config, allow)
+    check_base(donor, recipe, base.folder, allow)
     check_shapes(donor, base, config)
     if donor.tuned:
         raise CheckpointError(

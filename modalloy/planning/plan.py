@@ -22,7 +22,7 @@ from modalloy.planning.job import Job, TensorFate
 from modalloy.planning.kinds import Kind
 from modalloy.planning.mapped import Across
 from modalloy.planning.models import base_label
-from modalloy.planning.senses import Sense
+from modalloy.planning.senses import NativeSense, Sense
 from modalloy.planning.summary import one_line
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
@@ -45,7 +45,7 @@ class Plan:
     fates: list[TensorFate]
     rank: int | None  # of the written adapter
     fishers: list[WeightFile | None]
-    senses: dict[str, Sense] = field(default_factory=dict)  # by modality, for `omni`
+    senses: dict[str, Sense | NativeSense] = field(default_factory=dict)  # by modality, for `omni`
     chat_template: str | None = None
     notices: list[str] = field(default_factory=list)  # of tokenizers and code, for the user
     across: Across | None = None  # of a merge across architectures

@@ -16,10 +16,11 @@ from modalloy.planning.kinds import check_numbers, kinds
 from modalloy.planning.mapped import Across, open_donors
 from modalloy.planning.models import absent_models, labels, locate_specialist
 from modalloy.planning.plan import Plan
-from modalloy.planning.senses import Sense, choose_senses
+from modalloy.planning.senses import NativeSense, Sense, choose_senses
 from modalloy.recipe import Recipe
 from modalloy.specialists.companions import notices
-from modalloy.specialists.layouts import open_specialist
+from modalloy.specialists.layouts import LAYOUTS, NATIVE, open_specialist
+from modalloy.specialists.native import is_native
 from modalloy.specialists.specialist import Specialist
 from modalloy.specialists.templates import common_template
 from modalloy.storage.config import config_size, read_config
@@ -53,7 +54,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         models, across = open_donors(recipe, target, places, further, allow=allow_base_mismatch)
         base = across.base
     else:
-        models = _open_specialists(recipe)
+        models = _open_specialists(recipe, target)
     absent = absent_models(recipe, models, base, idle)
     for label, start in dict(zip(recipe.starts, (target, base), strict=False)).items():
         if start is not None:
@@ -91,11 +92,16 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     return result
 
 
-def _open_specialists(recipe: Recipe) -> list[Specialist]:
-    """The recipe's models, which have the target's architecture."""
+def _open_specialists(recipe: Recipe, target: Checkpoint) -> list[Specialist]:
+    """The recipe's models, which have the target's architecture, or have it in them."""
+    layouts = LAYOUTS if is_native(target.folder) else NATIVE
     return [
         open_specialist(
-            locate_specialist(entry.model, recipe.folder), modality=entry.modality, label=label, ignore=recipe.ignore
+            locate_specialist(entry.model, recipe.folder),
+            modality=entry.modality,
+            label=label,
+            ignore=recipe.ignore,
+            layouts=layouts,
         )
         for entry, label in zip(recipe.models, labels(recipe), strict=True)
     ]
@@ -110,11 +116,11 @@ def _check_models(recipe: Recipe, models: Sequence[Specialist], target: Checkpoi
             refs = model.checkpoint.refs if recipe.is_across else model.tuned
             check_numbers(name, model.checkpoint.folder, model.config, refs)
         if not recipe.is_across:
-            check_base(model, recipe, config, allow)
+            check_base(model, recipe, target.folder, allow)
             check_shapes(model, target, config)
 
 
-def _senses(recipe: Recipe, models: list[Specialist], target: Checkpoint) -> dict[str, Sense]:
+def _senses(recipe: Recipe, models: list[Specialist], target: Checkpoint) -> dict[str, Sense | NativeSense]:
     """Encoder and projector of each modality."""
     width = config_size(read_config(target.folder), "hidden_size", target.folder)
     return choose_senses(recipe, models, width)

@@ -7,10 +7,12 @@ from typing import Any
 
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.names import disk_name
+from modalloy.planning.native import check_sense
 from modalloy.recipe import Recipe
 from modalloy.senses.encoders import EncoderChoice, choose, registered, sizes
 from modalloy.senses.projectors import build_projector, recognise
-from modalloy.specialists.specialist import Specialist
+from modalloy.specialists.companions import companions
+from modalloy.specialists.specialist import Native, Specialist
 from modalloy.storage.folder import present
 from modalloy.storage.locate import is_portable, locate
 from modalloy.storage.tensors import Checkpoint
@@ -51,20 +53,35 @@ class Sense:
         return model_files(Checkpoint(self.local, ("model", "pytorch_model")), ENCODER_CONFIGS)
 
 
-def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> dict[str, Sense]:
-    """Encoder and projector of each modality: the recipe's encoder, else one that the specialist names and that is built in.
+@dataclass(frozen=True)
+class NativeSense:
+    """How the merged model takes in one modality by a native specialist's own inner model, which is carried with it."""
+
+    folder: Path  # of the specialist
+    native: Native
+    path: None = None  # everything is in the specialist's folder
+    local: None = None
+
+    def files(self) -> list[Path]:
+        """The processor's and the tokenizer's files, which an omni folder takes a copy of."""
+        return [self.folder / name for name in companions(self.folder)]
+
+
+def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> dict[str, Sense | NativeSense]:
+    """Encoder and projector of each modality: the recipe's encoder, else one that the specialist names and that is built in;
+    a native specialist brings its own.
 
     `width` is the decoder's. Raises RecipeError or CheckpointError where they do not lead from one to the other.
     """
-    senses: dict[str, Sense] = {}
+    senses: dict[str, Sense | NativeSense] = {}
     for entry, specialist in zip(recipe.models, specialists, strict=True):
-        modality = specialist.modality
+        modality = specialist.modality if specialist.native is None else check_sense(entry, specialist)
         if modality is None:
             raise RecipeError(
                 f"output.form 'omni' needs the modality of every specialist, but '{specialist.label}' records none; "
                 "add `modality:` to it"
             )
-        if not specialist.projector:
+        if not specialist.projector and specialist.native is None:
             raise RecipeError(
                 f"output.form 'omni' needs a projector from every specialist, but '{specialist.label}' has none; "
                 "write form: adapter or full, or leave it out"
@@ -74,6 +91,9 @@ def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> 
                 f"two specialists claim modality '{modality}' ({specialist.label}); 'omni' takes one of each: remove one, "
                 "or write form: adapter or full"
             )
+        if specialist.native is not None:
+            senses[modality] = NativeSense(specialist.checkpoint.folder, specialist.native)
+            continue
         given = entry.encoder or recorded_encoder(specialist)
         if given is None:
             raise RecipeError(

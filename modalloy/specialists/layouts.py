@@ -3,23 +3,30 @@
 - ModelCompose (`adapter_model.{safetensors,bin}` + `config.json`): modelcompose.py
 - PEFT (`adapter_model.{safetensors,bin}` + `adapter_config.json`), also with LLaVA's `non_lora_trainables.bin`: peft.py
 - a full model (`model.safetensors`, sharded or `.bin`), also LLaVA's: full.py
+- a multimodal model of transformers, beside a base that is a language model: native.py
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from modalloy.errors import CheckpointError
-from modalloy.specialists import full, modelcompose, peft
-from modalloy.specialists.specialist import ADAPTER_STEMS, Specialist
+from modalloy.specialists import full, modelcompose, native, peft
+from modalloy.specialists.specialist import ADAPTER_STEMS, Layout, Specialist
 from modalloy.storage.folder import is_there
 from modalloy.storage.locate import BASE_STEMS
 
 LAYOUTS = (peft.LAYOUT, modelcompose.LAYOUT, full.LAYOUT)  # the first that recognises a folder opens it
+NATIVE = (native.LAYOUT, *LAYOUTS)  # where the base is a language model, and a multimodal one is more than it
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def open_specialist(
-    folder: Path, *, modality: str | None = None, label: str | None = None, ignore: Sequence[str] = ()
+    folder: Path,
+    *,
+    modality: str | None = None,
+    label: str | None = None,
+    ignore: Sequence[str] = (),
+    layouts: Sequence[Layout] = LAYOUTS,
 ) -> Specialist:
     """A specialist whose tensors are sorted; reads headers and configs only.
 
@@ -28,6 +35,7 @@ def open_specialist(
         modality: what the recipe says it sees; checked against the tensor names.
         label: how messages call it; default: the modality, else the folder's name.
         ignore: name patterns of tensors to leave out.
+        layouts: those that are looked for, in this order.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is one that no rule covers.
@@ -35,10 +43,18 @@ def open_specialist(
     label = label or modality or folder.name
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; correct the path of the {label} specialist in the recipe")
-    check_one_kind(folder)
-    layout = next(layout for layout in LAYOUTS if layout.recognise(folder))
+    layout = next(layout for layout in layouts if layout.recognise(folder))
+    if not layout.joins_adapter:
+        check_one_kind(folder)
     specialist = layout.open(folder, label, ignore)
-    if specialist.modality is None:
+    if specialist.native is not None:
+        able = specialist.native.modalities
+        if modality is not None and modality not in able:
+            raise CheckpointError(
+                f"{folder}: a {specialist.native.cls} takes {' and '.join(able)}, the recipe says '{modality}'; correct the recipe"
+            )
+        specialist.modality = modality or (able[0] if len(able) == 1 else None)
+    elif specialist.modality is None:
         specialist.modality = modality
     elif modality is not None and modality != specialist.modality:
         raise CheckpointError(

@@ -5,7 +5,7 @@ and `alpha_pattern` set r and lora_alpha of single layers. Tensors of `modules_t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,22 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     checkpoint = Checkpoint(folder, ADAPTER_STEMS, beside)
     path = folder / "adapter_config.json"
     config = read_json(path)
-    _check_config(config, path)
+    check_config(config, path)
     specialist = Specialist(label, checkpoint, "peft", config, recorded_base(config, "base_model_name_or_path"))
     if beside:
         specialist.layout, specialist.config = "llava", read_config(folder) | config
+    add_updates(specialist, unignored(specialist, ignore), config, path)
+    if not specialist.text_lora:
+        raise CheckpointError(f"{folder}: has no lora_A and lora_B, so there is nothing to merge")
+    return specialist
+
+
+def add_updates(
+    specialist: Specialist, tensors: Iterable[tuple[str, TensorRef]], config: dict[str, Any], path: Path
+) -> None:
+    """Enter the tensors of an adapter, by their names in its file, as updates and tuned copies. `path`: of its config."""
     pairs: dict[str, dict[str, TensorRef]] = {}
-    for name, ref in unignored(specialist, ignore):
+    for name, ref in tensors:
         bare = name.removeprefix(PEFT_PREFIX)
         if lora := LORA.fullmatch(name):
             pairs.setdefault(lora["stem"], {})[lora["side"]] = ref
@@ -82,9 +92,6 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
         factors = pair_factors(specialist, stem, pair, scale)
         check_rank(specialist, factors, rank, path)
         specialist.text_lora[stem + ".weight"] = factors
-    if not specialist.text_lora:
-        raise CheckpointError(f"{folder}: has no lora_A and lora_B, so there is nothing to merge")
-    return specialist
 
 
 def alphas_of(config: dict[str, Any], stems: list[str], path: Path) -> list[float]:
@@ -92,7 +99,7 @@ def alphas_of(config: dict[str, Any], stems: list[str], path: Path) -> list[floa
     return _patterned(config, "alpha_pattern", stems, number(config, "lora_alpha", 8, path), path)
 
 
-def _check_config(config: dict[str, Any], path: Path) -> None:
+def check_config(config: dict[str, Any], path: Path) -> None:
     """Refuse adapters that are no plain LoRA of the recorded base."""
     if config.get("peft_type", "LORA") != "LORA":
         kind = shown(config["peft_type"]).strip("'")

@@ -18,6 +18,7 @@ from modalloy.errors import CheckpointError, shown
 from modalloy.names import disk_name, modality_name
 from modalloy.senses.encoders import modalities
 from modalloy.storage.tensors import Checkpoint, TensorRef, checked
+from modalloy.storage.views import chosen_rows
 
 ADAPTER_STEMS = ("adapter_model",)
 # what training scripts of LLaVA and ModelCompose save beside an adapter: other trained tensors, a pretrained projector
@@ -55,12 +56,38 @@ class StoredLora:
 
 
 @dataclass
+class Native:
+    """What a multimodal model of transformers is beside its decoder.
+
+    `config`: its config.json with no blocks in the decoder. `ids`: the rows of the vocabulary that are its own.
+    """
+
+    cls: str
+    config: dict[str, Any]
+    text_config: dict[str, Any]  # of its decoder, as transformers completes it
+    modalities: tuple[str, ...]
+    table: TensorRef  # of input embeddings
+    tokens: tuple[int, ...]  # that its tokenizer adds, and that its config names
+    sense: dict[str, TensorRef] = field(default_factory=dict)  # by the class's own names
+    has_three_positions: bool = False
+    has_deepstack: bool = False
+    ids: tuple[int, ...] = ()  # set once the base's vocabulary is known
+
+    def carried(self, modality: str) -> dict[str, TensorRef]:
+        """The tensors of its sense, by their names in an omni folder."""
+        found = {f"senses.{modality}.model.{name}": ref for name, ref in self.sense.items()}
+        if self.ids:
+            found[f"senses.{modality}.rows"] = chosen_rows(f"senses.{modality}.rows", self.table, self.ids)
+        return found
+
+
+@dataclass
 class Specialist:
     """One input of a merge. All its tables go by names of the base: stored updates of text and of its modality, tuned copies."""
 
     label: str
     checkpoint: Checkpoint
-    layout: str  # "modelcompose", "peft", "llava" (PEFT with the files that LLaVA saves beside it) or "full"
+    layout: str  # "modelcompose", "peft", "llava" (PEFT with the files that LLaVA saves beside it), "native" or "full"
     config: dict[str, Any]
     base_name: str | None  # the base that the files themselves record
     modality: str | None = None
@@ -70,6 +97,8 @@ class Specialist:
     projector: dict[str, TensorRef] = field(default_factory=dict)
     tokens: dict[str, TensorRef] = field(default_factory=dict)  # "prefix" and "suffix", of the modality
     is_whole: bool = False  # a whole model: it holds copies of everything, trained or not
+    native: Native | None = None  # of a multimodal model of transformers
+    frozen: dict[str, TensorRef] = field(default_factory=dict)  # copies of the base's weights that its adapter updates
     dropped: dict[str, str] = field(default_factory=dict)  # tensor name → why it is left out
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
@@ -82,7 +111,12 @@ class Specialist:
         return max((factors.rank for factors in self.text_lora.values()), default=None)
 
     def carried(self) -> dict[str, TensorRef]:
-        """What belongs to its modality alone, by the names of the ModelCompose layout, which `omni` is written in."""
+        """What belongs to its modality alone, by the names of the ModelCompose layout, which `omni` is written in.
+
+        Of a native specialist: `senses.MODALITY.model.` and the class's own names, and the rows of its vocabulary.
+        """
+        if self.native is not None:
+            return self.native.carried(self.modality or "")
         disk = disk_name(self.modality or "")
         refs = adapter_names(self.modality_lora, disk)
         refs |= {f"model.modal_projectors.{disk}.{rest}": ref for rest, ref in self.projector.items()}
@@ -96,6 +130,7 @@ class Layout:
     name: str
     recognise: Callable[[Path], bool]  # by the folder's files and their headers, never by its name
     open: Callable[[Path, str, Sequence[str]], Specialist]  # folder, label, patterns to ignore
+    joins_adapter: bool = False  # a model and an adapter beside it are one specialist
 
 
 def adapter_names(updates: dict[str, StoredLora], adapter: str) -> dict[str, TensorRef]:

@@ -1,6 +1,6 @@
 """Tensors made of rows of stored ones: what a mapped tensor is read from, and how."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +63,28 @@ def rows_of_tensor(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
         return ref
     height = height_of(rows)
     return MappedRef(name, ref.dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
+
+
+def chosen_rows(name: str, ref: TensorRef, rows: Sequence[int]) -> MappedRef:
+    """Single rows of a stored tensor, in order, as a tensor of its own; only these are read where it is in one piece."""
+    parts: list[tuple[TensorRef, Rows, Rows]] = []
+    done = 0
+    for begin, end in _runs(rows):
+        source, taken = stretch(ref, ((begin, end),))
+        parts.append((source, taken, ((done, done + end - begin),)))
+        done += end - begin
+    return MappedRef(name, ref.dtype, (done, *ref.shape[1:]), ref.file, -1, tuple(parts))
+
+
+def _runs(rows: Sequence[int]) -> Rows:
+    """Rising numbers as stretches."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and found[-1][1] == row:
+            found[-1] = (found[-1][0], row + 1)
+        else:
+            found.append((row, row + 1))
+    return tuple(found)
 
 
 def stretch(ref: TensorRef, rows: Rows) -> tuple[TensorRef, Rows]:

@@ -1,0 +1,228 @@
+"""The layout of transformers' own multimodal models: the decoder's weights are fine-tuned copies of the base's, everything
+else is a sense that is carried as it is.
+
+Names go through transformers' own renamings, so the hub's spelling, an older one and the class's own are one. A LoRA adapter
+beside the model, or in a folder of it (`FOLDER#vision-lora`), is the update, and the decoder's weights are then the base's.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modalloy.errors import CheckpointError
+from modalloy.senses.anatomy import Anatomy, anatomy, headless, native_class_name, own_names
+from modalloy.specialists.peft import add_updates, check_config
+from modalloy.specialists.specialist import (
+    Layout,
+    Native,
+    Specialist,
+    StoredLora,
+    put,
+    recorded_base,
+    twice,
+    unignored,
+)
+from modalloy.storage.config import read_config
+from modalloy.storage.folder import is_there, read_json
+from modalloy.storage.locate import BASE_STEMS
+from modalloy.storage.tensors import Checkpoint, TensorRef
+from modalloy.storage.views import rows_of_tensor
+
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+COMPUTED = re.compile(r".*(?:\.rotary_emb\.inv_freq|\.position_ids|\.inv_freq)")  # tables that a class makes itself
+TOKEN_KEY = re.compile(r"\w*token_(?:id|index)|\w*_(?:token|pad)_id")
+
+
+def open_native(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
+    """A specialist that is a multimodal model of transformers; `place_native` then places it in a base.
+
+    Raises:
+        CheckpointError: its class cannot be a sense, or its tensors are not those of its class.
+    """
+    config = read_config(folder)
+    found = anatomy(config, folder)
+    found.check_supported(label)
+    adapters = [name for name in ADAPTERS if is_there(folder / name)]
+    checkpoint = Checkpoint(folder, BASE_STEMS, adapters)
+    text = found.text_config.to_dict()
+    specialist = Specialist(label, checkpoint, "native", config | text, None, is_whole=not adapters)
+    of_adapter = {name for name, ref in checkpoint.refs.items() if ref.file.name in adapters}
+    _sort(specialist, found, config, [one for one in unignored(specialist, ignore) if one[0] not in of_adapter])
+    if adapters:
+        path = folder / "adapter_config.json"
+        settings = read_json(path)
+        check_config(settings, path)
+        specialist.base_name = recorded_base(settings, "base_model_name_or_path")
+        before = dict(specialist.tuned)
+        specialist.frozen, specialist.tuned = before, {}
+        entries = [one for one in unignored(specialist, ignore) if one[0] in of_adapter]
+        add_updates(specialist, entries, settings, path)
+        specialist.text_lora = dict(_placed_updates(specialist, found))
+    return specialist
+
+
+def _sort(
+    specialist: Specialist, found: Anatomy, config: dict[str, Any], tensors: Sequence[tuple[str, TensorRef]]
+) -> None:
+    """Enter the decoder's tensors by the names of a plain language model, and those of the sense."""
+    folder = specialist.checkpoint.folder
+    refs = dict(tensors)
+    own = found.model.state_dict()
+    names = own_names(found, [name for name in refs if not COMPUTED.fullmatch(name)])
+    sense: dict[str, TensorRef] = {}
+    table: TensorRef | None = None
+    embeddings = f"{found.decoder}.embed_tokens.weight"
+    for name, ref in refs.items():
+        if name not in names or (names[name] not in own and COMPUTED.fullmatch(name)):
+            specialist.dropped[name] = "computed from the config when a model is loaded"
+            continue
+        mine = names[name]
+        if mine not in own:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {name} ({ref.file}) is no tensor of a {found.name}; download the model again, or "
+                "list it under `ignore:`"
+            )
+        wanted = tuple(own[mine].shape)
+        if ref.shape != wanted:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {name} is {ref.shape}, but its config.json makes it {wanted} ({ref.file}); "
+                "download the folder again"
+            )
+        table = ref if mine == embeddings else table
+        plain = found.plain_name(mine)
+        if plain is None:
+            sense[mine] = ref
+        else:
+            put(specialist.tuned, plain, ref)
+    ignored = {own_names(found, [name])[name] for name in specialist.dropped if not COMPUTED.fullmatch(name)}
+    tied = found.model.all_tied_weights_keys.keys()
+    absent = sorted(own.keys() - {names[name] for name in names} - ignored - tied)
+    if absent:
+        raise CheckpointError(
+            f"{specialist.label} specialist: lacks {absent[0]} of a {found.name} ({len(absent)} tensors in all, {folder}); "
+            "download the folder again"
+        )
+    if table is None:
+        raise CheckpointError(f"{specialist.label} specialist: {embeddings} is ignored, whose rows its media need")
+    specialist.native = Native(
+        found.name,
+        headless(config, found),
+        found.text_config.to_dict(),
+        found.modalities,
+        table,
+        tuple(sorted(_tokens(folder, config, table.shape[0]))),
+        sense,
+        found.has_three_positions,
+        found.has_deepstack,
+    )
+
+
+def _placed_updates(specialist: Specialist, found: Anatomy) -> Iterator[tuple[str, StoredLora]]:
+    """The adapter's updates by the names of a plain language model."""
+    for slot, factors in specialist.text_lora.items():
+        own = own_names(found, [slot])[slot]
+        plain = found.plain_name(own)
+        if plain is None:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {factors.a.name} updates {own}, which is no part of its decoder "
+                f"({factors.a.file}); merge the adapter into the model first, or list it under `ignore:`"
+            )
+        yield plain, factors
+
+
+def _tokens(folder: Path, config: dict[str, Any], height: int) -> set[int]:
+    """Rows of the vocabulary that are the specialist's own: tokens that its tokenizer adds, or that its config names."""
+    found: set[int] = set()
+    parts: list[Any] = [config]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        found |= {value for key, value in part.items() if type(value) is int and TOKEN_KEY.fullmatch(key)}
+    if is_there(folder / "tokenizer.json"):
+        added = read_json(folder / "tokenizer.json").get("added_tokens")
+        entries = added if isinstance(added, list) else []
+        found |= {one["id"] for one in entries if isinstance(one, dict) and type(one.get("id")) is int}
+    if is_there(folder / "tokenizer_config.json"):
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
+        found |= {int(one) for one in decoder if one.isdecimal()} if isinstance(decoder, dict) else set()
+    return {one for one in found if 0 <= one < height}
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder holds a multimodal model of transformers, told by its config."""
+    return is_there(folder / "config.json") and native_class_name(read_json(folder / "config.json")) is not None
+
+
+def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
+    """Give the decoder's tensors the base's names, cut tables of tokens to the base's vocabulary, and choose its own rows.
+
+    Raises:
+        CheckpointError: the base has no such tensor, or tensors of other shapes.
+    """
+    native = specialist.native
+    assert native is not None
+    names = _base_names(base, base_config)
+    copies = specialist.frozen if specialist.frozen else specialist.tuned
+    placed: dict[str, TensorRef] = {}
+    for plain, ref in copies.items():
+        name = names.get(plain, plain)
+        if name not in base.refs:
+            if plain == "lm_head.weight":
+                specialist.dropped[ref.name] = "the base ties it to its embeddings"
+                continue
+            raise CheckpointError(
+                f"{specialist.label} specialist: {ref.name} ({ref.file}) is {plain} of its decoder, which the base "
+                f"{base.folder.name} does not have; use the base it was trained from"
+            )
+        wanted = base.refs[name].shape
+        if plain in ("model.embed_tokens.weight", "lm_head.weight") and ref.shape[1:] == wanted[1:]:
+            if ref.shape[0] < wanted[0]:
+                specialist.dropped[ref.name] = f"has {ref.shape[0]} tokens, the base {wanted[0]}: the base's rows are kept"
+                continue
+            ref = first_rows(ref, wanted[0])
+        put(placed, name, ref)
+    specialist.text_lora = {names.get(slot, slot): factors for slot, factors in specialist.text_lora.items()}
+    if specialist.frozen:
+        specialist.frozen = placed
+        if both := specialist.tuned.keys() & placed.keys() & specialist.text_lora.keys():
+            name = min(both)
+            raise twice(specialist.tuned[name], placed[name])
+    else:
+        specialist.tuned = placed
+    height = base.refs[names.get("model.embed_tokens.weight", "model.embed_tokens.weight")].shape[0]
+    further = range(min(height, native.table.shape[0]), native.table.shape[0])
+    native.ids = tuple(sorted({*native.tokens, *further}))
+
+
+def first_rows(ref: TensorRef, count: int) -> TensorRef:
+    """The first rows of a stored tensor as one of its own; the tensor itself where it has no others."""
+    if ref.shape[0] == count:
+        return ref
+    if ref.begin < 0:
+        return rows_of_tensor(ref.name, ref, ((0, count),))
+    return replace(ref, shape=(count, *ref.shape[1:]))
+
+
+def _base_names(base: Checkpoint, config: dict[str, Any]) -> dict[str, str]:
+    """The base's own name of each tensor of a plain language model, where that is another."""
+    if "model.embed_tokens.weight" in base.refs:
+        return {}
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return {}
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(config), trust_remote_code=False)
+    prefix = f"{model.base_model_prefix}."
+    own = own_names(model, base.refs)
+    return {
+        "model." + mine.removeprefix(prefix) if mine.startswith(prefix) else mine: name for name, mine in own.items()
+    }
+
+
+LAYOUT = Layout("native", is_native, open_native, joins_adapter=True)
