@@ -11,6 +11,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from modalloy.errors import CheckpointError
 from modalloy.model.routing import TEXT
 from modalloy.outputs.omni import AUTO_MAP
+from modalloy.senses.anatomy import native_class_name
 
 MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
 
@@ -23,10 +24,12 @@ class ModalloyConfig(PreTrainedConfig):
     - `n_tokens`: number of projected features per medium
     - `n_prefix`, `n_suffix`: trained tokens around them, owned by the modality
     - `update`: as `text_update`, or null if its tokens use the text path (ModelCompose's `lora_strategy: same`)
+    - or, for a multimodal model of transformers, `native` in place of all these but `update`: {"config": its own with no
+      blocks in the decoder, "rows": ids of the vocabulary's rows that are its own}
 
     `text_update` describes the text path's low-rank update: {"rank", "scale", and "linears" (names of the decoder's weights
     that it changes; null: all)}; null if there is none. `text_linears` names the decoder's weights that text tokens use
-    another dense matrix for. `folded`: the text path's update is part of the decoder's weights already.
+    another dense matrix for, `text_tensors` those that all tokens use another value of. `folded`: the text path's update is part of the decoder's weights already.
 
     A folder that `modalloy merge` wrote says in `base_model` where the decoder is, and in each modality's `source` where
     its encoder is; a model saved by `save_pretrained` holds them itself.
@@ -42,6 +45,7 @@ class ModalloyConfig(PreTrainedConfig):
         modalities: dict[str, dict[str, Any]] | None = None,
         text_update: dict[str, Any] | None = None,
         text_linears: list[str] | None = None,
+        text_tensors: list[str] | None = None,
         folded: bool = False,
         base_model: str | None = None,
         **kwargs: Any,
@@ -52,6 +56,7 @@ class ModalloyConfig(PreTrainedConfig):
         self.modalities = modalities or {}
         self.text_update = text_update
         self.text_linears = text_linears or []
+        self.text_tensors = text_tensors or []
         self.folded = folded
         self.base_model = base_model
         # transformers hands its choice of attention down to sub-configs, also when it has none yet: keep the decoder's
@@ -69,6 +74,17 @@ class ModalloyConfig(PreTrainedConfig):
     def owners(self) -> tuple[str, ...]:
         """Names that an owner index stands for: 0 is text, then the modalities by name (files of JSON keep no order)."""
         return owner_names(self.modalities)
+
+    @property
+    def replaced(self) -> set[str]:
+        """The decoder's tensors that have another value than the base's for every token: no modality has weights of its own."""
+        single = not any(sizes["update"] for sizes in self.modalities.values())
+        return {*self.text_tensors, *(self.text_linears if single else ())}
+
+    @property
+    def has_three_positions(self) -> bool:
+        """Whether the decoder takes positions of time, height and width."""
+        return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
 
     def self_contained(self) -> "ModalloyConfig":
         """A copy that refers to no other model: its weights hold the decoder and the encoders."""
@@ -98,6 +114,10 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     for name, sizes in modalities.items():
         if not isinstance(sizes, dict):
             raise CheckpointError(damaged.format(f"modality '{name}' is no mapping"))
+        _check_update(sizes.get("update"), damaged)
+        if "native" in sizes:
+            _check_native(sizes["native"], damaged.format(f"the entries of modality '{name}' are damaged"))
+            continue
         encoder, projector = sizes.get("encoder"), sizes.get("projector")
         counts = [sizes.get(key) for key in ("n_tokens", "n_prefix", "n_suffix")]
         if (
@@ -110,18 +130,30 @@ def check_content(content: dict[str, Any], path: Path) -> None:
             or not isinstance(sizes.get("source"), (str, type(None)))
         ):
             raise CheckpointError(damaged.format(f"the entries of modality '{name}' are damaged"))
-        _check_update(sizes.get("update"), damaged)
     if "labels" in content:  # of processor_config.json
         return
     text = content.get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(damaged.format("`text_config` names no model of transformers"))
     _check_update(content.get("text_update"), damaged)
-    linears = content.get("text_linears") or []
-    if not isinstance(linears, list) or not all(isinstance(one, str) for one in linears):
-        raise CheckpointError(damaged.format("`text_linears` holds more than names"))
+    for key in ("text_linears", "text_tensors"):
+        named = content.get(key) or []
+        if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+            raise CheckpointError(damaged.format(f"`{key}` holds more than names"))
     if not isinstance(content.get("base_model"), (str, type(None))):
         raise CheckpointError(damaged.format("`base_model` is no name"))
+
+
+def _check_native(native: Any, damaged: str) -> None:
+    rows = native.get("rows") if isinstance(native, dict) else None
+    config = native.get("config") if isinstance(native, dict) else None
+    if (
+        not isinstance(config, dict)
+        or native_class_name(config) is None
+        or not isinstance(rows, list)
+        or not all(type(row) is int and 0 <= row < 2**31 for row in rows)
+    ):
+        raise CheckpointError(damaged)
 
 
 def _check_update(update: Any, damaged: str) -> None:

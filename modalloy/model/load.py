@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
 
 # of old checkpoints: a table that transformers computes itself
+NATIVE = re.compile(r"senses\.(?P<modality>[\w-]+)\..+")
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 
 
@@ -316,6 +317,10 @@ def _own_name(name: str, config: ModalloyConfig) -> str | None:
             return None
         kind = projector_class(config.modalities[modality]["projector"]["type"])
         return f"projectors.{modality}.{kind.own_name(projector['rest'])}"
+    if native := NATIVE.fullmatch(name):
+        return name if "native" in config.modalities.get(native["modality"], {}) else None
+    if name in config.replaced:
+        return f"decoder.{name}"
     return f"decoder.{name.removesuffix('.weight')}.text_weight" if name in config.text_linears else None
 
 
@@ -332,6 +337,8 @@ def _encoders(config: ModalloyConfig, folder: Path) -> dict[str, Stored]:
     """The encoders' tensors, from where each modality's `source` says."""
     found: dict[str, Stored] = {}
     for modality, sizes in config.modalities.items():
+        if "native" in sizes:  # its tensors are with the folder's own
+            continue
         name, source = sizes["encoder"]["name"], sizes.get("source")
         path = None if source is None else locate(source, folder)
         built = build(name, sizes["encoder"]["settings"], meta=True).state_dict()

@@ -1,13 +1,13 @@
 """The merged model: any Llama-shaped decoder of transformers, routed, with one projector and encoder per modality."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -15,9 +15,12 @@ from modalloy.delta import LowRank, norm
 from modalloy.errors import CheckpointError
 from modalloy.machine.memory import release_memory
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
+from modalloy.model.decoder import build_decoder
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
+from modalloy.model.sequence import Features, blocks_of, by_row, deepstack, masks, seen_together, three_positions
 from modalloy.outputs.omni import write_remote_code
 from modalloy.senses.encoders import build
+from modalloy.senses.native import Block, NativeSense, Prepared
 from modalloy.senses.projectors import build_projector
 
 
@@ -42,15 +45,19 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ModalloyConfig) -> None:
         super().__init__(config)
-        self.decoder: Any = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        self.decoder: Any = build_decoder(config.text_config)
         self.routes = Routes()
         self.linears = route_linears(self.decoder, self.routes)
         self.encoders = nn.ModuleDict()
         self.projectors = nn.ModuleDict()
+        self.senses = nn.ModuleDict()
         self.prefix_tokens = nn.ParameterDict()
         self.suffix_tokens = nn.ParameterDict()
         width = config.text_config.hidden_size
         for modality, sizes in config.modalities.items():
+            if "native" in sizes:
+                self.senses[modality] = NativeSense(sizes["native"]["config"], sizes["native"]["rows"], width)
+                continue
             encoder = sizes["encoder"]
             self.encoders[modality] = build(encoder["name"], encoder["settings"])
             self.projectors[modality] = build_projector(sizes["projector"])
@@ -65,6 +72,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 linear.add(owner, LowRank(up, down), scale=update["scale"])
         for slot in config.text_linears:
             linear = self._linear(slot, config)
+            if slot in config.replaced:
+                continue
             linear.text_weight = nn.Parameter(torch.zeros(linear.out_features, linear.in_features))
         for linear in self.linears.values():
             linear.folded = config.folded
@@ -125,22 +134,49 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.decoder.get_output_embeddings()
 
     @torch.no_grad()
-    def encode(self, modality: str, media: Tensor) -> Tensor:
-        """Features (media, n_features, dim) of a stack of preprocessed media, from the frozen encoder, in float32."""
+    def encode(self, modality: str, media: Any) -> Features:
+        """Features (media, n_features, dim) of a stack of preprocessed media, from the frozen encoder, in float32.
+
+        Of a native modality, `media` are lists of conversations' `Prepared` media, and the features a block for each medium.
+        """
+        if modality in self.senses:
+            return self._blocks(modality, media)
         encoder: Any = self.encoders[modality]
         with _in_full_precision(encoder) as to:
             features: Tensor = encoder(media.to(**to))
         return features
 
-    def embed(self, input_ids: Tensor, owners: Tensor, features: dict[str, Tensor]) -> Tensor:
+    def _blocks(self, modality: str, media: Sequence[Prepared]) -> list[Block]:
+        """A block for each medium; those of one conversation are encoded together."""
+        sense: Any = self.senses[modality]
+        found: list[Block] = []
+        with _in_full_precision(sense) as to:
+            for one in media:
+                inputs = {
+                    name: value.to(to.get("device"), to["dtype"] if value.is_floating_point() else None)
+                    for name, value in one.inputs.items()
+                }
+                found += sense.blocks(inputs, one.places, self.get_input_embeddings())
+        return found
+
+    def embed(self, input_ids: Tensor, owners: Tensor, features: dict[str, Features]) -> Tensor:
         """Input embeddings (batch, tokens, width): text looked up, media projected into the positions they own.
 
         `features[modality]` is (media, n_features, dim), in reading order over the batch.
         """
         embeddings = self.get_input_embeddings()(input_ids)
         for index, modality in enumerate(self.config.owners[1:], 1):
-            own = owners == index
-            media, length = len(features.get(modality, ())), tokens_per_medium(self.config.modalities[modality])
+            own, given = owners == index, features.get(modality, ())
+            if modality in self.senses:
+                parts = [one.embeddings.to(embeddings) for one in given if isinstance(one, Block)]
+                if int(own.sum()) != sum(map(len, parts)):
+                    raise ValueError(
+                        f"{int(own.sum())} tokens belong to {modality}, but its media have {sum(map(len, parts))}"
+                    )
+                if parts:
+                    embeddings = embeddings.masked_scatter(own.unsqueeze(-1), torch.cat(parts))
+                continue
+            media, length = len(given), tokens_per_medium(self.config.modalities[modality])
             if int(own.sum()) != media * length:
                 raise ValueError(
                     f"{int(own.sum())} tokens belong to {modality}, but {media} media of {length} tokens are given"
@@ -169,16 +205,17 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         owners: Tensor | None = None,
-        media: dict[str, Tensor] | None = None,
-        features: dict[str, Tensor] | None = None,
+        media: dict[str, Any] | None = None,
+        features: dict[str, Features] | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the decoder. Without `owners` every token is text.
 
         `media` holds preprocessed media by modality, stacked in reading order over the batch; `features` may hold what
-        the encoders made of them instead.
+        the encoders made of them instead. Of native modalities both are lists (see `encode`).
         """
+        kwargs.pop("position_delta", None)
         if inputs_embeds is None:
             assert input_ids is not None
             if features is None:
@@ -189,6 +226,13 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             text = self.get_input_embeddings()
             inputs_embeds = text(input_ids) if owners is None else self.embed(input_ids, owners, features)
+            if owners is not None and (blocks := blocks_of(features, self.config.owners)):
+                kwargs |= deepstack(owners, blocks, inputs_embeds)
+                if self.config.has_three_positions and _is_flat(kwargs.get("position_ids")):
+                    kwargs["position_ids"] = three_positions(owners, attention_mask, blocks)[0]
+                if (groups := seen_together(owners, blocks)) is not None:
+                    text_config = self.config.text_config
+                    attention_mask = masks(text_config, inputs_embeds, attention_mask, groups, kwargs)
         with self.routes.use(self.path(owners), self.config.owners):
             output: CausalLMOutputWithPast = self.decoder(
                 attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -199,12 +243,19 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         routed = {name: kwargs.pop(name, None) for name in ("owners", "media", "features")}
+        delta = kwargs.pop("position_delta", None)
+        if delta is not None:  # else transformers counts tokens
+            kwargs.pop("position_ids", None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         # generated tokens are text; the cache keeps what the media contributed
         if is_first_iteration:
             return inputs | routed
+        if delta is not None and kwargs.get("use_cache", True):
+            new = inputs["input_ids"].shape[1]
+            steps = torch.arange(input_ids.shape[1] - new, input_ids.shape[1], device=input_ids.device)
+            inputs["position_ids"] = (steps + delta[:, None]).expand(3, -1, -1)
         if not kwargs.get("use_cache", True) and routed["owners"] is not None:
             grown = input_ids.shape[1] - routed["owners"].shape[1]
             inputs |= routed | {"owners": nn.functional.pad(routed["owners"], (0, grown))}
@@ -216,6 +267,10 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = kwargs.pop("features", None)
         if media is not None and features is None:
             features = {modality: self.encode(modality, stack) for modality, stack in media.items()}
+        if owners is not None and features and self.config.has_three_positions:
+            blocks = blocks_of(features, self.config.owners)
+            after = three_positions(owners, kwargs.get("attention_mask"), blocks)[1]
+            kwargs["position_delta"] = after - owners.shape[1]
         if features and expand_size > 1:
             assert owners is not None
             features = {
@@ -224,7 +279,10 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         return ids, expanded | {"features": features}
 
-    def _expanded(self, modality: str, features: Tensor, owners: Tensor, times: int) -> Tensor:
+    def _expanded(self, modality: str, features: Features, owners: Tensor, times: int) -> Features:
+        if not isinstance(features, Tensor):
+            lines = by_row(owners, self.config.owners.index(modality), features)
+            return [block for line in lines for _ in range(times) for block in line]
         length = tokens_per_medium(self.config.modalities[modality])
         counts = (owners == self.config.owners.index(modality)).sum(1) // length  # media in each row
         rows = features.split(counts.tolist())
@@ -250,6 +308,9 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask: Tensor = inputs["attention_mask"]
         lengths = mask.sum(1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if self.config.has_three_positions and inputs.get("owners") is not None:
+            blocks = blocks_of(inputs.get("features") or {}, self.config.owners)
+            positions, lengths = three_positions(inputs["owners"], mask, blocks)
         prompts = self(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
         cache, device = prompts.past_key_values, mask.device
         rows = torch.arange(len(options), device=device)
@@ -263,6 +324,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             steps = torch.arange(ids.shape[1] - 1, device=device)
             seen = torch.cat([mask[rows], mask.new_ones(len(flat), len(steps))], 1)
             after = lengths[rows, None] + steps
+            after = after.expand(3, -1, -1) if self.config.has_three_positions else after
             rest = self(
                 input_ids=ids[:, :-1], attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True
             ).logits
@@ -307,6 +369,11 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "use the base that the specialists were trained from"
             )
         return self.linears[slot]
+
+
+def _is_flat(positions: Tensor | None) -> bool:
+    """Whether positions say nothing but the tokens' order."""
+    return positions is None or positions.ndim < 3
 
 
 def check_loaded(where: Any, info: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.delta import LowRank
-from modalloy.outputs.omni import LINEARS
 
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 
@@ -163,17 +162,18 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def route_linears(decoder: nn.Module, routes: Routes) -> dict[str, RoutedLinear]:
-    """Replace the linears of a Llama-shaped decoder; returns the seven of every block by the name of their weight.
+    """Replace the linears of a decoder; returns those of its blocks, whatever they are called, by the name of their weight.
 
     Example key: `model.layers.0.self_attn.q_proj.weight`. The output head is replaced too, for its type of arithmetic.
     """
     routed = {}
     for name, module in list(decoder.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if isinstance(module, nn.Linear) and leaf in (*LINEARS, "lm_head"):
+        in_a_block = any(part.isdecimal() for part in parent.split("."))
+        if type(module) is nn.Linear and (in_a_block or leaf == "lm_head"):
             replacement = RoutedLinear(module, routes)
             setattr(decoder.get_submodule(parent), leaf, replacement)
-            if leaf in LINEARS:
+            if in_a_block:
                 routed[f"{name}.weight"] = replacement
     return routed
 

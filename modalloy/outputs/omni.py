@@ -11,6 +11,7 @@ from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
+from modalloy.planning.kinds import kinds, layer_of
 from modalloy.planning.native import decoder_config
 from modalloy.planning.senses import NativeSense, Sense, model_files, open_sense, recorded_encoder
 from modalloy.specialists.companions import companions
@@ -29,8 +30,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"{REMOTE_CODE}.ModalloyForConditionalGeneration",
     "AutoProcessor": f"{REMOTE_CODE}.ModalloyProcessor",
 }
-# the linears of a Llama-shaped decoder's blocks, which tokens are routed through
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # the prompt that ModelCompose and LLaVA-1.5 were trained with
 VICUNA_V1 = """\
 {{- bos_token }}
@@ -184,13 +183,15 @@ def _update(slots: list[str], rank: int | None, scale: float, base: Checkpoint) 
     """What the config says of a low-rank update: `linears` is null where it has all of the decoder's blocks."""
     if not slots:
         return None
-    routed = [name for name in base.refs if name.split(".")[-2:-1] and name.split(".")[-2] in LINEARS]
-    weights = {name for name in routed if name.endswith(".weight")}
+    sorts = kinds(read_config(base.folder), base.refs)
+    weights = {name for name, kind in sorts.items() if kind == "linear" and layer_of(name) is not None}
     if strange := sorted(set(slots) - weights):
         raise CheckpointError(
-            f"{strange[0]} is updated, but 'omni' routes tokens through {', '.join(LINEARS)} only; write form: adapter or full"
+            f"{strange[0]} is updated, but 'omni' routes tokens through the linear weights of the decoder's blocks only; write "
+            "form: adapter or full"
         )
-    return {"rank": rank, "scale": scale, "linears": None if weights == set(slots) else sorted(slots)}
+    is_all = weights == set(slots) and not {"router", "expert"} & set(sorts.values())
+    return {"rank": rank, "scale": scale, "linears": None if is_all else sorted(slots)}
 
 
 WRITER = Writer(

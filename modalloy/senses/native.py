@@ -17,6 +17,26 @@ Table = Callable[[Tensor], Tensor]  # ids (…) to embeddings (…, width)
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A conversation's media of one modality as the specialist's own processor prepares them, all together.
+
+    `inputs` of the inner model's forward, one row; `places`: begin and end of each medium's tokens in it.
+    """
+
+    inputs: dict[str, Tensor]
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each medium becomes."""
+        return [end - begin for begin, end in self.places]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Prepared":
+        """The same on a device; whole numbers keep their type."""
+        return Prepared({name: value.to(*args, **kwargs) for name, value in self.inputs.items()}, self.places)
+
+
+@dataclass(frozen=True)
 class Block:
     """What one medium becomes in the decoder's sequence: n tokens in a row.
 
@@ -115,7 +135,7 @@ class NativeSense(nn.Module):
         setattr(self.model.get_submodule(parent), leaf, module)
 
     @torch.no_grad()
-    def blocks(self, inputs: Mapping[str, Any], places: Sequence[tuple[int, int]], table: nn.Module) -> list[Block]:
+    def blocks(self, inputs: Mapping[str, Any], places: Sequence[tuple[int, int]], table: Any) -> list[Block]:
         """One block for each medium.
 
         Args:
