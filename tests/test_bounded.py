@@ -137,7 +137,7 @@ def test_a_stranger_s_long_message_is_cut() -> None:
 
 
 def test_the_child_gets_nothing_but_plain_values() -> None:
-    from modalloy.model.processor import rendered_by
+    from modalloy.model.rendering import rendered_by
 
     class Tokenizer:
         special_tokens_map = {"bos_token": "<s>"}  # noqa: RUF012
@@ -161,7 +161,7 @@ def test_the_child_gets_nothing_but_plain_values() -> None:
 def test_a_message_that_is_continued_is_cut_as_transformers_does(template: str) -> None:
     from tokenizers import Tokenizer, models
 
-    from modalloy.model.processor import rendered_by
+    from modalloy.model.rendering import rendered_by
 
     fast: Any = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "it is "}]

@@ -13,7 +13,8 @@ from modalloy.errors import CheckpointError, LengthError, MediaError
 from modalloy.model.ends import Ends, Words, ends_of
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.opening import opening
-from modalloy.model.processor import PLACEHOLDER, Message, ModalloyProcessor, too_many
+from modalloy.model.processor import PLACEHOLDER, ModalloyProcessor, grouped, too_many
+from modalloy.model.rendering import Message
 from modalloy.names import modality_name
 
 
@@ -34,9 +35,8 @@ class Prompt:
     text: str  # as it is read, with a placeholder for each medium
     ids: list[int]
     owners: list[int]  # of every token
-    features: dict[str, list[Tensor]] = field(
-        default_factory=dict
-    )  # (n_features, dim) each, by modality in reading order
+    # by modality in reading order: (n_features, dim) each, or of a native modality a block
+    features: dict[str, list[Any]] = field(default_factory=dict)
     marked: str = ""  # the text with marks, for a model whose own processor tokenises it again
 
 
@@ -108,19 +108,26 @@ class ChatModel:
         """
         media: list[tuple[str, Any]] = []
         text = self.processor.rendered(messages, media)
-        ids, owners = self.processor.tokenize(text)
-        encoded: dict[str, list[Tensor]] = defaultdict(list)
-        for modality, medium in media:
-            encoded[modality].append((features or self.features)(modality, medium))
-        return Prompt(self.processor.shown(text), ids, owners, dict(encoded))
+        encoded: dict[str, list[Any]] = {}
+        lengths: dict[str, list[int]] = {}
+        for modality, found in grouped(media).items():
+            if modality in self.processor.preparers:
+                encoded[modality] = list(self.model.encode(modality, self.processor.prepare(modality, found)))
+                lengths[modality] = list(map(len, encoded[modality]))
+            else:
+                encoded[modality] = [(features or self.features)(modality, medium) for medium in found]
+        ids, owners = self.processor.tokenize(text, lengths)
+        return Prompt(self.processor.shown(text), ids, owners, encoded)
 
     def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text without a chat template."""
         ids = self._encoded(text)
         return Prompt(text, ids, [0] * len(ids))
 
-    def features(self, modality: str, medium: Any) -> Tensor:
-        """What the modality's encoder makes of one medium (n_features, dim)."""
+    def features(self, modality: str, medium: Any) -> Any:
+        """What the modality's encoder makes of one medium (n_features, dim); of a native modality, its block."""
+        if modality in self.processor.preparers:
+            return self.model.encode(modality, self.processor.prepare(modality, [medium]))[0]
         return self.model.encode(modality, self.processor.preprocess(modality, medium)[None])[0]
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[tuple[str, int]]:
@@ -201,8 +208,11 @@ class ChatModel:
         """The model's inputs, on its device, padded on the left."""
         inputs: dict[str, Any] = dict(self.processor.pad([(p.ids, p.owners) for p in prompts]).to(self.model.device))
         found = {modality for prompt in prompts for modality in prompt.features}
-        stacks = {m: torch.stack([one for p in prompts for one in p.features.get(m, ())]) for m in sorted(found)}
-        return inputs | {"features": {modality: stack.to(self.model.device) for modality, stack in stacks.items()}}
+        device, features = self.model.device, {}
+        for modality in sorted(found):
+            every = [one.to(device) for prompt in prompts for one in prompt.features.get(modality, ())]
+            features[modality] = torch.stack(every) if isinstance(every[0], Tensor) else every
+        return inputs | {"features": features}
 
     def _check_tokens(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a tokenizer whose numbers go beyond the model's vocabulary."""

@@ -15,7 +15,8 @@ from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.literal import MARKS, Literals
 from modalloy.model.omni import check_loaded, quiet
 from modalloy.model.opening import opening, set_ends
-from modalloy.model.processor import Message, ModalloyProcessor, chosen_template, medium_of, rendered_by
+from modalloy.model.processor import ModalloyProcessor, medium_of
+from modalloy.model.rendering import Message, chosen_template, rendered_by
 from modalloy.names import modality_name
 from modalloy.senses.media import load_image
 

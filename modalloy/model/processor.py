@@ -1,8 +1,9 @@
 """Messages with media → token ids, owners and preprocessed media. Text is tokenised chunk by chunk between media."""
 
 import re
+import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,21 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from modalloy.errors import CheckpointError, MediaError
-from modalloy.model.bounded import render
 from modalloy.model.config import owner_names, tokens_per_medium
 from modalloy.model.literal import Literals
+from modalloy.model.preparing import Preparer
+from modalloy.model.rendering import Message, chosen_template, rendered_by
 from modalloy.names import modality_name
 from modalloy.outputs.omni import processor_config, write_remote_code
 from modalloy.senses.encoders import Encoder, build
+from modalloy.senses.native import Prepared
+from modalloy.storage.locate import locate
 
 MARK = "\ue000{}\ue001"  # private-use characters stand for a medium while the chat template runs
 MARKED = re.compile("\ue000(.*?)\ue001")
-END = "\ue008"  # ends a message that is to be continued
 BRACKETS = re.compile("[\ue000\ue001\ue008]")  # taken out of a user's text: halves of a mark could meet in the prompt
 PLACEHOLDER = re.compile(r"<(\w+)>")
 
-Message = dict[str, Any]  # {"role": "user", "content": "text" or a list of parts}; a part is {"type": …, …}
 Conversation = list[Message]
 
 
@@ -54,10 +56,24 @@ class ModalloyProcessor(ProcessorMixin):
     @cached_property
     def encoders(self) -> dict[str, Encoder]:
         """The encoders without weights, for `preprocess`."""
-        chosen = {modality: sizes["encoder"] for modality, sizes in self.modalities.items()}
+        chosen = {modality: sizes["encoder"] for modality, sizes in self.modalities.items() if "native" not in sizes}
         return {
             modality: build(encoder["name"], encoder["settings"], meta=True) for modality, encoder in chosen.items()
         }
+
+    @cached_property
+    def preparers(self) -> dict[str, Preparer]:
+        """What prepares the media of native modalities."""
+        folder = locate(self.where, whole=True)
+        return {
+            modality: Preparer(folder / "senses" / modality, modality, sizes["native"].get("frame"))
+            for modality, sizes in self.modalities.items()
+            if "native" in sizes
+        }
+
+    def prepare(self, modality: str, media: Sequence[Any]) -> list[Prepared]:
+        """A conversation's media of a native modality, all together."""
+        return self.preparers[modality].prepare(media)
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -129,17 +145,20 @@ class ModalloyProcessor(ProcessorMixin):
                 )
         return self._inputs(list(marked), [medium for found in used for medium in found])
 
-    def tokenize(self, text: str) -> tuple[list[int], list[int]]:
+    def tokenize(self, text: str, lengths: Mapping[str, Sequence[int]] | None = None) -> tuple[list[int], list[int]]:
         """Token ids and owners of a rendered prompt whose media are marked; a medium's ids are padding.
+
+        `lengths`: how many tokens each medium of a native modality becomes, in reading order.
 
         Each chunk of text between media is tokenised by itself, as ModelCompose does; a first token that the tokenizer
         puts before every text stands before the first chunk only.
         """
         ids: list[int] = []
         owners: list[int] = []
+        left = {modality: iter(given) for modality, given in (lengths or {}).items()}
         for index, chunk in enumerate(MARKED.split(text)):
             if index % 2:  # a modality's name
-                length = tokens_per_medium(self.modalities[chunk])
+                length = next(left[chunk]) if chunk in left else tokens_per_medium(self.modalities[chunk])
                 ids += [self.padding_id] * length
                 owners += [self.owners.index(chunk)] * length
                 continue
@@ -180,8 +199,10 @@ class ModalloyProcessor(ProcessorMixin):
             self._literals[template] = Literals(self.tokenizer, template)
         return self._literals[template]
 
-    def preprocess(self, modality: str, medium: Any) -> Tensor:
-        """What the modality's encoder takes of one medium, a file or an object in memory."""
+    def preprocess(self, modality: str, medium: Any) -> Any:
+        """What the modality's encoder takes of one medium, a file or an object in memory; of a native one, the medium read."""
+        if modality in self.preparers:
+            return self.preparers[modality].read(medium)
         return self.encoders[modality].preprocess(medium)
 
     def answer(self, ids: Tensor) -> str:
@@ -191,6 +212,10 @@ class ModalloyProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Write the tokenizer and what `from_pretrained` needs besides."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
+        for modality, one in self.preparers.items():
+            target = Path(save_directory) / "senses" / modality
+            if one.folder.resolve() != target.resolve():
+                shutil.copytree(one.folder, target, dirs_exist_ok=True)
         write_remote_code(Path(save_directory))
         return saved
 
@@ -229,10 +254,22 @@ class ModalloyProcessor(ProcessorMixin):
 
     def _inputs(self, texts: list[str], media: list[tuple[str, Any]]) -> BatchFeature:
         stacks: dict[str, list[Tensor]] = defaultdict(list)
-        for modality, medium in media:
-            stacks[modality].append(self.preprocess(modality, medium))
-        inputs = self.pad([self.tokenize(text) for text in texts])
-        inputs["media"] = _Media({modality: torch.stack(stack) for modality, stack in stacks.items()})
+        prepared: dict[str, list[Prepared]] = defaultdict(list)
+        rows, left = [], list(media)
+        for text in texts:
+            count = len(MARKED.findall(text))
+            lengths: dict[str, list[int]] = {}
+            for modality, found in grouped(left[:count]).items():
+                if modality in self.preparers:
+                    own = self.prepare(modality, found)
+                    prepared[modality] += own
+                    lengths[modality] = [length for one in own for length in one.lengths]
+                else:
+                    stacks[modality] += [self.preprocess(modality, medium) for medium in found]
+            rows.append(self.tokenize(text, lengths))
+            left = left[count:]
+        inputs = self.pad(rows)
+        inputs["media"] = _Media({modality: torch.stack(stack) for modality, stack in stacks.items()} | prepared)
         return inputs
 
     def _rendered(
@@ -278,7 +315,7 @@ class ModalloyProcessor(ProcessorMixin):
             kind = self._known(part["type"])
             media.append((kind, medium_of(part)))
             mark = MARK.format(kind)
-            text += mark if part.get("inline") else f"{kind}: " * self.labels + mark + "\n"
+            text += mark if part.get("inline") or kind in self.preparers else f"{kind}: " * self.labels + mark + "\n"
         return text
 
     def _placed(self, text: str, queues: dict[str, list[Any]]) -> tuple[str, list[tuple[str, Any]]]:
@@ -304,78 +341,31 @@ class ModalloyProcessor(ProcessorMixin):
         return modality
 
 
-def chosen_template(template: Any, where: str) -> str:
-    """The chat template itself, of one or of several that have names.
-
-    Raises:
-        CheckpointError: there is none, or none is called default.
-    """
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str):
-        raise CheckpointError(
-            f"{where}: its tokenizer has no chat template; add chat_template.jinja of the published model, or ask another"
-        )
-    return template
-
-
-def rendered_by(template: str, messages: list[Message], tokenizer: Any, where: str, **options: Any) -> str:
-    """The prompt of a conversation as transformers renders it, but in a child process within limits.
-
-    `continue_final_message` leaves the last message open. Other options are the template's own variables.
-
-    Raises:
-        CheckpointError: the template refuses the conversation, is damaged, renders nothing, or goes past a limit.
-    """
-    from transformers.utils import get_json_schema
-
-    open_ended = options.pop("continue_final_message", False)
-    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    if open_ended:
-        turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']}{END} "}
-    if tools := options.get("tools"):
-        options["tools"] = [tool if isinstance(tool, dict) else get_json_schema(tool) for tool in tools]
-    variables = {
-        "messages": turns,
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": False,
-        **tokenizer.special_tokens_map,
-        **options,
-    }
-    text = render(template, _plain(variables), where)
-    if open_ended:
-        if END not in text:
-            raise CheckpointError(f"{where}: its chat template leaves out the last message; it cannot be continued")
-        end = text.rindex(END)
-        trims = text[end + 1 : end + 2] != " "  # then transformers takes off the message's own last spaces, too
-        text = text[:end].rstrip() if trims else text[:end]
-    return text
-
-
-def _plain(value: Any) -> Any:
-    """A value as the child gets it: of JSON's types only; another is its type's name."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return f"<{type(value).__name__}>"
-
-
 def too_many(placeholder: str, modality: str) -> str:
     """What is said of a text with more placeholders than media."""
     return f"the text has more <{placeholder}> than {modality} media; give one medium for each placeholder"
 
 
-class _Media(dict[str, Tensor]):
-    """Stacks of media by modality, which move as one."""
+class _Media(dict[str, Any]):
+    """Media by modality, stacked or as lists, which move as one."""
 
     def to(self, *args: Any, **kwargs: Any) -> "_Media":
-        return _Media({modality: stack.to(*args, **kwargs) for modality, stack in self.items()})
+        return _Media(
+            {
+                modality: [one.to(*args, **kwargs) for one in given]
+                if isinstance(given, list)
+                else given.to(*args, **kwargs)
+                for modality, given in self.items()
+            }
+        )
+
+
+def grouped(media: Sequence[tuple[str, Any]]) -> dict[str, list[Any]]:
+    """Media by modality, in reading order."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for modality, medium in media:
+        found[modality].append(medium)
+    return found
 
 
 def medium_of(part: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modalloy.errors import ModalloyError
 from modalloy.model import ChatModel
-from modalloy.model.processor import chosen_template, rendered_by
+from modalloy.model.rendering import chosen_template, rendered_by
 
 try:
     from lm_eval.api.model import TemplateLM
