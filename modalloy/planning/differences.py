@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modalloy.errors import RecipeError
+from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS
-from modalloy.planning.kinds import PLURALS
+from modalloy.planning.kinds import OF_ROWS, PLURALS
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe
@@ -46,11 +46,23 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
         elif idle:
             planned = replace(planned, unchanged=idle)
     if planned.across is None:
+        _check_frozen(planned)
         _check_unmerged(planned)
         kept = (job.name for job in planned.jobs if job.kind == "keep")
         names = kept if recipe.form.is_whole else iter(planned.target.refs.keys() - planned.changed())
         planned = replace(planned, trained={name: who for name in names if (who := _who_changed(planned, name))})
     return planned
+
+
+def _check_frozen(planned: Plan) -> None:
+    """Refuse an adapter whose own model is not the base: the difference would be lost."""
+    for model in planned.counted:
+        for name, ref in model.frozen.items():
+            if planned.kinds[name] not in OF_ROWS and _differs(planned, planned.target.refs[name], ref):
+                raise CheckpointError(
+                    f"{model.label} specialist: {ref.name} differs from the base's, though the adapter beside it is its update "
+                    f"({ref.file}); use the base it was trained from, or merge the adapter into the model first"
+                )
 
 
 def _check_unmerged(planned: Plan) -> None:
@@ -79,7 +91,8 @@ def _who_changed(planned: Plan, name: str) -> list[str]:
     return [
         one.label
         for one in planned.counted
-        if name in one.text_lora or (name in one.tuned and _differs(planned, base, one.tuned[name]))
+        if name in one.text_lora
+        or ((copy := one.tuned.get(name) or one.frozen.get(name)) is not None and _differs(planned, base, copy))
     ]
 
 

@@ -1,6 +1,6 @@
 """Are two models' weights related? Cosines of a few linear weights of models of other architectures with the target's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
 from statistics import median
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modalloy.errors import CheckpointError
 from modalloy.families.mapping import ModelMap
+from modalloy.planning.kinds import layer_of
 from modalloy.storage.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ def check_kinship(planned: "Plan") -> dict[str, Kinship]:
         middle = cosines[len(cosines) // 2]
         if middle.cosine < LEAST_COSINE:
             raise CheckpointError(
-                f"{label} and target are unrelated: the cosine of their weights is {middle.cosine:.3f} ({middle.weight}, the "
-                f"median of {len(one)}), at least {LEAST_COSINE} where both descend from one decoder; choose models of one "
-                "ancestor, or say --allow-base-mismatch"
+                f"{label} and {planned.target_label} are unrelated: the cosine of their weights is {middle.cosine:.3f} "
+                f"({middle.weight}, the median of {len(one)}), at least {LEAST_COSINE} where both descend from one decoder; choose "
+                "models of one ancestor, or say --allow-base-mismatch"
             )
         found[label] = Kinship(middle.cosine, median(kinship.distance for kinship in one), middle.weight)
     return found
@@ -66,6 +67,10 @@ def kinship_pairs(planned: "Plan") -> Iterator[tuple[str, str, TensorRef, Tensor
     """What `check_kinship` reads: a model's label, a target tensor's name, its place and that of the model's counterpart."""
     across = planned.across
     if across is None:
+        for model in planned.counted:
+            copies = model.tuned | model.frozen if model.native is not None else {}
+            for name in _smallest(planned, copies):
+                yield model.label, name, planned.target.refs[name], copies[name]
         return
     for donor in planned.specialists:
         for name in _sampled(across.maps[donor.label]) if donor.tuned else ():  # an adapter is an update of the base
@@ -86,6 +91,21 @@ def _sampled(found: ModelMap) -> list[str]:
         if slots and common and not copied and slots[0].layer is not None and tensor.policy == "merge":
             read = sum(prod(found.donor_header[piece.source]) for piece in tensor.pieces)
             layers.setdefault(slots[0].layer, []).append((prod(tensor.shape) + read, name))
+    return _spread(layers)
+
+
+def _smallest(planned: "Plan", copies: Mapping[str, TensorRef]) -> list[str]:
+    """The target's linear weights that are compared with a copy of the whole decoder."""
+    layers: dict[int, list[tuple[int, str]]] = {}
+    for name in copies:
+        layer = layer_of(name)
+        if layer is not None and planned.kinds[name] == "linear":
+            layers.setdefault(layer, []).append((prod(copies[name].shape), name))
+    return _spread(layers)
+
+
+def _spread(layers: Mapping[int, list[tuple[int, str]]]) -> list[str]:
+    """The smallest weight of each of some layers, spread evenly."""
     smallest, last = [min(layers[layer])[1] for layer in sorted(layers)], SAMPLED_LAYERS - 1
     if len(smallest) <= SAMPLED_LAYERS:
         return smallest

@@ -40,6 +40,22 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
+def check_one_base(specialists: Sequence[Specialist]) -> None:
+    """Refuse specialists that record different language models as what they were trained from: a base and its chat model.
+
+    Raises:
+        CheckpointError: two differ.
+    """
+    recorded = [(one.label, one.base_name) for one in specialists if one.base_name]
+    for label, name in recorded[1:]:
+        first, wanted = recorded[0]
+        if name.split("@")[0].lower() != wanted.split("@")[0].lower():
+            raise CheckpointError(
+                f"the {first} specialist was trained from '{wanted}', the {label} specialist from '{name}'; merge specialists of "
+                "one base, or say --allow-base-mismatch"
+            )
+
+
 def check_native(specialist: Specialist, base_folder: Path, allow: bool) -> None:
     """Refuse a native specialist whose decoder is not the base's, by its config and its vocabulary.
 

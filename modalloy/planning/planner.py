@@ -14,6 +14,7 @@ from modalloy.planning.jobs import Planner
 from modalloy.planning.jobs_across import AcrossPlanner
 from modalloy.planning.kinds import check_numbers, kinds
 from modalloy.planning.mapped import Across, open_donors
+from modalloy.planning.native import check_one_base
 from modalloy.planning.models import absent_models, labels, locate_specialist
 from modalloy.planning.plan import Plan
 from modalloy.planning.senses import NativeSense, Sense, choose_senses
@@ -109,6 +110,8 @@ def _open_specialists(recipe: Recipe, target: Checkpoint) -> list[Specialist]:
 
 def _check_models(recipe: Recipe, models: Sequence[Specialist], target: Checkpoint, allow: bool) -> None:
     """Refuse models that hold no weights, and those of the target's architecture that do not fit it."""
+    if not allow:
+        check_one_base([model for model in models if model.native is not None])
     config = read_config(target.folder)
     for model in models:
         if model.is_whole:

@@ -26,7 +26,7 @@ from modalloy.specialists.specialist import (
 )
 from modalloy.storage.config import read_config
 from modalloy.storage.folder import is_there, read_json
-from modalloy.storage.locate import BASE_STEMS
+from modalloy.storage.locate import BASE_STEMS, is_hub_id
 from modalloy.storage.tensors import Checkpoint, TensorRef
 from modalloy.storage.views import rows_of_tensor
 
@@ -47,20 +47,26 @@ def open_native(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     adapters = [name for name in ADAPTERS if is_there(folder / name)]
     checkpoint = Checkpoint(folder, BASE_STEMS, adapters)
     text = found.text_config.to_dict()
-    specialist = Specialist(label, checkpoint, "native", config | text, None, is_whole=not adapters)
+    specialist = Specialist(label, checkpoint, "native", config | text, _base_name(config), is_whole=not adapters)
     of_adapter = {name for name, ref in checkpoint.refs.items() if ref.file.name in adapters}
     _sort(specialist, found, config, [one for one in unignored(specialist, ignore) if one[0] not in of_adapter])
     if adapters:
         path = folder / "adapter_config.json"
         settings = read_json(path)
         check_config(settings, path)
-        specialist.base_name = recorded_base(settings, "base_model_name_or_path")
         before = dict(specialist.tuned)
         specialist.frozen, specialist.tuned = before, {}
         entries = [one for one in unignored(specialist, ignore) if one[0] in of_adapter]
         add_updates(specialist, entries, settings, path)
         specialist.text_lora = dict(_placed_updates(specialist, found))
     return specialist
+
+
+def _base_name(config: dict[str, Any]) -> str | None:
+    """The language model that a config records as what its decoder was trained from."""
+    text = config.get("text_config")
+    recorded = recorded_base(text, "_name_or_path") if isinstance(text, dict) else None
+    return recorded if recorded is not None and is_hub_id(recorded) else None
 
 
 def _sort(
