@@ -12,7 +12,7 @@ from torch import Tensor
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe
 from modalloy.specialists.full import decoder_name
-from modalloy.specialists.native import is_native, open_native, place_native
+from modalloy.specialists.native import is_native, open_native, place_native, places_in
 from modalloy.specialists.peft import alphas_of
 from modalloy.storage.folder import present, read_json
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile, checked
@@ -45,12 +45,17 @@ class Model:
         stems, beside = (ADAPTER, present(folder, BESIDE)) if is_adapter else (WHOLE, [])
         self.checkpoint = Checkpoint(folder, stems, beside)
         pairs: dict[str, dict[str, TensorRef]] = {}
+        respelled: dict[str, str] = {}
+        if not is_adapter:
+            respelled = places_in(base, read_json(base.folder / "config.json"), self.checkpoint.refs, folder)
         for name, ref in self.checkpoint.refs.items():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.ignore):
                 continue
             bare = name.removeprefix("base_model.model.")
             disk = disk_name(self._modality() or "")
-            if factor := FACTOR.fullmatch(bare):
+            if (place := respelled.get(bare, bare)) in base.refs:
+                self.tuned[place] = ref
+            elif factor := FACTOR.fullmatch(bare):
                 if factor["adapter"] in (None, "default"):
                     pairs.setdefault(factor["stem"], {})[factor["side"]] = ref
                 else:
@@ -65,7 +70,7 @@ class Model:
                 self.carried[f"model.modal_projectors.{disk}.{place}"] = ref
             else:
                 plain = bare.replace(".base_layer.", ".")
-                slot = plain if plain in base.refs else decoder_name(plain)
+                slot = self._slot(plain, base)
                 if slot in base.refs:
                     self.tuned[slot] = ref
         configs = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
@@ -74,11 +79,19 @@ class Model:
         default = [config.get("lora_alpha", 256)] * len(pairs)
         alphas = alphas_of(config, list(pairs), folder / configs[0]) if is_peft else default
         for (stem, pair), alpha in zip(pairs.items(), alphas, strict=True):
-            slot = f"{stem}.weight" if f"{stem}.weight" in base.refs else decoder_name(f"{stem}.weight")
+            slot = self._slot(f"{stem}.weight", base)
             a, b = pair["A"], pair["B"]
             by_root = is_peft and config.get("use_rslora")
             divisor = a.shape[0] ** 0.5 if by_root else a.shape[0]
             self.factors[slot] = (a, b, alpha / divisor)
+
+    def _slot(self, name: str, base: Checkpoint) -> str:
+        """The base's name of a tensor."""
+        if name in base.refs:
+            return name
+        folder = base.folder if self.is_adapter else self.folder
+        found = places_in(base, read_json(base.folder / "config.json"), [name], folder)
+        return found.get(name) or decoder_name(name)
 
     def _read_native(self, recipe: Recipe, base: Checkpoint) -> None:
         """A multimodal model of transformers, whose names only transformers knows."""

@@ -214,7 +214,8 @@ def decoder_config(recipe: Recipe, base: dict[str, Any], specialists: Iterable[S
             )
     kept = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
     kept = (*kept, "max_position_embeddings")
-    return first.native.text_config | {key: base[key] for key in kept if key in base}
+    full = _completed(base) | base
+    return first.native.text_config | {key: full[key] for key in kept if key in full}
 
 
 def _kind(native: Native) -> tuple[Any, ...]:

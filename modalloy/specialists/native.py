@@ -6,7 +6,7 @@ beside the model, or in a folder of it (`FOLDER#vision-lora`), is the update, an
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,27 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
     height = base.refs[names.get("model.embed_tokens.weight", "model.embed_tokens.weight")].shape[0]
     further = range(min(height, native.table.shape[0]), native.table.shape[0])
     native.ids = tuple(sorted({*native.tokens, *further}))
+
+
+def places_in(base: Checkpoint, base_config: dict[str, Any], names: Iterable[str], folder: Path) -> dict[str, str]:
+    """The base's name of each tensor of a model of the base's own multimodal class that another version spelled otherwise.
+
+    `folder`: of the model, or of the base for what an adapter updates. Empty where the base is no multimodal class, or
+    another than the model's.
+
+    Raises:
+        CheckpointError: a tensor is stored in another form than the class's.
+    """
+    wanted = [name for name in names if name not in base.refs]
+    name = native_class_name(base_config)
+    if not wanted or name is None or not is_there(folder / "config.json"):
+        return {}
+    config = read_config(folder)
+    if native_class_name(config) != name:
+        return {}
+    files = {own: file for file, own in own_names(anatomy(base_config, base.folder), base.refs).items()}
+    theirs = own_names(anatomy(config, folder), wanted)
+    return {name: files[own] for name, own in theirs.items() if own in files}
 
 
 def first_rows(ref: TensorRef, count: int) -> TensorRef:
