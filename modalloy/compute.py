@@ -32,7 +32,7 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
     Raises:
         MethodError: the inputs are nothing that the method can merge, or the result does not fit the type written.
     """
-    if job.kind == "merge" and len(job.outputs) == 2:
+    if job.kind in ("merge", "own") and len(job.outputs) == 2:
         return _factors(job, merged_update(job, read, surveys=surveys, device=device))
     if job.kind == "merge":
         return Done([_merged_weight(job, read, surveys, device)])

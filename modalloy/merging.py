@@ -213,7 +213,7 @@ def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
     for label, model in planned.starts:
         yield f"the {label}", model.folder
     for specialist in planned.specialists:
-        yield f"the model {specialist.label}", specialist.checkpoint.folder
+        yield f"the model {specialist.label}", specialist.folder
     for file in filter(None, planned.fishers):
         yield "a Fisher file", file.path
     for modality, sense in planned.senses.items():
@@ -225,7 +225,7 @@ def _sources(planned: Plan) -> dict[str, Any]:
     """Where the inputs were on this machine, so that `verify` can merge again; not part of what is hashed."""
     return {
         **{label: str(model.folder.resolve()) for label, model in planned.starts},
-        "specialists": [str(s.checkpoint.folder.resolve()) for s in planned.specialists],
+        "specialists": [str(s.folder.resolve()) for s in planned.specialists],
         "encoders": [_encoder_source(planned, s) for s in planned.specialists],
         "fishers": [None if file is None else str(file.path.resolve()) for file in planned.fishers],
     }
@@ -233,7 +233,7 @@ def _sources(planned: Plan) -> dict[str, Any]:
 
 def _encoder_source(planned: Plan, specialist: Specialist) -> str | None:
     """Where an encoder that only this machine would find is, as a recipe says it."""
-    sense = planned.senses.get(specialist.modality or "")
+    sense = planned.senses.get(specialist.sense or "")
     if sense is None or sense.local is None:
         return None
     return f"{sense.choice.name}:{sense.local.resolve()}"

@@ -26,6 +26,7 @@ from torch import Tensor
 from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
+from modalloy.names import disk_name
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
 from modalloy.specialists.specialist import StoredLora
@@ -127,6 +128,11 @@ class Promises:
             Model(label, folder, recipe, index, self.base)
             for index, (label, folder) in enumerate(zip(labels, folders, strict=True))
         ]
+        counted: dict[str, int] = {}
+        for model in self.every if recipe.form.carries_senses else ():
+            counted[model.sense] = counted.get(model.sense, 0) + 1
+            if counted[model.sense] > 1:
+                model.renumber(counted[model.sense])
         layers = [int(found["index"]) for found in map(IN_A_LAYER.search, self.base.refs) if found]
         self.depth = 1 + max(layers, default=-1)
 
@@ -181,8 +187,30 @@ class Promises:
                 )
         if form.carries_senses:
             for model in self.every:
+                yield from self._own(model)
                 for name, ref in model.carried.items():
                     yield Promise("carried", name, (name,), ref)
+
+    def _own(self, model: Model) -> Iterator[Promise]:
+        """What the tokens of a full fine-tune's own media use: its update, cut to a rank."""
+        own = model.entry.own
+        if own is None or own == "same":
+            return
+        for slot in sorted(model.tuned):
+            if self._of(slot).kind == "merged" and IN_A_LAYER.search(slot):
+                stem, disk = slot.removesuffix(".weight"), disk_name(model.sense)
+                names = tuple(f"{stem}.lora_{side}.{disk}.weight" for side in "AB")
+                updates = (Update(1.0, model.tuned[slot]),)
+                yield Promise(
+                    "merged",
+                    f"{model.sense}:{slot}",
+                    names,
+                    self.base.refs[slot],
+                    updates,
+                    "task_arithmetic",
+                    {"scale": 1.0},
+                    compress_rank=own.rank,
+                )
 
     def _of(self, slot: str) -> Promise:
         """What a tensor of the base becomes."""

@@ -69,12 +69,25 @@ class SpecialistParameters(_Strict):
     fisher: str | None = None
 
 
+class OwnRank(_Strict):
+    """The rank that a fine-tuned model's update is cut to for its own media's tokens."""
+
+    rank: Annotated[int, Field(strict=True, ge=1)]
+
+
 class SpecialistEntry(_Strict):
-    """One specialist: where it is, what it senses, and where its encoder is (for `form: omni`; see `encoders.choose`)."""
+    """One specialist: where it is, what it senses, and where its encoder is (for `form: omni`; see `encoders.choose`).
+
+    `own` is what the tokens of its media use in place of the merged text path: `same`, its own LoRA as it is; or {rank: r},
+    what its full fine-tune changed, cut to that rank. `frame` is the text around a medium, with {} for its sign, where its
+    chat template does not say.
+    """
 
     model: str
     modality: str | None = None
     encoder: str | dict[str, Any] | None = None
+    own: Literal["same"] | OwnRank | None = None
+    frame: str | None = None
     parameters: SpecialistParameters = SpecialistParameters()
 
     def encoder_at(self, place: str) -> dict[str, Any]:
@@ -113,14 +126,17 @@ class Output(_Strict):
 
     `compress_rank` makes an adapter out of the full matrices that some methods give, by their best approximation of that
     rank; what it loses is measured and reported. `chat_template` is the one that the specialists share, or with `base` the
-    base's whatever they have.
+    base's whatever they have, or else that of the specialist with this label. `same_modality` says what becomes of two
+    specialists of one modality in an omni model: their tokens of a medium may stand side by side (VisionFuse,
+    arXiv 2412.01289).
     """
 
     form: Annotated[str, AfterValidator(known_form)] = "adapter"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
     compress_rank: Annotated[int, Field(strict=True, ge=1)] | None = None
-    chat_template: Literal["auto", "base"] = "auto"
+    chat_template: str = "auto"
+    same_modality: Literal["refuse", "side_by_side"] = "refuse"
 
 
 class Recipe(_Strict):

@@ -37,6 +37,7 @@ class Model:
         self.tuned: dict[str, TensorRef] = {}
         self.factors: dict[str, tuple[TensorRef, TensorRef, float]] = {}
         self.carried: dict[str, TensorRef] = {}
+        self.sense = ""
         if is_native(folder) and not is_native(base.folder):
             self._read_native(recipe, base)
             return
@@ -44,6 +45,7 @@ class Model:
         self.is_adapter = is_adapter
         stems, beside = (ADAPTER, present(folder, BESIDE)) if is_adapter else (WHOLE, [])
         self.checkpoint = Checkpoint(folder, stems, beside)
+        self.sense = self._modality() or ""
         pairs: dict[str, dict[str, TensorRef]] = {}
         respelled: dict[str, str] = {}
         if not is_adapter:
@@ -100,8 +102,27 @@ class Model:
         assert opened.native is not None
         self.is_adapter, self.checkpoint, self.tuned = not opened.is_whole, opened.checkpoint, opened.tuned
         self.factors = {slot: (one.a, one.b, one.scale) for slot, one in opened.text_lora.items()}
-        able = opened.native.modalities
-        self.carried = opened.native.carried(self.entry.modality or able[0])
+        self.sense = self.entry.modality or opened.native.modalities[0]
+        if self.entry.own == "same":
+            disk = disk_name(self.sense)
+            for slot, (a, b, _) in self.factors.items():
+                stem = slot.removesuffix(".weight")
+                self.carried |= {f"{stem}.lora_A.{disk}.weight": a, f"{stem}.lora_B.{disk}.weight": b}
+        self.carried |= opened.native.carried(self.sense)
+
+    def renumber(self, place: int) -> None:
+        """Make it a further sense of its modality."""
+        before, self.sense = self.sense, f"{self.sense}_{place}"
+        parts = {f".{disk_name(before)}.": f".{disk_name(self.sense)}.", f"_tokens.{disk_name(before)}": f"_tokens.{self.sense}"}
+        parts |= {f"senses.{before}.": f"senses.{self.sense}."}
+        renamed = {}
+        for name, ref in self.carried.items():
+            for old, new in parts.items():
+                if old in name and (old != f".{disk_name(before)}." or ".lora_" in name or "modal_projectors" in name):
+                    name = name.replace(old, new, 1)
+                    break
+            renamed[name] = ref
+        self.carried = renamed
 
     def _modality(self) -> str | None:
         """The recipe's, else the one that a tensor's name holds."""

@@ -376,6 +376,8 @@ def _percent(share: float) -> str:
 
 def _at(recipe: Recipe, places: Sources) -> Recipe:
     """The recipe with places on this machine in place of what it names."""
+    from modalloy.planning.models import labels
+
     entries = [
         entry.model_dump()
         | {
@@ -388,7 +390,12 @@ def _at(recipe: Recipe, places: Sources) -> Recipe:
         )
     ]
     starts = {key: str(place) for key, place in places.starts.items()}
-    return Recipe(**recipe.model_dump() | starts | {"models": entries})
+    output = recipe.output
+    found = Recipe(**recipe.model_dump() | starts | {"models": entries})
+    if output.chat_template not in ("auto", "base"):  # a label, which the place on this machine may have changed
+        of = dict(zip(labels(recipe), labels(found), strict=True)).get(output.chat_template, output.chat_template)
+        found = found.model_copy(update={"output": output.model_copy(update={"chat_template": of})})
+    return found
 
 
 def _check_config(folder: Path, planned: Plan, names: dict[str, str]) -> None:

@@ -50,7 +50,7 @@ class ChatModel:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities it takes besides text."""
-        return tuple(self.model.config.modalities)
+        return self.processor.able
 
     def chat(self, messages: list[Message], *, max_new_tokens: int = 64) -> str:
         """The answer to a conversation, decoded greedily."""

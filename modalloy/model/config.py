@@ -24,6 +24,7 @@ class ModalloyConfig(PreTrainedConfig):
     - `n_tokens`: number of projected features per medium
     - `n_prefix`, `n_suffix`: trained tokens around them, owned by the modality
     - `update`: as `text_update`, or null if its tokens use the text path (ModelCompose's `lora_strategy: same`)
+    - `of`: the modality, where this is a further sense of one
     - or, for a multimodal model of transformers, `native` in place of all these but `update`: {"config": its own with no
       blocks in the decoder, "rows": ids of the vocabulary's rows that are its own}
 

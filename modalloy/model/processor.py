@@ -66,10 +66,23 @@ class ModalloyProcessor(ProcessorMixin):
         """What prepares the media of native modalities."""
         folder = locate(self.where, whole=True)
         return {
-            modality: Preparer(folder / "senses" / modality, modality, sizes["native"].get("frame"))
+            modality: Preparer(folder / "senses" / modality, self.modality_of(modality), sizes["native"].get("frame"))
             for modality, sizes in self.modalities.items()
             if "native" in sizes
         }
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """The modalities that a medium can be of."""
+        return tuple(name for name, sizes in self.modalities.items() if "of" not in sizes)
+
+    def modality_of(self, sense: str) -> str:
+        """The modality of a sense, of which there may be several."""
+        return str(self.modalities[sense].get("of", sense))
+
+    def senses_of(self, modality: str) -> list[str]:
+        """The senses that a medium of a modality is shown to, side by side."""
+        return [name for name in self.modalities if self.modality_of(name) == modality]
 
     def prepare(self, modality: str, media: Sequence[Any]) -> list[Prepared]:
         """A conversation's media of a native modality, all together."""
@@ -312,10 +325,10 @@ class ModalloyProcessor(ProcessorMixin):
             if part["type"] == "text":
                 text += BRACKETS.sub("", part["text"])
                 continue
-            kind = self._known(part["type"])
-            media.append((kind, medium_of(part)))
-            mark = MARK.format(kind)
-            text += mark if part.get("inline") or kind in self.preparers else f"{kind}: " * self.labels + mark + "\n"
+            for sense in self.senses_of(self._known(part["type"])):
+                media.append((sense, medium_of(part)))
+                mark, plain = MARK.format(sense), part.get("inline") or sense in self.preparers
+                text += mark if plain else f"{self.modality_of(sense)}: " * self.labels + mark + "\n"
         return text
 
     def _placed(self, text: str, queues: dict[str, list[Any]]) -> tuple[str, list[tuple[str, Any]]]:
@@ -324,20 +337,21 @@ class ModalloyProcessor(ProcessorMixin):
 
         def mark(found: re.Match[str]) -> str:
             name = modality_name(found[1])
-            if name not in self.modalities:
+            if name not in self.able:
                 return found[0]
             if not queues.get(name):
                 raise MediaError(too_many(found[1], name))
-            used.append((name, queues[name].pop(0)))
-            return MARK.format(name)
+            medium = queues[name].pop(0)
+            senses = self.senses_of(name)
+            used.extend((sense, medium) for sense in senses)
+            return "".join(MARK.format(sense) for sense in senses)
 
         return PLACEHOLDER.sub(mark, BRACKETS.sub("", text)), used
 
     def _known(self, kind: str) -> str:
         modality = modality_name(kind)
-        if modality not in self.modalities:
-            able = ", ".join(self.modalities) or "text only"
-            raise MediaError(f"this model takes no {modality} input; it takes: {able}")
+        if modality not in self.able:
+            raise MediaError(f"this model takes no {modality} input; it takes: {', '.join(self.able) or 'text only'}")
         return modality
 
 

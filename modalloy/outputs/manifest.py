@@ -180,7 +180,9 @@ def input_sha256(specialist: Specialist, fisher: WeightFile | None, *, tokens: b
     With `tokens`, its tokenizer too, by which the rows of its embeddings were chosen.
     """
     folder = specialist.checkpoint.folder
-    configs = present(folder, ("config.json", "adapter_config.json", *(VOCABULARY_FILES if tokens else ())))
+    inside = f"{specialist.adapter}/" if specialist.adapter else ""
+    wanted = ("config.json", f"{inside}adapter_config.json", *(VOCABULARY_FILES if tokens else ()))
+    configs = present(folder, wanted)
     weights = {file.path.name: file.sha256 for file in specialist.checkpoint.files}
     weights |= {} if fisher is None else {"fisher": fisher.sha256}
     with reading(folder):

@@ -48,7 +48,7 @@ def omni_config(planned: Plan) -> dict[str, Any]:
     merged = [job for job in planned.jobs if job.kind == "merge"]
     low_rank = [job.name for job in merged if len(job.outputs) == 2]
     modalities = {
-        specialist.modality or "": _modality(specialist, planned.senses[specialist.modality or ""], planned.target)
+        specialist.sense or "": _modality(specialist, planned.senses[specialist.sense or ""], planned.target)
         for specialist in planned.specialists
     }
     return {
@@ -151,9 +151,10 @@ def prompt_format(planned: Plan) -> tuple[str | None, bool]:
 
 def _modality(specialist: Specialist, sense: Sense | NativeSense, base: Checkpoint) -> dict[str, Any]:
     """One entry of `ModalloyConfig.modalities`."""
+    beside = {"of": specialist.modality} if specialist.place > 1 else {}
     if isinstance(sense, NativeSense):
-        native = {"config": sense.native.config, "rows": list(sense.native.ids)}
-        return {"native": native, "update": specialist_update(specialist.modality_lora, base)}
+        native = {"config": sense.native.config, "rows": list(sense.native.ids), "frame": sense.frame}
+        return {"native": native, "update": _own_update(specialist, base)} | beside
     tokens = specialist.tokens
     assert specialist.modality is not None
     found = {
@@ -162,10 +163,19 @@ def _modality(specialist: Specialist, sense: Sense | NativeSense, base: Checkpoi
         "n_tokens": sense.n_tokens,
         "n_prefix": tokens["prefix"].shape[1] if "prefix" in tokens else 0,
         "n_suffix": tokens["suffix"].shape[1] if "suffix" in tokens else 0,
-        "update": specialist_update(specialist.modality_lora, base),
-    }
-    source = sense.source(specialist.modality)
+        "update": _own_update(specialist, base),
+    } | beside
+    source = sense.source(specialist.sense or "")
     return found if source is None else found | {"source": source}
+
+
+def _own_update(specialist: Specialist, base: Checkpoint) -> dict[str, Any] | None:
+    """What its own tokens use beside the base's weights."""
+    if specialist.own_rank is None:
+        return specialist_update(specialist.modality_lora, base)
+    sorts = kinds(read_config(base.folder), base.refs)
+    slots = [slot for slot in specialist.tuned if sorts[slot] == "linear" and layer_of(slot) is not None]
+    return _update(slots, specialist.own_rank, 1.0, base)
 
 
 def specialist_update(updates: dict[str, StoredLora], base: Checkpoint) -> dict[str, Any] | None:

@@ -201,7 +201,7 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
         entries = job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
         blocks = 5 * min(entries, BLOCK_ENTRIES) if job.kind == "average" else 3 * entries
         return assembling + 8 * blocks
-    if job.kind != "merge":
+    if job.kind not in ("merge", "own"):
         return 0
     rows, columns = job.shape
     method, n = METHODS[job.method], len(job.models)
@@ -231,7 +231,7 @@ def _check_bytes(planned: Plan, job: Job) -> int:
     """What verifying a tensor takes: reading it, working it out again, and their difference; or reading it in parts."""
     if job.kind in ("keep", "carry"):
         return 3 * PART_BYTES
-    if job.kind != "merge":
+    if job.kind not in ("merge", "own"):
         return job.read_bytes + job.write_bytes + _job_bytes(job) + 4 * 8 * BLOCK_ENTRIES
     rows, columns = job.shape
     dense = is_checked_densely(planned, job)

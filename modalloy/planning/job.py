@@ -35,11 +35,12 @@ class Job:
     - average: start + scale · mean of the weighted updates of the models that have the tensor, of any shape
     - interpolate: a norm or bias of a target towards the donors'
     - fuse: several merged weights, `pieces`, that the target stores as one tensor
+    - own: the update of one model, cut to the two factors that its own tokens use
     - keep: the tensor `start`, unchanged
     - carry: a specialist's tensor `start`, bit for bit
     """
 
-    kind: Literal["merge", "average", "interpolate", "fuse", "keep", "carry"]
+    kind: Literal["merge", "average", "interpolate", "fuse", "own", "keep", "carry"]
     name: str  # the target's tensor, or one linear weight inside a fused one
     outputs: tuple[TensorSpec, ...]
     start: TensorRef | None = None  # what the updates are added to; only a fused tensor has none of its own

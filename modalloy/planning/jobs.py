@@ -11,7 +11,8 @@ from modalloy.methods import METHODS
 from modalloy.planning.checks import check_complete, check_rows_are_ruled
 from modalloy.planning.choices import Choices
 from modalloy.planning.job import Fate, Job, TensorFate
-from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind
+from modalloy.names import disk_name
+from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
@@ -42,6 +43,7 @@ class Planner(Choices):
         self.changeable = self.low_rank | {name for s in self.counted for name in s.tuned if name in base.refs}
         self.treatments = {name: self._treatment(name) for name in base.refs}
         self.merged = [name for name in base.refs if self.treatments[name] == "merge"]
+        self.merged_set = set(self.merged)
         self.averaged = [name for name in base.refs if self.treatments[name] in ("average", "sum")]
         self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
         sums = [name for name in self.averaged if self.treatments[name] == "sum"]
@@ -160,15 +162,44 @@ class Planner(Choices):
             jobs.append(self._merge_job(slot, specs))
         jobs += [self._average_job(name, self._like_base(name)) for name in sorted(self.averaged)]
         if form.carries_senses:
+            jobs += [job for specialist in self.specialists for job in self._own_jobs(specialist, dtype)]
             for specialist in self.specialists:
                 for name, ref in specialist.carried().items():
                     jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), ref))
         return jobs
 
+    def _own_jobs(self, specialist: Specialist, dtype: torch.dtype) -> list[Job]:
+        """The update of a full fine-tune, cut to the rank that its own tokens use."""
+        if specialist.own_rank is None:
+            return []
+        jobs, disk = [], disk_name(specialist.sense or "")
+        for slot in sorted(slot for slot in specialist.tuned if slot in self.merged_set and layer_of(slot) is not None):
+            rows, columns = self.base.refs[slot].shape
+            stem, rank = slot.removesuffix(".weight"), specialist.own_rank
+            specs = (
+                TensorSpec(f"{stem}.lora_A.{disk}.weight", dtype, (rank, columns)),
+                TensorSpec(f"{stem}.lora_B.{disk}.weight", dtype, (rows, rank)),
+            )
+            jobs.append(
+                Job(
+                    "own",
+                    f"{specialist.sense}:{slot}",
+                    specs,
+                    self.base.refs[slot],
+                    (specialist.tuned[slot],),
+                    (1.0,),
+                    (specialist.label,),
+                    "task_arithmetic",
+                    {"scale": 1.0},
+                    self.wide,
+                )
+            )
+        return jobs
+
     def full_jobs(self) -> list[Job]:
         """For `full`: every tensor of the base, in its order, in the output type."""
         jobs = []
-        merged, averaged = set(self.merged), set(self.averaged)
+        merged, averaged = self.merged_set, set(self.averaged)
         for name, ref in self.base.refs.items():
             spec = self._like_base(name)
             if name in merged:
@@ -214,8 +245,9 @@ class Planner(Choices):
                 if slot in of_slot and not absent:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
                 result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
-            whole = (ref for ref in specialist.carried().values() if not isinstance(ref, MappedRef))
-            result += [TensorFate(label, ref.name, *carried) for ref in whole]
+            whole = [ref for ref in specialist.carried().values() if not isinstance(ref, MappedRef)]
+            merged = {ref for factors in specialist.text_lora.values() for ref in (factors.a, factors.b)}
+            result += [TensorFate(label, ref.name, *carried) for ref in whole if ref not in merged]
             result += [
                 TensorFate(label, ref.name, "left out", "the base's, which its adapter updates")
                 for ref in specialist.frozen.values()

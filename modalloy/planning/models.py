@@ -6,15 +6,25 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from modalloy import builtin
-from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.errors import CheckpointError, RecipeError, cut, nearest
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
-from modalloy.storage.locate import locate
+from modalloy.storage.locate import is_hub_id, locate
 from modalloy.storage.tensors import Checkpoint
 
 
 def locate_specialist(location: str, folder: Path) -> Path:
-    """Folder of a specialist: as `locate`, and `builtin:MODALITY` for those that ship with modalloy."""
+    """Folder of a specialist: as `locate`, `builtin:MODALITY` for those that ship with modalloy, and `MODEL#FOLDER` for an
+    adapter in a folder of a model's own."""
+    whole, sign, inside = location.partition("#")
+    if sign:
+        root = locate(whole, folder)
+        place = root / inside
+        if is_hub_id(whole) and not place.exists():
+            place = locate(f"{whole}/{inside}")
+        if not inside or not place.is_dir() or not place.resolve().is_relative_to(root.resolve()):
+            raise CheckpointError(f"{cut(location)}: {cut(str(root))} has no folder {cut(inside)!r}; correct the recipe")
+        return place
     name = location.removeprefix(builtin.PREFIX)
     if location.startswith(builtin.PREFIX):
         if not builtin.specialist(name).is_dir():
@@ -26,7 +36,8 @@ def locate_specialist(location: str, folder: Path) -> Path:
 
 def labels(recipe: Recipe) -> list[str]:
     """How messages call the specialists: the modality, else the folder's name; numbered where that is not unique."""
-    names = [entry.modality or Path(entry.model.removeprefix(builtin.PREFIX)).name for entry in recipe.models]
+    places = [Path(entry.model.removeprefix(builtin.PREFIX).replace("#", "/")) for entry in recipe.models]
+    names = [entry.modality or place.name for entry, place in zip(recipe.models, places, strict=True)]
     taken = Counter([*names, "base", base_label(recipe)])  # the plan and the manifest call the base so
     return [name if taken[name] == 1 else f"{name}#{index + 1}" for index, name in enumerate(names)]
 

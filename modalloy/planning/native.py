@@ -223,9 +223,26 @@ def _kind(native: Native) -> tuple[Any, ...]:
     return native.text_config.get("model_type"), *(str(rope.get(key)) for key in ROPE_OF_MEDIA)
 
 
-def senses_of(specialists: Sequence[Specialist]) -> dict[str, list[Specialist]]:
-    """The specialists of each modality, in the recipe's order."""
-    found: dict[str, list[Specialist]] = {}
-    for one in specialists:
-        found.setdefault(one.modality or "", []).append(one)
-    return found
+def choose_own(recipe: Recipe, specialists: Sequence[Specialist]) -> None:
+    """Give specialists what the recipe says that their own media's tokens use.
+
+    Raises:
+        RecipeError: it is of another kind of specialist.
+    """
+    for entry, specialist in zip(recipe.models, specialists, strict=True):
+        if entry.own is None:
+            continue
+        if entry.own == "same":
+            if not specialist.text_lora or specialist.modality_lora:
+                raise RecipeError(
+                    f"{specialist.label} specialist: own: same is of a LoRA that serves text and media alike, and "
+                    + ("its media have one of their own" if specialist.modality_lora else "it has none; write own: {rank: r}")
+                )
+            specialist.modality_lora = dict(specialist.text_lora)
+        elif specialist.text_lora or not specialist.tuned:
+            raise RecipeError(
+                f"{specialist.label} specialist: own: {{rank: {entry.own.rank}}} is of a full fine-tune, but it is a LoRA; write "
+                "own: same"
+            )
+        else:
+            specialist.own_rank = entry.own.rank

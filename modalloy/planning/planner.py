@@ -14,16 +14,17 @@ from modalloy.planning.jobs import Planner
 from modalloy.planning.jobs_across import AcrossPlanner
 from modalloy.planning.kinds import check_numbers, kinds
 from modalloy.planning.mapped import Across, open_donors
-from modalloy.planning.native import check_one_base
+from modalloy.planning.native import check_one_base, choose_own
 from modalloy.planning.models import absent_models, labels, locate_specialist
 from modalloy.planning.plan import Plan
-from modalloy.planning.senses import NativeSense, Sense, choose_senses
+from modalloy.planning.senses import NativeSense, Sense, choose_senses, number_senses
 from modalloy.recipe import Recipe
 from modalloy.specialists.companions import notices
 from modalloy.specialists.layouts import LAYOUTS, NATIVE, open_specialist
 from modalloy.specialists.native import is_native
 from modalloy.specialists.specialist import Specialist
-from modalloy.specialists.templates import common_template
+from modalloy.errors import RecipeError, nearest, shown
+from modalloy.specialists.templates import common_template, own_template
 from modalloy.storage.config import config_size, read_config
 from modalloy.storage.locate import locate, open_base
 from modalloy.storage.tensors import Checkpoint
@@ -61,6 +62,9 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         if start is not None:
             check_numbers(label, start.folder, read_config(start.folder), start.refs)
     _check_models(recipe, models, target, allow_base_mismatch)
+    if recipe.form.carries_senses:
+        number_senses(recipe, models)
+        choose_own(recipe, models)
     planner: Planner | AcrossPlanner
     if across is not None:
         planner = AcrossPlanner(recipe, target, models, across, absent)
@@ -131,6 +135,15 @@ def _senses(recipe: Recipe, models: list[Specialist], target: Checkpoint) -> dic
 
 def _template(recipe: Recipe, models: list[Specialist]) -> str | None:
     """The chat template that the models share, for a result that has one."""
-    if recipe.is_across or not recipe.form.is_model or recipe.output.chat_template == "base":
+    chosen = recipe.output.chat_template
+    if recipe.is_across or not recipe.form.is_model or chosen == "base":
         return None
-    return common_template(models)
+    if chosen == "auto":
+        return common_template(models)
+    known = {model.label: model for model in models}
+    if chosen not in known:
+        raise RecipeError(f"output.chat_template: no specialist is called {shown(chosen)}; {nearest(chosen, ['base', *known])}")
+    template = own_template(known[chosen].checkpoint.folder)
+    if template is None:
+        raise RecipeError(f"output.chat_template: the {chosen} specialist has no chat template; write base, or another")
+    return template

@@ -1,6 +1,6 @@
 """How a merged model takes in each modality: an encoder and a projector that fit each other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,31 @@ class NativeSense:
 
     folder: Path  # of the specialist
     native: Native
+    frame: str | None = None
     path: None = None  # everything is in the specialist's folder
     local: None = None
 
     def files(self) -> list[Path]:
         """The processor's and the tokenizer's files, which an omni folder takes a copy of."""
         return [self.folder / name for name in companions(self.folder)]
+
+
+def number_senses(recipe: Recipe, specialists: Sequence[Specialist]) -> None:
+    """Number the specialists of each modality.
+
+    Raises:
+        RecipeError: two are of one modality, and the recipe does not say that their tokens stand side by side.
+    """
+    counted: dict[str, int] = {}
+    for specialist in specialists:
+        if specialist.modality is None:
+            continue
+        counted[specialist.modality] = specialist.place = counted.get(specialist.modality, 0) + 1
+        if specialist.place > 1 and recipe.output.same_modality == "refuse":
+            raise RecipeError(
+                f"two specialists claim modality '{specialist.modality}' ({specialist.label}); write output.same_modality: "
+                "side_by_side to show each medium to both, or remove one, or write form: adapter or full"
+            )
 
 
 def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> dict[str, Sense | NativeSense]:
@@ -86,20 +105,18 @@ def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> 
                 f"output.form 'omni' needs a projector from every specialist, but '{specialist.label}' has none; "
                 "write form: adapter or full, or leave it out"
             )
-        if modality in senses:
-            raise RecipeError(
-                f"two specialists claim modality '{modality}' ({specialist.label}); 'omni' takes one of each: remove one, "
-                "or write form: adapter or full"
-            )
+        name = specialist.sense or modality
         if specialist.native is not None:
-            senses[modality] = NativeSense(specialist.checkpoint.folder, specialist.native)
+            senses[name] = NativeSense(specialist.checkpoint.folder, specialist.native, entry.frame)
             continue
+        if entry.frame is not None:
+            raise RecipeError(f"{specialist.label} specialist: `frame:` is of multimodal models of transformers; remove it")
         given = entry.encoder or recorded_encoder(specialist)
         if given is None:
             raise RecipeError(
                 f"no encoder for modality '{modality}'; add `encoder:` to the {specialist.label} specialist"
             )
-        senses[modality] = open_sense(given, specialist, width, recipe.folder)
+        senses[name] = open_sense(given, specialist, width, recipe.folder)
     return senses
 
 

@@ -41,17 +41,21 @@ def open_native(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     Raises:
         CheckpointError: its class cannot be a sense, or its tensors are not those of its class.
     """
+    given, adapter = folder, ""
+    if not _is_model(folder):
+        folder, adapter = folder.parent, folder.name
     config = read_config(folder)
     found = anatomy(config, folder)
     found.check_supported(label)
-    adapters = [name for name in ADAPTERS if is_there(folder / name)]
+    adapters = [str(Path(adapter) / name) for name in ADAPTERS if is_there(given / name)]
     checkpoint = Checkpoint(folder, BASE_STEMS, adapters)
     text = found.text_config.to_dict()
     specialist = Specialist(label, checkpoint, "native", config | text, _base_name(config), is_whole=not adapters)
-    of_adapter = {name for name, ref in checkpoint.refs.items() if ref.file.name in adapters}
+    specialist.adapter = adapter
+    of_adapter = {name for name, ref in checkpoint.refs.items() if ref.file.name in ADAPTERS}
     _sort(specialist, found, config, [one for one in unignored(specialist, ignore) if one[0] not in of_adapter])
     if adapters:
-        path = folder / "adapter_config.json"
+        path = given / "adapter_config.json"
         settings = read_json(path)
         check_config(settings, path)
         before = dict(specialist.tuned)
@@ -157,7 +161,11 @@ def _tokens(folder: Path, config: dict[str, Any], height: int) -> set[int]:
 
 
 def is_native(folder: Path) -> bool:
-    """Whether a folder holds a multimodal model of transformers, told by its config."""
+    """Whether a folder holds a multimodal model of transformers, told by its config; or is an adapter's inside one."""
+    return _is_model(folder) or (is_there(folder / "adapter_config.json") and _is_model(folder.parent))
+
+
+def _is_model(folder: Path) -> bool:
     return is_there(folder / "config.json") and native_class_name(read_json(folder / "config.json")) is not None
 
 

@@ -99,11 +99,24 @@ class Specialist:
     is_whole: bool = False  # a whole model: it holds copies of everything, trained or not
     native: Native | None = None  # of a multimodal model of transformers
     frozen: dict[str, TensorRef] = field(default_factory=dict)  # copies of the base's weights that its adapter updates
+    adapter: str = ""  # the folder of its adapter in that of its model
+    own_rank: int | None = None  # of the update that its own tokens use, cut from a full fine-tune's
+    place: int = 1  # among the specialists of its modality
     dropped: dict[str, str] = field(default_factory=dict)  # tensor name → why it is left out
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of one tensor; NaN or infinity in a weight is refused."""
         return checked(self.checkpoint.read(ref, buffer), ref, f"{self.label} specialist")
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.checkpoint.folder / self.adapter
+
+    @property
+    def sense(self) -> str | None:
+        """The name of its sense in a merged model: its modality, numbered where it is not the first."""
+        return self.modality if self.place == 1 or self.modality is None else f"{self.modality}_{self.place}"
 
     @property
     def rank(self) -> int | None:
@@ -115,10 +128,10 @@ class Specialist:
 
         Of a native specialist: `senses.MODALITY.model.` and the class's own names, and the rows of its vocabulary.
         """
-        if self.native is not None:
-            return self.native.carried(self.modality or "")
-        disk = disk_name(self.modality or "")
+        disk = disk_name(self.sense or "")
         refs = adapter_names(self.modality_lora, disk)
+        if self.native is not None:
+            return refs | self.native.carried(self.sense or "")
         refs |= {f"model.modal_projectors.{disk}.{rest}": ref for rest, ref in self.projector.items()}
         return refs | {f"{side}_tokens.{disk}": ref for side, ref in self.tokens.items()}
 
