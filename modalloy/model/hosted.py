@@ -1,4 +1,4 @@
-"""Multimodal models that transformers itself has (LLaVA, Qwen2-VL, InternVL …), asked about images as merged models are."""
+"""Multimodal models that transformers itself has (LLaVA, Qwen2-VL, Qwen2-Audio …), asked about media as merged models are."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.literal import MARKS, Literals
 from modalloy.model.omni import check_loaded, quiet
 from modalloy.model.opening import opening, set_ends
+from modalloy.model.preparing import ARGUMENTS, PARTS, Preparer, missing_library
 from modalloy.model.processor import ModalloyProcessor, medium_of
 from modalloy.model.rendering import Message, chosen_template, rendered_by
 from modalloy.names import modality_name
-from modalloy.senses.media import load_image
+from modalloy.senses.anatomy import native_class_name
 
 IMAGE = "image"
 
 
 @dataclass
 class HostedModel(ChatModel):
-    """A model and a processor of transformers. Its encoder runs with its decoder: `features` of an image are its pixels."""
+    """A model and a processor of transformers. Its encoder runs with its decoder: `features` of a medium are its pixels,
+    its frames or its samples."""
 
     model: Any
     processor: ModalloyProcessor  # of text
@@ -34,7 +36,18 @@ class HostedModel(ChatModel):
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities it takes besides text."""
-        return (IMAGE,)
+        return tuple(self.readers)
+
+    @cached_property
+    def readers(self) -> dict[str, Preparer]:
+        """What reads a medium, of the modalities that its class takes and its processor has a part for."""
+        given = type(self.model).input_modalities
+        able = [one for one in ((given,) if isinstance(given, str) else given) if one in PARTS]
+        return {
+            one: Preparer(Path(self.processor.where), one, opened=self.own)
+            for one in able
+            if getattr(self.own, PARTS[one], None) is not None
+        }
 
     def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
         """A conversation ready to be answered.
@@ -43,25 +56,32 @@ class HostedModel(ChatModel):
             MediaError: a medium is no image, or cannot be read.
             CheckpointError: the chat template or the processor fails at the conversation.
         """
-        images: list[Tensor] = []
+        media: dict[str, list[Tensor]] = {}
         turns = []
         for message in messages:
             given = message["content"]
             parts: list[dict[str, Any]] = []
             for part in [{"type": "text", "text": given}] if isinstance(given, str) else given:
                 if part["type"] != "text":
-                    images.append((features or self.features)(modality_name(part["type"]), medium_of(part)))
-                    parts.append({"type": IMAGE})
+                    kind = modality_name(part["type"])
+                    media.setdefault(kind, []).append((features or self.features)(kind, medium_of(part)))
+                    parts.append({"type": kind})
                 elif parts and parts[-1]["type"] == "text":  # or a control token could come in halves
                     parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
                 else:
                     parts.append(part)
             turns.append({"role": message["role"], "content": parts})
         marked = self._rendered(turns, add_generation_prompt=True)
-        ids = self._processed([marked], [images])["input_ids"][0].tolist()
-        shown = getattr(self.model.config, "image_token_id", None)
-        owners = [int(token == shown) for token in ids]
-        return Prompt(self.literals.shown(marked), ids, owners, {IMAGE: images} if images else {}, marked)
+        ids = self._processed([marked], [media])["input_ids"][0].tolist()
+        places = {self._sign(kind): index for index, kind in enumerate(self.processor.owners) if index}
+        owners = [places.get(token, 0) for token in ids]
+        return Prompt(self.literals.shown(marked), ids, owners, dict(media), marked)
+
+    def _sign(self, modality: str) -> int | None:
+        """The token that stands for a part of a medium."""
+        names = (f"{modality}_token_id", f"{modality}_token_index")
+        found = next((getattr(self.model.config, name, None) for name in names), None)
+        return found if isinstance(found, int) else None
 
     @cached_property
     def literals(self) -> Literals:
@@ -92,12 +112,15 @@ class HostedModel(ChatModel):
         return self._rendered(turns, add_generation_prompt=False)
 
     def features(self, modality: str, medium: Any) -> Tensor:
-        """The pixels uint8 (height, width, 3) of an image, a file or an object of Pillow."""
+        """The pixels uint8 (height, width, 3) of an image, a file or an object of Pillow; samples float32 (n,) of a sound;
+        frames uint8 (n, height, width, 3) of a video."""
+        if modality not in self.readers:
+            raise MediaError(f"this model takes no {modality} input; it takes: {', '.join(self.readers) or 'text only'}")
+        read = self.readers[modality].read(medium)
         if modality != IMAGE:
-            raise MediaError(f"this model takes no {modality} input; it takes: {IMAGE}")
-        image = load_image(medium) if isinstance(medium, (str, Path)) else medium.convert("RGB")
-        pixels: Tensor = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.reshape(image.height, image.width, 3)
+            return torch.from_numpy(read)
+        pixels: Tensor = torch.frombuffer(bytearray(read.tobytes()), dtype=torch.uint8)
+        return pixels.reshape(read.height, read.width, 3)
 
     def _score(self, prompts: Sequence[Prompt], options: list[list[list[int]]]) -> list[list[float]]:
         found = []
@@ -125,28 +148,41 @@ class HostedModel(ChatModel):
 
     def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         if any(prompt.features for prompt in prompts):
-            images = [prompt.features.get(IMAGE, []) for prompt in prompts]
-            found = self._processed([prompt.marked for prompt in prompts], images)
+            found = self._processed([prompt.marked for prompt in prompts], [prompt.features for prompt in prompts])
         else:
             found = self.processor.pad([(prompt.ids, prompt.owners) for prompt in prompts])
             del found["owners"]
         return dict(found.to(self.model.device, self.model.dtype))
 
-    def _processed(self, texts: list[str], images: list[list[Tensor]]) -> Any:
-        """Inputs of rendered prompts and their images, padded on the left."""
+    def _processed(self, texts: list[str], media: Sequence[Mapping[str, list[Tensor]]]) -> Any:
+        """Inputs of rendered prompts and their media, padded on the left.
+
+        Raises:
+            MediaError: a sound is longer than the model takes.
+        """
         from PIL import Image
 
         begin = self.own.tokenizer.bos_token
-        pictures = [[Image.fromarray(pixels.numpy()) for pixels in own] for own in images]
+        given: dict[str, Any] = {}
+        for kind in dict.fromkeys(kind for own in media for kind in own):
+            lists = [[one.numpy() for one in own.get(kind, ())] for own in media]
+            if kind == IMAGE:
+                lists = [[Image.fromarray(one) for one in own] for own in lists]
+            given[ARGUMENTS[kind]] = lists if kind != "audio" else [one for own in lists for one in own]
+        if "videos" in given:
+            given["videos_kwargs"] = {"do_sample_frames": False}
         with opening(self.processor.where, "processor", "used"):
-            return self.own(
+            found = self.own(
                 text=texts,
-                images=pictures if any(pictures) else None,
+                **given,
                 add_special_tokens=not (begin and texts[0].startswith(begin)),
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",
             )
+        if "audio" in given:
+            self.readers["audio"].check_length(given["audio"], found)
+        return found
 
 
 def heed(tokenizer: Any, literals: Literals) -> None:
@@ -167,11 +203,8 @@ def heed(tokenizer: Any, literals: Literals) -> None:
 
 
 def is_hosted(config: dict[str, Any]) -> bool:
-    """Whether a config.json names a class of transformers that answers about images and text."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    named = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(str(config.get("model_type")))
-    return named is not None and named in (config.get("architectures") or [])
+    """Whether a config.json names a class of transformers that answers about media and text."""
+    return native_class_name(config) is not None
 
 
 def load_hosted(folder: Path, content: dict[str, Any], **options: Any) -> HostedModel:
@@ -180,15 +213,24 @@ def load_hosted(folder: Path, content: dict[str, Any], **options: Any) -> Hosted
     Raises:
         CheckpointError: a tensor is missing or unknown, or the processor cannot be opened.
     """
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
+    kind = getattr(transformers, str(native_class_name(content)))
     processor = open_processor(folder)
     with opening(folder, "model"), quiet():
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(folder, info)
     model.requires_grad_(False)
     set_ends(model, folder, content)
-    return HostedModel(model, ModalloyProcessor(processor.tokenizer, {IMAGE: {}}), processor)
+    found = HostedModel(model, ModalloyProcessor(processor.tokenizer), processor)
+    if not found.readers:
+        parts = ", ".join(sorted(set(PARTS.values())))
+        raise CheckpointError(
+            f"{folder}: its processor has no part for what a {kind.__name__} takes ({parts}); add preprocessor_config.json of the "
+            "published model"
+        )
+    found.processor.modalities = {one: {} for one in found.readers}
+    return found
 
 
 def open_processor(folder: Path) -> Any:
@@ -203,16 +245,11 @@ def open_processor(folder: Path) -> Any:
         with opening(folder, "processor", silent=True), quiet():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except CheckpointError as error:
-        if "torchvision" in str(error.__cause__).lower():
-            raise CheckpointError(
-                f"{folder}: its processor needs torchvision, which is not installed; run `pip install torchvision`"
-            ) from error
-        raise
+        raise missing_library(folder, error) or error from error
     if getattr(processor, "tokenizer", None) is None:
         raise CheckpointError(f"{folder}: its processor has no tokenizer; add tokenizer.json of the published model")
-    for part, holds in (("image_processor", "preprocessor_config.json"), ("chat_template", "chat_template.jinja")):
-        if getattr(processor, part, None) is None:
-            raise CheckpointError(f"{folder}: its processor has no {part}; add {holds} of the published model")
+    if getattr(processor, "chat_template", None) is None:
+        raise CheckpointError(f"{folder}: its processor has no chat_template; add chat_template.jinja of the published model")
     return processor
 
 

@@ -1,6 +1,6 @@
 """Media as a native specialist's own processor prepares them: the text its chat template puts around each, and its tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ class Preparer:
     folder: Path
     modality: str
     frame: str | None = None  # text around a medium, with {} for its sign; default: what the chat template writes
+    opened: Any = None  # the processor, if it is open already
     frames_known: dict[int, list[str]] = field(default_factory=dict)
 
     @cached_property
@@ -38,7 +39,7 @@ class Preparer:
         Raises:
             CheckpointError: it is missing or damaged, or needs a library that is not installed, or code of its own.
         """
-        return open_own_processor(self.folder, self.modality)
+        return self.opened or open_own_processor(self.folder, self.modality)
 
     @property
     def sampling_rate(self) -> int:
@@ -145,7 +146,7 @@ class Preparer:
         inputs = {name: value for name, value in dict(made).items() if isinstance(value, Tensor)}
         ids = inputs["input_ids"][0].tolist()
         if self.modality == "audio":
-            self._check_length(media, inputs)
+            self.check_length(media, inputs)
         if len(media) == 1:
             return Prepared(self._accepted(inputs), ((0, len(ids)),))
         ends = [*(at for at, one in enumerate(ids) if one == tokenizer.convert_tokens_to_ids(between)), len(ids)]
@@ -169,7 +170,7 @@ class Preparer:
         name = native_class_name(read_json(self.folder / "config.json"))
         return set(inspect.signature(inspect.unwrap(getattr(transformers, str(name)).forward)).parameters)
 
-    def _check_length(self, media: list[Any], inputs: dict[str, Tensor]) -> None:
+    def check_length(self, media: Sequence[Any], inputs: Mapping[str, Any]) -> None:
         """Refuse a sound of which the processor's features cover only a part: some cut what is too long, and say nothing."""
         hop = getattr(self.own.feature_extractor, "hop_length", None)
         features = next((value for name, value in inputs.items() if name.startswith("input_features")), None)
@@ -199,14 +200,7 @@ def open_own_processor(folder: Path, modality: str) -> Any:
         with opening(folder, "processor", silent=True):
             found = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except CheckpointError as error:
-        said = f"{reason(error.__cause__) if error.__cause__ else error}".lower()
-        for library in ("torchvision", "mistral_common", "torchaudio"):
-            if library in said:
-                name = library.replace("_", "-")
-                raise CheckpointError(
-                    f"{folder}: its processor needs {name}, which is not installed; run `pip install {name}`"
-                ) from error
-        raise
+        raise missing_library(folder, error) or error from error
     if getattr(found, "tokenizer", None) is None:
         raise CheckpointError(f"{folder}: its processor has no tokenizer; add tokenizer.json of the published model")
     if getattr(found, PARTS[modality], None) is None:
@@ -214,3 +208,15 @@ def open_own_processor(folder: Path, modality: str) -> Any:
             f"{folder}: its processor has no {PARTS[modality]}; add preprocessor_config.json of the published model"
         )
     return found
+
+
+def missing_library(folder: Path, error: CheckpointError) -> CheckpointError | None:
+    """What is said where a processor cannot be opened for want of a library; None if the reason is another."""
+    said = f"{reason(error.__cause__) if error.__cause__ else error}".lower()
+    for library in ("torchvision", "mistral_common", "torchaudio", "timm"):
+        if library in said:
+            name = library.replace("_", "-")
+            return CheckpointError(
+                f"{folder}: its processor needs {name}, which is not installed; run `pip install {name}`"
+            )
+    return None
