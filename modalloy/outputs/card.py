@@ -1,6 +1,7 @@
 """The model card of a result: Hugging Face front matter, what was merged and how, and the exact recipe."""
 
 import json
+from pathlib import Path
 
 import yaml
 
@@ -8,6 +9,10 @@ from modalloy.methods import METHODS
 from modalloy.outputs import WRITERS
 from modalloy.planning.plan import Plan
 from modalloy.report.escape import fence, markdown_code, markdown_text
+from modalloy.senses.anatomy import native_class_name
+from modalloy.specialists.licences import licences
+from modalloy.storage.config import read_config
+from modalloy.storage.locate import is_portable
 
 
 def model_card(planned: Plan) -> str:
@@ -15,12 +20,18 @@ def model_card(planned: Plan) -> str:
     recipe = planned.recipe
     method, writer = recipe.merge_method, WRITERS[recipe.output.form]
     modalities = [s.modality for s in planned.specialists if s.modality]
+    stated = licences([("base", planned.target.folder), *((s.label, s.checkpoint.folder) for s in planned.specialists)])
+    kinds = sorted({licence for _, licence in stated})
     front: dict[str, object] = {
         "library_name": writer.library,
-        "base_model": planned.target_name,
+        "base_model": [planned.target_name, *_parents(planned)] if writer.relation == "merge" else planned.target_name,
         "base_model_relation": writer.relation,
         "tags": ["modalloy", "merge", method, *modalities],
     }
+    if kinds:
+        front["license"] = kinds[0] if len(kinds) == 1 else "other"
+    if len(kinds) > 1:
+        front["license_name"] = "those-of-the-parents"
     if writer.pipeline is not None:
         front["pipeline_tag"] = writer.pipeline
     if planned.maps:
@@ -28,7 +39,11 @@ def model_card(planned: Plan) -> str:
     labels = {s.label: markdown_text(s.label) for s in planned.specialists}
     rows = [f"| {labels[s.label]} | {s.layout} | {s.modality or '–'} | {s.rank or '–'} |" for s in planned.specialists]
     table = "\n".join(["| specialist | layout | modality | LoRA rank |", "|---|---|---|---|", *rows])
-    use = writer.use.format(base=json.dumps(planned.target_name), options=" ".join(f"--{m} FILE" for m in modalities))
+    options = " ".join(f"--{modality} FILE" for modality in dict.fromkeys(modalities))
+    loader = native_class_name(read_config(planned.target.folder)) or "AutoModelForCausalLM"
+    use = writer.use.format(base=json.dumps(planned.target_name), options=options, loader=loader)
+    shown = "; ".join(f"{markdown_text(label)}: {markdown_text(licence)}" for label, licence in stated)
+    terms = f"## Licences\n\nAs the parents' cards state them: {shown}.\n\n" if stated else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -44,7 +59,17 @@ def model_card(planned: Plan) -> str:
 
 {use}
 
-{_recipe(planned)}"""
+{terms}{_recipe(planned)}"""
+
+
+def _parents(planned: Plan) -> list[str]:
+    """The models that were merged, as the recipe names them, without local folders."""
+    recipe = planned.recipe
+    names = []
+    for entry in recipe.models:
+        name = entry.model.partition("#")[0]
+        names.append(name if is_portable(name, recipe.folder) else Path(name).name)
+    return list(dict.fromkeys(names))
 
 
 def _card_across(planned: Plan, front: dict[str, object]) -> str:

@@ -14,9 +14,9 @@ from modalloy.storage.writer import copy_file
 
 OWN = ("_name_or_path", "dtype", "torch_dtype")  # what a result's config says otherwise than its base's
 USE = """```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder")
 ```"""
 
 

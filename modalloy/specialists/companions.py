@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
+from modalloy.specialists.licences import heeded, licences
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import is_there, read_json, reading
 
@@ -111,6 +112,7 @@ def notices(base: Path, specialists: Sequence[Specialist]) -> list[str]:
                 f"the {specialist.label} specialist's tokenizer has {len(lacking)} tokens that the base's lacks ({shown}); "
                 "the result has the base's tokenizer"
             )
+    found += heeded(licences([("the base", base), *((one.label, one.checkpoint.folder) for one in specialists)]))
     if code := code_files(base):
         found.append(
             f"the base has code of its own; {', '.join(code)} are copied and were not run: read them before you load the "
