@@ -127,9 +127,12 @@ class Merge:
 
     def run(self) -> dict[str, Any]:
         """The limit, what was held, and with how many workers."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a pool of threads that was begun here would hang in what is forked
         limit = self.least() if self.limit == "least" else self.predicted()
         if self.resumed:
             self.interrupt()
+        torch.set_num_threads(threads)
         report = self.merge(max_memory=limit, resume=self.resumed)
         found = report.to_dict()
         return {name: found[name] for name in ("peak_bytes", "workers")} | {"limit_bytes": limit}
