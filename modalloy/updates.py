@@ -21,7 +21,6 @@ from modalloy.storage.views import MappedRef, assembled
 FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight")
 TOKEN = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)")
 PROJECTOR = re.compile(r"(?:model\.)?(?:modal_projectors\.[\w-]+|mm_projector)\.(?P<rest>.+)")
-CONVERTED = re.compile(r"(?:model\.)?multi_modal_projector\.linear_(?P<layer>[12])\.(?P<rest>weight|bias)")
 WHOLE = ("model", "pytorch_model")
 ADAPTER = ("adapter_model",)
 BESIDE = ("non_lora_trainables.bin", "mm_projector.bin")
@@ -67,9 +66,6 @@ class Model:
                     self.carried[bare] = ref
             elif projector := PROJECTOR.fullmatch(bare):
                 self.carried[f"model.modal_projectors.{disk}.{projector['rest']}"] = ref
-            elif converted := CONVERTED.fullmatch(bare):
-                place = f"{2 * int(converted['layer']) - 2}.{converted['rest']}"
-                self.carried[f"model.modal_projectors.{disk}.{place}"] = ref
             else:
                 plain = bare.replace(".base_layer.", ".")
                 slot = self._slot(plain, base)

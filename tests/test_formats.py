@@ -558,13 +558,13 @@ def test_full_llava_of_hugging_face(renamed: str, untied: Path, tmp_path: Path) 
             else:
                 rows[f"language_model.{name}"] = tensor
         save_file(rows, folder / "model.safetensors")
-    with refused(r"vision_tower\.\S+ \(.*\) may have been trained .* list '\S*vision_tower\.\*' under `ignore:`"):
-        plan_one(untied, folder)
-    (specialist,) = plan_one(untied, folder, ignore=["*vision_tower.*"]).specialists
-    assert specialist.projector.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    (specialist,) = plan_one(untied, folder).specialists
+    assert specialist.layout == "native" and specialist.native is not None
+    carried = specialist.native.carried("image")
     first = next(tensor for name, tensor in stored.items() if name.endswith("linear_1.weight"))
-    assert torch.equal(specialist.read(specialist.projector["0.weight"]), first)
-    assert_is_tuned(merge_one(untied, folder, ignore=["*vision_tower.*"]), untied, wanted)
+    kept = carried["senses.image.model.model.multi_modal_projector.linear_1.weight"]
+    assert torch.equal(specialist.read(kept), first)
+    assert_is_tuned(merge_one(untied, folder), untied, wanted)
 
 
 @pytest.mark.parametrize("inside", ["language_model.model", "model.language_model"])

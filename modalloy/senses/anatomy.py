@@ -98,6 +98,11 @@ class Anatomy:
         found = self.model.get_output_embeddings()
         return next((path for path, module in self.model.named_modules() if module is found), None)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head is the table of input embeddings, whatever parts of the config say."""
+        return self.head is not None and f"{self.head}.weight" in self.model.all_tied_weights_keys
+
     def plain_name(self, own: str) -> str | None:
         """The name, in a plain language model, of a tensor by the class's own name; None for what is no part of one."""
         if self.head is not None and own.startswith(f"{self.head}."):

@@ -1,7 +1,6 @@
 """The layout of full models: every weight is a fine-tuned copy of the base's, ΔW = W − W_0.
 
-A LLaVA model holds its vision tower and projector beside the language model; Hugging Face's conversion also renames the
-latter. Which names these are is known only against the base, so `place` is called once that is open.
+A LLaVA model holds its vision tower and projector beside the language model. Which names these are is known only against the base, so `place` is called once that is open.
 """
 
 import re
@@ -19,7 +18,6 @@ from modalloy.storage.tensors import Checkpoint
 
 # prefixes of the language model inside a Hugging Face LLaVA, before and since transformers 4.52, and in a plain decoder
 DECODER = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
-HF_PROJECTOR = re.compile(r"(?:model\.)?multi_modal_projector\.linear_(?P<layer>[12])\.(?P<rest>weight|bias)")
 TOWER = re.compile(r"(?:model\.)?vision_tower\..+")
 
 
@@ -68,8 +66,6 @@ def place_in_base(specialist: Specialist, base: Checkpoint, base_config: dict[st
             put(specialist.tuned, plain, ref)
         elif projector := LLAVA_PROJECTOR.fullmatch(name):
             put(specialist.projector, projector["rest"], ref)
-        elif projector := HF_PROJECTOR.fullmatch(name):  # linear_1 and linear_2 are layers 0 and 2 of LLaVA's MLP
-            put(specialist.projector, f"{2 * int(projector['layer']) - 2}.{projector['rest']}", ref)
         elif TOWER.fullmatch(name) and _tower_is_frozen(specialist):
             specialist.dropped[ref.name] = "frozen encoder; named by `encoder:`"
         elif name.endswith(".rotary_emb.inv_freq"):

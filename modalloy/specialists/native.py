@@ -119,7 +119,7 @@ def _sort(
     specialist.native = Native(
         found.name,
         headless(config, found),
-        found.text_config.to_dict(),
+        found.text_config.to_dict() | {"tie_word_embeddings": found.is_tied},
         found.modalities,
         table,
         tuple(sorted(_tokens(folder, config, table.shape[0]))),
