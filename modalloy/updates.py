@@ -109,7 +109,10 @@ class Model:
     def renumber(self, place: int) -> None:
         """Make it a further sense of its modality."""
         before, self.sense = self.sense, f"{self.sense}_{place}"
-        parts = {f".{disk_name(before)}.": f".{disk_name(self.sense)}.", f"_tokens.{disk_name(before)}": f"_tokens.{self.sense}"}
+        parts = {
+            f".{disk_name(before)}.": f".{disk_name(self.sense)}.",
+            f"_tokens.{disk_name(before)}": f"_tokens.{self.sense}",
+        }
         parts |= {f"senses.{before}.": f"senses.{self.sense}."}
         renamed = {}
         for name, ref in self.carried.items():

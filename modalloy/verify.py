@@ -34,7 +34,8 @@ from modalloy.outputs.manifest import (
     start_names,
 )
 from modalloy.planning import cost
-from modalloy.promise import Promise, Promises, promises_across
+from modalloy.promise import Promise, Promises
+from modalloy.promise.across import promises_across
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import (
     COMPUTED,

@@ -24,7 +24,13 @@ TEXT: dict[str, Any] = {
 }
 UNTIED = {"tie_word_embeddings": False}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-SOUND = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_mel_bins": 16}
+SOUND = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_mel_bins": 16,
+}
 THREE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 
 
@@ -106,7 +112,11 @@ def llava_with_further_tokens() -> Made:
 @maker
 def vipllava() -> Made:
     config = transformers.VipLlavaConfig(
-        vision_config=clip(), text_config=text("Llama"), image_token_index=SIGN, vision_feature_layers=(-1, -2), **UNTIED
+        vision_config=clip(),
+        text_config=text("Llama"),
+        image_token_index=SIGN,
+        vision_feature_layers=(-1, -2),
+        **UNTIED,
     )
     return built(config, "VipLlavaForConditionalGeneration"), Medium(
         "image", [SIGN] * 4, {"pixel_values": pixels(1, 3, 28, 28)}
@@ -187,7 +197,11 @@ def internvl() -> Made:
 def mistral3() -> Made:
     vision = transformers.PixtralVisionConfig(**TOWER, image_size=56, patch_size=14)
     config = transformers.Mistral3Config(
-        vision_config=vision, text_config=text("Mistral", head_dim=16), image_token_index=SIGN, spatial_merge_size=2, **UNTIED
+        vision_config=vision,
+        text_config=text("Mistral", head_dim=16),
+        image_token_index=SIGN,
+        spatial_merge_size=2,
+        **UNTIED,
     )
     tensors = {"pixel_values": pixels(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])}
     return built(config, "Mistral3ForConditionalGeneration"), Medium("image", [SIGN] * 4, tensors)
@@ -206,7 +220,9 @@ def got_ocr2() -> Made:
         "mlp_dim": 64,
         "window_size": 4,
     }
-    config = transformers.GotOcr2Config(vision_config=vision, text_config=text("Qwen2"), image_token_index=SIGN, **UNTIED)
+    config = transformers.GotOcr2Config(
+        vision_config=vision, text_config=text("Qwen2"), image_token_index=SIGN, **UNTIED
+    )
     return built(config, "GotOcr2ForConditionalGeneration"), Medium(
         "image", [SIGN] * 16, {"pixel_values": pixels(1, 3, 64, 64)}
     )
@@ -240,7 +256,11 @@ def deepseek_vl() -> Made:
 def lighton_ocr() -> Made:
     vision = transformers.PixtralVisionConfig(**TOWER, image_size=56, patch_size=14)
     config = transformers.LightOnOcrConfig(
-        vision_config=vision, text_config=text("Qwen3", head_dim=16), image_token_id=SIGN, spatial_merge_size=2, **UNTIED
+        vision_config=vision,
+        text_config=text("Qwen3", head_dim=16),
+        image_token_id=SIGN,
+        spatial_merge_size=2,
+        **UNTIED,
     )
     tensors = {"pixel_values": pixels(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])}
     return built(config, "LightOnOcrForConditionalGeneration"), Medium("image", [SIGN] * 4, tensors)
@@ -339,7 +359,12 @@ def video_llava() -> Made:
 @maker
 def qwen2_audio() -> Made:
     sound = transformers.Qwen2AudioEncoderConfig(
-        num_mel_bins=16, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64, d_model=32, max_source_positions=30
+        num_mel_bins=16,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        d_model=32,
+        max_source_positions=30,
     )
     config = transformers.Qwen2AudioConfig(
         audio_config=sound, text_config=text("Qwen2"), audio_token_id=SIGN, audio_token_index=SIGN, **UNTIED
@@ -438,7 +463,13 @@ def qwen3_asr() -> Made:
 
 @maker
 def fun_asr_nano() -> Made:
-    sound = {**TOWER, "num_mel_bins": 4, "num_stacked_frames": 4, "num_timestamp_prediction_layers": 1, "hidden_size": 32}
+    sound = {
+        **TOWER,
+        "num_mel_bins": 4,
+        "num_stacked_frames": 4,
+        "num_timestamp_prediction_layers": 1,
+        "hidden_size": 32,
+    }
     adaptor = {"hidden_size": WIDTH, "intermediate_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1}
     config = transformers.FunAsrNanoConfig(
         audio_config=sound,

@@ -541,7 +541,11 @@ def test_full_llava_of_hugging_face(renamed: str, untied: Path, tmp_path: Path) 
     config = LlavaConfig(vision_config=vision, text_config=llama_config(attention_bias=True), tie_word_embeddings=False)
     torch.manual_seed(5)
     folder = tmp_path / "hf"
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model, base = LlavaForConditionalGeneration(config), load_file(untied / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.get_decoder().named_parameters():
+            parameter.mul_(0.1).add_(base[f"model.{name}"])
+    model.save_pretrained(folder)
     stored = load_file(folder / "model.safetensors")
     plain = {name.replace("model.language_model.", "model.").replace("language_model.model.", "model."): tensor
              for name, tensor in stored.items()}  # fmt: skip
@@ -876,9 +880,8 @@ class Hub:
         return {path.name for path in self.folder.iterdir()}
 
 
-CONFIGS = {"config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"}
+CONFIGS = {"README.md", "config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"}
 OTHERS = [
-    "README.md",
     "logo.png",
     "training_args.bin",
     "consolidated.safetensors",

@@ -1,11 +1,9 @@
 """Specialists that are transformers' own multimodal models: alone through an omni folder each is itself, bit for bit."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import native_models
 import pytest
 import torch
 import transformers
@@ -14,12 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from modalloy import merge
-from modalloy.errors import CheckpointError, ModalloyError, RecipeError
 from modalloy.model.load import load_model
-from modalloy.planning.planner import plan
-from modalloy.recipe import load_recipe
 from modalloy.senses.native import Prepared
-from modalloy.verify import verify
 
 BEFORE, AFTER = [1, 10, 11, 12], [13, 14, 15]
 GRID = 4096  # weights are multiples of 1 / GRID, so that a base plus an update is exact in float32
@@ -124,7 +118,9 @@ def test_a_specialist_alone_is_itself(tmp_path: Path, name: str) -> None:
     model, medium = MAKERS[name]()
     write_base(tmp_path / "base", model)
     write_specialist(tmp_path / "own", model)
-    report = merge(write_recipe(tmp_path, [{"model": "own", "modality": medium.modality}], **EXACT), tmp_path / "out", jobs=1)
+    report = merge(
+        write_recipe(tmp_path, [{"model": "own", "modality": medium.modality}], **EXACT), tmp_path / "out", jobs=1
+    )
     assert report.plan.merged_weights() > 0
     assert "recomputed" in report.verification.summary()
     loaded = load_model(tmp_path / "out").model

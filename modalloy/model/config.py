@@ -30,7 +30,8 @@ class ModalloyConfig(PreTrainedConfig):
 
     `text_update` describes the text path's low-rank update: {"rank", "scale", and "linears" (names of the decoder's weights
     that it changes; null: all)}; null if there is none. `text_linears` names the decoder's weights that text tokens use
-    another dense matrix for, `text_tensors` those that all tokens use another value of. `folded`: the text path's update is part of the decoder's weights already.
+    another dense matrix for, `text_tensors` those that all tokens use another value of. `folded`: the text path's update is
+    part of the decoder's weights already.
 
     A folder that `modalloy merge` wrote says in `base_model` where the decoder is, and in each modality's `source` where
     its encoder is; a model saved by `save_pretrained` holds them itself.

@@ -115,7 +115,9 @@ class HostedModel(ChatModel):
         """The pixels uint8 (height, width, 3) of an image, a file or an object of Pillow; samples float32 (n,) of a sound;
         frames uint8 (n, height, width, 3) of a video."""
         if modality not in self.readers:
-            raise MediaError(f"this model takes no {modality} input; it takes: {', '.join(self.readers) or 'text only'}")
+            raise MediaError(
+                f"this model takes no {modality} input; it takes: {', '.join(self.readers) or 'text only'}"
+            )
         read = self.readers[modality].read(medium)
         if modality != IMAGE:
             return torch.from_numpy(read)
@@ -165,7 +167,7 @@ class HostedModel(ChatModel):
         begin = self.own.tokenizer.bos_token
         given: dict[str, Any] = {}
         for kind in dict.fromkeys(kind for own in media for kind in own):
-            lists = [[one.numpy() for one in own.get(kind, ())] for own in media]
+            lists: list[list[Any]] = [[one.numpy() for one in own.get(kind, ())] for own in media]
             if kind == IMAGE:
                 lists = [[Image.fromarray(one) for one in own] for own in lists]
             given[ARGUMENTS[kind]] = lists if kind != "audio" else [one for own in lists for one in own]
@@ -249,7 +251,9 @@ def open_processor(folder: Path) -> Any:
     if getattr(processor, "tokenizer", None) is None:
         raise CheckpointError(f"{folder}: its processor has no tokenizer; add tokenizer.json of the published model")
     if getattr(processor, "chat_template", None) is None:
-        raise CheckpointError(f"{folder}: its processor has no chat_template; add chat_template.jinja of the published model")
+        raise CheckpointError(
+            f"{folder}: its processor has no chat_template; add chat_template.jinja of the published model"
+        )
     return processor
 
 

@@ -182,7 +182,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"{int(own.sum())} tokens belong to {modality}, but {media} media of {length} tokens are given"
                 )
             if media:
-                tokens = self.project(modality, features[modality]).flatten(0, 1)
+                assert isinstance(given, Tensor)
+                tokens = self.project(modality, given).flatten(0, 1)
                 embeddings = embeddings.masked_scatter(
                     own.unsqueeze(-1), tokens.to(embeddings.device, embeddings.dtype)
                 )

@@ -136,7 +136,7 @@ class Preparer:
         between = tokenizer.eos_token or tokenizer.bos_token or tokenizer.pad_token or tokenizer.unk_token
         if len(media) > 1 and between is None:
             raise CheckpointError(f"{self.folder}: its tokenizer has no special token to tell media apart by")
-        given = {ARGUMENTS[self.modality]: media if self.modality == "audio" else [media]}
+        given: dict[str, Any] = {ARGUMENTS[self.modality]: media if self.modality == "audio" else [media]}
         if self.modality == "video":
             given |= {"videos_kwargs": {"do_sample_frames": False}}
         with opening(self.folder, "processor", "used for this medium", silent=True):

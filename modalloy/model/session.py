@@ -12,7 +12,7 @@ from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError, nearest, plain
 from modalloy.model.chat import ChatModel
-from modalloy.model.processor import Message
+from modalloy.model.rendering import Message
 from modalloy.report.text import is_unicode, one_line, printable
 from modalloy.senses.media import ENDINGS
 

@@ -10,9 +10,9 @@ from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
-from modalloy.planning.plan import Plan
 from modalloy.planning.kinds import kinds, layer_of
 from modalloy.planning.native import decoder_config
+from modalloy.planning.plan import Plan
 from modalloy.planning.senses import NativeSense, Sense, model_files, open_sense, recorded_encoder
 from modalloy.specialists.companions import companions
 from modalloy.specialists.specialist import Specialist, StoredLora

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from modalloy.errors import CheckpointError, RecipeError, nearest, shown
 from modalloy.planning.kinds import PLURALS, Kind, is_of_tokens
+from modalloy.planning.native import check_native
 from modalloy.recipe import Recipe
 from modalloy.specialists.full import place_in_base
 from modalloy.specialists.native import place_native
 from modalloy.specialists.specialist import Specialist
-from modalloy.planning.native import check_native
 from modalloy.storage.config import read_config
 from modalloy.storage.locate import is_portable
 from modalloy.storage.tensors import Checkpoint

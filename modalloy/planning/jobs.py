@@ -8,10 +8,10 @@ import torch
 
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.methods import METHODS
+from modalloy.names import disk_name
 from modalloy.planning.checks import check_complete, check_rows_are_ruled
 from modalloy.planning.choices import Choices
 from modalloy.planning.job import Fate, Job, TensorFate
-from modalloy.names import disk_name
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist

@@ -23,7 +23,9 @@ def locate_specialist(location: str, folder: Path) -> Path:
         if is_hub_id(whole) and not place.exists():
             place = locate(f"{whole}/{inside}")
         if not inside or not place.is_dir() or not place.resolve().is_relative_to(root.resolve()):
-            raise CheckpointError(f"{cut(location)}: {cut(str(root))} has no folder {cut(inside)!r}; correct the recipe")
+            raise CheckpointError(
+                f"{cut(location)}: {cut(str(root))} has no folder {cut(inside)!r}; correct the recipe"
+            )
         return place
     name = location.removeprefix(builtin.PREFIX)
     if location.startswith(builtin.PREFIX):

@@ -73,8 +73,8 @@ def _check_fields(specialist: Specialist, native: Native, base_folder: Path, all
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
         if own.get(key) is not None and base.get(key) is not None and own[key] != base[key]:
             raise CheckpointError(
-                f"{specialist.label} specialist: its decoder has {key} {shown(own[key])}, the base {shown(base[key])}; use the base "
-                "it was trained from"
+                f"{specialist.label} specialist: its decoder has {key} {shown(own[key])}, the base {shown(base[key])}; use the "
+                "base it was trained from"
             )
     if allow:
         return
@@ -200,7 +200,9 @@ def decoder_config(recipe: Recipe, base: dict[str, Any], specialists: Iterable[S
     Raises:
         RecipeError: two specialists need decoders of different kinds.
     """
-    needing = [one for one in specialists if one.native and (one.native.has_three_positions or one.native.has_deepstack)]
+    needing = [
+        one for one in specialists if one.native and (one.native.has_three_positions or one.native.has_deepstack)
+    ]
     if not needing:
         return base
     first = needing[0]
@@ -213,9 +215,8 @@ def decoder_config(recipe: Recipe, base: dict[str, Any], specialists: Iterable[S
                 f"{other.native.text_config['model_type']}, which place media differently; leave one of them out"
             )
     kept = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
-    kept = (*kept, "max_position_embeddings")
     full = _completed(base) | base
-    return first.native.text_config | {key: full[key] for key in kept if key in full}
+    return first.native.text_config | {key: full[key] for key in (*kept, "max_position_embeddings") if key in full}
 
 
 def _kind(native: Native) -> tuple[Any, ...]:
@@ -236,7 +237,11 @@ def choose_own(recipe: Recipe, specialists: Sequence[Specialist]) -> None:
             if not specialist.text_lora or specialist.modality_lora:
                 raise RecipeError(
                     f"{specialist.label} specialist: own: same is of a LoRA that serves text and media alike, and "
-                    + ("its media have one of their own" if specialist.modality_lora else "it has none; write own: {rank: r}")
+                    + (
+                        "its media have one of their own"
+                        if specialist.modality_lora
+                        else "it has none; write own: {rank: r}"
+                    )
                 )
             specialist.modality_lora = dict(specialist.text_lora)
         elif specialist.text_lora or not specialist.tuned:

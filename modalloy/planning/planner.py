@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from modalloy.errors import RecipeError, nearest, shown
 from modalloy.methods import METHODS
 from modalloy.planning.checks import (
     check_all_accounted,
@@ -14,8 +15,8 @@ from modalloy.planning.jobs import Planner
 from modalloy.planning.jobs_across import AcrossPlanner
 from modalloy.planning.kinds import check_numbers, kinds
 from modalloy.planning.mapped import Across, open_donors
-from modalloy.planning.native import check_one_base, choose_own
 from modalloy.planning.models import absent_models, labels, locate_specialist
+from modalloy.planning.native import check_one_base, choose_own
 from modalloy.planning.plan import Plan
 from modalloy.planning.senses import NativeSense, Sense, choose_senses, number_senses
 from modalloy.recipe import Recipe
@@ -23,7 +24,6 @@ from modalloy.specialists.companions import notices
 from modalloy.specialists.layouts import LAYOUTS, NATIVE, open_specialist
 from modalloy.specialists.native import is_native
 from modalloy.specialists.specialist import Specialist
-from modalloy.errors import RecipeError, nearest, shown
 from modalloy.specialists.templates import common_template, own_template
 from modalloy.storage.config import config_size, read_config
 from modalloy.storage.locate import locate, open_base
@@ -142,7 +142,9 @@ def _template(recipe: Recipe, models: list[Specialist]) -> str | None:
         return common_template(models)
     known = {model.label: model for model in models}
     if chosen not in known:
-        raise RecipeError(f"output.chat_template: no specialist is called {shown(chosen)}; {nearest(chosen, ['base', *known])}")
+        raise RecipeError(
+            f"output.chat_template: no specialist is called {shown(chosen)}; {nearest(chosen, ['base', *known])}"
+        )
     template = own_template(known[chosen].checkpoint.folder)
     if template is None:
         raise RecipeError(f"output.chat_template: the {chosen} specialist has no chat template; write base, or another")

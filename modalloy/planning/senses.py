@@ -110,7 +110,9 @@ def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> 
             senses[name] = NativeSense(specialist.checkpoint.folder, specialist.native, entry.frame)
             continue
         if entry.frame is not None:
-            raise RecipeError(f"{specialist.label} specialist: `frame:` is of multimodal models of transformers; remove it")
+            raise RecipeError(
+                f"{specialist.label} specialist: `frame:` is of multimodal models of transformers; remove it"
+            )
         given = entry.encoder or recorded_encoder(specialist)
         if given is None:
             raise RecipeError(

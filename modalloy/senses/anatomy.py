@@ -187,9 +187,13 @@ def _anatomy(config: str, where: str) -> Anatomy:
         with torch.device("meta"):
             return Anatomy(getattr(transformers, name)(made), where)
     except ImportError as error:
-        raise CheckpointError(f"{where}: a {name} needs a library that is missing ({_cause(error)}); install it") from error
+        raise CheckpointError(
+            f"{where}: a {name} needs a library that is missing ({_cause(error)}); install it"
+        ) from error
     except FAULTS as error:
-        raise CheckpointError(f"{where}: its config.json makes no {name} ({_cause(error)}); download it again") from error
+        raise CheckpointError(
+            f"{where}: its config.json makes no {name} ({_cause(error)}); download it again"
+        ) from error
 
 
 def _cause(error: BaseException) -> str:

@@ -110,7 +110,9 @@ class NativeSense(nn.Module):
         content = dict(config)
         name = native_class_name(content)
         if name is None:
-            raise CheckpointError("config.json: a native modality names no multimodal class of transformers; merge again")
+            raise CheckpointError(
+                "config.json: a native modality names no multimodal class of transformers; merge again"
+            )
         made = CONFIG_MAPPING[content["model_type"]].from_dict(content)
         self.model: Any = getattr(transformers, name)(made)
         found = Anatomy(self.model, name)
@@ -164,7 +166,7 @@ class NativeSense(nn.Module):
         for begin, end in places:
             own = slice(begin, end)
             shown = None if positions is None else positions[:, own] - positions[:, own].min()
-            if layers is None:
+            if layers is None or visual is None:
                 found.append(Block(embeddings[own], shown, together=None if together is None else together[own]))
                 continue
             mask = visual.reshape(-1)

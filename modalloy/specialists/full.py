@@ -1,6 +1,7 @@
 """The layout of full models: every weight is a fine-tuned copy of the base's, ΔW = W − W_0.
 
-A LLaVA model holds its vision tower and projector beside the language model. Which names these are is known only against the base, so `place` is called once that is open.
+A LLaVA model holds its vision tower and projector beside the language model. Which names these are is known only against
+the base, so `place_in_base` is called once that is open.
 """
 
 import re

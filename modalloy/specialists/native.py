@@ -193,7 +193,9 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
         wanted = base.refs[name].shape
         if plain in ("model.embed_tokens.weight", "lm_head.weight") and ref.shape[1:] == wanted[1:]:
             if ref.shape[0] < wanted[0]:
-                specialist.dropped[ref.name] = f"has {ref.shape[0]} tokens, the base {wanted[0]}: the base's rows are kept"
+                specialist.dropped[ref.name] = (
+                    f"has {ref.shape[0]} tokens, the base {wanted[0]}: the base's rows are kept"
+                )
                 continue
             ref = first_rows(ref, wanted[0])
         put(placed, name, ref)

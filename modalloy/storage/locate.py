@@ -11,7 +11,17 @@ from modalloy.storage.tensors import Checkpoint
 
 BASE_STEMS = ("model", "pytorch_model")
 # what is fetched from a repository: its top level's configs, tokenizer and code (never run), and the weights in one format
-CONFIGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "README.md", "mm_projector.bin", "non_lora_trainables.bin")
+CONFIGS = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "README.md",
+    "mm_projector.bin",
+    "non_lora_trainables.bin",
+)
 WEIGHTS = (*BASE_STEMS, "adapter_model")
 FILES = (".pt", ".pth", ".bin", ".safetensors")  # of encoders that are published as one file
 
