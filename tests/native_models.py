@@ -1,11 +1,14 @@
 """Tiny random models of transformers' own multimodal classes, and one medium for each: what their processors would give."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 WIDTH, VOCABULARY, LAYERS = 64, 320, 2
@@ -107,6 +110,15 @@ def llava_with_further_tokens() -> Made:
     )
     ids = [VOCABULARY + 1, *[VOCABULARY + 2] * 4, VOCABULARY + 3]
     return built(config, "LlavaForConditionalGeneration"), Medium("image", ids, {"pixel_values": pixels(1, 3, 28, 28)})
+
+
+def llava_on_qwen2() -> Made:
+    config = transformers.LlavaConfig(
+        vision_config=clip(), text_config=text("Qwen2"), image_token_index=SIGN, vision_feature_layer=-2, **UNTIED
+    )
+    return built(config, "LlavaForConditionalGeneration"), Medium(
+        "image", [SIGN] * 4, {"pixel_values": pixels(1, 3, 28, 28)}
+    )
 
 
 @maker
@@ -364,19 +376,26 @@ def qwen2_audio() -> Made:
         encoder_attention_heads=4,
         encoder_ffn_dim=64,
         d_model=32,
-        max_source_positions=30,
+        max_source_positions=1500,
     )
     config = transformers.Qwen2AudioConfig(
         audio_config=sound, text_config=text("Qwen2"), audio_token_id=SIGN, audio_token_index=SIGN, **UNTIED
     )
-    tensors = {"input_features": pixels(1, 16, 60), "feature_attention_mask": torch.ones(1, 60, dtype=torch.long)}
+    mask = torch.zeros(1, 3000, dtype=torch.long)
+    mask[:, :60] = 1
+    tensors = {"input_features": pixels(1, 16, 3000), "feature_attention_mask": mask}
     return built(config, "Qwen2AudioForConditionalGeneration"), Medium("audio", [OPEN, *[SIGN] * 15, CLOSE], tensors)
 
 
 @maker
-def audioflamingo3() -> Made:
+def audioflamingo3(rope: bool = False) -> Made:
+    """With `rope`, on the base that Qwen2-VL's tiny model has."""
+    more: dict[str, Any] = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     config = transformers.AudioFlamingo3Config(
-        audio_config={**SOUND, "max_source_positions": 1500}, text_config=text("Qwen2"), audio_token_id=SIGN
+        audio_config={**SOUND, "max_source_positions": 1500},
+        text_config=text("Qwen2", **(more if rope else {})),
+        audio_token_id=SIGN,
+        **UNTIED,
     )
     mask = torch.zeros(1, 3000, dtype=torch.long)
     mask[:, :40] = 1
@@ -506,3 +525,38 @@ def phi4_multimodal() -> Made:
     )
     tensors = {"audio_input_features": pixels(1, 16, 16), "audio_embed_sizes": torch.tensor([2])}
     return built(config, "Phi4MultimodalForCausalLM"), Medium("audio", [OPEN, SIGN, SIGN], tensors)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} : {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<image> {% elif c.type == 'text' %}{{ c.text }} {% endif %}{% endfor %}{% endif %} {% endfor %}"
+)
+
+
+def renamed(tokenizer: Any, signs: dict[int, str]) -> Any:
+    """A tokenizer of words with other names for some of its tokens, which are special."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = {index: word for word, index in content["model"]["vocab"].items()} | signs
+    content["model"]["vocab"] = {word: index for index, word in words.items()}
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), **special)
+    made.add_special_tokens({"additional_special_tokens": list(signs.values())})
+    return made
+
+
+def write_image_processor(folder: Path, tokenizer: Any) -> None:
+    """LLaVA's processor for the tiny tower."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    sized = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    options: dict[str, Any] = {"patch_size": 14, "vision_feature_select_strategy": "default"}
+    own = renamed(tokenizer, {SIGN: "<image>"})
+    transformers.LlavaProcessor(
+        sized, own, num_additional_image_tokens=1, chat_template=TEMPLATE, **options
+    ).save_pretrained(folder)
+
+
+def write_audio_processor(folder: Path, tokenizer: Any) -> None:
+    """Qwen2-Audio's processor, with its own chat template; sounds of up to 30 s."""
+    own = renamed(tokenizer, {SIGN: "<|AUDIO|>", OPEN: "<|audio_bos|>", CLOSE: "<|audio_eos|>"})
+    transformers.Qwen2AudioProcessor(transformers.WhisperFeatureExtractor(feature_size=16), own).save_pretrained(folder)

@@ -63,9 +63,7 @@ class FeatureCache:
                 raise CheckpointError(f"{stored}: is damaged ({error}); remove it") from error
         else:
             medium = chat.processor.preprocess(modality, path)[None]
-            encoded = chat.model.encode(modality, medium)
-            assert isinstance(encoded, Tensor)  # a native modality's blocks are made anew
-            found = encoded[0].float().cpu().contiguous()
+            found = chat.model.encode(modality, medium)[0].float().cpu().contiguous()
             if stored is not None and self.written_bytes + found.nbytes <= self.disk_bytes:
                 try:
                     replace_bytes(stored, save({"features": found}))

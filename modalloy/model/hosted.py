@@ -171,8 +171,7 @@ class HostedModel(ChatModel):
             if kind == IMAGE:
                 lists = [[Image.fromarray(one) for one in own] for own in lists]
             given[ARGUMENTS[kind]] = lists if kind != "audio" else [one for own in lists for one in own]
-        if "videos" in given:
-            given["videos_kwargs"] = {"do_sample_frames": False}
+            given |= self.readers[kind].options
         with opening(self.processor.where, "processor", "used"):
             found = self.own(
                 text=texts,

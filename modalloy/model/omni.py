@@ -134,7 +134,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.decoder.get_output_embeddings()
 
     @torch.no_grad()
-    def encode(self, modality: str, media: Any) -> Features:
+    def encode(self, modality: str, media: Any) -> Any:
         """Features (media, n_features, dim) of a stack of preprocessed media, from the frozen encoder, in float32.
 
         Of a native modality, `media` are lists of conversations' `Prepared` media, and the features a block for each medium.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature, unwrap
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class Preparer:
     def sampling_rate(self) -> int:
         """Samples a second that its sounds must have."""
         return int(getattr(self.own.feature_extractor, "sampling_rate", 16_000))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a processor's call is told of media that are read already."""
+        if self.modality == "video":
+            return {"videos_kwargs": {"do_sample_frames": False}}
+        takes_rate = self.modality == "audio" and "sampling_rate" in signature(self.own.feature_extractor).parameters
+        return {"audio_kwargs": {"sampling_rate": self.sampling_rate}} if takes_rate else {}
 
     def read(self, medium: Any) -> Any:
         """A medium in memory, from a file or an object: an RGB picture, samples (n,), frames (n, height, width, 3).
@@ -137,11 +146,12 @@ class Preparer:
         if len(media) > 1 and between is None:
             raise CheckpointError(f"{self.folder}: its tokenizer has no special token to tell media apart by")
         given: dict[str, Any] = {ARGUMENTS[self.modality]: media if self.modality == "audio" else [media]}
-        if self.modality == "video":
-            given |= {"videos_kwargs": {"do_sample_frames": False}}
         with opening(self.folder, "processor", "used for this medium", silent=True):
             made = self.own(
-                text=[str(between or "").join(frames)], **given, add_special_tokens=False, return_tensors="pt"
+                text=[str(between or "").join(frames)],
+                **given | self.options,
+                add_special_tokens=False,
+                return_tensors="pt",
             )
         inputs = {name: value for name, value in dict(made).items() if isinstance(value, Tensor)}
         ids = inputs["input_ids"][0].tolist()
@@ -161,14 +171,12 @@ class Preparer:
 
     @cached_property
     def _arguments(self) -> set[str]:
-        import inspect
-
         import transformers
 
         from modalloy.storage.folder import read_json
 
         name = native_class_name(read_json(self.folder / "config.json"))
-        return set(inspect.signature(inspect.unwrap(getattr(transformers, str(name)).forward)).parameters)
+        return set(signature(unwrap(getattr(transformers, str(name)).forward)).parameters)
 
     def check_length(self, media: Sequence[Any], inputs: Mapping[str, Any]) -> None:
         """Refuse a sound of which the processor's features cover only a part: some cut what is too long, and say nothing."""
