@@ -83,11 +83,6 @@ class ModalloyConfig(PreTrainedConfig):
         single = not any(sizes["update"] for sizes in self.modalities.values())
         return {*self.text_tensors, *(self.text_linears if single else ())}
 
-    @property
-    def has_three_positions(self) -> bool:
-        """Whether the decoder takes positions of time, height and width."""
-        return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
-
     def self_contained(self) -> "ModalloyConfig":
         """A copy that refers to no other model: its weights hold the decoder and the encoders."""
         config = copy.deepcopy(self)

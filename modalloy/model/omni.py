@@ -19,6 +19,7 @@ from modalloy.model.decoder import build_decoder
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 from modalloy.model.sequence import Features, blocks_of, by_row, deepstack, masks, seen_together, three_positions
 from modalloy.outputs.omni import write_remote_code
+from modalloy.senses.anatomy import takes_three_positions
 from modalloy.senses.encoders import build
 from modalloy.senses.native import Block, NativeSense, Prepared
 from modalloy.senses.projectors import build_projector
@@ -46,6 +47,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ModalloyConfig) -> None:
         super().__init__(config)
         self.decoder: Any = build_decoder(config.text_config)
+        self.has_three_positions = takes_three_positions(self.decoder.base_model)
         self.routes = Routes()
         self.linears = route_linears(self.decoder, self.routes)
         self.encoders = nn.ModuleDict()
@@ -229,7 +231,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = text(input_ids) if owners is None else self.embed(input_ids, owners, features)
             if owners is not None and (blocks := blocks_of(features, self.config.owners)):
                 kwargs |= deepstack(owners, blocks, inputs_embeds)
-                if self.config.has_three_positions and _is_flat(kwargs.get("position_ids")):
+                if self.has_three_positions and _is_flat(kwargs.get("position_ids")):
                     kwargs["position_ids"] = three_positions(owners, attention_mask, blocks)[0]
                 if (groups := seen_together(owners, blocks)) is not None:
                     text_config = self.config.text_config
@@ -268,7 +270,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = kwargs.pop("features", None)
         if media is not None and features is None:
             features = {modality: self.encode(modality, stack) for modality, stack in media.items()}
-        if owners is not None and features and self.config.has_three_positions:
+        if owners is not None and features and self.has_three_positions:
             blocks = blocks_of(features, self.config.owners)
             after = three_positions(owners, kwargs.get("attention_mask"), blocks)[1]
             kwargs["position_delta"] = after - owners.shape[1]
@@ -309,7 +311,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask: Tensor = inputs["attention_mask"]
         lengths = mask.sum(1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        if self.config.has_three_positions and inputs.get("owners") is not None:
+        if self.has_three_positions and inputs.get("owners") is not None:
             blocks = blocks_of(inputs.get("features") or {}, self.config.owners)
             positions, lengths = three_positions(inputs["owners"], mask, blocks)
         prompts = self(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
@@ -325,7 +327,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             steps = torch.arange(ids.shape[1] - 1, device=device)
             seen = torch.cat([mask[rows], mask.new_ones(len(flat), len(steps))], 1)
             after = lengths[rows, None] + steps
-            after = after.expand(3, -1, -1) if self.config.has_three_positions else after
+            after = after.expand(3, -1, -1) if self.has_three_positions else after
             rest = self(
                 input_ids=ids[:, :-1], attention_mask=seen, position_ids=after, past_key_values=cache, use_cache=True
             ).logits

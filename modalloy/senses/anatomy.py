@@ -8,6 +8,7 @@ import ast
 import copy
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ USUAL = {  # what any language model takes
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
 }
 DEEPSTACK = {"deepstack_visual_embeds", "visual_pos_masks"}
-OWN_MASKS = ("create_masks_for_vision_model", "create_causal_mask_mapping", "token_type_ids")
-MASKS_BY_BLOCK = ("gemma3", "shieldgemma2")  # whose tokens of one picture see each other, and nothing else changes
+# a call in a class's forward; masks of a tower are bidirectional
+OWN_MASK = re.compile(r"create_(?!bidirectional)\w*masks?\w*\(")
+BY_BLOCK = "get_block_sequence_ids_for_mask("  # where tokens of one picture see each other, and nothing else changes
+THREE_POSITIONS = re.compile(r"\.expand\([34],")
+OWN_DECODERS = ("phi4_multimodal",)  # classes that are their own decoder, whose blocks get tokens only
 DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")  # of a class that is its own decoder
 
 COUNTS = ("layers", "depth", "blocks", "experts", "num_hidden", "stages")  # of modules, in a config's keys
@@ -119,11 +123,10 @@ class Anatomy:
         """What the decoder is given beside the usual, by the names of its arguments."""
         if self.is_decoder:
             return set()
-        path, leaf = type(self.model.get_submodule(self.inner)), self.decoder.rpartition(".")[2]
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(path.forward))))
+        leaf = self.decoder.rpartition(".")[2]
         calls = [
             node
-            for node in ast.walk(tree)
+            for node in ast.walk(ast.parse(self._source))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == leaf
         ]
         return {one.arg for call in calls for one in call.keywords if one.arg} - USUAL
@@ -136,16 +139,17 @@ class Anatomy:
     @property
     def has_three_positions(self) -> bool:
         """Whether positions are of time, height and width (M-RoPE, arXiv 2409.12191)."""
-        rope = getattr(self.text_config, "rope_parameters", None)
-        return isinstance(rope, dict) and "mrope_section" in rope
+        return takes_three_positions(self.model.get_decoder())
 
     @cached_property
     def has_own_masks(self) -> bool:
         """Whether it makes the decoder's attention masks itself."""
-        if self.is_decoder:
-            return False
-        source = inspect.getsource(inspect.unwrap(type(self.model.get_submodule(self.inner)).forward))
-        return "token_type_ids" in source and any(name in source for name in OWN_MASKS[:2])
+        return not self.is_decoder and OWN_MASK.search(self._source) is not None
+
+    @cached_property
+    def _source(self) -> str:
+        """The forward that calls the decoder."""
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(type(self.model.get_submodule(self.inner)).forward)))
 
     def check_supported(self, label: str) -> None:
         """Refuse a class whose decoder needs more than tokens, positions, deepstack features and masks of one picture.
@@ -166,10 +170,19 @@ class Anatomy:
                 f"{label} specialist: {self.name} hands its decoder {', '.join(further)} beside the tokens, which no other "
                 f"{kind} decoder has a place for; {remedy}"
             )
-        if self.has_own_masks and self.config.model_type not in MASKS_BY_BLOCK:
+        if self.is_decoder and self.config.model_type not in OWN_DECODERS:
+            raise CheckpointError(
+                f"{label} specialist: {self.name} is its own decoder, and its blocks may read media themselves; {remedy}"
+            )
+        if self.has_own_masks and BY_BLOCK not in self._source:
             raise CheckpointError(
                 f"{label} specialist: {self.name} makes attention masks of its own, which are not known here; {remedy}"
             )
+
+
+def takes_three_positions(decoder: Any) -> bool:
+    """Whether a text model takes positions (3, batch, tokens): its forward widens those of one kind."""
+    return THREE_POSITIONS.search(inspect.getsource(inspect.unwrap(type(decoder).forward))) is not None
 
 
 @lru_cache(maxsize=16)
@@ -182,6 +195,8 @@ def _anatomy(config: str, where: str) -> Anatomy:
     _check_counts(content, where)
     name = native_class_name(content)
     assert name is not None
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         made = CONFIG_MAPPING[content["model_type"]].from_dict(content)
         with torch.device("meta"):
@@ -190,7 +205,7 @@ def _anatomy(config: str, where: str) -> Anatomy:
         raise CheckpointError(
             f"{where}: a {name} needs a library that is missing ({_cause(error)}); install it"
         ) from error
-    except FAULTS as error:
+    except (StrictDataclassError, *FAULTS) as error:
         raise CheckpointError(
             f"{where}: its config.json makes no {name} ({_cause(error)}); download it again"
         ) from error
