@@ -59,9 +59,15 @@ def omni_config(planned: Plan) -> dict[str, Any]:
         "text_config": decoder_config(planned.recipe, read_config(planned.target.folder), planned.specialists),
         "text_update": _update(low_rank, planned.rank, 1.0, planned.target),
         "text_linears": [job.name for job in merged if len(job.outputs) == 1],
-        "text_tensors": [job.name for job in planned.jobs if job.kind == "average"],
+        **_tensors(planned),
         "modalities": modalities,
     }
+
+
+def _tensors(planned: Plan) -> dict[str, Any]:
+    """Norms, biases and what else of the decoder is another for all tokens."""
+    names = [job.name for job in planned.jobs if job.kind == "average"]
+    return {"text_tensors": names} if names else {}
 
 
 def specialist_config(specialist: Specialist, base: Checkpoint, encoder: str | dict[str, Any] | None) -> dict[str, Any]:
