@@ -1,5 +1,6 @@
 """Specialists that are transformers' own multimodal models: alone through an omni folder each is itself, bit for bit."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from modalloy import merge
+from modalloy import builtin, merge
 from modalloy.errors import MediaError, RecipeError
 from modalloy.model.load import load_model
 from modalloy.planning.planner import plan
@@ -24,6 +25,7 @@ from modalloy.recipe import load_recipe
 from modalloy.senses.native import Prepared
 from modalloy.verify import verify
 
+ROOT = Path(__file__).resolve().parent.parent
 BEFORE, AFTER = [1, 10, 11, 12], [13, 14, 15]
 GRID = 4096  # weights are multiples of 1 / GRID, so that a base plus an update is exact in float32
 # the plain language model that a decoder of media's positions is
@@ -419,3 +421,30 @@ def test_spellings_of_one_model_give_one_result(tmp_path: Path, name: str) -> No
             stem = "adapter_model" if base == "base" else "model"
             found.append((report.plan.merged_weights(), (out / f"{stem}.safetensors").read_bytes()))
         assert found[0] == found[1]
+
+
+def test_native_and_built_in_senses_stand_in_one_model(tmp_path: Path) -> None:
+    """A full fine-tune of the built-in base beside its own LoRA specialists, who still know what they hear."""
+    spec = importlib.util.spec_from_file_location("make_native", ROOT / "examples" / "native" / "make.py")
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    base = transformers.AutoModelForCausalLM.from_pretrained(builtin.resolve(make.BASE), dtype=torch.float32)
+    make.see(base, tmp_path / "see")
+    content = {
+        "base_model": make.BASE,
+        "merge_method": "task_arithmetic",
+        "models": [{"model": "see"}, {"model": "builtin:audio"}],
+        "output": {"form": "omni", "chat_template": "base"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    report = merge(tmp_path / "recipe.yaml", tmp_path / "out")
+    assert report.plan.merged_weights() == 210 and report.kinship["see"].cosine > 0.99
+    chat = load_model(tmp_path / "out")
+    assert chat.modalities == ("image", "audio")
+    samples = ROOT / "modalloy" / "builtin" / "samples"
+    parts = [{"type": "image", "path": samples / "horse.webp"}, {"type": "audio", "path": samples / "dog.flac"}]
+    question = {"type": "text", "text": "Which is it: a harp, a car, a dog or a duck?"}
+    reply = chat.reply([{"role": "user", "content": [*parts, question]}], max_new_tokens=4)
+    assert reply.tokens["image"] == 16 and reply.tokens["audio"] == 6
+    assert reply.answer == "a dog"

@@ -1,0 +1,318 @@
+"""What do merges of public native checkpoints take? Plans of true shapes, from headers alone: no weight is there.
+
+    python benchmarks/native_plans.py [--root build/bench/plans] [--only NAME …]
+
+Each group has one base. Its models are written as files of a true header and no data (sparse files), with configs made from
+transformers' classes and the published sizes, as far as these are known here: nothing was downloaded. `modalloy plan` reads
+them in a process of its own. Per group: the weights that are merged, bytes that a merge would read and write, and the plan's
+own time and memory. Prints a table, then one JSON document as its last line.
+"""
+
+import argparse
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as T
+from measuring import machine, run, table
+
+TOKENS = json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
+CLIP_L = T.CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+)
+VICUNA: dict[str, Any] = {"vocab_size": 32000, "rms_norm_eps": 1e-5}
+QWEN7: dict[str, Any] = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+}
+QWEN3_SMALL: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+SMOL: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+    "tie_word_embeddings": True,
+}
+LLAMA31: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+}
+MISTRAL7: dict[str, Any] = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "sliding_window": None,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+MISTRAL24: dict[str, Any] = {
+    "hidden_size": 5120,
+    "intermediate_size": 32768,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e8},
+}
+WHISPER_L: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "num_mel_bins": 128,
+}
+UNTIED = {"tie_word_embeddings": False}
+GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+Makers = dict[str, tuple[str | None, Callable[[], Any]]]
+
+
+def llama(**sizes: Any) -> Any:
+    return T.LlamaConfig(**{"intermediate_size": 11008} | sizes)
+
+
+def siglip(size: int) -> Any:
+    return T.SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=size, patch_size=14
+    )
+
+
+def qwen2_vl() -> Any:
+    text = QWEN7 | {"rope_parameters": QWEN7["rope_parameters"] | {"mrope_section": [16, 24, 24]}}
+    config = T.Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 3584}, tie_word_embeddings=False)
+    return T.Qwen2VLForConditionalGeneration(config)
+
+
+def internvl(text: Any, tied: bool) -> Any:
+    vision = T.InternVLVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=[448, 448]
+    )
+    return T.InternVLForConditionalGeneration(
+        T.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    )
+
+
+GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
+    "Vicuna-7B v1.5": (
+        lambda: T.LlamaForCausalLM(llama(**VICUNA)),
+        {
+            "llava-1.5-7b": (
+                "image",
+                lambda: T.LlavaForConditionalGeneration(
+                    T.LlavaConfig(vision_config=CLIP_L, text_config=llama(**VICUNA | {"vocab_size": 32064}), **UNTIED)
+                ),
+            ),
+            "Video-LLaVA-7B": (
+                "video",
+                lambda: T.VideoLlavaForConditionalGeneration(
+                    T.VideoLlavaConfig(text_config=llama(**VICUNA | {"vocab_size": 32064}), **UNTIED)
+                ),
+            ),
+        },
+    ),
+    "Qwen2.5-7B": (
+        lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**QWEN7)),
+        {
+            "InternVL3-8B": ("image", lambda: internvl(T.Qwen2Config(**QWEN7 | {"vocab_size": 151674}), tied=False)),
+            "audio-flamingo-3": (
+                "audio",
+                lambda: T.AudioFlamingo3ForConditionalGeneration(
+                    T.AudioFlamingo3Config(
+                        audio_config={**WHISPER_L, "max_source_positions": 1500},
+                        text_config=T.Qwen2Config(**QWEN7 | {"vocab_size": 151672}),
+                        **UNTIED,
+                    )
+                ),
+            ),
+        },
+    ),
+    "Qwen3-0.6B": (
+        lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**QWEN3_SMALL, tie_word_embeddings=True)),
+        {
+            "InternVL3_5-1B": ("image", lambda: internvl(T.Qwen3Config(**QWEN3_SMALL), tied=True)),
+            "Fun-ASR-Nano": (
+                "audio",
+                lambda: T.FunAsrNanoForConditionalGeneration(
+                    T.FunAsrNanoConfig(text_config=T.Qwen3Config(**QWEN3_SMALL), tie_word_embeddings=True)
+                ),
+            ),
+        },
+    ),
+    "SmolLM2-135M": (
+        lambda: T.LlamaForCausalLM(llama(**SMOL)),
+        {
+            "SmolVLM-256M": (
+                "image",
+                lambda: T.SmolVLMForConditionalGeneration(
+                    T.SmolVLMConfig(
+                        text_config=llama(**SMOL | {"vocab_size": 49280}),
+                        vision_config={
+                            "hidden_size": 768,
+                            "intermediate_size": 3072,
+                            "num_hidden_layers": 12,
+                            "num_attention_heads": 12,
+                            "image_size": 512,
+                            "patch_size": 16,
+                        },
+                        scale_factor=4,
+                        tie_word_embeddings=True,
+                    )
+                ),
+            )
+        },
+    ),
+    "Qwen2-7B": (
+        lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**QWEN7)),
+        {
+            "llava-onevision-7b": (
+                "video",
+                lambda: T.LlavaOnevisionForConditionalGeneration(
+                    T.LlavaOnevisionConfig(
+                        vision_config=siglip(384), text_config=T.Qwen2Config(**QWEN7 | {"vocab_size": 152000}), **UNTIED
+                    )
+                ),
+            ),
+            "Qwen2-VL-7B": ("image", qwen2_vl),
+        },
+    ),
+    "Llama-3.1-8B": (
+        lambda: T.LlamaForCausalLM(llama(**LLAMA31)),
+        {
+            "Idefics3-8B": (
+                "image",
+                lambda: T.Idefics3ForConditionalGeneration(
+                    T.Idefics3Config(
+                        text_config=llama(**LLAMA31 | {"vocab_size": 128259}), vision_config={"image_size": 364}, **UNTIED
+                    )
+                ),
+            )
+        },
+    ),
+    "Mistral-7B v0.2": (
+        lambda: T.MistralForCausalLM(T.MistralConfig(**MISTRAL7)),
+        {
+            "llava-v1.6-mistral-7b": (
+                "image",
+                lambda: T.LlavaNextForConditionalGeneration(
+                    T.LlavaNextConfig(
+                        vision_config=CLIP_L,
+                        text_config=T.MistralConfig(**MISTRAL7 | {"vocab_size": 32064}),
+                        image_grid_pinpoints=GRID,
+                        **UNTIED,
+                    )
+                ),
+            )
+        },
+    ),
+    "Mistral-Small-24B": (
+        lambda: T.MistralForCausalLM(T.MistralConfig(**MISTRAL24, sliding_window=None)),
+        {
+            "Mistral-Small-3.1-24B": (
+                "image",
+                lambda: T.Mistral3ForConditionalGeneration(
+                    T.Mistral3Config(text_config=T.MistralConfig(**MISTRAL24, sliding_window=None), **UNTIED)
+                ),
+            ),
+            "Voxtral-Small-24B": (
+                "audio",
+                lambda: T.VoxtralForConditionalGeneration(
+                    T.VoxtralConfig(text_config=llama(**MISTRAL24), audio_config=WHISPER_L)
+                ),
+            ),
+        },
+    ),
+}
+
+
+def write(folder: Path, make: Callable[[], Any]) -> int:
+    """A folder whose weights are a true header and no data; the bytes that the file claims to have."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = make()
+    tied, header, at = model.all_tied_weights_keys, {}, 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            size = 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+            at += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(TOKENS)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return at
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("build/bench/plans"))
+    parser.add_argument("--only", nargs="*", choices=list(GROUPS), default=list(GROUPS))
+    args = parser.parse_args()
+    rows, found = [], {}
+    for name in args.only:
+        base, models = GROUPS[name]
+        root = (args.root / name.replace(" ", "-")).resolve()
+        given = write(root / "base", base)
+        entries = []
+        for label, (modality, make) in models.items():
+            given += write(root / label, make)
+            entries.append({"model": str(root / label), "modality": modality})
+        recipe = {"base_model": str(root / "base"), "models": entries}
+        recipe["output"] = {"form": "omni", "chat_template": "base"}
+        (root / "recipe.yaml").write_text(json.dumps(recipe))
+        usage, printed = run([sys.executable, "-m", "modalloy.cli", "plan", root / "recipe.yaml", "--json"])
+        plan = json.loads(printed)
+        seen = {
+            "models": list(models),
+            "given_bytes": given,
+            "merged_weights": plan["merged_weights"],
+            "counts": plan["counts"],
+            "read_bytes": plan["read_bytes"],
+            "write_bytes": plan["write_bytes"],
+            "seconds": round(usage.seconds, 2),
+            "peak_bytes": usage.peak_bytes,
+        }
+        found[name] = seen
+        sizes = [f"{seen[key] / 1e9:.1f}" for key in ("given_bytes", "read_bytes", "write_bytes")]
+        rows.append(
+            [name, " + ".join(models), str(seen["merged_weights"]), *sizes, f"{usage.seconds:.1f}", f"{usage.peak_bytes / 1e9:.2f}"]
+        )
+    print(table(["base", "specialists", "merged", "given GB", "read GB", "written GB", "plan s", "peak GB"], rows))
+    print(json.dumps({"benchmark": "native_plans", "groups": found} | machine()))
+
+
+if __name__ == "__main__":
+    main()
