@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as T
+import transformers as hf
 from measuring import machine, run, table
 
 TOKENS = json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
-CLIP_L = T.CLIPVisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+CLIP_L = hf.CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
 )
 VICUNA: dict[str, Any] = {"vocab_size": 32000, "rms_norm_eps": 1e-5}
 QWEN7: dict[str, Any] = {
@@ -98,58 +103,63 @@ Makers = dict[str, tuple[str | None, Callable[[], Any]]]
 
 
 def llama(**sizes: Any) -> Any:
-    return T.LlamaConfig(**{"intermediate_size": 11008} | sizes)
+    return hf.LlamaConfig(**{"intermediate_size": 11008} | sizes)
 
 
 def siglip(size: int) -> Any:
-    return T.SiglipVisionConfig(
-        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=size, patch_size=14
+    return hf.SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=size,
+        patch_size=14,
     )
 
 
 def qwen2_vl() -> Any:
     text = QWEN7 | {"rope_parameters": QWEN7["rope_parameters"] | {"mrope_section": [16, 24, 24]}}
-    config = T.Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 3584}, tie_word_embeddings=False)
-    return T.Qwen2VLForConditionalGeneration(config)
+    config = hf.Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 3584}, tie_word_embeddings=False)
+    return hf.Qwen2VLForConditionalGeneration(config)
 
 
 def internvl(text: Any, tied: bool) -> Any:
-    vision = T.InternVLVisionConfig(
+    vision = hf.InternVLVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=[448, 448]
     )
-    return T.InternVLForConditionalGeneration(
-        T.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    return hf.InternVLForConditionalGeneration(
+        hf.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     )
 
 
 GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
     "Vicuna-7B v1.5": (
-        lambda: T.LlamaForCausalLM(llama(**VICUNA)),
+        lambda: hf.LlamaForCausalLM(llama(**VICUNA)),
         {
             "llava-1.5-7b": (
                 "image",
-                lambda: T.LlavaForConditionalGeneration(
-                    T.LlavaConfig(vision_config=CLIP_L, text_config=llama(**VICUNA | {"vocab_size": 32064}), **UNTIED)
+                lambda: hf.LlavaForConditionalGeneration(
+                    hf.LlavaConfig(vision_config=CLIP_L, text_config=llama(**VICUNA | {"vocab_size": 32064}), **UNTIED)
                 ),
             ),
             "Video-LLaVA-7B": (
                 "video",
-                lambda: T.VideoLlavaForConditionalGeneration(
-                    T.VideoLlavaConfig(text_config=llama(**VICUNA | {"vocab_size": 32064}), **UNTIED)
+                lambda: hf.VideoLlavaForConditionalGeneration(
+                    hf.VideoLlavaConfig(text_config=llama(**VICUNA | {"vocab_size": 32064}), **UNTIED)
                 ),
             ),
         },
     ),
     "Qwen2.5-7B": (
-        lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**QWEN7)),
+        lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**QWEN7)),
         {
-            "InternVL3-8B": ("image", lambda: internvl(T.Qwen2Config(**QWEN7 | {"vocab_size": 151674}), tied=False)),
+            "InternVL3-8B": ("image", lambda: internvl(hf.Qwen2Config(**QWEN7 | {"vocab_size": 151674}), tied=False)),
             "audio-flamingo-3": (
                 "audio",
-                lambda: T.AudioFlamingo3ForConditionalGeneration(
-                    T.AudioFlamingo3Config(
+                lambda: hf.AudioFlamingo3ForConditionalGeneration(
+                    hf.AudioFlamingo3Config(
                         audio_config={**WHISPER_L, "max_source_positions": 1500},
-                        text_config=T.Qwen2Config(**QWEN7 | {"vocab_size": 151672}),
+                        text_config=hf.Qwen2Config(**QWEN7 | {"vocab_size": 151672}),
                         **UNTIED,
                     )
                 ),
@@ -157,24 +167,24 @@ GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
         },
     ),
     "Qwen3-0.6B": (
-        lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**QWEN3_SMALL, tie_word_embeddings=True)),
+        lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**QWEN3_SMALL, tie_word_embeddings=True)),
         {
-            "InternVL3_5-1B": ("image", lambda: internvl(T.Qwen3Config(**QWEN3_SMALL), tied=True)),
+            "InternVL3_5-1B": ("image", lambda: internvl(hf.Qwen3Config(**QWEN3_SMALL), tied=True)),
             "Fun-ASR-Nano": (
                 "audio",
-                lambda: T.FunAsrNanoForConditionalGeneration(
-                    T.FunAsrNanoConfig(text_config=T.Qwen3Config(**QWEN3_SMALL), tie_word_embeddings=True)
+                lambda: hf.FunAsrNanoForConditionalGeneration(
+                    hf.FunAsrNanoConfig(text_config=hf.Qwen3Config(**QWEN3_SMALL), tie_word_embeddings=True)
                 ),
             ),
         },
     ),
     "SmolLM2-135M": (
-        lambda: T.LlamaForCausalLM(llama(**SMOL)),
+        lambda: hf.LlamaForCausalLM(llama(**SMOL)),
         {
             "SmolVLM-256M": (
                 "image",
-                lambda: T.SmolVLMForConditionalGeneration(
-                    T.SmolVLMConfig(
+                lambda: hf.SmolVLMForConditionalGeneration(
+                    hf.SmolVLMConfig(
                         text_config=llama(**SMOL | {"vocab_size": 49280}),
                         vision_config={
                             "hidden_size": 768,
@@ -192,13 +202,13 @@ GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
         },
     ),
     "Qwen2-7B": (
-        lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**QWEN7)),
+        lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**QWEN7)),
         {
             "llava-onevision-7b": (
                 "video",
-                lambda: T.LlavaOnevisionForConditionalGeneration(
-                    T.LlavaOnevisionConfig(
-                        vision_config=siglip(384), text_config=T.Qwen2Config(**QWEN7 | {"vocab_size": 152000}), **UNTIED
+                lambda: hf.LlavaOnevisionForConditionalGeneration(
+                    hf.LlavaOnevisionConfig(
+                        vision_config=siglip(384), text_config=hf.Qwen2Config(**QWEN7 | {"vocab_size": 152000}), **UNTIED
                     )
                 ),
             ),
@@ -206,27 +216,29 @@ GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
         },
     ),
     "Llama-3.1-8B": (
-        lambda: T.LlamaForCausalLM(llama(**LLAMA31)),
+        lambda: hf.LlamaForCausalLM(llama(**LLAMA31)),
         {
             "Idefics3-8B": (
                 "image",
-                lambda: T.Idefics3ForConditionalGeneration(
-                    T.Idefics3Config(
-                        text_config=llama(**LLAMA31 | {"vocab_size": 128259}), vision_config={"image_size": 364}, **UNTIED
+                lambda: hf.Idefics3ForConditionalGeneration(
+                    hf.Idefics3Config(
+                        text_config=llama(**LLAMA31 | {"vocab_size": 128259}),
+                        vision_config={"image_size": 364},
+                        **UNTIED,
                     )
                 ),
             )
         },
     ),
     "Mistral-7B v0.2": (
-        lambda: T.MistralForCausalLM(T.MistralConfig(**MISTRAL7)),
+        lambda: hf.MistralForCausalLM(hf.MistralConfig(**MISTRAL7)),
         {
             "llava-v1.6-mistral-7b": (
                 "image",
-                lambda: T.LlavaNextForConditionalGeneration(
-                    T.LlavaNextConfig(
+                lambda: hf.LlavaNextForConditionalGeneration(
+                    hf.LlavaNextConfig(
                         vision_config=CLIP_L,
-                        text_config=T.MistralConfig(**MISTRAL7 | {"vocab_size": 32064}),
+                        text_config=hf.MistralConfig(**MISTRAL7 | {"vocab_size": 32064}),
                         image_grid_pinpoints=GRID,
                         **UNTIED,
                     )
@@ -235,18 +247,18 @@ GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
         },
     ),
     "Mistral-Small-24B": (
-        lambda: T.MistralForCausalLM(T.MistralConfig(**MISTRAL24, sliding_window=None)),
+        lambda: hf.MistralForCausalLM(hf.MistralConfig(**MISTRAL24, sliding_window=None)),
         {
             "Mistral-Small-3.1-24B": (
                 "image",
-                lambda: T.Mistral3ForConditionalGeneration(
-                    T.Mistral3Config(text_config=T.MistralConfig(**MISTRAL24, sliding_window=None), **UNTIED)
+                lambda: hf.Mistral3ForConditionalGeneration(
+                    hf.Mistral3Config(text_config=hf.MistralConfig(**MISTRAL24, sliding_window=None), **UNTIED)
                 ),
             ),
             "Voxtral-Small-24B": (
                 "audio",
-                lambda: T.VoxtralForConditionalGeneration(
-                    T.VoxtralConfig(text_config=llama(**MISTRAL24), audio_config=WHISPER_L)
+                lambda: hf.VoxtralForConditionalGeneration(
+                    hf.VoxtralConfig(text_config=llama(**MISTRAL24), audio_config=WHISPER_L)
                 ),
             ),
         },
@@ -259,7 +271,8 @@ def write(folder: Path, make: Callable[[], Any]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = make()
-    tied, header, at = model.all_tied_weights_keys, {}, 0
+    tied, at = model.all_tied_weights_keys, 0
+    header: Any = {}
     for name, tensor in model.state_dict().items():
         if name not in tied:
             size = 2 * tensor.numel()
@@ -290,8 +303,8 @@ def main() -> None:
         for label, (modality, make) in models.items():
             given += write(root / label, make)
             entries.append({"model": str(root / label), "modality": modality})
-        recipe = {"base_model": str(root / "base"), "models": entries}
-        recipe["output"] = {"form": "omni", "chat_template": "base"}
+        output = {"form": "omni", "chat_template": "base"}
+        recipe = {"base_model": str(root / "base"), "models": entries, "output": output}
         (root / "recipe.yaml").write_text(json.dumps(recipe))
         usage, printed = run([sys.executable, "-m", "modalloy.cli", "plan", root / "recipe.yaml", "--json"])
         plan = json.loads(printed)
@@ -308,7 +321,14 @@ def main() -> None:
         found[name] = seen
         sizes = [f"{seen[key] / 1e9:.1f}" for key in ("given_bytes", "read_bytes", "write_bytes")]
         rows.append(
-            [name, " + ".join(models), str(seen["merged_weights"]), *sizes, f"{usage.seconds:.1f}", f"{usage.peak_bytes / 1e9:.2f}"]
+            [
+                name,
+                " + ".join(models),
+                str(seen["merged_weights"]),
+                *sizes,
+                f"{usage.seconds:.1f}",
+                f"{usage.peak_bytes / 1e9:.2f}",
+            ]
         )
     print(table(["base", "specialists", "merged", "given GB", "read GB", "written GB", "plan s", "peak GB"], rows))
     print(json.dumps({"benchmark": "native_plans", "groups": found} | machine()))

@@ -68,6 +68,10 @@ class MediaError(ModalloyError):
     """A medium cannot be read."""
 
 
+class LongMediaError(MediaError):
+    """A medium is longer than the specialist of its modality takes."""
+
+
 class LengthError(ModalloyError):
     """A conversation and its answer are longer than the model's context."""
 

@@ -85,6 +85,7 @@ def write_specialist(folder: Path, model: Any) -> None:
 def write_recipe(folder: Path, models: list[dict[str, Any]], **more: Any) -> Path:
     output = {"form": "omni", "chat_template": "base"} | more.pop("output", {})
     content = {"base_model": "base", "models": models, "output": output, **more}
+    folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(json.dumps(content))
     return folder / "recipe.yaml"
 
@@ -448,3 +449,43 @@ def test_native_and_built_in_senses_stand_in_one_model(tmp_path: Path) -> None:
     reply = chat.reply([{"role": "user", "content": [*parts, question]}], max_new_tokens=4)
     assert reply.tokens["image"] == 16 and reply.tokens["audio"] == 6
     assert reply.answer == "a dog"
+
+
+def test_candidates_of_a_search_are_what_a_merge_writes(pair: Path) -> None:
+    from modalloy.search.candidates import RoutedBench
+
+    planned = plan(load_recipe(pair / "recipe.yaml"))
+    bench = RoutedBench(planned, device="cpu", dtype="float32", allow_base_mismatch=False)
+    # the tiny tokenizer of words is not Qwen2's, which transformers makes of a Qwen2 model's folder
+    bench.chat.processor.tokenizer = load_model(pair / "out").processor.tokenizer
+    bench.put({})
+    message = asked(("image", pair / "a.png"), ("audio", pair / "a.wav"))
+    merged = load_model(pair / "out")
+    options = ["w30", "w31 w32"]
+    assert torch.allclose(
+        torch.tensor(bench.chat.score_options(message, options)),
+        torch.tensor(merged.score_options(message, options)),
+        atol=1e-5,
+    )
+    bench.put_parent(0)
+    alone = write_recipe(pair / "alone", [{"model": "../see"}], **EXACT, base_model="../base")
+    merge(alone, pair / "alone" / "out", overwrite=True)
+    seen = asked(("image", pair / "a.png"))
+    found = load_model(pair / "alone" / "out").score_options(seen, options)
+    assert torch.allclose(torch.tensor(bench.chat.score_options(seen, options)), torch.tensor(found), atol=1e-5)
+
+
+def test_evaluation_reads_native_media_within_its_limits(pair: Path) -> None:
+    """Paths are judged, and a sound that is too long is an unreadable medium of one sample, not the end of a run."""
+    from modalloy.evals.ask import _prompt, _UnreadableError
+    from modalloy.evals.benchmark import Sample
+    from modalloy.evals.features import FeatureCache
+
+    chat, cache = load_model(pair / "out"), FeatureCache()
+    sample = Sample(id="1", text="w20", golds=("w21",), media=(("image", str(pair / "a.png")),))
+    assert _prompt(chat, sample, cache, (str(pair),)).features["image"]
+    with pytest.raises(_UnreadableError, match="leads out of the data"):
+        _prompt(chat, sample, cache, (str(pair / "see"),))
+    long = Sample(id="2", text="w20", golds=("w21",), media=(("audio", str(pair / "long.wav")),))
+    with pytest.raises(_UnreadableError, match=r"longer than the 30 s"):
+        _prompt(chat, long, cache, None)

@@ -60,7 +60,11 @@ def see(base: Any, folder: Path) -> None:
     text.vocab_size = len(tokenizer)
     vision = transformers.CLIPVisionConfig(**TOWER, image_size=56, patch_size=14)
     config = transformers.LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=sign, vision_feature_layer=-2, tie_word_embeddings=True
+        text_config=text,
+        vision_config=vision,
+        image_token_index=sign,
+        vision_feature_layer=-2,
+        tie_word_embeddings=True,
     )
     save(transformers.LlavaForConditionalGeneration(config), base, folder, 1)
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})

@@ -84,7 +84,9 @@ def merge(
     for notice in report.plan.notices:
         say(f"note     {notice}")
     for label, kin in report.kinship.items():
-        say(f"related  {label} and {report.plan.target_label}: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}")
+        say(
+            f"related  {label} and {report.plan.target_label}: median cosine {kin.cosine:.4f}, relative distance {kin.distance:.4f}"
+        )
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from modalloy.errors import LengthError, MediaError, ModalloyError, OutputError, plain
+from modalloy.errors import LengthError, LongMediaError, MediaError, ModalloyError, OutputError, plain
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, questions
 from modalloy.evals.features import FeatureCache
 from modalloy.evals.files import OUTSIDE, leads_out
@@ -164,7 +164,7 @@ def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache, folders: tuple
     if sample.plain:
         return chat.plain_prompt(sample.text)
 
-    def features(modality: str, path: Any) -> torch.Tensor:
+    def features(modality: str, path: Any) -> Any:
         if folders is not None and leads_out(path, folders):
             raise _UnreadableError(f"{plain(path)}: {OUTSIDE}")
         try:
@@ -172,7 +172,11 @@ def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache, folders: tuple
         except MediaError as error:
             raise _UnreadableError(str(error)) from error
 
-    return chat.prompt(placed_message(sample.text, sample.media, chat.modalities), features)
+    message = placed_message(sample.text, sample.media, chat.modalities)
+    try:
+        return chat.prompt(message, features)
+    except LongMediaError as error:
+        raise _UnreadableError(str(error)) from error
 
 
 class _UnreadableError(Exception):

@@ -5,6 +5,7 @@ import os
 import weakref
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,14 +44,17 @@ class FeatureCache:
                 raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another --features") from error
             self.written_bytes = sum(path.lstat().st_size for path in folder.glob("*.safetensors"))
 
-    def features(self, chat: ChatModel, modality: str, path: str | Path) -> Tensor:
-        """Features (n_features, dim) of one medium, in float32; of a model that is not modalloy's, what its `features` gives.
+    def features(self, chat: ChatModel, modality: str, path: str | Path) -> Any:
+        """Features (n_features, dim) of one medium, in float32; of a model that is not modalloy's, what its `features` gives;
+        of a native modality, the medium in memory, as its block depends on the media beside it.
 
         Raises:
             MediaError: the medium cannot be read.
         """
         if not isinstance(chat.model, ModalloyForConditionalGeneration):
             return chat.features(modality, path)
+        if modality in chat.processor.preparers:
+            return chat.processor.preprocess(modality, path)
         key = hashlib.sha256(f"{self._encoder(chat, modality)} {self._file(path)}".encode()).hexdigest()
         if key in self.kept:
             self.kept.move_to_end(key)

@@ -101,7 +101,8 @@ class ChatModel:
         return self.score([self.prompt(messages)], [options])[0]
 
     def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
-        """A conversation ready to be answered; `features(modality, medium)` may give what is known of a medium already.
+        """A conversation ready to be answered; `features(modality, medium)` may give what is known of a medium already: its
+        features, or of a native modality the medium in memory.
 
         Raises:
             MediaError: a medium cannot be read, or is of a modality that the model lacks.
@@ -112,7 +113,8 @@ class ChatModel:
         lengths: dict[str, list[int]] = {}
         for modality, found in grouped(media).items():
             if modality in self.processor.preparers:
-                encoded[modality] = list(self.model.encode(modality, self.processor.prepare(modality, found)))
+                read = [(features or self.processor.preprocess)(modality, medium) for medium in found]
+                encoded[modality] = list(self.model.encode(modality, self.processor.prepare(modality, read)))
                 lengths[modality] = list(map(len, encoded[modality]))
             else:
                 encoded[modality] = [(features or self.features)(modality, medium) for medium in found]

@@ -41,13 +41,8 @@ class HostedModel(ChatModel):
     @cached_property
     def readers(self) -> dict[str, Preparer]:
         """What reads a medium, of the modalities that its class takes and its processor has a part for."""
-        given = type(self.model).input_modalities
-        able = [one for one in ((given,) if isinstance(given, str) else given) if one in PARTS]
-        return {
-            one: Preparer(Path(self.processor.where), one, opened=self.own)
-            for one in able
-            if getattr(self.own, PARTS[one], None) is not None
-        }
+        place = Path(self.processor.where)
+        return {one: Preparer(place, one, opened=self.own) for one in modalities_of(type(self.model), self.own)}
 
     def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
         """A conversation ready to be answered.
@@ -206,6 +201,20 @@ def heed(tokenizer: Any, literals: Literals) -> None:
 def is_hosted(config: dict[str, Any]) -> bool:
     """Whether a config.json names a class of transformers that answers about media and text."""
     return native_class_name(config) is not None
+
+
+def modalities_of(kind: Any, processor: Any) -> tuple[str, ...]:
+    """What a class takes besides text, where its processor has a part for it."""
+    given = kind.input_modalities
+    named = (given,) if isinstance(given, str) else given
+    return tuple(one for one in named if one in PARTS and getattr(processor, PARTS[one], None) is not None)
+
+
+def able(processor: Any, config: dict[str, Any]) -> tuple[str, ...]:
+    """The same, of the model with this config.json."""
+    import transformers
+
+    return modalities_of(getattr(transformers, str(native_class_name(config))), processor)
 
 
 def load_hosted(folder: Path, content: dict[str, Any], **options: Any) -> HostedModel:

@@ -23,6 +23,7 @@ from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
 from modalloy.outputs.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
+from modalloy.planning.senses import NativeSense
 from modalloy.senses.encoders import build, encoder_weights
 from modalloy.senses.projectors import projector_class
 from modalloy.specialists.layouts import open_specialist
@@ -35,6 +36,7 @@ from modalloy.storage.tensors import Checkpoint, TensorRef
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
 
+Read = Callable[[TensorRef], Tensor]
 # of old checkpoints: a table that transformers computes itself
 NATIVE = re.compile(r"senses\.(?P<modality>[\w-]+)\..+")
 COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -171,7 +173,7 @@ def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device:
         if not opened.text_lora:
             return load_model(specialist, device=device, dtype="auto")  # a full model
         config.text_update = specialist_update(opened.text_lora, open_base(folder))
-        weights |= _owned(opened.checkpoint, adapter_names(opened.text_lora, "default"), config)
+        weights |= _owned(opened.checkpoint.read, adapter_names(opened.text_lora, "default"), config)
     model = _routed(folder, config, weights, {"dtype": "auto", "trust_remote_code": False})
     set_ends(model, folder, content)
     return ChatModel(moved(model, device), ModalloyProcessor(tokenizer, {}))
@@ -190,19 +192,21 @@ def load_planned(planned: "Plan", *, device: str = "cpu", dtype: str = "float32"
     for modality, sense in planned.senses.items():
         if sense.path is not None:
             content["modalities"][modality]["source"] = str(sense.path.resolve())
-    content |= {"base_model": str(folder.resolve()), "text_update": None, "text_linears": []}
+    content |= {"base_model": str(folder.resolve()), "text_update": None, "text_linears": [], "text_tensors": []}
     with opening(folder, "config.json", "used"):
         config = ModalloyConfig(**{key: content[key] for key in content if key not in ("architectures", "model_type")})
     weights = _base_weights(folder) | _encoders(config, folder)
     for specialist in planned.specialists:
-        weights |= _owned(specialist.checkpoint, specialist.carried(), config)
+        weights |= _owned(planned.inputs.read, specialist.carried(), config)
     chosen = dtype if dtype == "auto" else getattr(torch, dtype)
     model = _routed(folder, config, weights, {"dtype": chosen, "trust_remote_code": False})
     set_ends(model, folder, content)
     tokenizer = open_tokenizer(folder)
     template, labels = prompt_format(planned)
     tokenizer.chat_template = template or tokenizer.chat_template
-    return ChatModel(moved(model, device), ModalloyProcessor(tokenizer, config.modalities, labels))
+    processor = ModalloyProcessor(tokenizer, config.modalities, labels)
+    processor.places = {name: one.folder for name, one in planned.senses.items() if isinstance(one, NativeSense)}
+    return ChatModel(moved(model, device), processor)
 
 
 def is_language_model(config: dict[str, Any]) -> bool:
@@ -282,16 +286,16 @@ def _stored(checkpoint: Checkpoint, ref: Any) -> Stored:
 def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
     """Adapters, projectors and extra tokens from the folder's file of weights, which has ModelCompose's names."""
     checkpoint = Checkpoint(folder, ("adapter_model",))
-    return _owned(checkpoint, checkpoint.refs, config)
+    return _owned(checkpoint.read, checkpoint.refs, config)
 
 
 def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
     """The text and modality adapters, projector and extra tokens of one specialist."""
     refs = adapter_names(specialist.text_lora, "default") | specialist.carried()
-    return _owned(specialist.checkpoint, refs, config)
+    return _owned(specialist.checkpoint.read, refs, config)
 
 
-def _owned(checkpoint: Checkpoint, refs: dict[str, TensorRef], config: ModalloyConfig) -> dict[str, Stored]:
+def _owned(read: Read, refs: dict[str, TensorRef], config: ModalloyConfig) -> dict[str, Stored]:
     """Tensors by the model's names, from those by ModelCompose's."""
     found = {}
     for name, ref in refs.items():
@@ -300,7 +304,7 @@ def _owned(checkpoint: Checkpoint, refs: dict[str, TensorRef], config: ModalloyC
             raise CheckpointError(
                 f"{ref.file}: {name} belongs to no modality of config.json; the folder mixes two models"
             )
-        found[own] = _stored(checkpoint, ref)
+        found[own] = Stored(partial(read, ref), ref.dtype)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modalloy.errors import CheckpointError, MediaError, ModalloyError
+from modalloy.errors import CheckpointError, LongMediaError, ModalloyError
 from modalloy.model.opening import check_code, opening, reason
 from modalloy.model.rendering import chosen_template, rendered_by
 from modalloy.senses.anatomy import native_class_name
@@ -72,7 +72,8 @@ class Preparer:
         """All media of a conversation, prepared together, or one by one where the processor takes one at a time.
 
         Raises:
-            MediaError: a medium cannot be read, or is longer than the specialist takes.
+            MediaError: a medium cannot be read.
+            LongMediaError: it is longer than the specialist takes.
             CheckpointError: the processor fails.
         """
         read = [self.read(medium) for medium in media]
@@ -189,7 +190,7 @@ class Preparer:
         samples = sum(len(one) for one in media)
         if samples > (frames + len(media)) * hop:
             rate = self.sampling_rate
-            raise MediaError(
+            raise LongMediaError(
                 f"a sound of {samples / rate:.1f} s is longer than the {frames * hop / rate:.0f} s that the {self.modality} "
                 "specialist takes; give a shorter one"
             )

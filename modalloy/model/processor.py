@@ -50,6 +50,7 @@ class ModalloyProcessor(ProcessorMixin):
     ) -> None:
         self.modalities = modalities or {}
         self.labels = labels
+        self.places: dict[str, Path] = {}  # of what prepares native media, where that is not beside the tokenizer
         self._literals: dict[str | None, Literals] = {}
         super().__init__(tokenizer, chat_template=chat_template or getattr(tokenizer, "chat_template", None))
 
@@ -64,9 +65,14 @@ class ModalloyProcessor(ProcessorMixin):
     @cached_property
     def preparers(self) -> dict[str, Preparer]:
         """What prepares the media of native modalities."""
-        folder = locate(self.where, whole=True)
+        native = [modality for modality, sizes in self.modalities.items() if "native" in sizes]
+        folder = locate(self.where, whole=True) if native and not self.places else Path()
         return {
-            modality: Preparer(folder / "senses" / modality, self.modality_of(modality), sizes["native"].get("frame"))
+            modality: Preparer(
+                self.places.get(modality, folder / "senses" / modality),
+                self.modality_of(modality),
+                sizes["native"].get("frame"),
+            )
             for modality, sizes in self.modalities.items()
             if "native" in sizes
         }

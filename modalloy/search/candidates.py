@@ -1,6 +1,6 @@
 """Candidates served in memory: one model is loaded, and its text path is set to one merge after another. Nothing is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from modalloy.compute import Surveys, compute, survey, weighted_updates
 from modalloy.delta import Delta, LowRank, Restore, lift
 from modalloy.engines import local
+from modalloy.errors import RecipeError
 from modalloy.machine.cores import default_workers
 from modalloy.methods.ssam import aligned
 from modalloy.model.chat import ChatModel
@@ -37,6 +38,10 @@ class RoutedBench:
     """
 
     def __init__(self, planned: Plan, *, device: str, dtype: str, allow_base_mismatch: bool) -> None:
+        if cut := next((one.label for one in planned.specialists if one.own_rank is not None), None):
+            raise RecipeError(
+                f"{cut} specialist: own: {{rank: …}} is not served in memory; leave it out for the search, which does not vary it"
+            )
         self.planned, self.allow_base_mismatch = planned, allow_base_mismatch
         self.chat: ChatModel = load_planned(planned, device=device, dtype=dtype)
         self.kept: dict[str, Aligned] = {}  # by weight
@@ -45,12 +50,23 @@ class RoutedBench:
         """Set the text path to the merge of a candidate; returns its `sketch`."""
         planned, surveys = candidate(self.planned, changes, self.allow_base_mismatch)
         work = partial(_merged, planned, surveys, self.kept)
+        shared = (job for job in planned.jobs if job.kind == "average")
+        self._share((job.name, compute(job, planned.inputs.read).tensors[0]) for job in shared)
         return self._set((job.name, tensors) for job, tensors in in_parallel(work, planned.merges()))
 
     def put_parent(self, index: int) -> None:
         """Set the text path to that of one specialist: the model is then that specialist, for its own sense."""
         work = partial(_parent, self.planned, index)
+        tuned, base, read = self.planned.specialists[index].tuned, self.planned.target.refs, self.planned.inputs.read
+        names = [job.name for job in self.planned.jobs if job.kind == "average"]
+        self._share((name, read(tuned.get(name, base[name]))) for name in names)
         self._set((job.name, [tensor]) for job, tensor in in_parallel(work, self.planned.merges()))
+
+    @torch.no_grad()
+    def _share(self, found: Iterable[tuple[str, Tensor]]) -> None:
+        """Give the decoder's norms and biases, which all tokens share, their values."""
+        for name, tensor in found:
+            self.chat.model.decoder.get_parameter(name).copy_(tensor)
 
     def _set(self, found: Iterator[tuple[str, list[Delta]]]) -> list[float]:
         """Replace the text path by one update, or one whole weight, for every linear."""

@@ -12,7 +12,7 @@ from modalloy.errors import CheckpointError, RecipeError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.machine.threads import one_thread
 from modalloy.model.chat import ChatModel
-from modalloy.model.hosted import HostedModel, is_hosted, open_processor, places
+from modalloy.model.hosted import HostedModel, able, is_hosted, open_processor, places
 from modalloy.model.load import COMPUTED, Stored, is_language_model, load_model
 from modalloy.planning.job import Job
 from modalloy.planning.plan import Plan
@@ -138,8 +138,7 @@ def target_senses(planned: Plan, load: Loader | None) -> tuple[str, ...] | None:
     if load is not None:
         return None
     if is_hosted(config):
-        open_processor(planned.target.folder)
-        return ("image",)
+        return able(open_processor(planned.target.folder), config)
     if is_language_model(config):
         return ()
     found = ", ".join(config.get("architectures") or ["no architecture"])
