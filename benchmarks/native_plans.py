@@ -208,7 +208,9 @@ GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
                 "video",
                 lambda: hf.LlavaOnevisionForConditionalGeneration(
                     hf.LlavaOnevisionConfig(
-                        vision_config=siglip(384), text_config=hf.Qwen2Config(**QWEN7 | {"vocab_size": 152000}), **UNTIED
+                        vision_config=siglip(384),
+                        text_config=hf.Qwen2Config(**QWEN7 | {"vocab_size": 152000}),
+                        **UNTIED,
                     )
                 ),
             ),

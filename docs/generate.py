@@ -55,6 +55,7 @@ def pages() -> dict[str, str]:
         "reference/cli.md": cli(),
         "reference/python.md": python(),
         "results/safety.md": safety(),
+        "results/native.md": native(),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 
@@ -191,6 +192,42 @@ def safety() -> str:
             "| target | examples | failures |",
             "|---|---|---|",
             *rows,
+            "",
+        ]
+    )
+
+
+def native() -> str:
+    """Plans of public native checkpoints, and one merge of true shapes, from their stored results."""
+    plans, trial = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("native_plans", "native_qwen3"))
+    rows = [
+        f"| {base} | {' + '.join(one['models'])} | {one['merged_weights']} | {one['given_bytes'] / 1e9:.1f} | "
+        f"{one['read_bytes'] / 1e9:.1f} | {one['write_bytes'] / 1e9:.1f} | {one['seconds']:.1f} | {one['peak_bytes'] / 1e9:.2f} |"
+        for base, one in plans["groups"].items()
+    ]
+    merging, asking = trial["merge"], trial["load_and_answer"]
+    tokens = ", ".join(f"{count} of {name}" for name, count in trial["tokens"].items())
+    return "\n".join(
+        [
+            "# Native checkpoints of true size\n",
+            "## Plans of public groups (`benchmarks/native_plans.py`)\n",
+            "Headers of true shapes without data; sizes of the models as far as they are known here, nothing was downloaded. Bytes",
+            "are what a merge would read, again to verify a sample, and write; time and memory are the plan's own.\n",
+            "| base | specialists | merged weights | given GB | read GB | written GB | plan s | peak GB |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "## From two folders to an answer (`benchmarks/native_qwen3.py`)\n",
+            f"Qwen3-VL-2B and Qwen3-ASR-1.7B of true shapes ({trial['layers']} layers, random weights, bfloat16), on one Qwen3-1.7B, by",
+            f"{trial['method']}: {trial['given_bytes'] / 1e9:.1f} GB in three folders became {trial['result_bytes'] / 1e9:.1f} GB in one.\n",
+            "| | seconds | peak GB |",
+            "|---|---|---|",
+            f"| merge, hashed and verified | {merging['seconds']:.0f} | {merging['peak_bytes'] / 1e9:.1f} |",
+            f"| load, and answer a prompt of {tokens} tokens with {trial['new_tokens']} new ones | {asking['seconds']:.0f} | "
+            f"{asking['peak_bytes'] / 1e9:.1f} |",
+            "",
+            f"Two cores, in use by other work (load {trial['load']:.1f}). The rotary base is one for all three here; as far as is known, the",
+            "published models' differ, and are refused.",
             "",
         ]
     )

@@ -17,6 +17,7 @@ class Form:
     carries_senses: bool = False  # encoders, projectors and the updates of each modality's own tokens
     has_shards: bool = True
     is_model: bool = True  # it can be loaded by itself
+    names_modules: bool = False  # a weight goes by the name of transformers' module, not by that in the base's files
     refers_to_base: bool = False  # by name; a base that only this machine would find is copied, if it is a model
 
     def factors(self, weight: str) -> tuple[str, str]:
@@ -36,6 +37,7 @@ FORMS = {
             takes_full_updates=False,
             has_shards=False,  # PEFT wants one file
             is_model=False,
+            names_modules=True,
             refers_to_base=True,
         ),
         Form("full", "model", is_whole=True),

@@ -12,8 +12,9 @@ from torch import Tensor
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe
 from modalloy.specialists.full import decoder_name
-from modalloy.specialists.native import is_native, open_native, place_native, places_in
+from modalloy.specialists.native import is_native, open_native, place_native
 from modalloy.specialists.peft import alphas_of
+from modalloy.specialists.spelling import places_in, unwrapped
 from modalloy.storage.folder import present, read_json
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile, checked
 from modalloy.storage.views import MappedRef, assembled
@@ -48,11 +49,13 @@ class Model:
         pairs: dict[str, dict[str, TensorRef]] = {}
         respelled: dict[str, str] = {}
         if not is_adapter:
-            respelled = places_in(base, read_json(base.folder / "config.json"), self.checkpoint.refs, folder)
+            names = list(unwrapped(self.checkpoint.refs).values())
+            respelled = places_in(base, read_json(base.folder / "config.json"), names, folder)
+        plain_names = unwrapped(self.checkpoint.refs)
         for name, ref in self.checkpoint.refs.items():
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.ignore):
                 continue
-            bare = name.removeprefix("base_model.model.")
+            bare = plain_names[name].removeprefix("base_model.model.")
             disk = disk_name(self._modality() or "")
             if (place := respelled.get(bare, bare)) in base.refs:
                 self.tuned[place] = ref

@@ -7,6 +7,8 @@ from typing import Any
 from modalloy.files import write_text
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
+from modalloy.specialists.spelling import module_names
+from modalloy.storage.config import read_config
 from modalloy.storage.locate import is_hub_id, is_portable_name
 
 USE = """```python
@@ -26,11 +28,12 @@ def write(planned: Plan, folder: Path) -> None:
 
 def peft_config(planned: Plan) -> dict[str, Any]:
     """adapter_config.json of the result."""
-    stems = [job.name.removesuffix(".weight") for job in planned.jobs if job.kind == "merge"]
+    modules = module_names(planned.target, read_config(planned.target.folder))
+    merged = (job.name for job in planned.jobs if job.kind == "merge")
+    stems = [modules.get(name, name).removesuffix(".weight") for name in merged]
     leaves = {stem.rpartition(".")[2] for stem in stems}
-    same_leaf = {
-        n.removesuffix(".weight") for n in planned.target.refs if n.removesuffix(".weight").rpartition(".")[2] in leaves
-    }
+    named = (modules.get(name, name).removesuffix(".weight") for name in planned.target.refs)
+    same_leaf = {name for name in named if name.rpartition(".")[2] in leaves}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

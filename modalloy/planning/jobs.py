@@ -15,6 +15,8 @@ from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
+from modalloy.specialists.spelling import module_names
+from modalloy.storage.config import read_config
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
 from modalloy.storage.views import MappedRef
 from modalloy.storage.writer import TensorSpec
@@ -140,7 +142,9 @@ class Planner(Choices):
                 "write form: full, or keep the base's by modules: {\"" + self.averaged[0] + '": {policy: keep}}'
             )
         form = self.recipe.form
-        dtype = self._dtype()
+        dtype, modules = self._dtype(), {}
+        if form.names_modules:
+            modules = module_names(self.base, read_config(self.base.folder))
         slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
         whole = {
             slot
@@ -157,7 +161,8 @@ class Planner(Choices):
             rows, columns = self.base.refs[slot].shape
             shapes = [(self.rank, columns), (rows, self.rank)]
             specs = tuple(
-                TensorSpec(name, dtype, shape) for name, shape in zip(form.factors(slot), shapes, strict=True)
+                TensorSpec(name, dtype, shape)
+                for name, shape in zip(form.factors(modules.get(slot, slot)), shapes, strict=True)
             )
             jobs.append(self._merge_job(slot, specs))
         jobs += [self._average_job(name, self._like_base(name)) for name in sorted(self.averaged)]

@@ -29,6 +29,7 @@ from modalloy.methods.apply import resolve
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
+from modalloy.specialists.spelling import module_names
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
 from modalloy.storage.tensors import TensorRef, checked
@@ -119,6 +120,7 @@ class Promises:
     def __init__(self, recipe: Recipe, base_folder: Path, folders: Sequence[Path], labels: Sequence[str]) -> None:
         self.recipe, self.base = recipe, open_base(base_folder)
         self.config = read_json(base_folder / "config.json")
+        self.modules = module_names(self.base, self.config) if recipe.form.names_modules else {}
         self.every = [
             Model(label, folder, recipe, index, self.base)
             for index, (label, folder) in enumerate(zip(labels, folders, strict=True))
@@ -248,7 +250,7 @@ class Promises:
             fishers = tuple(model.fisher.refs[slot] for model in models if model.fisher is not None)
         names: tuple[str, ...] = (slot,)
         if not self.recipe.form.is_whole:
-            names = self.recipe.form.factors(slot)
+            names = self.recipe.form.factors(self.modules.get(slot, slot))
         return Promise(
             "merged",
             slot,

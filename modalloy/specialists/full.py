@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
-from modalloy.specialists.native import places_in
 from modalloy.specialists.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Layout, Specialist, put, twice, unignored
+from modalloy.specialists.spelling import places_in
 from modalloy.storage.config import read_config
 from modalloy.storage.folder import present
 from modalloy.storage.locate import BASE_STEMS

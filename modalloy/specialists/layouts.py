@@ -12,7 +12,7 @@ from pathlib import Path
 from modalloy.errors import CheckpointError
 from modalloy.specialists import full, modelcompose, native, peft
 from modalloy.specialists.specialist import ADAPTER_STEMS, Layout, Specialist
-from modalloy.storage.folder import is_there
+from modalloy.storage.folder import is_there, reading
 from modalloy.storage.locate import BASE_STEMS
 
 LAYOUTS = (peft.LAYOUT, modelcompose.LAYOUT, full.LAYOUT)  # the first that recognises a folder opens it
@@ -43,6 +43,7 @@ def open_specialist(
     label = label or modality or folder.name
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; correct the path of the {label} specialist in the recipe")
+    check_not_above(folder, label)
     layout = next(layout for layout in layouts if layout.recognise(folder))
     if not layout.joins_adapter:
         check_one_kind(folder)
@@ -61,6 +62,18 @@ def open_specialist(
             f"{folder}: its tensors belong to modality '{specialist.modality}', the recipe says '{modality}'; correct the recipe"
         )
     return specialist
+
+
+def check_not_above(folder: Path, label: str) -> None:
+    """Refuse a folder that holds nothing itself, but folders of adapters: which one is meant only its user knows."""
+    if any(is_there(folder / (stem + ending)) for stem in (*ADAPTER_STEMS, *BASE_STEMS) for ending in ENDINGS):
+        return
+    with reading(folder):
+        below = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if below and not is_there(folder / "adapter_config.json"):
+        raise CheckpointError(
+            f"{label} specialist: {folder} holds no weights, but an adapter in {', '.join(map(str, below[:3]))}; give that folder"
+        )
 
 
 def check_one_kind(folder: Path) -> None:

@@ -6,7 +6,7 @@ beside the model, or in a folder of it (`FOLDER#vision-lora`), is the update, an
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,15 @@ def open_native(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     text = found.text_config.to_dict()
     specialist = Specialist(label, checkpoint, "native", config | text, _base_name(config), is_whole=not adapters)
     specialist.adapter = adapter
-    of_adapter = {name for name, ref in checkpoint.refs.items() if ref.file.name in ADAPTERS}
-    _sort(specialist, found, config, [one for one in unignored(specialist, ignore) if one[0] not in of_adapter])
+    tensors = list(unignored(specialist, ignore))
+    _sort(specialist, found, config, [one for one in tensors if one[1].file.name not in ADAPTERS])
     if adapters:
         path = given / "adapter_config.json"
         settings = read_json(path)
         check_config(settings, path)
         before = dict(specialist.tuned)
         specialist.frozen, specialist.tuned = before, {}
-        entries = [one for one in unignored(specialist, ignore) if one[0] in of_adapter]
+        entries = [one for one in tensors if one[1].file.name in ADAPTERS]
         add_updates(specialist, entries, settings, path)
         specialist.text_lora = dict(_placed_updates(specialist, found))
     return specialist
@@ -210,27 +210,6 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
     height = base.refs[names.get("model.embed_tokens.weight", "model.embed_tokens.weight")].shape[0]
     further = range(min(height, native.table.shape[0]), native.table.shape[0])
     native.ids = tuple(sorted({*native.tokens, *further}))
-
-
-def places_in(base: Checkpoint, base_config: dict[str, Any], names: Iterable[str], folder: Path) -> dict[str, str]:
-    """The base's name of each tensor of a model of the base's own multimodal class that another version spelled otherwise.
-
-    `folder`: of the model, or of the base for what an adapter updates. Empty where the base is no multimodal class, or
-    another than the model's.
-
-    Raises:
-        CheckpointError: a tensor is stored in another form than the class's.
-    """
-    wanted = [name for name in names if name not in base.refs]
-    name = native_class_name(base_config)
-    if not wanted or name is None or not is_there(folder / "config.json"):
-        return {}
-    config = read_config(folder)
-    if native_class_name(config) != name:
-        return {}
-    files = {own: file for file, own in own_names(anatomy(base_config, base.folder), base.refs).items()}
-    theirs = own_names(anatomy(config, folder), wanted)
-    return {name: files[own] for name, own in theirs.items() if own in files}
 
 
 def first_rows(ref: TensorRef, count: int) -> TensorRef:

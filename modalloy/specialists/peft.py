@@ -30,7 +30,7 @@ from modalloy.storage.folder import is_there, present, read_json
 from modalloy.storage.patterns import first_matches
 from modalloy.storage.tensors import Checkpoint, TensorRef
 
-LORA = re.compile(r"base_model\.model\.(?P<stem>.+)\.lora_(?P<side>[AB])\.weight")
+LORA = re.compile(r"base_model\.model\.(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # starts that leave the base's weights as they are; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA move a part of them into A and B
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 DORA = "DoRA rescales whole weights, so it is no low-rank update"

@@ -17,6 +17,7 @@ from modalloy.delta import LowRank
 from modalloy.errors import CheckpointError, shown
 from modalloy.names import disk_name, modality_name
 from modalloy.senses.encoders import modalities
+from modalloy.specialists.spelling import unwrapped
 from modalloy.storage.tensors import Checkpoint, TensorRef, checked
 from modalloy.storage.views import chosen_rows
 
@@ -156,11 +157,15 @@ def adapter_names(updates: dict[str, StoredLora], adapter: str) -> dict[str, Ten
 
 
 def unignored(specialist: Specialist, ignore: Sequence[str]) -> Iterator[tuple[str, TensorRef]]:
-    """Name and place of every tensor that no pattern of `ignore` names; the others are entered as dropped."""
+    """Name and place of every tensor that no pattern of `ignore` names; the others are entered as dropped.
+
+    Names come without what wrappers of training left in them.
+    """
+    plain = unwrapped(specialist.checkpoint.refs)
     for name, ref in specialist.checkpoint.refs.items():
         pattern = next((pattern for pattern in ignore if fnmatch.fnmatchcase(name, pattern)), None)
         if pattern is None:
-            yield name, ref
+            yield plain[name], ref
         else:
             specialist.dropped[name] = f"ignore: {pattern}"
 
