@@ -218,16 +218,17 @@ def native() -> str:
             *rows,
             "",
             "## From two folders to an answer (`benchmarks/native_qwen3.py`)\n",
-            f"Qwen3-VL-2B and Qwen3-ASR-1.7B of true shapes ({trial['layers']} layers, random weights, bfloat16), on one Qwen3-1.7B, by",
-            f"{trial['method']}: {trial['given_bytes'] / 1e9:.1f} GB in three folders became {trial['result_bytes'] / 1e9:.1f} GB in one.\n",
+            f"Qwen3-VL-2B and Qwen3-ASR-1.7B of true shapes ({trial['layers']} layers, random weights, bfloat16), on one",
+            f"Qwen3-1.7B, by {trial['method']}: {trial['given_bytes'] / 1e9:.1f} GB in three folders became "
+            f"{trial['result_bytes'] / 1e9:.1f} GB in one.\n",
             "| | seconds | peak GB |",
             "|---|---|---|",
             f"| merge, hashed and verified | {merging['seconds']:.0f} | {merging['peak_bytes'] / 1e9:.1f} |",
             f"| load, and answer a prompt of {tokens} tokens with {trial['new_tokens']} new ones | {asking['seconds']:.0f} | "
             f"{asking['peak_bytes'] / 1e9:.1f} |",
             "",
-            f"Two cores, in use by other work (load {trial['load']:.1f}). The rotary base is one for all three here; as far as is known, the",
-            "published models' differ, and are refused.",
+            f"Two cores, in use by other work (load {trial['load']:.1f}). The rotary base is one for all three here; as far as is",
+            "known, the published models' differ, and are refused.",
             "",
         ]
     )
