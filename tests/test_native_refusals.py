@@ -340,6 +340,15 @@ def test_a_damaged_sense_in_a_result(native: Path, tmp_path: Path) -> None:
     with pytest.raises(ModalloyError, match=r"the entries of modality 'image' are damaged"):
         load_model(tmp_path / "out")
 
+    def grow(content: dict[str, Any]) -> None:
+        native = content["modalities"]["image"]["native"]
+        native["rows"] = []
+        native["config"]["vision_config"]["num_hidden_layers"] = 10**9
+
+    edit(tmp_path / "out" / "config.json", grow)
+    with pytest.raises(ModalloyError, match=r"num_hidden_layers is 1000000000 in config\.json, more than any model has"):
+        load_model(tmp_path / "out")
+
 
 CARDS = {
     "plain": ("license: apache-2.0", []),

@@ -11,7 +11,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from modalloy.errors import CheckpointError
 from modalloy.model.routing import TEXT
 from modalloy.outputs.omni import AUTO_MAP
-from modalloy.senses.anatomy import native_class_name
+from modalloy.senses.anatomy import check_counts, native_class_name
 
 MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
 
@@ -151,6 +151,7 @@ def _check_native(native: Any, damaged: str) -> None:
         or not all(type(row) is int and 0 <= row < 2**31 for row in rows)
     ):
         raise CheckpointError(damaged)
+    check_counts(config, damaged.partition(": ")[0])
 
 
 def _check_update(update: Any, damaged: str) -> None:

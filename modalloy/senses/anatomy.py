@@ -192,7 +192,7 @@ def _anatomy(config: str, where: str) -> Anatomy:
     from transformers.models.auto import CONFIG_MAPPING
 
     content = json.loads(config)
-    _check_counts(content, where)
+    check_counts(content, where)
     name = native_class_name(content)
     assert name is not None
     from huggingface_hub.errors import StrictDataclassError
@@ -216,7 +216,7 @@ def _cause(error: BaseException) -> str:
     return cut(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def _check_counts(content: Any, where: str) -> None:
+def check_counts(content: Any, where: str) -> None:
     """Refuse a config that asks for more modules than any model has: they would all be made."""
     left = [content]
     while left:
