@@ -98,6 +98,19 @@ WHISPER_L: dict[str, Any] = {
     "num_mel_bins": 128,
 }
 UNTIED = {"tie_word_embeddings": False}
+MOE: dict[str, Any] = {  # of Qwen3-VL-30B-A3B
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+}
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 Makers = dict[str, tuple[str | None, Callable[[], Any]]]
 
@@ -130,6 +143,12 @@ def internvl(text: Any, tied: bool) -> Any:
     return hf.InternVLForConditionalGeneration(
         hf.InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     )
+
+
+def qwen3_vl_moe() -> Any:
+    vision = {"out_hidden_size": 2048}
+    config = hf.Qwen3VLMoeConfig(text_config=MOE, vision_config=vision, tie_word_embeddings=False)
+    return hf.Qwen3VLMoeForConditionalGeneration(config)
 
 
 GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
@@ -248,6 +267,7 @@ GROUPS: dict[str, tuple[Callable[[], Any], Makers]] = {
             )
         },
     ),
+    "Qwen3-VL-30B-A3B": (qwen3_vl_moe, {"one fine-tune": (None, qwen3_vl_moe), "another": (None, qwen3_vl_moe)}),
     "Mistral-Small-24B": (
         lambda: hf.MistralForCausalLM(hf.MistralConfig(**MISTRAL24, sliding_window=None)),
         {
@@ -305,7 +325,8 @@ def main() -> None:
         for label, (modality, make) in models.items():
             given += write(root / label, make)
             entries.append({"model": str(root / label), "modality": modality})
-        output = {"form": "omni", "chat_template": "base"}
+        is_omni = entries[0]["modality"] is not None
+        output = {"form": "omni", "chat_template": "base"} if is_omni else {"form": "full"}
         recipe = {"base_model": str(root / "base"), "models": entries, "output": output}
         (root / "recipe.yaml").write_text(json.dumps(recipe))
         usage, printed = run([sys.executable, "-m", "modalloy.cli", "plan", root / "recipe.yaml", "--json"])

@@ -16,7 +16,7 @@ from modalloy.methods.apply import apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.tensors import TensorRef, all_finite
-from modalloy.storage.views import MappedRef
+from modalloy.storage.views import MappedRef, TransposedRef
 from modalloy.storage.writer import TensorSpec
 
 Read = Callable[[TensorRef], Tensor]  # how a job gets at the data of its inputs
@@ -143,10 +143,13 @@ def _merged_weight(job: Job, read: Read, surveys: Surveys, device: str) -> Tenso
 def _fused(job: Job, read: Read, surveys: Surveys, device: str) -> Tensor:
     """Several merged weights in the rows of the one tensor that the target stores them as."""
     out = torch.empty(job.outputs[0].shape, dtype=job.outputs[0].dtype)
+    rows = out.view(-1, out.shape[-1])  # of experts, one after another
     for piece in job.pieces:
         merged, done = _merged_weight(piece, read, surveys, device), 0
+        if isinstance(piece.start, TransposedRef):
+            merged = merged.T
         for begin, end in piece.rows:
-            out[begin:end] = merged[done : done + end - begin]
+            rows[begin:end] = merged[done : done + end - begin]
             done += end - begin
     return out
 

@@ -346,7 +346,9 @@ def test_a_damaged_sense_in_a_result(native: Path, tmp_path: Path) -> None:
         native["config"]["vision_config"]["num_hidden_layers"] = 10**9
 
     edit(tmp_path / "out" / "config.json", grow)
-    with pytest.raises(ModalloyError, match=r"num_hidden_layers is 1000000000 in config\.json, more than any model has"):
+    with pytest.raises(
+        ModalloyError, match=r"num_hidden_layers is 1000000000 in config\.json, more than any model has"
+    ):
         load_model(tmp_path / "out")
 
 

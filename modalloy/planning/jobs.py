@@ -11,6 +11,7 @@ from modalloy.methods import METHODS
 from modalloy.names import disk_name
 from modalloy.planning.checks import check_complete, check_rows_are_ruled
 from modalloy.planning.choices import Choices
+from modalloy.planning.experts import expert_job
 from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.recipe import Recipe
@@ -21,7 +22,7 @@ from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
 from modalloy.storage.views import MappedRef
 from modalloy.storage.writer import TensorSpec
 
-Treatment = Literal["merge", "sum", "average", "keep"]
+Treatment = Literal["merge", "experts", "sum", "average", "keep"]
 
 
 class Planner(Choices):
@@ -46,11 +47,12 @@ class Planner(Choices):
         self.treatments = {name: self._treatment(name) for name in base.refs}
         self.merged = [name for name in base.refs if self.treatments[name] == "merge"]
         self.merged_set = set(self.merged)
+        self.experts = [name for name in base.refs if self.treatments[name] == "experts"]
         self.averaged = [name for name in base.refs if self.treatments[name] in ("average", "sum")]
         self.fishers = [self._fisher(entry.parameters.fisher) for entry in recipe.models]
         sums = [name for name in self.averaged if self.treatments[name] == "sum"]
-        check_complete(recipe, self.counted, [*self.merged, *sums], self._owner)
-        if not recipe.modules and not self.merged and not sums:
+        check_complete(recipe, self.counted, [*self.merged, *self.experts, *sums], self._owner)
+        if not recipe.modules and not self.merged and not self.experts and not sums:
             raise RecipeError(
                 "nothing would be merged: no model holds a tuned linear weight of the base; check that they are fine-tunes of "
                 "it, or say by `modules:` what becomes of what they hold"
@@ -73,6 +75,8 @@ class Planner(Choices):
             return "average"
         if self._asks_for_method(name) and len(ref.shape) == 2:
             return "merge"
+        if kind == "expert" and len(ref.shape) == 3:
+            return "experts"
         if kind in OF_ROWS and not self._asks_for_method(name):
             check_rows_are_ruled(self.counted, name, kind)
             return "keep"
@@ -136,6 +140,11 @@ class Planner(Choices):
 
         Where the form takes it, what a method gives as a full matrix is a second weight, for text tokens.
         """
+        if self.experts and not self.recipe.form.takes_full_updates:
+            raise RecipeError(
+                f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.experts[0]} holds whole experts; "
+                "write form: full"
+            )
         if self.averaged and not self.recipe.form.takes_full_updates:
             raise RecipeError(
                 f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
@@ -165,6 +174,7 @@ class Planner(Choices):
                 for name, shape in zip(form.factors(modules.get(slot, slot)), shapes, strict=True)
             )
             jobs.append(self._merge_job(slot, specs))
+        jobs += [self._expert_job(name) for name in sorted(self.experts)]
         jobs += [self._average_job(name, self._like_base(name)) for name in sorted(self.averaged)]
         if form.carries_senses:
             jobs += [job for specialist in self.specialists for job in self._own_jobs(specialist, dtype)]
@@ -172,6 +182,11 @@ class Planner(Choices):
                 for name, ref in specialist.carried().items():
                     jobs.append(Job("carry", name, (TensorSpec(name, ref.dtype, ref.shape),), ref))
         return jobs
+
+    def _expert_job(self, name: str) -> Job:
+        """A fused tensor, each expert merged by the method."""
+        spec = self._like_base(name)
+        return expert_job(self._merge_job(name, (spec,)), spec, read_config(self.base.folder))
 
     def _own_jobs(self, specialist: Specialist, dtype: torch.dtype) -> list[Job]:
         """The update of a full fine-tune, cut to the rank that its own tokens use."""
@@ -209,6 +224,8 @@ class Planner(Choices):
             spec = self._like_base(name)
             if name in merged:
                 jobs.append(self._merge_job(name, (spec,)))
+            elif self.treatments[name] == "experts":
+                jobs.append(self._expert_job(name))
             elif name in averaged:
                 jobs.append(self._average_job(name, spec))
             else:
@@ -222,6 +239,7 @@ class Planner(Choices):
         if not form.carries_senses:
             carried = ("left out", f"form: {form.name} holds the text path only")
         of_slot: dict[str, tuple[Fate, str]] = {slot: ("merged", self._method(slot)[0]) for slot in self.merged}
+        of_slot |= {name: ("merged", f"{self._method(name)[0]}, each expert") for name in self.experts}
         for name in self.averaged:
             is_sum = self.treatments[name] == "sum"
             of_slot[name] = (

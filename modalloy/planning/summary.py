@@ -14,7 +14,10 @@ def one_line(planned: "Plan") -> str:
     """One line: what is merged and how, and what is not."""
     chosen = {name: value for name, value in planned.parameters.items() if value != "none"}
     settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
-    parts = [f"{planned.merged_weights()} linear weights merged ({planned.recipe.merge_method}, {settings})"]
+    fused = [job for job in planned.jobs if job.kind == "fuse"] if planned.across is None else []
+    experts = sum(len(job.pieces) for job in fused)
+    parts = [f"{planned.merged_weights() - experts} linear weights merged ({planned.recipe.merge_method}, {settings})"]
+    parts += [f"{experts} experts in {len(fused)} tensors merged, each as a weight of its own"] if fused else []
     parts += [f"{count} tensors {fate}" for fate, count in planned.counts().items() if fate != "merged"]
     parts += [f"{label} does not count ({reason})" for label, reason in planned.absent.items()]
     if planned.unchanged:

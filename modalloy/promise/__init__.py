@@ -14,8 +14,8 @@ was planned: a mistake there is not made here a second time.
 import fnmatch
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,23 +27,21 @@ from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
 from modalloy.names import disk_name
+from modalloy.promise.words import CHOOSERS, OF_POSITIONS, OF_TOKENS, TABLES, is_numbered, numbers
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
 from modalloy.specialists.spelling import module_names
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
 from modalloy.storage.tensors import TensorRef, checked
+from modalloy.storage.views import TransposedRef, one_of, transposed
 from modalloy.updates import Model
 
 What = Literal["matrix", "vector", "rows", "numbers", "other"]
 Kind = Literal["merged", "averaged", "kept", "carried"]
 Rows = tuple[tuple[int, int], ...]
+EXPERTS = re.compile(r"(?:^|\.)experts\.")
 IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(?P<index>\d+)\.")
-# modules that a table of rows is the weight of: by their last word, by their names
-OF_TOKENS = {"embed", "emb", "embeds", "embedding", "embeddings", "wte"}
-TABLES = {"lm_head", "embed_out", "output_layer", "text_head", "codec_head", "unembed", "unembedding", "shared"}
-OF_POSITIONS = ("pos", "position", "positional", "positions", "relative_attention", "relative_position")
-CHOOSERS = {"gate", "router", "wg", "gating", "shared_expert_gate"}
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,8 @@ class Promises:
 
     def read(self, ref: TensorRef) -> Tensor:
         """The data of any input tensor."""
+        if isinstance(ref, TransposedRef) and ref.source is not None:
+            return self.read(ref.source).T.contiguous()
         if self.base.owns(ref):
             return checked(self.base.read(ref), ref, "base")
         owner = next(
@@ -175,6 +175,9 @@ class Promises:
         """
         form = self.recipe.form
         for slot in self.base.refs if form.is_whole else sorted(self.base.refs):
+            if self._holds_experts(slot):
+                yield from self._of_experts(slot)
+                continue
             promise = self._of(slot)
             if form.is_whole or promise.kind == "merged" or (promise.kind == "averaged" and form.takes_full_updates):
                 yield promise
@@ -187,6 +190,42 @@ class Promises:
                 yield from self._own(model)
                 for name, ref in model.carried.items():
                     yield Promise("carried", name, (name,), ref)
+
+    def _holds_experts(self, slot: str) -> bool:
+        """Whether a tensor holds several experts, one after another, that are merged by a method."""
+        start, rule = self.base.refs[slot], self._rule(slot)
+        having = any(model.has(slot) for model in self.models)
+        fused = len(start.shape) == 3 and self._what(start) == "other" and bool(EXPERTS.search(slot))
+        return fused and having and (rule is None or rule.policy is None)
+
+    def _of_experts(self, slot: str) -> Iterator[Promise]:
+        """Every expert's matrix is a weight of its own. A method that tells its sides apart gets (out, in)."""
+        whole = self._merged(slot, self.base.refs[slot])
+        rows, columns = whole.start.shape[1:]
+        text = self.config.get("text_config") or self.config
+        width, laws = text.get("hidden_size"), METHODS[whole.method].laws
+        is_down = slot.rpartition(".")[2].startswith(("down", "w2"))
+        turned = (
+            "transpose" not in laws and not whole.method.startswith("dare") and (columns if is_down else rows) == width
+        )
+
+        def one(ref: TensorRef, index: int) -> TensorRef:
+            found = one_of(ref, index)
+            return transposed(found) if turned else found
+
+        for index in range(whole.start.shape[0]):
+            updates = (
+                replace(update, tuned=None if update.tuned is None else one(update.tuned, index))
+                for update in whole.updates
+            )
+            yield replace(
+                whole,
+                slot=f"{slot}[{index}]",
+                start=one(whole.start, index),
+                updates=tuple(updates),
+                fishers=tuple(one(ref, index) for ref in whole.fishers),
+                rows=((index * rows, (index + 1) * rows),),
+            )
 
     def _own(self, model: Model) -> Iterator[Promise]:
         """What the tokens of a full fine-tune's own media use: its update, cut to a rank."""
@@ -249,7 +288,7 @@ class Promises:
         if METHODS[method].takes("fishers"):
             fishers = tuple(model.fisher.refs[slot] for model in models if model.fisher is not None)
         names: tuple[str, ...] = (slot,)
-        if not self.recipe.form.is_whole:
+        if not self.recipe.form.is_whole and len(start.shape) == 2:
             names = self.recipe.form.factors(self.modules.get(slot, slot))
         return Promise(
             "merged",
@@ -333,7 +372,7 @@ class Promises:
             return "rows"
         if len(shape) < 2:
             return "vector"
-        if "experts" in parts and not _is_numbered(parts[parts.index("experts") + 1 :]):
+        if "experts" in parts and not is_numbered(parts[parts.index("experts") + 1 :]):
             return "other"
         if module in ("wpe", "bias_values") or module.startswith(("embed_positions", "rel_pos")):
             return "rows"
@@ -369,7 +408,7 @@ class Promises:
         tokens: set[int] = set()
         positions: set[int] = set()
         widths: set[int] = set()
-        for key, value in _numbers(self.config):
+        for key, value in numbers(self.config):
             if "vocab" in key or key == "codebook_size":
                 tokens.add(value)
             elif key in ("n_positions", "n_ctx") or key.endswith(("position_embeddings", "_positions")):
@@ -377,19 +416,3 @@ class Promises:
             elif key.endswith(("_size", "_dim", "dim", "width")) or key in ("d_model", "n_embd", "d_ff", "n_inner"):
                 widths.add(value)
         return tokens, positions, widths
-
-
-def _is_numbered(parts: Sequence[str]) -> bool:
-    """Whether what follows `experts` in a name is one expert: `0.up_proj`, `expert_0.fc1`, `each_experts.0.up_proj`."""
-    if len(parts) > 1 and parts[0].rpartition("_")[2].isdigit():
-        return True
-    return len(parts) > 2 and parts[1].isdigit()
-
-
-def _numbers(config: Mapping[str, Any], depth: int = 4) -> Iterator[tuple[str, int]]:
-    """Keys and whole numbers of a config and of those inside it."""
-    for key, value in config.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1:
-            yield key, value
-        elif isinstance(value, Mapping) and depth:
-            yield from _numbers(value, depth - 1)

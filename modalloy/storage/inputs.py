@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from modalloy.storage.tensors import TensorRef, WeightFile, checked
-from modalloy.storage.views import MappedRef, assembled
+from modalloy.storage.views import MappedRef, TransposedRef, assembled
 
 
 class Inputs:
@@ -27,6 +27,8 @@ class Inputs:
         """
         if isinstance(ref, MappedRef):
             return assembled(ref, self.read, buffer)
+        if isinstance(ref, TransposedRef) and ref.source is not None:
+            return self.read(ref.source).T.contiguous()
         file, owner = self.files[ref.file]
         return checked(file.read(ref, buffer), ref, owner)
 

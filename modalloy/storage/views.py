@@ -30,6 +30,33 @@ class MappedRef(TensorRef):
         return max(source.n_bytes for source, _, _ in self.parts)
 
 
+@dataclass(frozen=True)
+class TransposedRef(TensorRef):
+    """A stored matrix with its rows and columns exchanged."""
+
+    source: TensorRef | None = None
+
+
+def transposed(ref: TensorRef) -> TransposedRef:
+    """A stored matrix with its rows and columns exchanged."""
+    rows, columns = ref.shape
+    return TransposedRef(ref.name, ref.dtype, (columns, rows), ref.file, -1, ref)
+
+
+def one_of(ref: TensorRef, index: int) -> TensorRef:
+    """One of the matrices that are stored in a tensor of three dimensions.
+
+    Raises:
+        CheckpointError: the tensor is not in one piece.
+    """
+    if ref.begin < 0:
+        raise CheckpointError(
+            f"{ref.file}: {ref.name} holds {ref.shape[0]} matrices, but not in one piece; save the model as safetensors"
+        )
+    shape = ref.shape[1:]
+    return replace(ref, shape=shape, begin=ref.begin + index * ref.n_bytes // ref.shape[0])
+
+
 def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
     """The data of a mapped tensor, in a new tensor or in `buffer` (uint8)."""
     if buffer is None:

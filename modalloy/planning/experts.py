@@ -1,0 +1,86 @@
+"""Fused experts: several linear weights in one tensor (experts, ·, ·), each merged by the method as the weight that it is.
+
+transformers' own classes store an expert as (out, in), some published files as (in, out). Most methods do not mind; those
+that tell the sides apart are given (out, in), where config and name say which is which.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from modalloy.errors import RecipeError
+from modalloy.methods import METHODS
+from modalloy.planning.job import Job
+from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import one_of, transposed
+from modalloy.storage.writer import TensorSpec
+
+Sides = Literal["out, in", "in, out"]
+READS_WIDTH = (
+    "gate_up",
+    "gate",
+    "up",
+    "w1",
+    "w3",
+)  # by the beginning of the parameter's name: it takes the model's width
+GIVES_WIDTH = ("down", "w2")
+MINDS = "transpose"  # the law of methods that treat both sides alike
+ANYWAY = ("dare_linear", "dare_ties")  # which drop entries by chance
+
+
+def sides_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Sides | None:
+    """Which way a fused expert is stored, None where names and sizes do not tell."""
+    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
+    assert isinstance(text, Mapping)
+    width, (_, first, second) = text.get("hidden_size"), shape
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    if width not in (first, second) or first == second:
+        return None
+    if leaf.startswith(GIVES_WIDTH):
+        return "out, in" if first == width else "in, out"
+    if leaf.startswith(READS_WIDTH):
+        return "out, in" if second == width else "in, out"
+    return None
+
+
+def expert_job(whole: Job, spec: TensorSpec, config: Mapping[str, Any]) -> Job:
+    """The job of a fused tensor from that of the tensor as one weight: a piece for each expert.
+
+    Raises:
+        RecipeError: the method tells the sides of a weight apart, and which is which cannot be told.
+    """
+    assert whole.start is not None
+    turned = False
+    if MINDS not in METHODS[whole.method].laws and whole.method not in ANYWAY:
+        sides = sides_of(whole.name, whole.start.shape, config)
+        if sides is None:
+            raise RecipeError(
+                f"{whole.name}: {whole.method} tells a weight's inputs from its outputs, and neither name nor config say which "
+                f'is which in {" × ".join(map(str, whole.start.shape))}; write modules: {{"{whole.name}": {{merge_method: '
+                "task_arithmetic}}, or policy: keep"
+            )
+        turned = sides == "in, out"
+    count, rows, columns = spec.shape
+    shape = (columns, rows) if turned else (rows, columns)
+
+    def matrix(ref: StoredLora | TensorRef | None, index: int) -> TensorRef | None:
+        if ref is None:
+            return None
+        assert isinstance(ref, TensorRef)
+        own = one_of(ref, index)
+        return transposed(own) if turned else own
+
+    pieces = tuple(
+        replace(
+            whole,
+            name=f"{whole.name}[{index}]",
+            outputs=(TensorSpec(spec.name, spec.dtype, shape),),
+            start=matrix(whole.start, index),
+            models=tuple(matrix(model, index) for model in whole.models),
+            fishers=tuple(one for ref in whole.fishers if (one := matrix(ref, index)) is not None),
+            rows=((index * rows, (index + 1) * rows),),
+        )
+        for index in range(count)
+    )
+    return Job("fuse", whole.name, (spec,), pieces=pieces, method="")
