@@ -26,6 +26,8 @@ class Form:
         return self.factor.format(stem=stem, side="A"), self.factor.format(stem=stem, side="B")
 
 
+AUTO = "auto"  # an adapter of adapters, a full model of full models
+
 FORMS = {
     form.name: form
     for form in (
@@ -54,11 +56,11 @@ FORMS = {
 
 
 def known_form(name: str) -> str:
-    """The name, if it is a form's; for pydantic, which reports the ValueError.
+    """The name, if it is a form's or "auto"; for pydantic, which reports the ValueError.
 
     Raises:
         ValueError: no form has this name.
     """
-    if name not in FORMS:
-        raise ValueError(f"no form {shown(name)}; {nearest(name, FORMS)}")
+    if name not in (AUTO, *FORMS):
+        raise ValueError(f"no form {shown(name)}; {nearest(name, [AUTO, *FORMS])}")
     return name

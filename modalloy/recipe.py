@@ -19,7 +19,7 @@ from pydantic import (
 
 from modalloy import mergekit
 from modalloy.errors import CheckpointError, RecipeError, cut, shown
-from modalloy.forms import FORMS, Form, known_form
+from modalloy.forms import AUTO, FORMS, Form, known_form
 from modalloy.methods import METHODS
 from modalloy.methods.apply import check_method
 from modalloy.names import modality_name
@@ -122,7 +122,8 @@ class WeightRule(_Strict):
 
 
 class Output(_Strict):
-    """What to write: a PEFT adapter, a full model, or an omni folder that chats.
+    """What to write: a PEFT adapter, a full model, or an omni folder that chats; by itself (`auto`) an adapter of adapters, and
+    a full model where any of the models is one.
 
     `compress_rank` makes an adapter out of the full matrices that some methods give, by their best approximation of that
     rank; what it loses is measured and reported. `chat_template` is the one that the specialists share, or with `base` the
@@ -131,7 +132,7 @@ class Output(_Strict):
     arXiv 2412.01289).
     """
 
-    form: Annotated[str, AfterValidator(known_form)] = "adapter"
+    form: Annotated[str, AfterValidator(known_form)] = AUTO
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
     compress_rank: Annotated[int, Field(strict=True, ge=1)] | None = None
@@ -236,8 +237,19 @@ class Recipe(_Strict):
 
     @property
     def form(self) -> Form:
-        """The form of the result."""
+        """The form of the result; while it is "auto", what it is without any full model among the specialists."""
+        if self.output.form == AUTO:
+            return FORMS["full" if self.is_across else "adapter"]
         return FORMS[self.output.form]
+
+    def resolved(self, *, has_whole: bool) -> "Recipe":
+        """The recipe with its form, for models of which some are whole or none is."""
+        if self.output.form != AUTO:
+            return self
+        is_full = self.is_across or (has_whole and self.output.compress_rank is None)
+        return self.model_copy(
+            update={"output": self.output.model_copy(update={"form": "full" if is_full else "adapter"})}
+        )
 
     @property
     def written_dtype(self) -> str:
@@ -246,8 +258,13 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The recipe as YAML: the file as it was written, or these values if they were changed since."""
-        if self.text and Recipe(**parse_yaml(self.text)) == self.model_copy(update={"text": "", "folder": Path()}):
-            return self.text
+        if self.text:
+            written, own = Recipe(**parse_yaml(self.text)), self.model_copy(update={"text": "", "folder": Path()})
+            if own in (
+                written,
+                written.model_copy(update={"output": written.output.model_copy(update={"form": own.output.form})}),
+            ):
+                return self.text
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 

@@ -18,7 +18,7 @@ from modalloy._version import __version__
 from modalloy.builtin import PREFIX
 from modalloy.errors import CheckpointError, shown
 from modalloy.families.vocabulary import VOCABULARY_FILES
-from modalloy.forms import known_form
+from modalloy.forms import AUTO, known_form
 from modalloy.planning.job import Run
 from modalloy.planning.models import labels
 from modalloy.planning.plan import Plan
@@ -326,7 +326,7 @@ def check_recipe(manifest: dict[str, Any], recipe: Recipe, folder: Path) -> None
     """Refuse a manifest that contradicts the recipe beside it, as far as that is known without the inputs."""
     wanted = {
         "method": recipe.merge_method,
-        "form": recipe.output.form,
+        "form": manifest["form"] if recipe.output.form == AUTO else recipe.output.form,  # which the plan will tell
         "inputs": sorted([*recipe.starts, *labels(recipe)]),
     }
     found = {"method": manifest["method"], "form": manifest["form"], "inputs": sorted(manifest["inputs"])}

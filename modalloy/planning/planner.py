@@ -57,6 +57,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         base = across.base
     else:
         models = _open_specialists(recipe, target)
+    recipe = recipe.resolved(has_whole=any(model.is_whole for model in models))
     absent = absent_models(recipe, models, base, idle)
     for label, start in dict(zip(recipe.starts, (target, base), strict=False)).items():
         if start is not None:
