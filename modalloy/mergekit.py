@@ -45,7 +45,94 @@ PARAMETERS = {
     "gamma": "it is breadcrumbs'; ties has density",
     "select_topk": "it is sce's; ties has density",
 }
+SUMS = ("task_arithmetic", "dare_linear")  # whose result is a sum of weighted updates, in mergekit too
+RESCALES = ("dare_linear", "dare_ties")
 OF_A_MODEL = ("density", "gamma", "epsilon", "lambda", "rescale", "normalize", "t", "scale", "alpha", "rank")
+
+
+def translated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose keys of mergekit that mean the same here have this house's names; everything else is as it was.
+
+    - `dtype: bfloat16`: the type that is written; the arithmetic is float32
+    - `tokenizer_source: base`, `chat_template: auto`, `int8_mask`: what happens anyway
+    - `lambda` is `scale`; `rescale: true` is DARE's own; `normalize: false` leaves weights factors, and `normalize: true` of a
+      method that is a sum divides them by their sum
+    - a parameter that every model has with one value is the recipe's; `MODEL+ADAPTER` on the base MODEL is the adapter
+    """
+    found = dict(content)
+    if found.get("dtype") in ("bfloat16", "float16") and "out_dtype" not in found:
+        found["out_dtype"] = found.pop("dtype")
+    for key, same in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"}), ("chat_template", "auto")):
+        if key in found and found[key] == same:
+            del found[key]
+    models = found.get("models")
+    if isinstance(models, list) and all(isinstance(entry, Mapping) for entry in models):
+        found["models"] = [_entry(entry, found.get("base_model")) for entry in models]
+    parameters = found.get("parameters")
+    if isinstance(parameters, Mapping) or parameters is None:
+        shared, found["models"] = _shared(found.get("models"))
+        merged = shared | dict(parameters or {})
+        found["parameters"] = _renamed(merged, found)
+        if not found["parameters"] and parameters is None:
+            del found["parameters"]
+    if found["models"] is None:
+        del found["models"]
+    return found
+
+
+def _entry(entry: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    """A model without what it says of the base."""
+    found, model = dict(entry), entry.get("model")
+    if isinstance(model, str) and isinstance(base, str) and base and model.startswith(f"{base}+"):
+        found["model"] = model.removeprefix(f"{base}+")
+    return found
+
+
+def _shared(models: Any) -> tuple[dict[str, Any], Any]:
+    """Parameters that every model with any has, and with one value; and the models without them."""
+    if not isinstance(models, list) or not all(isinstance(entry, Mapping) for entry in models):
+        return {}, models
+    having = [entry["parameters"] for entry in models if isinstance(entry.get("parameters"), Mapping)]
+    names = set.intersection(*(set(one) for one in having)) & set(OF_A_MODEL) if having else set()
+    shared = {name: having[0][name] for name in sorted(names) if all(one[name] == having[0][name] for one in having)}
+    rest = []
+    for entry in models:
+        own = entry.get("parameters")
+        if isinstance(own, Mapping) and shared:
+            kept = {name: value for name, value in own.items() if name not in shared}
+            entry = {key: value for key, value in entry.items() if key != "parameters"} | (
+                {"parameters": kept} if kept else {}
+            )
+        rest.append(entry)
+    return shared, rest
+
+
+def _renamed(parameters: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's parameters by this house's names; weights of `normalize: true` are divided in `found`."""
+    method = found.get("merge_method")
+    parameters.pop("int8_mask", None)
+    if "lambda" in parameters and "scale" not in parameters:
+        parameters["scale"] = parameters.pop("lambda")
+    if parameters.get("rescale") is True and method in RESCALES:
+        del parameters["rescale"]
+    normalize = parameters.get("normalize")
+    if normalize is False and method in SUMS:
+        del parameters["normalize"]
+    elif normalize is True and method in SUMS and isinstance(found.get("models"), list):
+        weights = [_weight(entry) for entry in found["models"]]
+        numbers = [float(one) for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        if len(numbers) == len(weights) and sum(numbers):
+            del parameters["normalize"]
+            found["models"] = [
+                entry | {"parameters": dict(entry.get("parameters") or {}) | {"weight": number / sum(numbers)}}
+                for entry, number in zip(found["models"], numbers, strict=True)
+            ]
+    return parameters
+
+
+def _weight(entry: Mapping[str, Any]) -> Any:
+    own = entry.get("parameters")
+    return own.get("weight", 1.0) if isinstance(own, Mapping) else 1.0
 
 
 def advice(content: Mapping[str, Any]) -> str | None:

@@ -259,11 +259,12 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """The recipe as YAML: the file as it was written, or these values if they were changed since."""
         if self.text:
-            written, own = Recipe(**parse_yaml(self.text)), self.model_copy(update={"text": "", "folder": Path()})
-            if own in (
-                written,
-                written.model_copy(update={"output": written.output.model_copy(update={"form": own.output.form})}),
-            ):
+            own = self.model_copy(update={"text": "", "folder": Path()})
+            written = Recipe(**mergekit.translated(parse_yaml(self.text)))
+            resolved = written.model_copy(
+                update={"output": written.output.model_copy(update={"form": own.output.form})}
+            )
+            if own == written or (written.output.form == AUTO and own == resolved):
                 return self.text
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
@@ -292,6 +293,7 @@ def load_recipe(path: str | Path) -> Recipe:
     for key in ("folder", "text"):
         if key in content:
             raise RecipeError(f"{path}: {_unknown_key((), key)}")
+    content = mergekit.translated(content)
     try:
         recipe = Recipe(**content, folder=path.parent, text=text)
     except ValidationError as error:

@@ -12,16 +12,28 @@ from modalloy.errors import RecipeError
 
 MODELS = [{"model": "one"}, {"model": "two"}]
 PASTED: dict[str, tuple[dict[str, Any], str]] = {
-    "dtype": ({"dtype": "float16"}, r"dtype: float16: .*write out_dtype: float16"),
+    "dtype": (
+        {"dtype": "float16", "out_dtype": "float32"},
+        r"dtype: float16: .*write out_dtype: float16",
+    ),
     "a parameter of a model": (
-        {"merge_method": "ties", "models": [{"model": "one", "parameters": {"density": 0.5}}]},
+        {
+            "merge_method": "ties",
+            "models": [
+                {"model": "one", "parameters": {"density": 0.5}},
+                {"model": "two", "parameters": {"density": 0.7}},
+            ],
+        },
         r"models\.0\.parameters\.density: .*write density once, under the recipe's own parameters",
     ),
     "normalize": (
         {"merge_method": "dare_ties", "parameters": {"normalize": False}},
         r"parameters\.normalize: weights are factors and never normalised",
     ),
-    "lambda": ({"merge_method": "ties", "parameters": {"lambda": 1}}, r"parameters\.lambda: λ is called scale here"),
+    "lambda and scale": (
+        {"merge_method": "ties", "parameters": {"lambda": 1, "scale": 2}},
+        r"parameters\.lambda: λ is called scale here",
+    ),
     "slices": ({"slices": [], "models": []}, r"unknown key 'slices': slices of layers are not to be had"),
     "tokenizer": ({"tokenizer": {"source": "union"}}, r"unknown key 'tokenizer': the result has the base's tokenizer"),
     "filters": (
@@ -49,3 +61,53 @@ def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "a+b").mkdir()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"base_model": "base", "models": [{"model": "a+b"}]}))
     assert modalloy.load_recipe(tmp_path / "recipe.yaml").models[0].model == "a+b"
+
+
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dtype": ({"dtype": "bfloat16"}, {"out_dtype": "bfloat16"}),
+    "tokenizer and template": ({"tokenizer_source": "base", "chat_template": "auto"}, {}),
+    "the other tokenizer key": ({"tokenizer": {"source": "base"}}, {}),
+    "lambda and mask": ({"parameters": {"lambda": 0.5, "int8_mask": True}}, {"parameters": {"scale": 0.5}}),
+    "weights as they are": ({"parameters": {"normalize": False}}, {}),
+    "weights by their sum": (
+        {
+            "parameters": {"normalize": True},
+            "models": [{"model": "one", "parameters": {"weight": 3}}, {"model": "two", "parameters": {"weight": 1}}],
+        },
+        {
+            "models": [
+                {"model": "one", "parameters": {"weight": 0.75}},
+                {"model": "two", "parameters": {"weight": 0.25}},
+            ]
+        },
+    ),
+    "dare": (
+        {
+            "merge_method": "dare_linear",
+            "parameters": {"rescale": True},
+            "models": [
+                {"model": "one", "parameters": {"density": 0.5, "weight": 0.4}},
+                {"model": "two", "parameters": {"density": 0.5}},
+            ],
+        },
+        {
+            "merge_method": "dare_linear",
+            "parameters": {"density": 0.5},
+            "models": [{"model": "one", "parameters": {"weight": 0.4}}, {"model": "two"}],
+        },
+    ),
+    "an adapter on the base": ({"models": [{"model": "base+org/lora"}]}, {"models": [{"model": "org/lora"}]}),
+}
+
+
+@pytest.mark.parametrize(("pasted", "ours"), SAME.values(), ids=SAME)
+def test_what_means_the_same_is_read_as_it_is(pasted: dict[str, Any], ours: dict[str, Any], tmp_path: Path) -> None:
+    start = {"base_model": "base", "merge_method": "task_arithmetic", "models": MODELS}
+    found = []
+    for name, changes in (("pasted", pasted), ("ours", ours)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(start | changes))
+        found.append(modalloy.load_recipe(path).model_copy(update={"text": ""}))
+    assert found[0] == found[1]
+    kept = tmp_path / "pasted.yaml"
+    assert modalloy.load_recipe(kept).to_yaml() == kept.read_text()
