@@ -6,6 +6,7 @@ same words with another meaning would be a merge of another size.
 
 import os
 from collections.abc import Mapping
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,11 @@ def _renamed(parameters: dict[str, Any], found: dict[str, Any]) -> dict[str, Any
     elif normalize is True and method in SUMS and isinstance(found.get("models"), list):
         weights = [_weight(entry) for entry in found["models"]]
         numbers = [float(one) for one in weights if isinstance(one, (int, float)) and not isinstance(one, bool)]
-        if len(numbers) == len(weights) and sum(numbers):
+        total = fsum(numbers)
+        if len(numbers) == len(weights) and total:
             del parameters["normalize"]
             found["models"] = [
-                entry | {"parameters": dict(entry.get("parameters") or {}) | {"weight": number / sum(numbers)}}
+                entry | {"parameters": dict(entry.get("parameters") or {}) | {"weight": number / total}}
                 for entry, number in zip(found["models"], numbers, strict=True)
             ]
     return parameters

@@ -205,6 +205,16 @@ def internvl() -> Made:
     )
 
 
+def internvl_on_qwen3() -> Made:
+    config = transformers.InternVLConfig(
+        text_config=text("Qwen3", head_dim=16),
+        vision_config=transformers.InternVLVisionConfig(**TOWER, image_size=[28, 28], patch_size=[14, 14]),
+        image_token_id=SIGN,
+        **UNTIED,
+    )
+    return built(config, "InternVLForConditionalGeneration"), Medium("image", [SIGN], {})
+
+
 @maker
 def mistral3() -> Made:
     vision = transformers.PixtralVisionConfig(**TOWER, image_size=56, patch_size=14)

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import native_models
 import pytest
 from family_keys import MODELS, published
 
@@ -54,7 +55,48 @@ def test_every_name_finds_its_slot_and_comes_back(model: str) -> None:
 
 
 def test_all_families_have_a_key_list() -> None:
-    assert {family_of(published(model)[1]).name for model in MODELS} == set(FAMILIES)
+    listed = {family_of(published(model)[1]).name for model in MODELS}
+    assert listed.union(*CLASSES.values()) == set(FAMILIES)
+
+
+# classes of transformers whose names are those of a tiny model, their family and the language model inside
+CLASSES = {
+    "qwen2_5_vl": ("qwen2_vl", "qwen2"),
+    "qwen3_vl": ("qwen3_vl", "qwen3"),
+    "gemma3": ("gemma3", "gemma3"),
+    "internvl": ("beside_qwen2", "qwen2"),
+    "qwen2_audio": ("beside_qwen2", "qwen2"),
+    "audioflamingo3": ("beside_qwen2", "qwen2"),
+    "internvl_on_qwen3": ("beside_qwen3", "qwen3"),
+    "mistral3": ("mistral", "mistral"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_of_transformers_is_mapped_from_its_language_model(name: str) -> None:
+    """Every weight of the decoder has its like in the language model, in both directions; what is outside is kept."""
+    family, inner = CLASSES[name]
+    model = native_models.internvl_on_qwen3()[0] if name == "internvl_on_qwen3" else native_models.MAKERS[name]()[0]
+    header = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    assert family_of(config).name == family
+    text = model.config.get_text_config().to_dict() | {"model_type": inner}
+    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "mistral": "Mistral"}
+    plain = text | {"architectures": [f"{names[inner]}ForCausalLM"]}
+    inside = f"{next(path for path, one in model.named_modules() if one is model.get_decoder())}."
+    alone = {
+        "model." + key.removeprefix(inside) if key.startswith(inside) else key: shape for key, shape in header.items()
+    }
+    donor = {
+        key: shape
+        for key, shape in alone.items()
+        if key.startswith(("model.layers", "model.norm", "model.embed", "lm_"))
+    }
+    for result in (map_models(header, config, donor, plain), map_models(donor, plain, header, config)):
+        merged = {key for key, tensor in result.tensors.items() if tensor.pieces}
+        layers = {key for key in result.tensors if key.startswith((inside + "layers.", "model.layers."))}
+        assert layers and layers <= merged
+        assert not [key for key in result.dropped if key.startswith(("model.layers.", inside + "layers."))]
 
 
 @pytest.mark.parametrize(("donor", "target", "tokens"), PAIRS)

@@ -307,7 +307,7 @@ PEFT_DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "factors with an adapter's name": (
         add(**{f"{Q}lora_A__default__weight": torch.ones(4, WIDTH)}),
-        r"no rule for tensor \S+lora_A\.default\.weight \(4, 32\) .*; known here: base_model\.model\.\*\.\{lora_A,lora_B\}",
+        r"q_proj\.lora_A(\.default)?\.weight and \S+q_proj\.lora_A(\.default)?\.weight are two names of one tensor",
     ),
     "no prefix": (add(model__norm__weight=torch.ones(WIDTH)), r"no rule for tensor model\.norm\.weight \(32,\)"),
     "no tensor of the base": (

@@ -4,6 +4,8 @@ from typing import Any
 
 from modalloy.errors import CheckpointError, nearest
 from modalloy.families.cogvlm import COGVLM
+from modalloy.families.gemma3 import GEMMA3
+from modalloy.families.hugging_face import BESIDE_QWEN2, BESIDE_QWEN3
 from modalloy.families.internvl2_5 import INTERNVL2_5, INTERNVL2_5_INTERNLM
 from modalloy.families.llama import LLAMA
 from modalloy.families.llava_onevision import LLAVA_ONEVISION
@@ -11,12 +13,16 @@ from modalloy.families.mistral import MISTRAL
 from modalloy.families.mplug_owl2 import MPLUG_OWL2
 from modalloy.families.qwen2 import QWEN2
 from modalloy.families.qwen2_vl import QWEN2_VL
+from modalloy.families.qwen3 import QWEN3, QWEN3_VL
 from modalloy.families.rules import Family, text_config
 
 FAMILIES = {
     family.name: family
     for family in (
+        BESIDE_QWEN2,
+        BESIDE_QWEN3,
         COGVLM,
+        GEMMA3,
         INTERNVL2_5,
         INTERNVL2_5_INTERNLM,
         LLAMA,
@@ -25,6 +31,8 @@ FAMILIES = {
         MPLUG_OWL2,
         QWEN2,
         QWEN2_VL,
+        QWEN3,
+        QWEN3_VL,
     )
 }
 

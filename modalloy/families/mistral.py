@@ -1,4 +1,4 @@
-"""Mistral, and LLaVA on it: Llama's names with fewer key heads."""
+"""Mistral, and LLaVA and Mistral 3 on it: Llama's names with fewer key heads."""
 
 from modalloy.families.llama import HUGGING_FACE, VISION
 from modalloy.families.rules import Family, Spelling, decoder
@@ -10,6 +10,7 @@ MISTRAL = Family(
         "LlavaMistralForCausalLM",
         "LlavaForConditionalGeneration",
         "LlavaNextForConditionalGeneration",
+        "Mistral3ForConditionalGeneration",
     ),
     ("mistral", "llava_mistral"),
     (*decoder(), *VISION),

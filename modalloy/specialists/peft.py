@@ -82,7 +82,7 @@ def add_updates(
     for name, ref in tensors:
         bare = name.removeprefix(PEFT_PREFIX)
         if lora := LORA.fullmatch(name):
-            pairs.setdefault(lora["stem"], {})[lora["side"]] = ref
+            put(pairs.setdefault(lora["stem"], {}), lora["side"], ref)
         elif not put_projector(specialist, bare, ref):
             put(specialist.tuned, _whole(specialist, name, ref), ref)
     ranks = _patterned(config, "rank_pattern", list(pairs), number(config, "r", 8, path), path)
