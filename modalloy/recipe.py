@@ -144,6 +144,7 @@ class Recipe(_Strict):
     """A whole merge. `folder` is where its relative paths start, `text` the file as it was written.
 
     `modules` and `ignore` hold patterns of tensor names (`*`, `?`, `[…]`); of several that match, the first counts.
+    `towers` is what becomes of everything beside the decoder of a multimodal base, where no rule speaks of it.
     `missing` is what a specialist without a weight that others update contributes. `dtype` is the arithmetic's,
     `out_dtype` another spelling of `output.dtype`. `target` is the model whose architecture is kept, and `models` are then
     donors of other architectures, which `linear` needs no base for; `vocabulary` says whether their tokens are the
@@ -159,6 +160,7 @@ class Recipe(_Strict):
     modules: dict[str, WeightRule] = Field(default_factory=dict, max_length=MAX_PATTERNS)
     ignore: tuple[str, ...] = Field(default=(), max_length=MAX_PATTERNS)
     missing: Literal["refuse", "zero"] = "refuse"
+    towers: Literal["merge", "keep"] = "merge"
     dtype: Literal["float32", "float64"] = "float32"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: Output = Output()

@@ -19,7 +19,7 @@ from modalloy.methods.apply import apply
 from modalloy.storage.tensors import TensorRef
 
 if TYPE_CHECKING:
-    from modalloy.promise import Promise, Update
+    from modalloy.promise.promise import Promise, Update
 
 COMPUTED = 1e-5  # relative error of an update that was merged in float32
 SUMMED = 1e-7  # and of its sum with the base

@@ -34,8 +34,9 @@ from modalloy.outputs.manifest import (
     start_names,
 )
 from modalloy.planning import cost
-from modalloy.promise import Promise, Promises
+from modalloy.promise import Promises
 from modalloy.promise.across import promises_across
+from modalloy.promise.promise import Promise
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import (
     COMPUTED,

@@ -418,7 +418,7 @@ def test_experts_that_are_averaged_whatever_the_method_are_found(
     assert load_file(tmp_path / "right" / "model.safetensors")[name].unique() == 3.5
     changed_plan(monkeypatch, "_treatment", lambda found, given: "average" if given[1] == name else found)
     write_unchecked(monkeypatch, written, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=f"{name} differs from what the recipe gives"):
+    with pytest.raises(CheckpointError, match=rf"{name}\[0\] differs from what the recipe gives"):
         verify(tmp_path / "out")
 
 

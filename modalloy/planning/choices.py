@@ -11,6 +11,8 @@ from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
 from modalloy.planning.kinds import Kind, layer_of
 from modalloy.recipe import Recipe, WeightRule
+from modalloy.specialists.spelling import towers_of
+from modalloy.storage.config import read_config
 from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.storage.writer import TensorSpec
 
@@ -31,6 +33,7 @@ class Choices:
         self.wide = torch.float64 if recipe.dtype == "float64" else torch.float32  # of the arithmetic
         self.recipe, self.base, self.absent, self.own, self.lora_rank = recipe, base, absent, own, lora_rank
         self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
+        self.towers = towers_of(base, read_config(base.folder)) if recipe.towers == "keep" else set()
         self.depth = layers(base.refs)
         self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
 
@@ -39,8 +42,10 @@ class Choices:
         return []
 
     def _policy(self, name: str) -> str | None:
-        """What a rule says is done to a weight, if one does."""
-        return self.rules[name][1].policy if name in self.rules else None
+        """What a rule says is done to a weight, if one does; `towers: keep` is one of all that no other speaks of."""
+        if name in self.rules:
+            return self.rules[name][1].policy
+        return "keep" if name in self.towers else None
 
     def _weights(self, slot: str) -> tuple[float, ...]:
         """The factors of the models' updates, at the weight's depth; 0 for those that do not count."""

@@ -12,10 +12,9 @@ was planned: a mistake there is not made here a second time.
 """
 
 import fnmatch
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +26,11 @@ from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
 from modalloy.names import disk_name
+from modalloy.promise.promise import Promise, Update
 from modalloy.promise.words import CHOOSERS, OF_POSITIONS, OF_TOKENS, TABLES, is_numbered, numbers
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
-from modalloy.specialists.spelling import module_names
+from modalloy.specialists.spelling import canonical, module_names
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
 from modalloy.storage.tensors import TensorRef, checked
@@ -38,78 +38,8 @@ from modalloy.storage.views import TransposedRef, one_of, transposed
 from modalloy.updates import Model
 
 What = Literal["matrix", "vector", "rows", "numbers", "other"]
-Kind = Literal["merged", "averaged", "kept", "carried"]
-Rows = tuple[tuple[int, int], ...]
 EXPERTS = re.compile(r"(?:^|\.)experts\.")
 IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.(?P<index>\d+)\.")
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one model does to a tensor, times its weight: a tuned copy, or factors with ΔW = scale · B A; or nothing."""
-
-    weight: float = 1.0
-    tuned: TensorRef | None = None
-    factors: tuple[TensorRef, TensorRef, float] | None = None  # A, B, scale
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """What is read of it."""
-        return tuple(ref for ref in (self.tuned, *(self.factors or ())) if isinstance(ref, TensorRef))
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What one tensor of a result must be, or the two factors of one (`names`: A, then B).
-
-    - merged: `start` plus the merge of `updates` by the method
-    - averaged: `start` plus `factor` times the mean of `updates`
-    - kept, carried: `start`, bit for bit in the type that is written
-    """
-
-    kind: Kind
-    slot: str
-    names: tuple[str, ...]
-    start: TensorRef
-    updates: tuple[Update, ...] = ()
-    method: str = ""
-    parameters: dict[str, Any] = field(default_factory=dict)  # resolved
-    fishers: tuple[TensorRef, ...] = ()
-    factor: float = 1.0
-    compress_rank: int | None = None
-    rows: Rows = ()  # where it is in its tensor, if it is not all of it
-    interpolates: bool = False  # between two models of few bits
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """What is read to work it out; factors of factors need no start."""
-        whole = len(self.names) == 1 or any(update.tuned is not None for update in self.updates)
-        return (
-            *((self.start,) if whole else ()),
-            *(ref for update in self.updates for ref in update.refs),
-            *self.fishers,
-        )
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of what is read to work it out."""
-        return sum(ref.n_bytes for ref in self.refs)
-
-    @property
-    def n_bytes_with_start(self) -> int:
-        """The same, and the weight that is updated, whose size says what working it out takes, though factors need it not."""
-        return sum(ref.n_bytes for ref in {self.start, *self.refs})
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it is the start bit for bit: nothing is added."""
-        zero = self.factor == 0 or not self.updates or all(update.weight == 0 for update in self.updates)
-        return self.kind in ("kept", "carried") or zero or 0 in (self.parameters.get(n) for n in ("scale", "alpha"))
-
-    @property
-    def group(self) -> str:
-        """Merged weights of one group share what their method must know of the whole model."""
-        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
 
 
 class Promises:
@@ -322,7 +252,11 @@ class Promises:
 
     def _rule(self, slot: str) -> WeightRule | None:
         """The first of the recipe's rules that names a tensor."""
-        return next((rule for pattern, rule in self.recipe.modules.items() if fnmatch.fnmatchcase(slot, pattern)), None)
+        for pattern, rule in self.recipe.modules.items():
+            if fnmatch.fnmatchcase(slot, pattern):
+                return rule
+        is_beside = not canonical(slot).startswith(("decoder.", "lm_head."))
+        return WeightRule(policy="keep") if self.recipe.towers == "keep" and is_beside else None
 
     def _method(self, slot: str) -> tuple[str, dict[str, Any]]:
         """Method of a weight, and all its parameters at its depth; what a rule averages is averaged as far as λ goes."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from modalloy.promise import Promise, Update
+from modalloy.promise.promise import Promise, Update
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.tensors import TensorRef
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, RecipeError
 from modalloy.senses.anatomy import anatomy, native_class_name, own_names
 from modalloy.storage.config import read_config
 from modalloy.storage.folder import is_there
@@ -66,6 +66,20 @@ def canonical(name: str) -> str:
         inner = name.removeprefix("model.")
         return f"decoder.{inner}" if inner.startswith(PARTS) else inner
     return inner
+
+
+def towers_of(base: Checkpoint, config: Mapping[str, Any]) -> set[str]:
+    """The tensors of a multimodal base that are no part of its decoder.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    found = {name for name in base.refs if not canonical(name).startswith(("decoder.", "lm_head."))}
+    if native_class_name(config) is None or not found:
+        raise RecipeError(
+            f"towers: keep is of a multimodal base, but {base.folder.name} has nothing beside its decoder; leave it out"
+        )
+    return found
 
 
 def places_in(base: Checkpoint, base_config: Mapping[str, Any], names: Sequence[str], folder: Path) -> dict[str, str]:

@@ -1,0 +1,78 @@
+"""What one tensor of a result must be."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from modalloy.storage.tensors import TensorRef
+
+Kind = Literal["merged", "averaged", "kept", "carried"]
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one model does to a tensor, times its weight: a tuned copy, or factors with ΔW = scale · B A; or nothing."""
+
+    weight: float = 1.0
+    tuned: TensorRef | None = None
+    factors: tuple[TensorRef, TensorRef, float] | None = None  # A, B, scale
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """What is read of it."""
+        return tuple(ref for ref in (self.tuned, *(self.factors or ())) if isinstance(ref, TensorRef))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What one tensor of a result must be, or the two factors of one (`names`: A, then B).
+
+    - merged: `start` plus the merge of `updates` by the method
+    - averaged: `start` plus `factor` times the mean of `updates`
+    - kept, carried: `start`, bit for bit in the type that is written
+    """
+
+    kind: Kind
+    slot: str
+    names: tuple[str, ...]
+    start: TensorRef
+    updates: tuple[Update, ...] = ()
+    method: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)  # resolved
+    fishers: tuple[TensorRef, ...] = ()
+    factor: float = 1.0
+    compress_rank: int | None = None
+    rows: Rows = ()  # where it is in its tensor, if it is not all of it
+    interpolates: bool = False  # between two models of few bits
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """What is read to work it out; factors of factors need no start."""
+        whole = len(self.names) == 1 or any(update.tuned is not None for update in self.updates)
+        return (
+            *((self.start,) if whole else ()),
+            *(ref for update in self.updates for ref in update.refs),
+            *self.fishers,
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of what is read to work it out."""
+        return sum(ref.n_bytes for ref in self.refs)
+
+    @property
+    def n_bytes_with_start(self) -> int:
+        """The same, and the weight that is updated, whose size says what working it out takes, though factors need it not."""
+        return sum(ref.n_bytes for ref in {self.start, *self.refs})
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is the start bit for bit: nothing is added."""
+        zero = self.factor == 0 or not self.updates or all(update.weight == 0 for update in self.updates)
+        return self.kind in ("kept", "carried") or zero or 0 in (self.parameters.get(n) for n in ("scale", "alpha"))
+
+    @property
+    def group(self) -> str:
+        """Merged weights of one group share what their method must know of the whole model."""
+        return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
