@@ -37,7 +37,7 @@ class Model:
         self.tuned: dict[str, TensorRef] = {}
         self.factors: dict[str, tuple[TensorRef, TensorRef, float]] = {}
         self.carried: dict[str, TensorRef] = {}
-        self.sense = ""
+        self.sense, self.is_native = "", False
         if is_native(folder) and not is_native(base.folder):
             self._read_native(recipe, base)
             return
@@ -99,6 +99,7 @@ class Model:
         opened = open_native(self.folder, self.label, recipe.ignore)
         place_native(opened, base, read_json(base.folder / "config.json"))
         assert opened.native is not None
+        self.is_native = True
         self.is_adapter, self.checkpoint, self.tuned = not opened.is_whole, opened.checkpoint, opened.tuned
         self.factors = {slot: (one.a, one.b, one.scale) for slot, one in opened.text_lora.items()}
         self.sense = self.entry.modality or opened.native.modalities[0]

@@ -380,6 +380,7 @@ def test_phi4_has_both_of_its_adapters_at_once(tmp_path: Path) -> None:
     assert report.plan.merged_weights() == 8
     assert "recomputed" in verify(tmp_path / "both", full=True).summary()
     loaded = load_model(tmp_path / "both").model
+    assert list(loaded.senses) == ["image"]  # one model, whose tensors are carried once
     assert {name: sizes["update"]["rank"] for name, sizes in loaded.config.modalities.items()} == {
         "image": 4,
         "audio": 4,
@@ -489,3 +490,38 @@ def test_evaluation_reads_native_media_within_its_limits(pair: Path) -> None:
     long = Sample(id="2", text="w20", golds=("w21",), media=(("audio", str(pair / "long.wav")),))
     with pytest.raises(_UnreadableError, match=r"longer than the 30 s"):
         _prompt(chat, long, cache, None)
+
+
+@pytest.mark.parametrize("rows", [-8, 8], ids=["fewer tokens", "more tokens"])
+def test_trained_embeddings_stay_the_bases_and_are_named(tmp_path: Path, rows: int) -> None:
+    """A vocabulary that is shorter or longer than the base's: what differs in the rows that both have is said."""
+    model, medium = native_models.llava_with_further_tokens()
+    base = write_base(tmp_path / "base", model)
+    if rows < 0:
+        model, medium = native_models.llava()
+        model.resize_token_embeddings(VOCABULARY + rows)
+        for name, parameter in model.get_decoder().named_parameters():
+            parameter.copy_(dict(base.model.named_parameters())[name][: len(parameter)] * 1.25)
+        model.get_output_embeddings().weight.copy_(base.lm_head.weight[: VOCABULARY + rows])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[50].add_(1.0)
+    write_specialist(tmp_path / "own", model)
+    report = merge(write_recipe(tmp_path, [{"model": "own"}], **EXACT), tmp_path / "out")
+    assert "1 embeddings that own changed stay the base's" in report.plan.summary()
+    assert len(blocks_of(load_model(tmp_path / "out").model, medium)[0]) == len(medium.ids)
+
+
+def test_two_senses_of_one_model_count_once_and_are_carried_once(tmp_path: Path) -> None:
+    """A class that takes pictures and videos, listed for each."""
+    model, medium = native_models.llava_onevision()
+    write_base(tmp_path / "base", model)
+    write_specialist(tmp_path / "see", model)
+    models = [{"model": "see", "modality": kind} for kind in ("image", "video")]
+    report = merge(write_recipe(tmp_path, models, **EXACT), tmp_path / "out")
+    assert "video does not count (is image's model, which counts once)" in report.plan.summary()
+    assert "recomputed" in verify(tmp_path / "out", full=True).summary()
+    loaded = load_model(tmp_path / "out").model
+    assert list(loaded.senses) == ["image"] and loaded.config.owners == ("text", "image", "video")
+    assert torch.equal(logits_of(loaded, medium), own_logits(model, medium))
+    shown = blocks_of(loaded, medium, name="video")[0]
+    assert torch.equal(shown.embeddings, blocks_of(loaded, medium)[0].embeddings)

@@ -26,7 +26,8 @@ class ModalloyConfig(PreTrainedConfig):
     - `update`: as `text_update`, or null if its tokens use the text path (ModelCompose's `lora_strategy: same`)
     - `of`: the modality, where this is a further sense of one
     - or, for a multimodal model of transformers, `native` in place of all these but `update`: {"config": its own with no
-      blocks in the decoder, "rows": ids of the vocabulary's rows that are its own}
+      blocks in the decoder, "rows": ids of the vocabulary's rows that are its own},
+      or {"like": the sense that is the same model's}
 
     `text_update` describes the text path's low-rank update: {"rank", "scale", and "linears" (names of the decoder's weights
     that it changes; null: all)}; null if there is none. `text_linears` names the decoder's weights that text tokens use
@@ -113,7 +114,7 @@ def check_content(content: dict[str, Any], path: Path) -> None:
             raise CheckpointError(damaged.format(f"modality '{name}' is no mapping"))
         _check_update(sizes.get("update"), damaged)
         if "native" in sizes:
-            _check_native(sizes["native"], damaged.format(f"the entries of modality '{name}' are damaged"))
+            _check_native(sizes["native"], modalities, damaged.format(f"the entries of modality '{name}' are damaged"))
             continue
         encoder, projector = sizes.get("encoder"), sizes.get("projector")
         counts = [sizes.get(key) for key in ("n_tokens", "n_prefix", "n_suffix")]
@@ -141,7 +142,12 @@ def check_content(content: dict[str, Any], path: Path) -> None:
         raise CheckpointError(damaged.format("`base_model` is no name"))
 
 
-def _check_native(native: Any, damaged: str) -> None:
+def _check_native(native: Any, modalities: dict[str, Any], damaged: str) -> None:
+    if isinstance(native, dict) and "like" in native:
+        other = modalities.get(native["like"]) if isinstance(native["like"], str) else None
+        if not isinstance(other, dict) or "config" not in (other.get("native") or {}):
+            raise CheckpointError(damaged)
+        return
     rows = native.get("rows") if isinstance(native, dict) else None
     config = native.get("config") if isinstance(native, dict) else None
     if (

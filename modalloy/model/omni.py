@@ -57,6 +57,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.suffix_tokens = nn.ParameterDict()
         width = config.text_config.hidden_size
         for modality, sizes in config.modalities.items():
+            if "like" in sizes.get("native", {}):
+                continue
             if "native" in sizes:
                 self.senses[modality] = NativeSense(sizes["native"]["config"], sizes["native"]["rows"], width)
                 continue
@@ -141,16 +143,19 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Of a native modality, `media` are lists of conversations' `Prepared` media, and the features a block for each medium.
         """
-        if modality in self.senses:
+        if self._is_native(modality):
             return self._blocks(modality, media)
         encoder: Any = self.encoders[modality]
         with _in_full_precision(encoder) as to:
             features: Tensor = encoder(media.to(**to))
         return features
 
+    def _is_native(self, modality: str) -> bool:
+        return "native" in self.config.modalities[modality]
+
     def _blocks(self, modality: str, media: Sequence[Prepared]) -> list[Block]:
         """A block for each medium; those of one conversation are encoded together."""
-        sense: Any = self.senses[modality]
+        sense: Any = self.senses[self.config.modalities[modality]["native"].get("like", modality)]
         found: list[Block] = []
         with _in_full_precision(sense) as to:
             for one in media:
@@ -169,7 +174,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeddings = self.get_input_embeddings()(input_ids)
         for index, modality in enumerate(self.config.owners[1:], 1):
             own, given = owners == index, features.get(modality, ())
-            if modality in self.senses:
+            if self._is_native(modality):
                 parts = [one.embeddings.to(embeddings) for one in given if isinstance(one, Block)]
                 if int(own.sum()) != sum(map(len, parts)):
                     raise ValueError(
@@ -231,7 +236,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = text(input_ids) if owners is None else self.embed(input_ids, owners, features)
             if owners is not None and (blocks := blocks_of(features, self.config.owners)):
                 kwargs |= deepstack(owners, blocks, inputs_embeds)
-                if self.has_three_positions and _is_flat(kwargs.get("position_ids")):
+                if self.has_three_positions and getattr(kwargs.get("position_ids"), "ndim", 2) < 3:
                     kwargs["position_ids"] = three_positions(owners, attention_mask, blocks)[0]
                 if (groups := seen_together(owners, blocks)) is not None:
                     text_config = self.config.text_config
@@ -372,11 +377,6 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "use the base that the specialists were trained from"
             )
         return self.linears[slot]
-
-
-def _is_flat(positions: Tensor | None) -> bool:
-    """Whether positions say nothing but the tokens' order."""
-    return positions is None or positions.ndim < 3
 
 
 def check_loaded(where: Any, info: dict[str, Any]) -> None:

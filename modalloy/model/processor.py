@@ -69,7 +69,7 @@ class ModalloyProcessor(ProcessorMixin):
         folder = locate(self.where, whole=True) if native and not self.places else Path()
         return {
             modality: Preparer(
-                self.places.get(modality, folder / "senses" / modality),
+                self.places.get(modality, folder / "senses" / sizes["native"].get("like", modality)),
                 self.modality_of(modality),
                 sizes["native"].get("frame"),
             )
@@ -232,7 +232,7 @@ class ModalloyProcessor(ProcessorMixin):
         """Write the tokenizer and what `from_pretrained` needs besides."""
         saved = super().save_pretrained(save_directory, *args, **kwargs)
         for modality, one in self.preparers.items():
-            target = Path(save_directory) / "senses" / modality
+            target = Path(save_directory) / "senses" / self.modalities[modality]["native"].get("like", modality)
             if one.folder.resolve() != target.resolve():
                 shutil.copytree(one.folder, target, dirs_exist_ok=True)
         write_remote_code(Path(save_directory))

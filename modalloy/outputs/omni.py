@@ -104,6 +104,8 @@ def write(planned: Plan, folder: Path) -> None:
     if planned.copies_target:
         _copy(model_files(planned.target, ["config.json"]), folder / "base")
     for modality, sense in planned.senses.items():
+        if isinstance(sense, NativeSense) and sense.native.like is not None:
+            continue
         if isinstance(sense, NativeSense):
             write_native(sense, folder / "senses" / modality)
         else:
@@ -159,7 +161,10 @@ def _modality(specialist: Specialist, sense: Sense | NativeSense, base: Checkpoi
     """One entry of `ModalloyConfig.modalities`."""
     beside = {"of": specialist.modality} if specialist.place > 1 else {}
     if isinstance(sense, NativeSense):
-        native = {"config": sense.native.config, "rows": list(sense.native.ids), "frame": sense.frame}
+        native: dict[str, Any] = {"config": sense.native.config, "rows": list(sense.native.ids)}
+        if sense.native.like is not None:
+            native = {"like": sense.native.like}
+        native |= {"frame": sense.frame}
         return {"native": native, "update": _own_update(specialist, base)} | beside
     tokens = specialist.tokens
     assert specialist.modality is not None

@@ -20,6 +20,7 @@ from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import first_rows
 
 
 def settled_plan(recipe: Recipe, *, allow_base_mismatch: bool = False) -> Plan:
@@ -93,6 +94,7 @@ def _who_changed(planned: Plan, name: str) -> list[str]:
         for one in planned.counted
         if name in one.text_lora
         or ((copy := one.tuned.get(name) or one.frozen.get(name)) is not None and _differs(planned, base, copy))
+        or (name in one.shorter and _differs(planned, first_rows(base, one.shorter[name].shape[0]), one.shorter[name]))
     ]
 
 

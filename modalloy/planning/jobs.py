@@ -275,6 +275,12 @@ class Planner(Choices):
                 TensorFate(label, ref.name, "left out", "the base's, which its adapter updates")
                 for ref in specialist.frozen.values()
             ]
+            if specialist.native is not None and specialist.native.like is not None:
+                shared = specialist.native.like
+                result += [
+                    TensorFate(label, ref.name, "left out", f"carried once, as sense '{shared}'")
+                    for ref in specialist.native.sense.values()
+                ]
             for name, ref in specialist.tuned.items():
                 unused: tuple[Fate, str] = ("left out", absent or kept.get(name, "the base's is kept"))
                 result.append(TensorFate(label, ref.name, *(unused if absent else of_slot.get(name, unused))))

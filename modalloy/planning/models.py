@@ -58,14 +58,19 @@ def absent_models(
         RecipeError: none counts.
     """
     reasons = {}
+    whole: dict[Path, str] = {}  # multimodal models, which several entries may take senses of
     for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
         weight = entry.parameters.weight
         if base is not None and specialist.is_whole and os.path.samefile(specialist.checkpoint.folder, base.folder):
             reasons[index] = "is the base itself, which is no specialist"
         elif not any(weight if isinstance(weight, tuple) else (weight,)):
             reasons[index] = "its weight is 0"
+        elif specialist.native is not None and specialist.is_whole and specialist.folder.resolve() in whole:
+            reasons[index] = f"is {whole[specialist.folder.resolve()]}'s model, which counts once"
         elif specialist.label in idle:
             reasons[index] = "changes nothing: every update is zero"
+        if specialist.native is not None and specialist.is_whole:
+            whole.setdefault(specialist.folder.resolve(), specialist.label)
     if len(reasons) == len(specialists):
         listed = "; ".join(f"{specialists[index].label}: {reason}" for index, reason in reasons.items())
         raise RecipeError(f"nothing would be merged ({listed}); give models that were trained from the base")

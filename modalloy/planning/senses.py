@@ -84,6 +84,11 @@ def number_senses(recipe: Recipe, specialists: Sequence[Specialist]) -> None:
                 f"two specialists claim modality '{specialist.modality}' ({specialist.label}); write output.same_modality: "
                 "side_by_side to show each medium to both, or remove one, or write form: adapter or full"
             )
+    models: dict[Path, Specialist] = {}
+    for specialist in specialists:
+        if specialist.native is not None:
+            first = models.setdefault(specialist.checkpoint.folder.resolve(), specialist)
+            specialist.native.like = None if first is specialist else first.sense
 
 
 def choose_senses(recipe: Recipe, specialists: list[Specialist], width: int) -> dict[str, Sense | NativeSense]:

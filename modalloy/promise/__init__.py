@@ -76,7 +76,13 @@ class Promises:
     def models(self) -> list[Model]:
         """Those that count: not the base itself, none of weight 0, none whose every update is zero where others' are not."""
         others = [model for model in self.every if model.is_weighed and not model.folder.samefile(self.base.folder)]
+        others = [model for model in others if model is self._first(model) or model.is_adapter]
         return [model for model in others if self._moves(model)] or others
+
+    def _first(self, model: Model) -> Model:
+        """The first entry of the recipe that is the same multimodal model; itself of any other."""
+        same = (m for m in self.every if m.is_native and m.checkpoint.folder.samefile(model.checkpoint.folder))
+        return next(same, model) if model.is_native else model
 
     def _moves(self, model: Model) -> bool:
         """Whether a model differs from the base anywhere, in the tensors that the base has."""
@@ -119,6 +125,8 @@ class Promises:
             for model in self.every:
                 yield from self._own(model)
                 for name, ref in model.carried.items():
+                    if name.startswith("senses.") and model is not self._first(model):
+                        continue
                     yield Promise("carried", name, (name,), ref)
 
     def _holds_experts(self, slot: str) -> bool:

@@ -7,7 +7,6 @@ beside the model, or in a folder of it (`FOLDER#vision-lora`), is the update, an
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from modalloy.storage.config import read_config
 from modalloy.storage.folder import is_there, read_json
 from modalloy.storage.locate import BASE_STEMS, is_hub_id
 from modalloy.storage.tensors import Checkpoint, TensorRef
-from modalloy.storage.views import rows_of_tensor
+from modalloy.storage.views import first_rows
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 COMPUTED = re.compile(r".*(?:\.rotary_emb\.inv_freq|\.position_ids|\.inv_freq)")  # tables that a class makes itself
@@ -196,6 +195,7 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
                 specialist.dropped[ref.name] = (
                     f"has {ref.shape[0]} tokens, the base {wanted[0]}: the base's rows are kept"
                 )
+                specialist.shorter[name] = ref
                 continue
             ref = first_rows(ref, wanted[0])
         put(placed, name, ref)
@@ -210,15 +210,6 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
     height = base.refs[names.get("model.embed_tokens.weight", "model.embed_tokens.weight")].shape[0]
     further = range(min(height, native.table.shape[0]), native.table.shape[0])
     native.ids = tuple(sorted({*native.tokens, *further}))
-
-
-def first_rows(ref: TensorRef, count: int) -> TensorRef:
-    """The first rows of a stored tensor as one of its own; the tensor itself where it has no others."""
-    if ref.shape[0] == count:
-        return ref
-    if ref.begin < 0:
-        return rows_of_tensor(ref.name, ref, ((0, count),))
-    return replace(ref, shape=(count, *ref.shape[1:]))
 
 
 def _base_names(base: Checkpoint, config: dict[str, Any]) -> dict[str, str]:

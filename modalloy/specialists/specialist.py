@@ -73,9 +73,12 @@ class Native:
     has_three_positions: bool = False
     has_deepstack: bool = False
     ids: tuple[int, ...] = ()  # set once the base's vocabulary is known
+    like: str | None = None  # the sense that is the same model's, and carries its tensors
 
     def carried(self, modality: str) -> dict[str, TensorRef]:
-        """The tensors of its sense, by their names in an omni folder."""
+        """The tensors of its sense, by their names in an omni folder; none where another carries them."""
+        if self.like is not None:
+            return {}
         found = {f"senses.{modality}.model.{name}": ref for name, ref in self.sense.items()}
         if self.ids:
             found[f"senses.{modality}.rows"] = chosen_rows(f"senses.{modality}.rows", self.table, self.ids)
@@ -100,6 +103,9 @@ class Specialist:
     is_whole: bool = False  # a whole model: it holds copies of everything, trained or not
     native: Native | None = None  # of a multimodal model of transformers
     frozen: dict[str, TensorRef] = field(default_factory=dict)  # copies of the base's weights that its adapter updates
+    shorter: dict[str, TensorRef] = field(
+        default_factory=dict
+    )  # tables of fewer tokens than the base's, which are kept
     adapter: str = ""  # the folder of its adapter in that of its model
     own_rank: int | None = None  # of the update that its own tokens use, cut from a full fine-tune's
     place: int = 1  # among the specialists of its modality

@@ -92,6 +92,15 @@ def rows_of_tensor(name: str, ref: TensorRef, rows: Rows) -> TensorRef:
     return MappedRef(name, ref.dtype, (height, *ref.shape[1:]), ref.file, -1, ((ref, rows, ((0, height),)),))
 
 
+def first_rows(ref: TensorRef, count: int) -> TensorRef:
+    """The first rows of a stored tensor as one of its own; the tensor itself where it has no others."""
+    if ref.shape[0] == count:
+        return ref
+    if ref.begin < 0:
+        return rows_of_tensor(ref.name, ref, ((0, count),))
+    return replace(ref, shape=(count, *ref.shape[1:]))
+
+
 def chosen_rows(name: str, ref: TensorRef, rows: Sequence[int]) -> MappedRef:
     """Single rows of a stored tensor, in order, as a tensor of its own; only these are read where it is in one piece."""
     parts: list[tuple[TensorRef, Rows, Rows]] = []
