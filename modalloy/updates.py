@@ -16,8 +16,7 @@ from modalloy.specialists.native import is_native, open_native, place_native
 from modalloy.specialists.peft import alphas_of
 from modalloy.specialists.spelling import places_in, unwrapped
 from modalloy.storage.folder import present, read_json
-from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile, checked
-from modalloy.storage.views import MappedRef, assembled
+from modalloy.storage.tensors import Checkpoint, ComposedRef, TensorRef, WeightFile, checked
 
 FACTOR = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[\w-]+))?\.weight")
 TOKEN = re.compile(r"(?P<side>prefix|suffix)_tokens\.(?P<adapter>[\w-]+)")
@@ -148,6 +147,6 @@ class Model:
         """The data of one of its tensors, without NaN and infinity."""
         if self.fisher is not None and ref.file == self.fisher.path:
             return self.fisher.read(ref)
-        if isinstance(ref, MappedRef):
-            return assembled(ref, self.read)
+        if isinstance(ref, ComposedRef):
+            return ref.composed(self.read)
         return checked(self.checkpoint.read(ref), ref, f"{self.label} specialist")

@@ -10,6 +10,7 @@ from modalloy.planning.plan import Plan
 from modalloy.specialists.companions import code_files, companions
 from modalloy.storage.config import read_config
 from modalloy.storage.folder import read_json
+from modalloy.storage.scaled import is_scaled
 from modalloy.storage.writer import copy_file
 
 OWN = ("_name_or_path", "dtype", "torch_dtype")  # what a result's config says otherwise than its base's
@@ -32,6 +33,8 @@ def write(planned: Plan, folder: Path) -> None:
         copy_file(base / name, folder / name)
     config = read_config(base)
     config.pop("_name_or_path", None)  # where the base was on someone's machine
+    if is_scaled(planned.target.refs):
+        config.pop("quantization_config", None)  # its weights are written as the numbers that they stand for
     if recipe.written_dtype != "auto":
         config["dtype"] = recipe.written_dtype
         config.pop("torch_dtype", None)
@@ -48,7 +51,8 @@ def copy_companions(base: Path, folder: Path) -> None:
 def promised(planned: Plan, base_name: str) -> dict[str, Any]:
     """The base's own config.json, but for what a result says otherwise."""
     config = read_json(planned.target.folder / "config.json")
-    return {key: value for key, value in config.items() if key not in OWN}
+    left_out = (*OWN, "quantization_config") if is_scaled(planned.target.refs) else OWN
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 WRITER = Writer(write, "config.json", promised, lambda key: key not in OWN, "transformers", "merge", USE)

@@ -13,6 +13,7 @@ from modalloy.planning.kinds import Kind, layer_of
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.specialists.spelling import towers_of
 from modalloy.storage.config import read_config
+from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.storage.writer import TensorSpec
 
@@ -130,7 +131,8 @@ class Choices:
     def _like_base(self, name: str) -> TensorSpec:
         """The base's tensor in the output type."""
         ref, chosen = self.base.refs[name], self.recipe.written_dtype
-        dtype = ref.dtype if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
+        stored = torch.bfloat16 if isinstance(ref, ScaledRef) else ref.dtype  # of 8-bit codes and scales
+        dtype = stored if chosen == "auto" or not ref.dtype.is_floating_point else getattr(torch, chosen)
         return TensorSpec(name, dtype, ref.shape)
 
 

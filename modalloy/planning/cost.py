@@ -16,7 +16,7 @@ from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
 from modalloy.planning.kinship import kinship_pairs
 from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_dense_check, spread
-from modalloy.storage.tensors import BLOCK_BYTES
+from modalloy.storage.source import BLOCK_BYTES
 from modalloy.storage.views import MappedRef
 
 if TYPE_CHECKING:

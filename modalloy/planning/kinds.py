@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from modalloy.errors import CheckpointError, cut
+from modalloy.storage.scaled import CODES as EIGHT_BITS
+from modalloy.storage.scaled import is_scaled
 from modalloy.storage.tensors import TensorRef
 
 Kind = Literal[
@@ -88,7 +90,7 @@ def check_numbers(label: str, folder: Path, config: Mapping[str, Any], refs: Map
     remedy = "use the unquantised model that it was made from"
     coded = next((ref for name, ref in refs.items() if _is_code(ref) or CODES.fullmatch(name)), None)
     scheme = next((part["quantization_config"] for part in _parts(config) if part.get("quantization_config")), None)
-    if scheme is not None:
+    if scheme is not None and not (is_scaled(refs) and coded is None):
         method = scheme.get("quant_method") if isinstance(scheme, dict) else None
         what = f" by {cut(method)}" if isinstance(method, str) else ""
         shown = f", for example {coded.name} ({coded.dtype})" if coded is not None else ""
@@ -141,7 +143,7 @@ class _Sizes:
 def _kind(ref: TensorRef, sizes: _Sizes) -> Kind:
     shape, name = ref.shape, ref.name if len(ref.name) <= LONGEST_NAME else ""
     module = _module(name)
-    if not ref.dtype.is_floating_point:
+    if not ref.dtype.is_floating_point or ref.dtype in EIGHT_BITS:
         return "code" if _is_code(ref) else "buffer"
     if _is_router(name, sizes):
         return "router"
@@ -181,7 +183,9 @@ def _is_router(name: str, sizes: _Sizes) -> bool:
 
 
 def _is_code(ref: TensorRef) -> bool:
-    """Whole numbers in the shape of a weight."""
+    """Whole numbers in the shape of a weight, or 8-bit floats, which are codes without their scales."""
+    if ref.dtype in EIGHT_BITS:
+        return True
     if ref.dtype.is_floating_point or ref.dtype is torch.bool or BUFFERS.search(ref.name):
         return False
     return len(ref.shape) >= 2 or ref.name.endswith(("weight", "_packed"))

@@ -33,8 +33,8 @@ from modalloy.recompute import parts_of
 from modalloy.specialists.spelling import canonical, module_names
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
-from modalloy.storage.tensors import TensorRef, checked
-from modalloy.storage.views import TransposedRef, one_of, transposed
+from modalloy.storage.tensors import ComposedRef, TensorRef, checked
+from modalloy.storage.views import one_of, transposed
 from modalloy.updates import Model
 
 What = Literal["matrix", "vector", "rows", "numbers", "other"]
@@ -63,8 +63,8 @@ class Promises:
 
     def read(self, ref: TensorRef) -> Tensor:
         """The data of any input tensor."""
-        if isinstance(ref, TransposedRef) and ref.source is not None:
-            return self.read(ref.source).T.contiguous()
+        if isinstance(ref, ComposedRef):
+            return ref.composed(self.read)
         if self.base.owns(ref):
             return checked(self.base.read(ref), ref, "base")
         owner = next(

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modalloy.storage.tensors import TensorRef, WeightFile, checked
-from modalloy.storage.views import MappedRef, TransposedRef, assembled
+from modalloy.storage.tensors import ComposedRef, TensorRef, WeightFile, checked
 
 
 class Inputs:
@@ -25,10 +24,8 @@ class Inputs:
         Raises:
             CheckpointError: the file is damaged, was changed meanwhile, or holds NaN or infinity there.
         """
-        if isinstance(ref, MappedRef):
-            return assembled(ref, self.read, buffer)
-        if isinstance(ref, TransposedRef) and ref.source is not None:
-            return self.read(ref.source).T.contiguous()
+        if isinstance(ref, ComposedRef):
+            return ref.composed(self.read, buffer)
         file, owner = self.files[ref.file]
         return checked(file.read(ref, buffer), ref, owner)
 

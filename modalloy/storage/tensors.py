@@ -4,15 +4,10 @@ Data is read with `pread`, so no mapped page counts as memory: what the page cac
 it, straight from the disk. `.bin` files are read by `pickled.py`, which runs no code from the file.
 """
 
-import errno
 import hashlib
 import math
-import mmap
-import os
 import struct
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -24,6 +19,7 @@ from torch import Tensor
 from modalloy.errors import CheckpointError, shown
 from modalloy.storage.folder import MAX_TEXT_BYTES, is_there, open_file, parse_json, present, read_json, reading
 from modalloy.storage.pickled import ENDINGS, OtherTensor, PickledFile, StoredTensor, checked_count
+from modalloy.storage.source import Source
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,12 +32,10 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,  # codes, which are numbers with their scales only (see `scaled.py`)
+    "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK_BYTES = 8 << 20  # what is read or written at once
-MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
-PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
-DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
 MAX_NAME = 1000  # characters of a tensor's name; several patterns take time that is quadratic in it
 
 
@@ -64,6 +58,14 @@ class TensorRef:
         return count * self.dtype.itemsize
 
 
+class ComposedRef(TensorRef):
+    """A tensor that is made of stored ones."""
+
+    def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+        """Its data, from what `read` gives of the stored ones."""
+        raise NotImplementedError
+
+
 class WeightFile:
     """One `.safetensors` or `.bin` file; opening it reads the header only."""
 
@@ -73,7 +75,7 @@ class WeightFile:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file; download it again or correct the path")
             with open_file(path):  # a pipe, device or folder is refused
-                self._source = _Source(path)
+                self._source = Source(path)
             self.refs = self._bin_refs() if path.suffix in ENDINGS else self._safetensors_refs()
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
@@ -182,126 +184,6 @@ class WeightFile:
         return PickledFile(self.path)
 
 
-class _Source:
-    """The bytes of one file, for several threads, and their hash taken on the way.
-
-    With `hashes_reads`, what is read in the file's order is hashed as it passes, with what little lies between; the rest
-    is read again when the hash is asked for. The file is opened for each read: a model of hundreds of shards would run
-    out of descriptors.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        found = path.stat()
-        self.size, self.changed_ns = found.st_size, found.st_mtime_ns
-        self.lock = threading.Lock()
-        self.digest = hashlib.sha256()
-        self.hashed = 0
-        self.hashes_reads = False
-
-    def read_into(self, target: memoryview, begin: int, what: str) -> None:
-        """Fill `target` with the bytes from `begin` on."""
-        with self._opened() as file:
-            done = 0
-            while done < len(target):
-                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done)
-                if not count:
-                    raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
-                done += count
-            if not self.hashes_reads:
-                return
-            with self.lock:
-                if begin <= self.hashed < begin + len(target):
-                    self._hash(target[self.hashed - begin :])
-                elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
-                    self._catch_up(file, begin)
-                    self._hash(target)
-
-    def sha256(self) -> str:
-        """Hash of the whole file."""
-        with self._opened() as file, self.lock:
-            self._catch_up(file, self.size)
-            return self.digest.hexdigest()
-
-    @contextmanager
-    def _opened(self) -> Iterator["_Opened"]:
-        with _Opened(self.path) as file:
-            found = os.fstat(file.cached)
-            if (found.st_size, found.st_mtime_ns) != (self.size, self.changed_ns):
-                raise CheckpointError(f"{self.path}: was changed while being read; start again")
-            yield file
-
-    def _catch_up(self, file: "_Opened", end: int) -> None:
-        block = memoryview(bytearray(min(BLOCK_BYTES, max(end - self.hashed, 0))))
-        while self.hashed < end:
-            count = file.read_some(block[: end - self.hashed], self.hashed)
-            if not count:
-                raise CheckpointError(f"{self.path}: was cut while being read; download or copy it again")
-            self._hash(block[:count])
-
-    def _hash(self, data: memoryview) -> None:
-        self.digest.update(data)
-        self.hashed += len(data)
-
-
-class _Opened:
-    """A file opened to read through the page cache, and past it where that is possible and needed."""
-
-    bounce = threading.local()  # a block of memory as the disk wants it, one for each thread
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cached = os.open(path, os.O_RDONLY)
-        self.direct: int | None = None
-
-    def __enter__(self) -> "_Opened":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.cached)
-        if self.direct is not None:
-            os.close(self.direct)
-
-    def read_some(self, target: memoryview, begin: int) -> int:
-        """Some of the bytes from `begin` on: from the page cache if they are there, else past it; 0 at the end."""
-        if len(target) < 16 * PAGE_BYTES or not DIRECT_READS:
-            return os.preadv(self.cached, [target], begin)
-        try:
-            if count := os.preadv(self.cached, [target], begin, os.RWF_NOWAIT):
-                return count
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                raise
-        skip = begin % PAGE_BYTES
-        wanted = -(-(skip + len(target)) // PAGE_BYTES) * PAGE_BYTES
-        with memoryview(self._block()) as block:
-            try:
-                count = os.preadv(self._past_cache(), [block[:wanted]], begin - skip) - skip
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                return os.preadv(self.cached, [target], begin)  # no O_DIRECT here, or a disk with larger sectors
-            count = max(0, min(count, len(target)))
-            target[:count] = block[skip : skip + count]
-            return count
-
-    def _past_cache(self) -> int:
-        if self.direct is None:
-            self.direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-        return self.direct
-
-    def _block(self) -> mmap.mmap:
-        if not hasattr(self.bounce, "block"):
-            self.bounce.block = aligned_block(BLOCK_BYTES + 2 * PAGE_BYTES)
-        block: mmap.mmap = self.bounce.block
-        return block
-
-
-def aligned_block(n_bytes: int) -> mmap.mmap:
-    """Memory aligned to a page, as a disk wants it; private, so that a forked process does not share it."""
-    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
 class Checkpoint:
     """The tensors of a folder: one file, or the shards that its index names; and those of further files beside them."""
 
@@ -317,6 +199,7 @@ class Checkpoint:
         paths, index = self._main_paths(stems)
         self.files = [WeightFile(path) for path in (*paths, *(folder / name for name in present(folder, extra)))]
         self.refs: dict[str, TensorRef] = {}
+        self.codes: dict[str, TensorRef] = {}  # the same as they are stored, of a model of 8-bit codes and scales
         for file in self.files:
             for name, ref in file.refs.items():
                 if name in self.refs:
@@ -327,9 +210,20 @@ class Checkpoint:
         self._by_path = {file.path: file for file in self.files}
         if index is not None:
             self._check_index(index, paths)
+        if any(ref.dtype.itemsize == 1 and ref.dtype.is_floating_point for ref in self.refs.values()):
+            from modalloy.storage.scaled import joined
+
+            scheme = (
+                read_json(folder / "config.json").get("quantization_config")
+                if is_there(folder / "config.json")
+                else None
+            )
+            self.codes, self.refs = self.refs, joined(self.refs, scheme)
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of one of this checkpoint's tensors, in a new tensor or in `buffer` (uint8)."""
+        if isinstance(ref, ComposedRef):
+            return ref.composed(self.read, buffer)
         return self._by_path[ref.file].read(ref, buffer)
 
     def owns(self, ref: TensorRef) -> bool:
@@ -413,4 +307,5 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: both show in the extremes, which are many times faster than `isfinite`."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

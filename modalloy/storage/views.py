@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError
-from modalloy.storage.tensors import TensorRef
+from modalloy.storage.tensors import ComposedRef, TensorRef
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
 
@@ -15,7 +15,7 @@ ROWS_AT_ONCE = 512  # so that the copy stays in the cache
 
 
 @dataclass(frozen=True)
-class MappedRef(TensorRef):
+class MappedRef(ComposedRef):
     """A tensor of the target's shape made of rows of stored ones: (source, its rows, the rows that they become).
 
     With `keeps`, some of these rows are the target's own.
@@ -29,12 +29,19 @@ class MappedRef(TensorRef):
         """Size of the largest source, which is read whole."""
         return max(source.n_bytes for source, _, _ in self.parts)
 
+    def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+        return assembled(self, read, buffer)
+
 
 @dataclass(frozen=True)
-class TransposedRef(TensorRef):
+class TransposedRef(ComposedRef):
     """A stored matrix with its rows and columns exchanged."""
 
     source: TensorRef | None = None
+
+    def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+        assert self.source is not None
+        return read(self.source).T.contiguous()
 
 
 def transposed(ref: TensorRef) -> TransposedRef:

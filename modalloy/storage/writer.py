@@ -18,7 +18,8 @@ from torch import Tensor
 
 from modalloy.files import create, is_file, write_text
 from modalloy.storage.folder import file_sha256, reading
-from modalloy.storage.tensors import BLOCK_BYTES, CODES, PAGE_BYTES, aligned_block
+from modalloy.storage.source import BLOCK_BYTES, PAGE_BYTES, aligned_block
+from modalloy.storage.tensors import CODES
 
 DIRECT_BYTES = 64 << 20  # files from this size on are written past the page cache
 
