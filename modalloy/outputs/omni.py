@@ -18,6 +18,7 @@ from modalloy.specialists.companions import companions
 from modalloy.specialists.specialist import Specialist, StoredLora
 from modalloy.specialists.templates import own_template
 from modalloy.storage.config import config_size, read_config
+from modalloy.storage.scaled import is_scaled
 from modalloy.storage.tensors import Checkpoint
 from modalloy.storage.writer import copy_file
 
@@ -47,6 +48,9 @@ def omni_config(planned: Plan) -> dict[str, Any]:
     """config.json of the merged model (see `modalloy.model.config.ModalloyConfig`)."""
     merged = [job for job in planned.jobs if job.kind == "merge"]
     low_rank = [job.name for job in merged if len(job.outputs) == 2]
+    text = decoder_config(planned.recipe, read_config(planned.target.folder), planned.specialists)
+    if is_scaled(planned.target.refs):  # read as numbers, wherever they are
+        text.pop("quantization_config", None)
     modalities = {
         specialist.sense or "": _modality(specialist, planned.senses[specialist.sense or ""], planned.target)
         for specialist in planned.specialists
@@ -56,7 +60,7 @@ def omni_config(planned: Plan) -> dict[str, Any]:
         "model_type": "modalloy",
         "auto_map": AUTO_MAP,
         "base_model": planned.target_name if planned.target_is_portable else "base",
-        "text_config": decoder_config(planned.recipe, read_config(planned.target.folder), planned.specialists),
+        "text_config": text,
         "text_update": _update(low_rank, planned.rank, 1.0, planned.target),
         "text_linears": [job.name for job in merged if len(job.outputs) == 1],
         **_tensors(planned),
