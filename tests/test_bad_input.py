@@ -150,7 +150,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "models that are no list": ({"models": "vision"}, r"models: .*found 'vision'"),
     "model without a place": ({"models": [{"modality": "image"}]}, r"the key 'models\.0\.model' is missing; add it"),
     "unknown modality": (models(modality="smell"), r"models\.0\.modality: unknown modality 'smell'; known: image"),
-    "unknown form": ({"output": {"form": "gguf"}}, r"output\.form: no form 'gguf'; known: adapter, full, omni"),
+    "unknown form": ({"output": {"form": "gguf"}}, r"output\.form: no form 'gguf'; known: adapter, auto, full, omni"),
     "unknown dtype": ({"output": {"dtype": "int4"}}, r"output\.dtype: .*'bfloat16'.*found 'int4'"),
     "shard size 0": (
         {"output": {"max_shard_size": 0}},
