@@ -15,7 +15,7 @@ from synthetic import write_base, write_lora, write_tuned
 COUNTED = """
 import json, sys
 import modalloy
-from modalloy.storage.tensors import _Opened
+from modalloy.storage.source import _Opened
 
 read = 0
 some = _Opened.read_some

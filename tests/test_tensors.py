@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modalloy.errors import CheckpointError
-from modalloy.storage import tensors
+from modalloy.storage import source
 from modalloy.storage.tensors import Checkpoint, WeightFile
 from modalloy.storage.writer import DIRECT_BYTES, TensorSpec, WeightWriter, _header
 
@@ -56,9 +56,9 @@ def odd_sizes() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("order", ["forward", "backward", "every third", "side by side"])
 def test_any_order_gives_the_same_bytes_and_hash(order: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1 << 18)
-    monkeypatch.setattr(tensors, "MAX_SKIPPED_BYTES", 1 << 17)
-    monkeypatch.setattr(tensors._Opened, "bounce", threading.local())
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(source, "MAX_SKIPPED_BYTES", 1 << 17)
+    monkeypatch.setattr(source._Opened, "bounce", threading.local())
     path, wanted = folder / "model.safetensors", odd_sizes()
     save_file(wanted, path)
     drop_from_cache(path)
@@ -121,10 +121,10 @@ def test_a_bin_file_whose_bytes_are_not_the_tensors_is_refused(change: str, mess
 @pytest.mark.parametrize("blocks", ["whole blocks", "an odd end"])
 def test_large_files_are_written_past_the_cache_and_hashed(blocks: str, folder: Path) -> None:
     header = len(_header([TensorSpec("a", torch.uint8, (DIRECT_BYTES,))]))
-    size = DIRECT_BYTES + tensors.BLOCK_BYTES - (header if blocks == "whole blocks" else 12_345)
+    size = DIRECT_BYTES + source.BLOCK_BYTES - (header if blocks == "whole blocks" else 12_345)
     path = write(folder, size)
     assert int(load_file(path)["a"].sum(dtype=torch.int64)) == sum(range(251)) * (size // 251) + sum(range(size % 251))
-    assert path.stat().st_size % tensors.BLOCK_BYTES == 0 or blocks == "an odd end"
+    assert path.stat().st_size % source.BLOCK_BYTES == 0 or blocks == "an odd end"
 
 
 def write(folder: Path, size: int) -> Path:

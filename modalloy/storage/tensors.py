@@ -36,6 +36,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # codes, which .bin files of today have no scales beside
 MAX_NAME = 1000  # characters of a tensor's name; several patterns take time that is quadratic in it
 
 
@@ -162,7 +163,7 @@ class WeightFile:
 
     def _bin_ref(self, name: str, tensor: StoredTensor | OtherTensor) -> TensorRef:
         kind = tensor.kind if isinstance(tensor, OtherTensor) else "torch.strided"
-        if isinstance(tensor, OtherTensor) or tensor.storage.dtype not in CODES:
+        if isinstance(tensor, OtherTensor) or tensor.storage.dtype not in CODES or tensor.storage.dtype in EIGHT_BITS:
             of = "" if isinstance(tensor, OtherTensor) else f" of {tensor.storage.dtype}"
             raise CheckpointError(
                 f"{self.path}: {shown(name)[1:-1]} is a {kind} tensor{of}, which cannot be merged; "
