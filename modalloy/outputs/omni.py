@@ -1,7 +1,7 @@
 """`form: omni`: beside the merged text path, what a folder needs to take in media: encoders, projectors, configs, prompt."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
-from modalloy.planning.kinds import kinds, layer_of
+from modalloy.planning.kinds import Kind, kinds, layer_of
 from modalloy.planning.native import decoder_config
 from modalloy.planning.plan import Plan
 from modalloy.planning.senses import NativeSense, Sense, model_files, open_sense, recorded_encoder
-from modalloy.specialists.companions import companions
 from modalloy.specialists.specialist import Specialist, StoredLora
 from modalloy.specialists.templates import own_template
 from modalloy.storage.config import config_size, read_config
@@ -48,7 +47,7 @@ def omni_config(planned: Plan) -> dict[str, Any]:
     """config.json of the merged model (see `modalloy.model.config.ModalloyConfig`)."""
     merged = [job for job in planned.jobs if job.kind == "merge"]
     low_rank = [job.name for job in merged if len(job.outputs) == 2]
-    text = decoder_config(planned.recipe, read_config(planned.target.folder), planned.specialists)
+    text = decoder_config(read_config(planned.target.folder), planned.specialists)
     if is_scaled(planned.target.refs):  # read as numbers, wherever they are
         text.pop("quantization_config", None)
     modalities = {
@@ -69,8 +68,8 @@ def omni_config(planned: Plan) -> dict[str, Any]:
 
 
 def _tensors(planned: Plan) -> dict[str, Any]:
-    """Norms, biases and what else of the decoder is another for all tokens."""
-    names = [job.name for job in planned.jobs if job.kind == "average"]
+    """Norms, biases, fused experts and what else of the decoder is another for all tokens."""
+    names = [job.name for job in planned.jobs if job.kind in ("average", "fuse")]
     return {"text_tensors": names} if names else {}
 
 
@@ -108,20 +107,16 @@ def write(planned: Plan, folder: Path) -> None:
     if planned.copies_target:
         _copy(model_files(planned.target, ["config.json"]), folder / "base")
     for modality, sense in planned.senses.items():
-        if isinstance(sense, NativeSense) and sense.native.like is not None:
-            continue
-        if isinstance(sense, NativeSense):
-            write_native(sense, folder / "senses" / modality)
-        else:
+        if not isinstance(sense, NativeSense):
             _copy(sense.files(), folder / "encoders" / modality)
+        elif sense.native.like is None:
+            write_native(sense, folder / "senses" / modality)
 
 
 def write_native(sense: NativeSense, folder: Path) -> None:
     """What a native specialist's media are prepared with: its processor, its tokenizer, and its config without blocks."""
-    for name in companions(sense.folder):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(sense.folder / name, folder / name)
-    (folder / "config.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True)
+    copy_companions(sense.folder, folder)
     replace_text(folder / "config.json", json.dumps(sense.native.config, indent=2) + "\n")
 
 
@@ -188,9 +183,13 @@ def _own_update(specialist: Specialist, base: Checkpoint) -> dict[str, Any] | No
     """What its own tokens use beside the base's weights."""
     if specialist.own_rank is None:
         return specialist_update(specialist.modality_lora, base)
-    sorts = kinds(read_config(base.folder), base.refs)
-    slots = [slot for slot in specialist.tuned if sorts[slot] == "linear" and layer_of(slot) is not None]
-    return _update(slots, specialist.own_rank, 1.0, base)
+    routed = _routed(kinds(read_config(base.folder), base.refs))
+    return _update([slot for slot in specialist.tuned if slot in routed], specialist.own_rank, 1.0, base)
+
+
+def _routed(sorts: Mapping[str, Kind]) -> set[str]:
+    """The weights that tokens are routed through: linear ones of the decoder's blocks."""
+    return {name for name, kind in sorts.items() if kind == "linear" and layer_of(name) is not None}
 
 
 def specialist_update(updates: dict[str, StoredLora], base: Checkpoint) -> dict[str, Any] | None:
@@ -209,7 +208,7 @@ def _update(slots: list[str], rank: int | None, scale: float, base: Checkpoint) 
     if not slots:
         return None
     sorts = kinds(read_config(base.folder), base.refs)
-    weights = {name for name, kind in sorts.items() if kind == "linear" and layer_of(name) is not None}
+    weights = _routed(sorts)
     if strange := sorted(set(slots) - weights):
         raise CheckpointError(
             f"{strange[0]} is updated, but 'omni' routes tokens through the linear weights of the decoder's blocks only; write "
