@@ -15,7 +15,7 @@ from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.literal import MARKS, Literals
 from modalloy.model.omni import check_loaded, quiet
 from modalloy.model.opening import opening, set_ends
-from modalloy.model.preparing import ARGUMENTS, PARTS, Preparer, missing_library
+from modalloy.model.preparing import ARGUMENTS, PARTS, Preparer, own_processor
 from modalloy.model.processor import ModalloyProcessor, medium_of
 from modalloy.model.rendering import Message, chosen_template, rendered_by
 from modalloy.names import modality_name
@@ -247,17 +247,10 @@ def open_processor(folder: Path) -> Any:
     """The processor of a hosted model.
 
     Raises:
-        CheckpointError: it needs a library that is not installed, or has no images or chat template.
+        CheckpointError: it needs a library that is not installed, or has no tokenizer or chat template.
     """
-    from transformers import AutoProcessor
-
-    try:
-        with opening(folder, "processor", silent=True), quiet():
-            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except CheckpointError as error:
-        raise missing_library(folder, error) or error from error
-    if getattr(processor, "tokenizer", None) is None:
-        raise CheckpointError(f"{folder}: its processor has no tokenizer; add tokenizer.json of the published model")
+    with quiet():
+        processor = own_processor(folder)
     if getattr(processor, "chat_template", None) is None:
         raise CheckpointError(
             f"{folder}: its processor has no chat_template; add chat_template.jinja of the published model"

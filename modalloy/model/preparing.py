@@ -40,7 +40,15 @@ class Preparer:
         Raises:
             CheckpointError: it is missing or damaged, or needs a library that is not installed, or code of its own.
         """
-        return self.opened or open_own_processor(self.folder, self.modality)
+        if self.opened is not None:
+            return self.opened
+        found = own_processor(self.folder)
+        if getattr(found, PARTS[self.modality], None) is None:
+            raise CheckpointError(
+                f"{self.folder}: its processor has no {PARTS[self.modality]}; add preprocessor_config.json of the published "
+                "model"
+            )
+        return found
 
     @property
     def sampling_rate(self) -> int:
@@ -196,8 +204,8 @@ class Preparer:
             )
 
 
-def open_own_processor(folder: Path, modality: str) -> Any:
-    """A specialist's processor, which must have a part for the modality, and a tokenizer.
+def own_processor(folder: Path) -> Any:
+    """The processor that came with a model of transformers, which must have a tokenizer.
 
     Raises:
         CheckpointError: it is missing or damaged, or needs a library that is not installed, or code of its own.
@@ -212,10 +220,6 @@ def open_own_processor(folder: Path, modality: str) -> Any:
         raise missing_library(folder, error) or error from error
     if getattr(found, "tokenizer", None) is None:
         raise CheckpointError(f"{folder}: its processor has no tokenizer; add tokenizer.json of the published model")
-    if getattr(found, PARTS[modality], None) is None:
-        raise CheckpointError(
-            f"{folder}: its processor has no {PARTS[modality]}; add preprocessor_config.json of the published model"
-        )
     return found
 
 

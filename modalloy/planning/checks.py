@@ -68,13 +68,13 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
                     f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
                     "use the base it was trained from"
                 )
-    for name, ref in (specialist.tuned | specialist.frozen).items():
+    tuned = specialist.tuned | specialist.frozen
+    for name, ref in tuned.items():
         if base.refs[name].dtype.is_floating_point and not ref.dtype.is_floating_point:
             raise CheckpointError(
                 f"{specialist.label} specialist: {ref.name} holds {ref.dtype}, no weights ({ref.file}), where the base has "
                 f"{base.refs[name].dtype}; use the model before it was quantised, or list the tensor under `ignore:`"
             )
-    tuned = specialist.tuned | specialist.frozen
     misfits = [(ref, base.refs[name]) for name, ref in tuned.items() if ref.shape != base.refs[name].shape]
     resized = [pair for pair in misfits if is_of_tokens(pair[1].name) and pair[0].shape[1:] == pair[1].shape[1:]]
     for own, wanted in resized:

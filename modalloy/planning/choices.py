@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,9 +35,14 @@ class Choices:
         self.wide = torch.float64 if recipe.dtype == "float64" else torch.float32  # of the arithmetic
         self.recipe, self.base, self.absent, self.own, self.lora_rank = recipe, base, absent, own, lora_rank
         self.rules = {name: (pattern, rule) for name in base.refs for pattern, rule in [self._rule(name)] if rule}
-        self.towers = towers_of(base, read_config(base.folder)) if recipe.towers == "keep" else set()
+        self.towers = towers_of(base, self.config) if recipe.towers == "keep" else set()
         self.depth = layers(base.refs)
         self.parameters = self._resolved(recipe.merge_method, recipe.parameters, None)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The target's config.json."""
+        return read_config(self.base.folder)
 
     def must_be_equal(self) -> list[str]:
         """Kept tensors that no method merges, and no rule speaks of: no model may have changed them."""

@@ -17,7 +17,6 @@ from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.specialists.spelling import module_names
-from modalloy.storage.config import read_config
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
 from modalloy.storage.views import MappedRef
 from modalloy.storage.writer import TensorSpec
@@ -153,7 +152,7 @@ class Planner(Choices):
         form = self.recipe.form
         dtype, modules = self._dtype(), {}
         if form.names_modules:
-            modules = module_names(self.base, read_config(self.base.folder))
+            modules = module_names(self.base, self.config)
         slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
         whole = {
             slot
@@ -186,7 +185,7 @@ class Planner(Choices):
     def _expert_job(self, name: str) -> Job:
         """A fused tensor, each expert merged by the method."""
         spec = self._like_base(name)
-        return expert_job(self._merge_job(name, (spec,)), spec, read_config(self.base.folder))
+        return expert_job(self._merge_job(name, (spec,)), spec, self.config)
 
     def _own_jobs(self, specialist: Specialist, dtype: torch.dtype) -> list[Job]:
         """The update of a full fine-tune, cut to the rank that its own tokens use."""

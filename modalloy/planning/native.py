@@ -193,7 +193,7 @@ def check_sense(entry: SpecialistEntry, specialist: Specialist) -> str:
     return modality
 
 
-def decoder_config(recipe: Recipe, base: dict[str, Any], specialists: Iterable[Specialist]) -> dict[str, Any]:
+def decoder_config(base: dict[str, Any], specialists: Iterable[Specialist]) -> dict[str, Any]:
     """The config of an omni model's decoder: the base's, or where media have positions of time, height and width (or features
     for several layers) that of the specialist that knows them.
 

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -249,6 +249,21 @@ def own_names(found: Anatomy | Any, names: Iterable[str]) -> dict[str, str]:
     Raises:
         CheckpointError: a tensor is stored in another form than the class's, or two are one.
     """
+    own_name = renamer(found)
+    where = found.where if isinstance(found, Anatomy) else "the base"
+    result: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    for name in names:
+        new = own_name(name)
+        if new in taken:
+            raise CheckpointError(f"{where}: {name} and {taken[new]} are two names of one tensor; remove one of them")
+        taken[new] = name
+        result[name] = new
+    return result
+
+
+def renamer(found: Anatomy | Any) -> Callable[[str], str]:
+    """What gives the class's own name of a tensor; see `own_names`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -257,20 +272,17 @@ def own_names(found: Anatomy | Any, names: Iterable[str]) -> dict[str, str]:
     renamings = [one for one in table if isinstance(one, WeightRenaming)]
     converters = [one for one in table if isinstance(one, WeightConverter)]
     own = model.state_dict()
-    result: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for name in names:
+
+    def own_name(name: str) -> str:
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[:2]
         if pattern is not None and name not in own:
             raise CheckpointError(
                 f"{where}: {name} is stored in another form than {type(model).__name__}'s, which transformers converts when it "
-                "loads it; load and save the model once with transformers"
+                "loads it; load the model with transformers and save it with save_original_format=False"
             )
-        if new in taken:
-            raise CheckpointError(f"{where}: {name} and {taken[new]} are two names of one tensor; remove one of them")
-        taken[new] = name
-        result[name] = new
-    return result
+        return str(new)
+
+    return own_name
 
 
 def headless(content: Mapping[str, Any], found: Anatomy) -> dict[str, Any]:

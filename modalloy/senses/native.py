@@ -86,10 +86,10 @@ class Recorder(nn.Module):
 
     embed_tokens = property(get_input_embeddings)
 
-    def forward(self, *args: Any, **given: Any) -> Any:
+    def forward(self, input_ids: Tensor | None = None, **given: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        self.given = dict(zip(("input_ids",), args, strict=False)) | given
+        self.given = {"input_ids": input_ids} | given
         return BaseModelOutputWithPast(last_hidden_state=given["inputs_embeds"])
 
 

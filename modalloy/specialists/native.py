@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
-from modalloy.senses.anatomy import Anatomy, anatomy, headless, native_class_name, own_names
+from modalloy.senses.anatomy import Anatomy, anatomy, headless, native_class_name, own_names, renamer
 from modalloy.specialists.peft import add_updates, check_config
 from modalloy.specialists.specialist import (
     Layout,
@@ -57,8 +57,7 @@ def open_native(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
         path = given / "adapter_config.json"
         settings = read_json(path)
         check_config(settings, path)
-        before = dict(specialist.tuned)
-        specialist.frozen, specialist.tuned = before, {}
+        specialist.frozen, specialist.tuned = specialist.tuned, {}
         entries = [one for one in tensors if one[1].file.name in ADAPTERS]
         add_updates(specialist, entries, settings, path)
         specialist.text_lora = dict(_placed_updates(specialist, found))
@@ -84,7 +83,7 @@ def _sort(
     table: TensorRef | None = None
     embeddings = f"{found.decoder}.embed_tokens.weight"
     for name, ref in refs.items():
-        if name not in names or (names[name] not in own and COMPUTED.fullmatch(name)):
+        if name not in names:
             specialist.dropped[name] = "computed from the config when a model is loaded"
             continue
         mine = names[name]
@@ -105,9 +104,10 @@ def _sort(
             sense[mine] = ref
         else:
             put(specialist.tuned, plain, ref)
-    ignored = {own_names(found, [name])[name] for name in specialist.dropped if not COMPUTED.fullmatch(name)}
+    own_name = renamer(found)
+    ignored = {own_name(name) for name in specialist.dropped if not COMPUTED.fullmatch(name)}
     tied = found.model.all_tied_weights_keys.keys()
-    absent = sorted(own.keys() - {names[name] for name in names} - ignored - tied)
+    absent = sorted(own.keys() - set(names.values()) - ignored - tied)
     if absent:
         raise CheckpointError(
             f"{specialist.label} specialist: lacks {absent[0]} of a {found.name} ({len(absent)} tensors in all, {folder}); "
@@ -130,8 +130,9 @@ def _sort(
 
 def _placed_updates(specialist: Specialist, found: Anatomy) -> Iterator[tuple[str, StoredLora]]:
     """The adapter's updates by the names of a plain language model."""
+    names = own_names(found, specialist.text_lora)
     for slot, factors in specialist.text_lora.items():
-        own = own_names(found, [slot])[slot]
+        own = names[slot]
         plain = found.plain_name(own)
         if plain is None:
             raise CheckpointError(

@@ -48,7 +48,6 @@ def canonical(name: str) -> str:
 
     The decoder is `decoder.`, its head `lm_head.`; everything else stands without "model.".
     """
-    inner = name
     for prefix in (
         "language_model.model.",
         "model.language_model.model.",
@@ -65,7 +64,7 @@ def canonical(name: str) -> str:
     if name.startswith("model."):
         inner = name.removeprefix("model.")
         return f"decoder.{inner}" if inner.startswith(PARTS) else inner
-    return inner
+    return name
 
 
 def towers_of(base: Checkpoint, config: Mapping[str, Any]) -> set[str]:
@@ -107,9 +106,7 @@ def places_in(base: Checkpoint, base_config: Mapping[str, Any], names: Sequence[
     try:
         files = {own: file for file, own in own_names(anatomy(base_config, base.folder), base.refs).items()}
         theirs = own_names(anatomy(config, folder), left)
-    except (
-        CheckpointError
-    ):  # what its config does not say, no name tells: the tensor stays unknown, and is refused by name
+    except CheckpointError:  # what its config does not say, no name tells: unknown tensors are refused by name
         return found
     return found | {name: files[own] for name, own in theirs.items() if own in files}
 
