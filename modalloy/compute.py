@@ -36,6 +36,8 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
         return _factors(job, merged_update(job, read, surveys=surveys, device=device))
     if job.kind == "merge":
         return Done([_merged_weight(job, read, surveys, device)])
+    if job.kind == "fuse" and len(job.outputs) == 2:
+        return _stacked(job, read, surveys, device)
     if job.kind == "fuse":
         return Done([_fused(job, read, surveys, device)])
     if job.kind == "interpolate":
@@ -103,13 +105,29 @@ def weighted_updates(job: Job, read: Read, device: str = "cpu", *, rows: slice =
 
 def _factors(job: Job, merged: Delta) -> Done:
     """The merged update as the two factors of an adapter, cut or filled up to the adapter's one rank."""
-    measured, rank = {}, job.outputs[0].shape[0]
+    lost: dict[str, float] = {}
+    rank = job.outputs[0].shape[0]
     if not isinstance(merged, LowRank) or merged.rank > rank:
-        merged, measured["compression"] = compressed(merged, rank)
+        merged, lost[job.name] = compressed(merged, rank)
     fill = rank - merged.rank  # zero columns and rows, so that every layer has the same rank
     up = torch.nn.functional.pad(merged.up, (0, fill)).cpu()
     down = torch.nn.functional.pad(merged.down, (0, 0, 0, fill)).cpu()
-    return Done([_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)], measured)
+    return Done([_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)], lost)
+
+
+def _stacked(job: Job, read: Read, surveys: Surveys, device: str) -> Done:
+    """The factors of every expert's update, in the two matrices that PEFT has of them (see `specialists/stacked.py`)."""
+    down, up = (torch.empty(spec.shape, dtype=spec.dtype) for spec in job.outputs)
+    count, lost = len(job.pieces), dict[str, float]()
+    rank = len(down) // count
+    for index, piece in enumerate(job.pieces):
+        done = _factors(piece, merged_update(piece, read, surveys=surveys, device=device))
+        a, b = done.tensors
+        if a.shape[1] != down.shape[1]:  # experts are stored the other way round than PEFT takes them
+            a, b = b.T, a.T
+        down[index * rank : (index + 1) * rank], up[:, index::count] = a, b
+        lost |= done.compression
+    return Done([down, up], lost)
 
 
 def _merged_weight(job: Job, read: Read, surveys: Surveys, device: str) -> Tensor:

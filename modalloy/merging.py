@@ -188,8 +188,7 @@ def _write_weights(
     n_done = len(planned.jobs) - len(remaining)
     try:
         for job, done in results:
-            if "compression" in done.measured:
-                compression[job.name] = done.measured["compression"]
+            compression |= done.compression
             for spec, tensor in zip(job.outputs, done.tensors, strict=True):
                 if spec.name in kept:  # of a job whose other tensors are in a later shard
                     continue

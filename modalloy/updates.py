@@ -11,10 +11,11 @@ from torch import Tensor
 
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe
-from modalloy.specialists.full import decoder_name
+from modalloy.specialists.full import decoder_name, place_in_base
 from modalloy.specialists.native import is_native, open_native, place_native
-from modalloy.specialists.peft import alphas_of
+from modalloy.specialists.peft import alphas_of, open_peft
 from modalloy.specialists.spelling import places_in, unwrapped
+from modalloy.specialists.stacked import StackedLora, stacked_updates
 from modalloy.storage.folder import present, read_json
 from modalloy.storage.tensors import Checkpoint, ComposedRef, TensorRef, WeightFile, checked
 
@@ -35,6 +36,7 @@ class Model:
         self.fisher = None if name is None else WeightFile(recipe.folder / Path(name).expanduser())
         self.tuned: dict[str, TensorRef] = {}
         self.factors: dict[str, tuple[TensorRef, TensorRef, float]] = {}
+        self.stacked: dict[str, StackedLora] = {}  # of experts that are one tensor
         self.carried: dict[str, TensorRef] = {}
         self.sense, self.is_native = "", False
         if is_native(folder) and not is_native(base.folder):
@@ -42,6 +44,10 @@ class Model:
             return
         is_adapter = (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*"))
         self.is_adapter = is_adapter
+        settings = folder / "adapter_config.json"
+        if settings.is_file() and read_json(settings).get("target_parameters"):
+            self._read_stacked(recipe, base)
+            return
         stems, beside = (ADAPTER, present(folder, BESIDE)) if is_adapter else (WHOLE, [])
         self.checkpoint = Checkpoint(folder, stems, beside)
         self.sense = self._modality() or ""
@@ -93,6 +99,15 @@ class Model:
         found = places_in(base, read_json(base.folder / "config.json"), [name], folder)
         return found.get(name) or decoder_name(name)
 
+    def _read_stacked(self, recipe: Recipe, base: Checkpoint) -> None:
+        """An adapter of parameters of experts, of which only transformers knows how files store them."""
+        opened = open_peft(self.folder, self.label, recipe.ignore)
+        place_in_base(opened, base, read_json(base.folder / "config.json"))
+        self.checkpoint, self.tuned = opened.checkpoint, opened.tuned
+        self.stacked = stacked_updates(opened.text_lora)
+        plain = {slot: one for slot, one in opened.text_lora.items() if slot not in self.stacked}
+        self.factors = {slot: (one.a, one.b, one.scale) for slot, one in plain.items()}
+
     def _read_native(self, recipe: Recipe, base: Checkpoint) -> None:
         """A multimodal model of transformers, whose names only transformers knows."""
         opened = open_native(self.folder, self.label, recipe.ignore)
@@ -141,7 +156,7 @@ class Model:
 
     def has(self, slot: str) -> bool:
         """Whether it has an update, or a copy, of a tensor of the base."""
-        return slot in self.factors or slot in self.tuned
+        return slot in self.factors or slot in self.tuned or slot in self.stacked
 
     def read(self, ref: TensorRef) -> Tensor:
         """The data of one of its tensors, without NaN and infinity."""

@@ -51,7 +51,6 @@ from modalloy.recompute import (
 )
 from modalloy.storage.folder import file_sha256, read_json, reading
 from modalloy.storage.tensors import Checkpoint, all_finite
-from modalloy.storage.views import TransposedRef
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
@@ -268,11 +267,7 @@ class _Check:
             self._check_bits(promise)
             return None
         inputs = {ref: self.read(ref) for ref in promise.refs}
-        written = [self.weights.read(self.weights.refs[name]) for name in promise.names]
-        if promise.rows:
-            flat = written[0].reshape(-1, written[0].shape[-1])  # of experts, one after another
-            written = [torch.cat([flat[begin:end] for begin, end in promise.rows])]
-            written = [written[0].T] if isinstance(promise.start, TransposedRef) else written
+        written = promise.within([self.weights.read(self.weights.refs[name]) for name in promise.names])
         surveys = self.surveys
         try:
             if len(written) == 1:

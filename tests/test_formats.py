@@ -225,10 +225,6 @@ PEFT_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"layer_replication": [[0, 2], [1, 2]]},
         r"adapter_config\.json: layer_replication makes a deeper model than the base; merge it into a full model first",
     ),
-    "parameters": (
-        {"target_parameters": ["mlp.gate_proj.weight"]},
-        r"adapter_config\.json: target_parameters may update stacked experts, not one linear layer",
-    ),
 }
 
 

@@ -8,6 +8,7 @@ from modalloy.files import write_text
 from modalloy.outputs.writer import Writer
 from modalloy.planning.plan import Plan
 from modalloy.specialists.spelling import module_names
+from modalloy.specialists.stacked import stacked_updates
 from modalloy.storage.config import read_config
 from modalloy.storage.locate import is_hub_id, is_portable_name
 
@@ -34,6 +35,9 @@ def peft_config(planned: Plan) -> dict[str, Any]:
     leaves = {stem.rpartition(".")[2] for stem in stems}
     named = (modules.get(name, name).removesuffix(".weight") for name in planned.target.refs)
     same_leaf = {name for name in named if name.rpartition(".")[2] in leaves}
+    fused = (job.name for job in planned.jobs if job.kind == "fuse")
+    stacked = {slot: one.parameter for s in planned.counted for slot, one in stacked_updates(s.text_lora).items()}
+    targets = sorted(stacked[name] for name in fused)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -46,7 +50,7 @@ def peft_config(planned: Plan) -> dict[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": sorted(leaves if same_leaf == set(stems) else stems),
-    }
+    } | ({"target_parameters": targets} if targets else {})
 
 
 def promised(planned: Plan, base_name: str) -> dict[str, Any]:

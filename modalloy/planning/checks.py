@@ -64,7 +64,7 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
                 )
             if base.refs[slot].shape != factors.shape:
                 raise CheckpointError(
-                    f"{specialist.label} specialist: {factors.a.name} updates a {factors.shape[0]} × {factors.shape[1]} weight, "
+                    f"{specialist.label} specialist: {factors.a.name} updates a {' × '.join(map(str, factors.shape))} weight, "
                     f"but {slot} of the base is {' × '.join(map(str, base.refs[slot].shape))} ({factors.a.file}); "
                     "use the base it was trained from"
                 )

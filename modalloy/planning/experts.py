@@ -12,9 +12,9 @@ from modalloy.errors import RecipeError
 from modalloy.methods import METHODS
 from modalloy.planning.job import Job
 from modalloy.specialists.specialist import StoredLora
+from modalloy.specialists.stacked import StackedLora
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import one_of, transposed
-from modalloy.storage.writer import TensorSpec
 
 Sides = Literal["out, in", "in, out"]
 READS_WIDTH = (
@@ -44,13 +44,14 @@ def sides_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Si
     return None
 
 
-def expert_job(whole: Job, spec: TensorSpec, config: Mapping[str, Any]) -> Job:
-    """The job of a fused tensor from that of the tensor as one weight: a piece for each expert.
+def expert_job(whole: Job, config: Mapping[str, Any]) -> Job:
+    """The job of a fused tensor, or of the factors of its update, from that of the tensor as one weight: a piece for each expert.
 
     Raises:
         RecipeError: the method tells the sides of a weight apart, and which is which cannot be told.
     """
     assert whole.start is not None
+    count, rows, columns = whole.start.shape
     turned = False
     if MINDS not in METHODS[whole.method].laws and whole.method not in ANYWAY:
         sides = sides_of(whole.name, whole.start.shape, config)
@@ -61,26 +62,33 @@ def expert_job(whole: Job, spec: TensorSpec, config: Mapping[str, Any]) -> Job:
                 "task_arithmetic}}, or policy: keep"
             )
         turned = sides == "in, out"
-    count, rows, columns = spec.shape
     shape = (columns, rows) if turned else (rows, columns)
+    outputs = tuple(replace(spec, shape=shape) for spec in whole.outputs)
+    if len(outputs) == 2:
+        rank = whole.outputs[0].shape[0] // count
+        sizes = ((rank, shape[1]), (shape[0], rank))
+        outputs = tuple(replace(spec, shape=size) for spec, size in zip(whole.outputs, sizes, strict=True))
 
-    def matrix(ref: StoredLora | TensorRef | None, index: int) -> TensorRef | None:
-        if ref is None:
-            return None
-        assert isinstance(ref, TensorRef)
+    def matrix(ref: TensorRef, index: int) -> TensorRef:
         own = one_of(ref, index)
         return transposed(own) if turned else own
+
+    def update(model: StoredLora | TensorRef | None, index: int) -> StoredLora | TensorRef | None:
+        if isinstance(model, StackedLora):
+            return replace(model, turned=model.turned != turned).one(index)
+        assert not isinstance(model, StoredLora)
+        return None if model is None else matrix(model, index)
 
     pieces = tuple(
         replace(
             whole,
             name=f"{whole.name}[{index}]",
-            outputs=(TensorSpec(spec.name, spec.dtype, shape),),
+            outputs=outputs,
             start=matrix(whole.start, index),
-            models=tuple(matrix(model, index) for model in whole.models),
-            fishers=tuple(one for ref in whole.fishers if (one := matrix(ref, index)) is not None),
+            models=tuple(update(model, index) for model in whole.models),
+            fishers=tuple(matrix(ref, index) for ref in whole.fishers),
             rows=((index * rows, (index + 1) * rows),),
         )
         for index in range(count)
     )
-    return Job("fuse", whole.name, (spec,), pieces=pieces, method="")
+    return Job("fuse", whole.name, whole.outputs, pieces=pieces, method="")

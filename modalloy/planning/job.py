@@ -122,4 +122,4 @@ class Done:
     """What a job gives: its tensors, in the order and type of its outputs, and what was measured on the way."""
 
     tensors: list[Tensor]
-    measured: Mapping[str, float] = field(default_factory=dict)  # {"compression": relative error of a cut update}
+    compression: Mapping[str, float] = field(default_factory=dict)  # relative error of updates that were cut, by weight

@@ -17,6 +17,7 @@ from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.specialists.spelling import module_names
+from modalloy.specialists.stacked import StackedLora, nested_stems
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
 from modalloy.storage.views import MappedRef
 from modalloy.storage.writer import TensorSpec
@@ -62,6 +63,8 @@ class Planner(Choices):
         kind, ref, policy = self.kinds[name], self.base.refs[name], self._policy(name)
         if name not in self.changeable or policy == "keep":
             return "keep"
+        if name in self.low_rank and len(ref.shape) == 3:
+            return "experts"
         if not ref.dtype.is_floating_point:
             if policy == "average" or self._asks_for_method(name):
                 raise RecipeError(f"modules: {name} holds whole numbers, which have no mean; write policy: keep")
@@ -126,7 +129,7 @@ class Planner(Choices):
         if form.takes_full_updates or self.recipe.output.compress_rank is not None:
             return
         for specialist in self.counted:
-            changed = (name for name in self.merged if name in specialist.tuned)
+            changed = (name for name in (*self.merged, *self.experts) if name in specialist.tuned)
             if whole := next((specialist.tuned[name] for name in changed), None):
                 holds = "is a full model" if specialist.is_whole else f"holds {whole.name} whole"
                 raise RecipeError(
@@ -139,11 +142,6 @@ class Planner(Choices):
 
         Where the form takes it, what a method gives as a full matrix is a second weight, for text tokens.
         """
-        if self.experts and not self.recipe.form.takes_full_updates:
-            raise RecipeError(
-                f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.experts[0]} holds whole experts; "
-                "write form: full"
-            )
         if self.averaged and not self.recipe.form.takes_full_updates:
             raise RecipeError(
                 f"output.form '{self.recipe.output.form}' holds low-rank updates only, but {self.averaged[0]} would be averaged; "
@@ -154,12 +152,13 @@ class Planner(Choices):
         if form.names_modules:
             modules = module_names(self.base, self.config)
         slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
+        experts = [] if form.takes_full_updates else self.experts  # written as pairs of factors too
         whole = {
             slot
             for slot in slots
             if form.takes_full_updates and self.recipe.output.compress_rank is None and self._is_full(slot)
         }
-        bounds = {slot: self._rank_bound(slot) for slot in slots if slot not in whole}
+        bounds = {slot: self._rank_bound(slot) for slot in (*slots, *experts) if slot not in whole}
         self.rank = max(1, max(bounds.values(), default=1))  # PEFT takes no rank 0
         jobs = []
         for slot in slots:
@@ -173,7 +172,16 @@ class Planner(Choices):
                 for name, shape in zip(form.factors(modules.get(slot, slot)), shapes, strict=True)
             )
             jobs.append(self._merge_job(slot, specs))
-        jobs += [self._expert_job(name) for name in sorted(self.experts)]
+        if experts:
+            stems = nested_stems(one.text_lora for one in self.counted)
+            if whole_experts := [name for name in experts if name not in stems]:
+                raise RecipeError(
+                    f"output.form '{form.name}' holds low-rank updates only, but {whole_experts[0]} holds whole experts; write "
+                    "form: full"
+                )
+            jobs += [self._stacked_job(name, stems[name], dtype) for name in sorted(experts)]
+        else:
+            jobs += [self._expert_job(name) for name in sorted(self.experts)]
         jobs += [self._average_job(name, self._like_base(name)) for name in sorted(self.averaged)]
         if form.carries_senses:
             jobs += [job for specialist in self.specialists for job in self._own_jobs(specialist, dtype)]
@@ -184,8 +192,15 @@ class Planner(Choices):
 
     def _expert_job(self, name: str) -> Job:
         """A fused tensor, each expert merged by the method."""
-        spec = self._like_base(name)
-        return expert_job(self._merge_job(name, (spec,)), spec, self.config)
+        return expert_job(self._merge_job(name, (self._like_base(name),)), self.config)
+
+    def _stacked_job(self, name: str, stem: str, dtype: torch.dtype) -> Job:
+        """The factors of every expert's merged update, in the two matrices that PEFT has of them."""
+        one = next(found for s in self.counted if isinstance(found := s.text_lora.get(name), StackedLora))
+        count, rank = one.experts, self.rank or 1
+        shapes = ((count * rank, one.a.shape[1]), (one.b.shape[0], rank * count))
+        specs = (TensorSpec(of, dtype, shape) for of, shape in zip(self.recipe.form.factors(stem), shapes, strict=True))
+        return expert_job(self._merge_job(name, tuple(specs)), self.config)
 
     def _own_jobs(self, specialist: Specialist, dtype: torch.dtype) -> list[Job]:
         """The update of a full fine-tune, cut to the rank that its own tokens use."""
@@ -262,11 +277,15 @@ class Planner(Choices):
         for specialist in self.specialists:
             label = specialist.label
             absent = self.reasons.get(label)
+            updates: dict[str, TensorFate] = {}  # an update of all experts may be one of several tensors of the base
             for slot, factors in specialist.text_lora.items():
                 fate: tuple[Fate, str] = ("left out", absent or kept.get(slot, ""))
                 if slot in of_slot and not absent:
                     fate = ("merged", f"{of_slot[slot][1]} into {slot}")
-                result += [TensorFate(label, ref.name, *fate) for ref in (factors.a, factors.b)]
+                for ref in (factors.a, factors.b):
+                    if ref.name not in updates or fate[0] == "merged":
+                        updates[ref.name] = TensorFate(label, ref.name, *fate)
+            result += updates.values()
             whole = [ref for ref in specialist.carried().values() if not isinstance(ref, MappedRef)]
             merged = {ref for factors in specialist.text_lora.values() for ref in (factors.a, factors.b)}
             result += [TensorFate(label, ref.name, *carried) for ref in whole if ref not in merged]
@@ -346,7 +365,7 @@ class Planner(Choices):
         method, written = self._method(slot)
         parameters = self._resolved(method, written, slot)
         compress = self.recipe.output.compress_rank
-        rows, columns = self.base.refs[slot].shape
+        rows, columns = self.base.refs[slot].shape[-2:]
         entry = METHODS[method]
         if self._is_full(slot):
             if compress is None:

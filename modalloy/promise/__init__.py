@@ -31,6 +31,7 @@ from modalloy.promise.words import CHOOSERS, OF_POSITIONS, OF_TOKENS, TABLES, is
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
 from modalloy.specialists.spelling import canonical, module_names
+from modalloy.specialists.stacked import nested_stems
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
 from modalloy.storage.tensors import ComposedRef, TensorRef, checked
@@ -86,7 +87,8 @@ class Promises:
 
     def _moves(self, model: Model) -> bool:
         """Whether a model differs from the base anywhere, in the tensors that the base has."""
-        if any(bool(self.read(a).any()) and bool(self.read(b).any()) for a, b, _ in model.factors.values()):
+        pairs = [(a, b) for a, b, _ in model.factors.values()] + [(one.a, one.b) for one in model.stacked.values()]
+        if any(bool(self.read(a).any()) and bool(self.read(b).any()) for a, b in pairs):
             return True
         return any(not self._same(ref, self.base.refs[slot]) for slot, ref in model.tuned.items())
 
@@ -101,7 +103,8 @@ class Promises:
     @cached_property
     def lora_rank(self) -> int | None:
         """The largest rank of the factors."""
-        return max((a.shape[0] for model in self.models for a, _, _ in model.factors.values()), default=None)
+        ranks = [a.shape[0] for model in self.models for a, _, _ in model.factors.values()]
+        return max(ranks + [one.rank for model in self.models for one in model.stacked.values()], default=None)
 
     def all(self) -> Iterator[Promise]:
         """What every tensor of the result must be.
@@ -134,7 +137,9 @@ class Promises:
         start, rule = self.base.refs[slot], self._rule(slot)
         having = any(model.has(slot) for model in self.models)
         fused = len(start.shape) == 3 and self._what(start) == "other" and bool(EXPERTS.search(slot))
-        return fused and having and (rule is None or rule.policy is None)
+        low_rank = any(slot in model.stacked for model in self.models)
+        policy = None if rule is None else rule.policy
+        return fused and having and (policy is None or (low_rank and policy == "average"))
 
     def _of_experts(self, slot: str) -> Iterator[Promise]:
         """Every expert's matrix is a weight of its own. A method that tells its sides apart gets (out, in)."""
@@ -151,19 +156,30 @@ class Promises:
             found = one_of(ref, index)
             return transposed(found) if turned else found
 
-        for index in range(whole.start.shape[0]):
-            updates = (
-                replace(update, tuned=None if update.tuned is None else one(update.tuned, index))
-                for update in whole.updates
-            )
+        def own(update: Update, index: int) -> Update:
+            if update.stacked is not None:
+                pair = replace(update.stacked, turned=update.stacked.turned != turned).one(index)
+                return replace(update, stacked=None, factors=(pair.a, pair.b, pair.scale))
+            return replace(update, tuned=None if update.tuned is None else one(update.tuned, index))
+
+        count, form = whole.start.shape[0], self.recipe.form
+        is_pair = not form.is_whole and not form.takes_full_updates
+        for index in range(count):
             yield replace(
                 whole,
                 slot=f"{slot}[{index}]",
+                names=form.factors(self._stems[slot]) if is_pair else whole.names,
                 start=one(whole.start, index),
-                updates=tuple(updates),
+                updates=tuple(own(update, index) for update in whole.updates),
                 fishers=tuple(one(ref, index) for ref in whole.fishers),
-                rows=((index * rows, (index + 1) * rows),),
+                rows=() if is_pair else ((index * rows, (index + 1) * rows),),
+                part=(index, count) if is_pair else None,
             )
+
+    @cached_property
+    def _stems(self) -> dict[str, str]:
+        """PEFT's names of the modules that wrap experts."""
+        return nested_stems(model.stacked for model in self.models)
 
     def _own(self, model: Model) -> Iterator[Promise]:
         """What the tokens of a full fine-tune's own media use: its update, cut to a rank."""
@@ -220,7 +236,8 @@ class Promises:
         everywhere = METHODS[method].needs_survey(parameters)
         models = [model for model in self.models if everywhere or self._weight(model, slot) != 0]
         updates = (
-            Update(self._weight(model, slot), model.tuned.get(slot), model.factors.get(slot)) for model in models
+            Update(self._weight(model, slot), model.tuned.get(slot), model.factors.get(slot), model.stacked.get(slot))
+            for model in models
         )
         fishers: tuple[TensorRef, ...] = ()
         if METHODS[method].takes("fishers"):

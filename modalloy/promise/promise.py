@@ -4,7 +4,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from modalloy.specialists.stacked import StackedLora
 from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import TransposedRef
 
 Kind = Literal["merged", "averaged", "kept", "carried"]
 Rows = tuple[tuple[int, int], ...]
@@ -17,6 +22,7 @@ class Update:
     weight: float = 1.0
     tuned: TensorRef | None = None
     factors: tuple[TensorRef, TensorRef, float] | None = None  # A, B, scale
+    stacked: StackedLora | None = None  # factors of all experts of a tensor
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -44,6 +50,7 @@ class Promise:
     factor: float = 1.0
     compress_rank: int | None = None
     rows: Rows = ()  # where it is in its tensor, if it is not all of it
+    part: tuple[int, int] | None = None  # which of how many experts, where the factors of all are in two matrices
     interpolates: bool = False  # between two models of few bits
 
     @property
@@ -76,3 +83,16 @@ class Promise:
     def group(self) -> str:
         """Merged weights of one group share what their method must know of the whole model."""
         return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
+
+    def within(self, written: list[Tensor]) -> list[Tensor]:
+        """The weight, or its two factors, in the written tensors, which may hold other experts' too."""
+        if self.part is not None:
+            (a, b), (index, count) = written, self.part
+            rank = len(a) // count
+            a, b = a[index * rank : (index + 1) * rank], b[:, index::count]
+            return [a, b] if a.shape[1] == self.start.shape[1] else [b.T, a.T]
+        if self.rows:
+            flat = written[0].reshape(-1, written[0].shape[-1])  # of experts, one after another
+            found = torch.cat([flat[begin:end] for begin, end in self.rows])
+            return [found.T if isinstance(self.start, TransposedRef) else found]
+        return written

@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
-from modalloy.specialists.specialist import ADAPTER_STEMS, LLAVA_PROJECTOR, Layout, Specialist, put, twice, unignored
+from modalloy.specialists.specialist import (
+    ADAPTER_STEMS,
+    LLAVA_PROJECTOR,
+    Layout,
+    Specialist,
+    put,
+    put_update,
+    twice,
+    unignored,
+)
 from modalloy.specialists.spelling import places_in
+from modalloy.specialists.stacked import place_stacked
 from modalloy.storage.config import read_config
 from modalloy.storage.folder import present
 from modalloy.storage.locate import BASE_STEMS
@@ -46,20 +56,15 @@ def place_in_base(specialist: Specialist, base: Checkpoint, base_config: dict[st
     Raises:
         CheckpointError: a tensor belongs nowhere, or it is not certain that it can be left out.
     """
+    place_stacked(specialist, base, base_config)
     folder = specialist.checkpoint.folder if specialist.is_whole else base.folder
     respelled = places_in(base, base_config, [*specialist.tuned, *specialist.text_lora], folder)
     for name in respelled.keys() & specialist.tuned.keys():
         put(specialist.tuned, respelled[name], specialist.tuned.pop(name))
     for slot in respelled.keys() & specialist.text_lora.keys():
-        factors = specialist.text_lora.pop(slot)
-        if respelled[slot] in specialist.text_lora:
-            raise twice(specialist.text_lora[respelled[slot]].a, factors.a)
-        specialist.text_lora[respelled[slot]] = factors
+        put_update(specialist, respelled[slot], specialist.text_lora.pop(slot))
     for slot in [slot for slot in specialist.text_lora if slot not in base.refs and decoder_name(slot) in base.refs]:
-        factors = specialist.text_lora.pop(slot)
-        if (plain := decoder_name(slot)) in specialist.text_lora:
-            raise twice(specialist.text_lora[plain].a, factors.a)
-        specialist.text_lora[plain] = factors
+        put_update(specialist, decoder_name(slot), specialist.text_lora.pop(slot))
     for name in [name for name in specialist.tuned if name not in base.refs]:
         ref = specialist.tuned.pop(name)
         plain = decoder_name(name)

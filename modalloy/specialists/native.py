@@ -60,6 +60,12 @@ def open_native(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
         specialist.frozen, specialist.tuned = specialist.tuned, {}
         entries = [one for one in tensors if one[1].file.name in ADAPTERS]
         add_updates(specialist, entries, settings, path)
+        if specialist.stacked:
+            one = next(iter(specialist.stacked.values())).a
+            raise CheckpointError(
+                f"{label} specialist: {one.name} updates stacked experts (target_parameters) of a multimodal model; merge the "
+                f"adapter into the model first ({path})"
+            )
         specialist.text_lora = dict(_placed_updates(specialist, found))
     return specialist
 

@@ -44,7 +44,6 @@ OTHER_UPDATES = {
     "arrow_config": "Arrow chooses between adapters for every token",
     "alora_invocation_tokens": "aLoRA updates only the tokens after its invocation",
     "layer_replication": "layer_replication makes a deeper model than the base",
-    "target_parameters": "target_parameters may update stacked experts, not one linear layer",
     "fan_in_fan_out": "fan_in_fan_out stores transposed weights (GPT-2); such bases are not supported",
 }
 ROWS = "trains the embeddings, which are kept as the base has them"
@@ -69,7 +68,7 @@ def open_peft(folder: Path, label: str, ignore: Sequence[str]) -> Specialist:
     if beside:
         specialist.layout, specialist.config = "llava", read_config(folder) | config
     add_updates(specialist, unignored(specialist, ignore), config, path)
-    if not specialist.text_lora:
+    if not specialist.text_lora and not specialist.stacked:
         raise CheckpointError(f"{folder}: has no lora_A and lora_B, so there is nothing to merge")
     return specialist
 
@@ -79,19 +78,44 @@ def add_updates(
 ) -> None:
     """Enter the tensors of an adapter, by their names in its file, as updates and tuned copies. `path`: of its config."""
     pairs: dict[str, dict[str, TensorRef]] = {}
+    stacked = _target_modules(config, path)
     for name, ref in tensors:
         bare = name.removeprefix(PEFT_PREFIX)
         if lora := LORA.fullmatch(name):
             put(pairs.setdefault(lora["stem"], {}), lora["side"], ref)
         elif not put_projector(specialist, bare, ref):
             put(specialist.tuned, _whole(specialist, name, ref), ref)
-    ranks = _patterned(config, "rank_pattern", list(pairs), number(config, "r", 8, path), path)
-    alphas = _patterned(config, "alpha_pattern", list(pairs), number(config, "lora_alpha", 8, path), path)
+    for stem in [stem for stem in pairs if f".{stem.replace('.base_layer', '')}".endswith(stacked)]:
+        specialist.stacked[stem] = pair_factors(specialist, stem, pairs.pop(stem), 1.0)
+    ranks, alphas = ranks_of(config, list(pairs), path), alphas_of(config, list(pairs), path)
     for (stem, pair), rank, alpha in zip(pairs.items(), ranks, alphas, strict=True):
-        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-        factors = pair_factors(specialist, stem, pair, scale)
+        factors = pair_factors(specialist, stem, pair, scale_of(config, rank, alpha))
         check_rank(specialist, factors, rank, path)
         specialist.text_lora[stem + ".weight"] = factors
+
+
+def _target_modules(config: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """The ends of the names of modules whose own parameters are updated (`target_parameters`), not their weight."""
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(one, str) and one for one in targets):
+        raise CheckpointError(f"{path}: target_parameters is {shown(targets)}, not a list of names; correct the file")
+    modules = {one.rpartition(".")[0] for one in targets if not one.endswith(".weight")}
+    if "" in modules:
+        raise CheckpointError(
+            f"{path}: target_parameters {shown(targets)} names a parameter without its module; write "
+            '"experts.gate_up_proj" for "gate_up_proj"'
+        )
+    return tuple(f".{module}" for module in sorted(modules))
+
+
+def scale_of(config: dict[str, Any], rank: float, alpha: float) -> float:
+    """What multiplies B A."""
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def ranks_of(config: dict[str, Any], stems: list[str], path: Path) -> list[float]:
+    """The rank that is recorded for each module."""
+    return _patterned(config, "rank_pattern", stems, number(config, "r", 8, path), path)
 
 
 def alphas_of(config: dict[str, Any], stems: list[str], path: Path) -> list[float]:

@@ -45,7 +45,7 @@ class StoredLora:
         return self.a.shape[0]
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(out, in) of the weight that this updates."""
         return self.b.shape[0], self.a.shape[1]
 
@@ -97,6 +97,9 @@ class Specialist:
     modality: str | None = None
     text_lora: dict[str, StoredLora] = field(default_factory=dict)
     modality_lora: dict[str, StoredLora] = field(default_factory=dict)
+    stacked: dict[str, StoredLora] = field(
+        default_factory=dict
+    )  # by PEFT's module: of experts, until they are placed in the base
     tuned: dict[str, TensorRef] = field(default_factory=dict)
     projector: dict[str, TensorRef] = field(default_factory=dict)
     tokens: dict[str, TensorRef] = field(default_factory=dict)  # "prefix" and "suffix", of the modality
@@ -204,6 +207,13 @@ def put(table: dict[str, TensorRef], key: str, ref: TensorRef) -> None:
     if key in table:
         raise twice(table[key], ref)
     table[key] = ref
+
+
+def put_update(specialist: Specialist, slot: str, factors: StoredLora) -> None:
+    """Enter an update of a weight; a second one of the same weight is refused."""
+    if slot in specialist.text_lora:
+        raise twice(specialist.text_lora[slot].a, factors.a)
+    specialist.text_lora[slot] = factors
 
 
 def put_projector(specialist: Specialist, name: str, ref: TensorRef) -> bool:

@@ -44,6 +44,25 @@ class TransposedRef(ComposedRef):
         return read(self.source).T.contiguous()
 
 
+@dataclass(frozen=True)
+class SpacedRef(ComposedRef):
+    """Every so many columns of a stored matrix, from the first on."""
+
+    source: TensorRef | None = None
+    first: int = 0
+    step: int = 1
+
+    def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+        assert self.source is not None
+        return read(self.source)[:, self.first :: self.step].contiguous()
+
+
+def spaced_columns(ref: TensorRef, first: int, step: int) -> SpacedRef:
+    """Columns first, first + step, … of a stored matrix whose width is a multiple of step."""
+    rows, columns = ref.shape
+    return SpacedRef(ref.name, ref.dtype, (rows, columns // step), ref.file, -1, ref, first, step)
+
+
 def transposed(ref: TensorRef) -> TransposedRef:
     """A stored matrix with its rows and columns exchanged."""
     rows, columns = ref.shape

@@ -1,0 +1,76 @@
+"""How the files of a model store the parameters of its class, where transformers puts several tensors together on loading.
+
+Experts are one parameter (experts, ·, ·) of a class, and in most files a matrix each: `experts.3.up_proj.weight`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modalloy.errors import CheckpointError
+from modalloy.senses.anatomy import FAULTS, anatomy, check_counts, native_class_name
+
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a parameter: one, or a matrix for each expert and each of the parts that stand one below another."""
+
+    name: str | None = None
+    parts: dict[tuple[int, int], str] = field(default_factory=dict)  # (expert, part) → tensor
+
+
+def class_model(config: Mapping[str, Any], where: Any) -> Any:
+    """The model of a config.json on the meta device, multimodal or of language only.
+
+    Raises:
+        CheckpointError: transformers makes no model of it.
+    """
+    if native_class_name(config) is not None:
+        return anatomy(config, where).model
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto import CONFIG_MAPPING
+
+    check_counts(dict(config), str(where))
+    kind = config.get("model_type")
+    try:
+        made = CONFIG_MAPPING[str(kind)].from_dict(dict(config))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+    except (StrictDataclassError, *FAULTS) as error:
+        raise CheckpointError(f"{where}: transformers makes no language model of its config.json ({kind})") from error
+
+
+def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, Stored]:
+    """Where each parameter of experts is stored, by its own name; those that are put together in other ways are left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    table: list[Any] = list(get_model_conversion_mapping(model))
+    renamings = [one for one in table if isinstance(one, WeightRenaming)]
+    converters = [one for one in table if isinstance(one, WeightConverter)]
+    own = model.state_dict()
+    found: dict[str, Stored] = {}
+    for name in names:
+        if ".experts." not in name:
+            continue
+        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[:2]
+        expert = EXPERT.search(name)
+        if expert is None or pattern is None:
+            found[str(new)] = Stored(name)
+            continue
+        converter = next(one for one in converters if pattern in one.source_patterns)
+        if all(isinstance(one, (MergeModulelist, Concatenate)) for one in converter.operations):
+            parts = found.setdefault(str(new), Stored()).parts
+            parts[int(expert[1]), converter.source_patterns.index(pattern)] = name
+    return found
