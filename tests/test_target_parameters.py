@@ -104,6 +104,18 @@ def test_full_models_hold_what_peft_adds(tmp_path: Path, kind: str, fused: bool)
         torch.testing.assert_close(tensor.double(), wanted[name], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "Mixtral"])
+def test_an_adapter_of_a_hub_base_names_its_matrices(tmp_path: Path, kind: str) -> None:
+    """`experts.0.up_proj.lora_A`, as adapters were before experts were fused: PEFT turns these into its own form."""
+    write(tmp_path, kind, fused=False)
+    merge(recipe(tmp_path), tmp_path / "out")
+    one, two, found = (own_update(kind, tmp_path / name) for name in ("one", "two", "out"))
+    assert float(found["model.layers.1.mlp.experts.gate_up_proj"].abs().max()) > 1e-3
+    for name, update in found.items():
+        torch.testing.assert_close(update, 0.5 * (one[name] + two[name]), atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["ssam", "ties", "tsv"])
 @pytest.mark.parametrize("targets", [(TARGETS, TARGETS), (TARGETS, TARGETS[1:])], ids=["both", "one of them"])
 @pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
