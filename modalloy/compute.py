@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
 from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.scaled import ScaledRef, numbers_of, requantised
 from modalloy.storage.tensors import TensorRef, all_finite
 from modalloy.storage.views import MappedRef, TransposedRef
 from modalloy.storage.writer import TensorSpec
@@ -36,6 +38,8 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
         return _factors(job, merged_update(job, read, surveys=surveys, device=device))
     if job.kind == "merge":
         return Done([_merged_weight(job, read, surveys, device)])
+    if job.kind == "requantise":
+        return _requantised(job, compute(job.pieces[0], read, surveys=surveys, device=device).tensors[0], read)
     if job.kind == "fuse" and len(job.outputs) == 2:
         return _stacked(job, read, surveys, device)
     if job.kind == "fuse":
@@ -113,6 +117,29 @@ def _factors(job: Job, merged: Delta) -> Done:
     up = torch.nn.functional.pad(merged.up, (0, fill)).cpu()
     down = torch.nn.functional.pad(merged.down, (0, 0, 0, fill)).cpu()
     return Done([_fitted(tensor, spec) for tensor, spec in zip((down, up), job.outputs, strict=True)], lost)
+
+
+def _requantised(job: Job, numbers: Tensor, read: Read) -> Done:
+    """A weight, or every expert's, as codes and scales, and how far from it these are; the base's own where it is the base's."""
+    ref = job.start
+    assert isinstance(ref, ScaledRef) and ref.codes is not None and ref.scales is not None
+    codes, scales = read(ref.codes), read(ref.scales)
+    before = numbers_of(codes, scales, ref)  # what was read of it holds the merged weight by now
+    if numbers.dim() == 2:
+        places: dict[str, Any] = {job.name: ...}
+    else:
+        places = {f"{job.name}[{index}]": index for index in range(len(numbers))}
+    lost = {}
+    for name, place in places.items():
+        matrix, like = numbers[place], ref if place is ... else ref.one(place)
+        if torch.equal(matrix, before[place]):
+            continue
+        codes[place], scales[place] = requantised(matrix, like)
+        distance, size = (
+            float(one.norm()) for one in (numbers_of(codes[place], scales[place], like).sub_(matrix), matrix)
+        )
+        lost[name] = distance / size if size else 0.0
+    return Done([codes, scales], lost)
 
 
 def _stacked(job: Job, read: Read, surveys: Surveys, device: str) -> Done:

@@ -126,8 +126,9 @@ class Output(_Strict):
     a full model where any of the models is one.
 
     `compress_rank` makes an adapter out of the full matrices that some methods give, by their best approximation of that
-    rank; what it loses is measured and reported. `chat_template` is the one that the specialists share, or with `base` the
-    base's whatever they have, or else that of the specialist with this label. `same_modality` says what becomes of two
+    rank; what it loses is measured and reported. `requantize` writes what the base stores as FP8 codes and scales so again,
+    and what that loses is reported; else it is bfloat16. `chat_template` is the one that the specialists share, or with `base`
+    the base's whatever they have, or else that of the specialist with this label. `same_modality` says what becomes of two
     specialists of one modality in an omni model: their tokens of a medium may stand side by side (VisionFuse,
     arXiv 2412.01289).
     """
@@ -136,6 +137,7 @@ class Output(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_shard_size: Annotated[int, BeforeValidator(parse_bytes)] = 5 * 10**9
     compress_rank: Annotated[int, Field(strict=True, ge=1)] | None = None
+    requantize: Annotated[bool, Field(strict=True)] = False
     chat_template: str = "auto"
     same_modality: Literal["refuse", "side_by_side"] = "refuse"
 
@@ -194,6 +196,11 @@ class Recipe(_Strict):
         if self.form.is_whole and self.output.compress_rank is not None:
             raise ValueError(
                 f"output.compress_rank is of adapters, but form: {self.form.name} holds full matrices; remove it"
+            )
+        if self.output.requantize and (self.is_across or self.written_dtype != "auto"):
+            other = "a target" if self.is_across else f"dtype {self.written_dtype}"
+            raise ValueError(
+                f"output.requantize writes the base's own FP8 scheme, and {other} another; remove one of them"
             )
         return self
 

@@ -16,6 +16,7 @@ from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply
+from modalloy.storage.scaled import ScaledRef, codes_of, numbers_of, scales_of
 from modalloy.storage.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -145,6 +146,37 @@ def weight_error(
     return _distance(
         written, base, lambda rows: merged.up[rows] @ merged.down if isinstance(merged, LowRank) else merged[rows]
     )
+
+
+def codes_error(
+    promise: "Promise", ref: ScaledRef, read_written: Read, read: Read, surveys: Surveys, *, double: bool
+) -> tuple[float, float, float | None]:
+    """The same for a weight that is written as codes and scales, each judged by itself; and what writing it so lost.
+
+    An entry in the middle of two codes may have become either, and a scale may be that of a magnitude one rounding away. What
+    is the base's has the base's codes, whatever scales these have.
+    """
+    base = read(promise.start).to(torch.float64)
+    if promise.kind == "averaged":
+        exact = base + mean_update(promise, read)
+    else:
+        update = merged_update(promise, read, surveys, double=double)
+        exact = base + (update.dense() if isinstance(update, LowRank) else update).to(torch.float64)
+    assert ref.codes is not None and ref.scales is not None
+    scales, codes = read_written(ref.scales), read_written(ref.codes)
+    same = _ratio(float((exact - base).norm()), float(base.norm())) <= SUMMED
+    if same and torch.equal(numbers_of(codes, scales, ref), read(promise.start)):
+        return 0.0, SUMMED, None
+    wanted = scales_of(exact, ref)
+    apart = float(((scales.double() - wanted.double()).abs() / wanted.double()).max())
+    near = numbers_of(codes_of(exact, scales, ref), scales, ref).to(torch.float64)
+    written = numbers_of(codes, scales, ref).to(torch.float64)
+    excess = (written - exact).abs() - (near - exact).abs()
+    size = float(exact.norm())
+    step = 2 * torch.finfo(scales.dtype).eps if not ref.of_two else 1.0
+    if not apart <= max(step, 4 * COMPUTED):
+        return apart, step, None
+    return _ratio(float(excess.norm()), size), 4 * COMPUTED, _ratio(float((written - exact).norm()), size)
 
 
 def factors_error(

@@ -42,6 +42,7 @@ from modalloy.recompute import (
     COMPUTED,
     SAMPLED,
     SMALL_BYTES,
+    codes_error,
     factors_error,
     parts_of,
     same_bits,
@@ -50,6 +51,7 @@ from modalloy.recompute import (
     weight_error,
 )
 from modalloy.storage.folder import file_sha256, read_json, reading
+from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import Checkpoint, all_finite
 
 if TYPE_CHECKING:
@@ -160,7 +162,7 @@ def verify_folder(
         return Verification(len(listed), len(weights.refs), 0, None, note)
     for job in planned.jobs:
         for spec in job.outputs:
-            found = weights.refs.get(spec.name)
+            found = (weights.codes or weights.refs).get(spec.name)
             if found is None or found.shape != spec.shape or found.dtype != spec.dtype:
                 raise CheckpointError(
                     f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
@@ -267,15 +269,17 @@ class _Check:
             self._check_bits(promise)
             return None
         inputs = {ref: self.read(ref) for ref in promise.refs}
-        written = promise.within([self.weights.read(self.weights.refs[name]) for name in promise.names])
-        surveys = self.surveys
+        stored = promise.stored(self.weights.refs[promise.names[0]])
+        read, surveys, double, lost = inputs.__getitem__, self.surveys, self.double, None
         try:
-            if len(written) == 1:
-                error, allowed = weight_error(promise, written[0], inputs.__getitem__, surveys, double=self.double)
+            if isinstance(stored, ScaledRef):
+                error, allowed, lost = codes_error(promise, stored, self.weights.read, read, surveys, double=double)
             else:
-                factors = LowRank(written[1], written[0])
-                error, allowed, lost = factors_error(promise, factors, inputs.__getitem__, surveys, double=self.double)
-                self._check_cut(promise.slot, lost)
+                written = promise.within([self.weights.read(self.weights.refs[name]) for name in promise.names])
+                if len(written) == 1:
+                    error, allowed = weight_error(promise, written[0], read, surveys, double=double)
+                else:
+                    error, allowed, lost = factors_error(promise, LowRank(*written[::-1]), read, surveys, double=double)
         except MethodError as reason:
             raise CheckpointError(f"{self.folder}: {promise.slot}: {reason}") from reason
         if not error <= allowed:
@@ -283,6 +287,8 @@ class _Check:
                 f"{self.folder}: {promise.slot} differs from what the recipe gives by {error:.1e} (allowed {allowed:.0e}); "
                 "merge again"
             )
+        if len(promise.names) == 2 or isinstance(stored, ScaledRef):
+            self._check_cut(promise.slot, lost)
         return error
 
     def _check_bits(self, promise: Promise) -> None:
@@ -321,9 +327,10 @@ class _Check:
         return promise.slot, updates_of(promise, self.read, wide, dense=False)
 
     def _check_cuts(self) -> None:
-        pairs = {promise.slot for promise in self.promised if len(promise.names) == 2}
+        coded = self.planned.recipe.output.requantize
+        pairs = {promise.slot for promise in self.promised if len(promise.names) == 2 or coded}
         if odd := sorted(self.compression.keys() - pairs):
-            raise self._odd(f"compression: {odd[0]}", "is there, but is no pair of factors")
+            raise self._odd(f"compression: {odd[0]}", "is there, but is no pair of factors, nor of codes and scales")
 
     def _check_cut(self, slot: str, lost: float | None) -> None:
         """What the manifest says that a cut to a rank lost."""

@@ -94,7 +94,11 @@ def merge(
         print(
             f"memory   kept within what there is: {report.budget.n_workers} workers, as many weights at a time as fit"
         )
-    if report.compression_error is not None:
+    if report.compression_error is not None and report.plan.recipe.output.requantize:
+        print(
+            f"FP8      worst relative error of a weight that is codes and scales again {report.compression_error:.4f}"
+        )
+    elif report.compression_error is not None:
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     say(f"verify   {report.verification.summary()}")
     if checked:

@@ -33,12 +33,17 @@ def write(planned: Plan, folder: Path) -> None:
         copy_file(base / name, folder / name)
     config = read_config(base)
     config.pop("_name_or_path", None)  # where the base was on someone's machine
-    if is_scaled(planned.target.refs):
+    if _are_numbers(planned):
         config.pop("quantization_config", None)  # its weights are written as the numbers that they stand for
     if recipe.written_dtype != "auto":
         config["dtype"] = recipe.written_dtype
         config.pop("torch_dtype", None)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _are_numbers(planned: Plan) -> bool:
+    """Whether weights that the base stores as codes are written as numbers."""
+    return is_scaled(planned.target.refs) and not planned.recipe.output.requantize
 
 
 def copy_companions(base: Path, folder: Path) -> None:
@@ -51,7 +56,7 @@ def copy_companions(base: Path, folder: Path) -> None:
 def promised(planned: Plan, base_name: str) -> dict[str, Any]:
     """The base's own config.json, but for what a result says otherwise."""
     config = read_json(planned.target.folder / "config.json")
-    left_out = (*OWN, "quantization_config") if is_scaled(planned.target.refs) else OWN
+    left_out = (*OWN, "quantization_config") if _are_numbers(planned) else OWN
     return {key: value for key, value in config.items() if key not in left_out}
 
 

@@ -162,8 +162,8 @@ def check_patterns(recipe: Recipe, planned: "Plan") -> None:
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
-    merged = [job.name for job in planned.jobs if job.method or job.pieces]
-    averaged = merged + [job.name for job in planned.jobs if job.kind == "average"]
+    merged = [job.name for job in planned.written() if job.method or job.pieces]
+    averaged = merged + [job.name for job in planned.written() if job.kind == "average"]
     for pattern, rule in recipe.modules.items():
         reached = averaged if rule.merge_method is None else merged  # λ reaches norms and biases too
         if rule.policy is None and not fnmatch.filter(reached, pattern):

@@ -194,6 +194,9 @@ def _surveyed_bytes(planned: Plan) -> int:
 
 def _job_bytes(job: Job, *, dense: bool = False) -> int:
     """What working on a job takes beside its inputs and outputs."""
+    if job.kind == "requantise":  # the weight, what codes stand for, a block's part
+        piece, entries = job.pieces[0], job.pieces[0].write_bytes
+        return piece.read_bytes + 3 * entries + _job_bytes(piece)
     if job.kind == "fuse":
         return job.write_bytes + max(_job_bytes(piece) for piece in job.pieces)
     assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)

@@ -49,7 +49,7 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
     if planned.across is None:
         _check_frozen(planned)
         _check_unmerged(planned)
-        kept = (job.name for job in planned.jobs if job.kind == "keep")
+        kept = (job.name for job in planned.jobs if job.kind == "keep" and job.name in planned.target.refs)
         names = kept if recipe.form.is_whole else iter(planned.target.refs.keys() - planned.changed())
         planned = replace(planned, trained={name: who for name in names if (who := _who_changed(planned, name))})
     return planned

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modalloy.specialists.specialist import StoredLora
+from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import Rows
 from modalloy.storage.writer import TensorSpec
@@ -35,12 +36,13 @@ class Job:
     - average: start + scale · mean of the weighted updates of the models that have the tensor, of any shape
     - interpolate: a norm or bias of a target towards the donors'
     - fuse: several merged weights, `pieces`, that the target stores as one tensor
+    - requantise: the weight of its one piece, as codes and scales like `start`'s
     - own: the update of one model, cut to the two factors that its own tokens use
     - keep: the tensor `start`, unchanged
     - carry: a specialist's tensor `start`, bit for bit
     """
 
-    kind: Literal["merge", "average", "interpolate", "fuse", "own", "keep", "carry"]
+    kind: Literal["merge", "average", "interpolate", "fuse", "requantise", "own", "keep", "carry"]
     name: str  # the target's tensor, or one linear weight inside a fused one
     outputs: tuple[TensorSpec, ...]
     start: TensorRef | None = None  # what the updates are added to; only a fused tensor has none of its own
@@ -59,7 +61,7 @@ class Job:
     @property
     def merges(self) -> tuple["Job", ...]:
         """The merged weights that it makes: itself, or its pieces."""
-        return (self,) if self.kind == "merge" else self.pieces
+        return (self,) if self.kind == "merge" else tuple(one for piece in self.pieces for one in piece.merges)
 
     @property
     def has_tuned(self) -> bool:
@@ -88,6 +90,8 @@ class Job:
         refs = [ref for piece in self.pieces for ref in piece.reads]
         if self.start is not None and (self.kind != "merge" or len(self.outputs) == 1 or self.has_tuned):
             refs.append(self.start)
+        if self.kind == "requantise" and isinstance(self.start, ScaledRef):
+            refs += [ref for ref in (self.start.codes, self.start.scales) if ref is not None]
         for model in self.models:
             refs += [model.a, model.b] if isinstance(model, StoredLora) else [model] if model is not None else []
         return (*refs, *self.fishers)

@@ -14,6 +14,7 @@ from modalloy.planning.choices import Choices
 from modalloy.planning.experts import expert_job
 from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
+from modalloy.planning.requantised import as_stored
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.specialists.spelling import module_names
@@ -120,6 +121,10 @@ class Planner(Choices):
         """
         if self.recipe.form.is_whole:
             return self.full_jobs()
+        if self.recipe.output.requantize:
+            raise RecipeError(
+                f"output.requantize is of full models, but the form is '{self.recipe.form.name}'; leave it out"
+            )
         self._check_low_rank()
         return self.adapter_jobs()
 
@@ -232,19 +237,19 @@ class Planner(Choices):
 
     def full_jobs(self) -> list[Job]:
         """For `full`: every tensor of the base, in its order, in the output type."""
-        jobs = []
-        merged, averaged = self.merged_set, set(self.averaged)
-        for name, ref in self.base.refs.items():
-            spec = self._like_base(name)
-            if name in merged:
-                jobs.append(self._merge_job(name, (spec,)))
-            elif self.treatments[name] == "experts":
-                jobs.append(self._expert_job(name))
-            elif name in averaged:
-                jobs.append(self._average_job(name, spec))
-            else:
-                jobs.append(Job("keep", name, (spec,), ref))
-        return jobs
+        jobs = [self._full_job(name) for name in self.base.refs]
+        return as_stored(self.base, jobs) if self.recipe.output.requantize else jobs
+
+    def _full_job(self, name: str) -> Job:
+        """A whole tensor of the base."""
+        spec, treatment = self._like_base(name), self.treatments[name]
+        if treatment == "merge":
+            return self._merge_job(name, (spec,))
+        if treatment == "experts":
+            return self._expert_job(name)
+        if treatment in ("average", "sum"):
+            return self._average_job(name, spec)
+        return Job("keep", name, (spec,), self.base.refs[name])
 
     def fates(self) -> list[TensorFate]:
         """The fate of every tensor of the base and of every specialist."""

@@ -133,6 +133,10 @@ class Plan:
         """The merged linear weights."""
         return [merge for job in self.jobs for merge in job.merges]
 
+    def written(self) -> list[Job]:
+        """The jobs as they are before weights become codes again."""
+        return [job.pieces[0] if job.kind == "requantise" else job for job in self.jobs]
+
     def changed(self) -> set[str]:
         """The target's tensors that the result changes."""
         return {job.name for job in self.jobs if job.kind not in ("keep", "carry")}

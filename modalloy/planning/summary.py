@@ -14,7 +14,7 @@ def one_line(planned: "Plan") -> str:
     """One line: what is merged and how, and what is not."""
     chosen = {name: value for name, value in planned.parameters.items() if value != "none"}
     settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
-    fused = [job for job in planned.jobs if job.kind == "fuse"] if planned.across is None else []
+    fused = [job for job in planned.written() if job.kind == "fuse"] if planned.across is None else []
     experts = sum(len(job.pieces) for job in fused)
     parts = [f"{planned.merged_weights() - experts} linear weights merged ({planned.recipe.merge_method}, {settings})"]
     parts += [f"{experts} experts in {len(fused)} tensors merged, each as a weight of its own"] if fused else []
@@ -25,7 +25,7 @@ def one_line(planned: "Plan") -> str:
             f"{', '.join(planned.unchanged)} changes nothing: every update is zero, and the result is the base"
         )
     parts += _said_of_rules(planned)
-    if any(set(job.weights) - {None, 1.0} for job in planned.jobs):
+    if any(set(job.weights) - {None, 1.0} for job in planned.written()):
         parts.append("a model's weight is a factor of its update, never normalised")
     if planned.base is None:
         parts.insert(1, f"{sum(job.kind == 'interpolate' for job in planned.jobs)} norms and biases too")
@@ -37,7 +37,7 @@ def _said_of_rules(planned: "Plan") -> list[str]:
     """What is not merged by the recipe's method though models changed it, by kind, with its share of the parameters."""
     others = Counter(job.method for job in planned.merges() if job.method != planned.recipe.merge_method)
     said = [f"{count} of the linear weights by {method}" for method, count in others.items()]
-    averaged = [job.name for job in planned.jobs if job.kind == "average" and not job.method]
+    averaged = [job.name for job in planned.written() if job.kind == "average" and not job.method]
     said += _by_kind(
         planned, [name for name in averaged if planned.kinds.get(name, "vector") != "vector"], "averaged by rule"
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modalloy.specialists.stacked import StackedLora
+from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import TransposedRef
 
@@ -83,6 +84,13 @@ class Promise:
     def group(self) -> str:
         """Merged weights of one group share what their method must know of the whole model."""
         return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
+
+    def stored(self, written: TensorRef) -> TensorRef:
+        """Where it is stored: in a tensor of its own, or as one of the experts' codes and scales."""
+        if isinstance(written, ScaledRef) and self.rows:
+            (begin, end), *_ = self.rows
+            return written.one(begin // (end - begin))
+        return written
 
     def within(self, written: list[Tensor]) -> list[Tensor]:
         """The weight, or its two factors, in the written tensors, which may hold other experts' too."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError
+from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import ComposedRef, TensorRef
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
@@ -75,6 +76,8 @@ def one_of(ref: TensorRef, index: int) -> TensorRef:
     Raises:
         CheckpointError: the tensor is not in one piece.
     """
+    if isinstance(ref, ScaledRef):
+        return ref.one(index)
     if ref.begin < 0:
         raise CheckpointError(
             f"{ref.file}: {ref.name} holds {ref.shape[0]} matrices, but not in one piece; save the model as safetensors"
