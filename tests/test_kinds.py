@@ -391,8 +391,9 @@ def quantise(folder: Path, *, config: bool) -> None:
 @pytest.mark.parametrize("which", ["base", "tuned1"])
 def test_quantised_models_are_refused(which: str, config: bool, models: Path) -> None:
     quantise(models / which, config=config)
+    (models / which / "README.md").write_text("---\nbase_model:\n- someone/whole-7b\n---\n")
     said = refused(models, "lora1" if which == "base" else "tuned1")
-    assert "use the unquantised model that it was made from" in said
+    assert "use the unquantised model that it was made from (someone/whole-7b, says its card)" in said
     assert ("says that the model is quantised by w8a8" if config else "q_proj.weight (torch.int8, ") in said
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from modalloy.errors import CheckpointError, cut
+from modalloy.specialists.licences import made_from
 from modalloy.storage.scaled import CODES as EIGHT_BITS
 from modalloy.storage.scaled import is_scaled
 from modalloy.storage.tensors import TensorRef
@@ -87,10 +88,13 @@ def check_numbers(label: str, folder: Path, config: Mapping[str, Any], refs: Map
     Raises:
         CheckpointError: config.json has a quantization_config, or a tensor holds codes or their scales.
     """
-    remedy = "use the unquantised model that it was made from"
     coded = next((ref for name, ref in refs.items() if _is_code(ref) or CODES.fullmatch(name)), None)
     scheme = next((part["quantization_config"] for part in _parts(config) if part.get("quantization_config")), None)
-    if scheme is not None and not (is_scaled(refs) and coded is None):
+    if coded is None and (scheme is None or is_scaled(refs)):
+        return
+    named = made_from(folder)
+    remedy = f"use the unquantised model that it was made from{f' ({named}, says its card)' if named else ''}"
+    if scheme is not None:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else None
         what = f" by {cut(method)}" if isinstance(method, str) else ""
         shown = f", for example {coded.name} ({coded.dtype})" if coded is not None else ""
@@ -101,11 +105,10 @@ def check_numbers(label: str, folder: Path, config: Mapping[str, Any], refs: Map
             f"{label}: {folder / 'config.json'} says that the model is quantised{what} (quantization_config), so its "
             f"weights are codes, no numbers{shown}; {remedy}{more}"
         )
-    if coded is not None:
-        raise CheckpointError(
-            f"{label}: {coded.name} ({coded.dtype}, {coded.file}) holds codes or scales of a quantised model, no weights; "
-            f"{remedy}"
-        )
+    assert coded is not None
+    raise CheckpointError(
+        f"{label}: {coded.name} ({coded.dtype}, {coded.file}) holds codes or scales of a quantised model, no weights; {remedy}"
+    )
 
 
 def layer_of(name: str) -> int | None:
