@@ -136,6 +136,18 @@ def test_what_wrappers_leave_in_names(vlms: Path, tmp_path: Path, wrapper: str) 
     assert first == second
 
 
+def test_an_adapter_of_which_no_name_is_the_bases(vlms: Path, tmp_path: Path) -> None:
+    lora(vlms, "llava", tmp_path / "a", r".*language_model.*self_attn\.q_proj", 1)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name.replace("layers", "blocks"): tensor for name, tensor in load_file(file).items()}, file)
+    said = (
+        r"none of its 2 updates names a weight of the base llava: \S+blocks\.0\.self_attn\.q_proj\.lora_A\.weight would be one "
+        r"of \S+, and the nearest name there is \S+layers\.0\.self_attn\.q_proj\.weight .* rename its tensors"
+    )
+    with pytest.raises(ModalloyError, match=said):
+        merge(write_recipe(tmp_path, vlms / "llava", [tmp_path / "a"]), tmp_path / "out")
+
+
 def test_two_names_that_are_one_without_wrappers() -> None:
     with pytest.raises(CheckpointError, match=r"_orig_mod\.a\.weight and a\.weight are two names of one tensor"):
         unwrapped(["a.weight", "_orig_mod.a.weight"])

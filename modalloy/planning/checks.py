@@ -3,6 +3,7 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,15 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
         place_native(specialist, base, base_config)
     else:
         place_in_base(specialist, base, base_config)
+    strange = [slot for slot in specialist.text_lora if slot not in base.refs]
+    if strange and len(strange) == len(specialist.text_lora):
+        ref = specialist.text_lora[strange[0]].a
+        alike = max(base.refs, key=lambda name: len(commonprefix([name[::-1], strange[0][::-1]])))
+        raise CheckpointError(
+            f"{specialist.label} specialist: none of its {len(strange)} updates names a weight of the base {base.folder.name}: "
+            f"{ref.name} would be one of {strange[0]}, and the nearest name there is {alike} ({ref.file}); if it was trained "
+            "from this base, rename its tensors as the base's are called, else use the base it was trained from"
+        )
     for updates in (specialist.text_lora, specialist.modality_lora):
         for slot, factors in updates.items():
             if slot not in base.refs:
