@@ -3,7 +3,7 @@
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
     strange = [slot for slot in specialist.text_lora if slot not in base.refs]
     if strange and len(strange) == len(specialist.text_lora):
         ref = specialist.text_lora[strange[0]].a
-        alike = max(base.refs, key=lambda name: len(commonprefix([name[::-1], strange[0][::-1]])))
+        alike = max(base.refs, key=lambda name: _common_end(name, strange[0]))
         raise CheckpointError(
             f"{specialist.label} specialist: none of its {len(strange)} updates names a weight of the base {base.folder.name}: "
             f"{ref.name} would be one of {strange[0]}, and the nearest name there is {alike} ({ref.file}); if it was trained "
@@ -98,6 +98,12 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
             f"{specialist.label} specialist: {own.name} is {own.shape}, the base's is {wanted.shape} ({own.file}); "
             "use the base it was trained from"
         )
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many characters two names have in common at their ends."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def check_rows_are_ruled(specialists: Sequence[Specialist], name: str, kind: Kind) -> None:
