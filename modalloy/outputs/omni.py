@@ -1,7 +1,7 @@
 """`form: omni`: beside the merged text path, what a folder needs to take in media: encoders, projectors, configs, prompt."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
-from modalloy.planning.kinds import Kind, kinds, layer_of
+from modalloy.planning.kinds import kinds, layer_of
 from modalloy.planning.native import decoder_config
 from modalloy.planning.plan import Plan
 from modalloy.planning.senses import NativeSense, Sense, model_files, open_sense, recorded_encoder
+from modalloy.senses.stored import parts_of_experts
 from modalloy.specialists.specialist import Specialist, StoredLora
 from modalloy.specialists.templates import own_template
 from modalloy.storage.config import config_size, read_config
@@ -45,7 +46,9 @@ and polite answers to the user's questions.{% endif %}
 
 def omni_config(planned: Plan) -> dict[str, Any]:
     """config.json of the merged model (see `modalloy.model.config.ModalloyConfig`)."""
-    merged = [job for job in planned.jobs if job.kind == "merge"]
+    target = planned.target
+    experts = parts_of_experts(read_config(target.folder), target.refs, target.folder)
+    merged = [job for job in planned.jobs if job.kind == "merge" and job.name not in experts]
     low_rank = [job.name for job in merged if len(job.outputs) == 2]
     text = decoder_config(read_config(planned.target.folder), planned.specialists)
     if is_scaled(planned.target.refs):  # read as numbers, wherever they are
@@ -62,14 +65,14 @@ def omni_config(planned: Plan) -> dict[str, Any]:
         "text_config": text,
         "text_update": _update(low_rank, planned.rank, 1.0, planned.target),
         "text_linears": [job.name for job in merged if len(job.outputs) == 1],
-        **_tensors(planned),
+        **_tensors(planned, experts),
         "modalities": modalities,
     }
 
 
-def _tensors(planned: Plan) -> dict[str, Any]:
-    """Norms, biases, fused experts and what else of the decoder is another for all tokens."""
-    names = [job.name for job in planned.jobs if job.kind in ("average", "fuse")]
+def _tensors(planned: Plan, experts: Collection[str]) -> dict[str, Any]:
+    """Norms, biases, experts and what else of the decoder is another for all tokens."""
+    names = [job.name for job in planned.jobs if job.kind in ("average", "fuse") or job.name in experts]
     return {"text_tensors": names} if names else {}
 
 
@@ -183,13 +186,14 @@ def _own_update(specialist: Specialist, base: Checkpoint) -> dict[str, Any] | No
     """What its own tokens use beside the base's weights."""
     if specialist.own_rank is None:
         return specialist_update(specialist.modality_lora, base)
-    routed = _routed(kinds(read_config(base.folder), base.refs))
+    routed = _routed(base, kinds(read_config(base.folder), base.refs))
     return _update([slot for slot in specialist.tuned if slot in routed], specialist.own_rank, 1.0, base)
 
 
-def _routed(sorts: Mapping[str, Kind]) -> set[str]:
-    """The weights that tokens are routed through: linear ones of the decoder's blocks."""
-    return {name for name, kind in sorts.items() if kind == "linear" and layer_of(name) is not None}
+def _routed(base: Checkpoint, sorts: Mapping[str, Kind]) -> set[str]:
+    """The weights that tokens are routed through: linear ones of the decoder's blocks, but experts that are one parameter."""
+    linears = {name for name, kind in sorts.items() if kind == "linear" and layer_of(name) is not None}
+    return linears - parts_of_experts(read_config(base.folder), linears, base.folder)
 
 
 def specialist_update(updates: dict[str, StoredLora], base: Checkpoint) -> dict[str, Any] | None:
@@ -208,7 +212,7 @@ def _update(slots: list[str], rank: int | None, scale: float, base: Checkpoint) 
     if not slots:
         return None
     sorts = kinds(read_config(base.folder), base.refs)
-    weights = _routed(sorts)
+    weights = _routed(base, sorts)
     if strange := sorted(set(slots) - weights):
         raise CheckpointError(
             f"{strange[0]} is updated, but 'omni' routes tokens through the linear weights of the decoder's blocks only; write "

@@ -16,11 +16,12 @@ from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.planning.requantised import as_stored
 from modalloy.recipe import Recipe
+from modalloy.senses.stored import parts_of_experts
 from modalloy.specialists.specialist import Specialist
 from modalloy.specialists.spelling import module_names
 from modalloy.specialists.stacked import StackedLora, nested_stems
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
-from modalloy.storage.views import MappedRef
+from modalloy.storage.views import MappedRef, sources_of
 from modalloy.storage.writer import TensorSpec
 
 Treatment = Literal["merge", "experts", "sum", "average", "keep"]
@@ -158,11 +159,11 @@ class Planner(Choices):
             modules = module_names(self.base, self.config)
         slots = sorted(self.merged)  # as safetensors files are, so that the specialists are read in their order
         experts = [] if form.takes_full_updates else self.experts  # written as pairs of factors too
-        whole = {
-            slot
-            for slot in slots
-            if form.takes_full_updates and self.recipe.output.compress_rank is None and self._is_full(slot)
-        }
+        whole: set[str] = set()
+        if form.takes_full_updates:
+            parts = parts_of_experts(self.config, slots, self.base.folder)  # which no token chooses between
+            cut = self.recipe.output.compress_rank is not None
+            whole = {slot for slot in slots if slot in parts or (not cut and self._is_full(slot))}
         bounds = {slot: self._rank_bound(slot) for slot in (*slots, *experts) if slot not in whole}
         self.rank = max(1, max(bounds.values(), default=1))  # PEFT takes no rank 0
         jobs = []
@@ -212,7 +213,8 @@ class Planner(Choices):
         if specialist.own_rank is None:
             return []
         jobs, disk = [], disk_name(specialist.sense or "")
-        for slot in sorted(slot for slot in specialist.tuned if slot in self.merged_set and layer_of(slot) is not None):
+        routed = self.merged_set - parts_of_experts(self.config, self.merged, self.base.folder)
+        for slot in sorted(slot for slot in specialist.tuned if slot in routed and layer_of(slot) is not None):
             rows, columns = self.base.refs[slot].shape
             stem, rank = slot.removesuffix(".weight"), specialist.own_rank
             specs = (
@@ -304,9 +306,16 @@ class Planner(Choices):
                     TensorFate(label, ref.name, "left out", f"carried once, as sense '{shared}'")
                     for ref in specialist.native.sense.values()
                 ]
+            copies: dict[
+                str, TensorFate
+            ] = {}  # one of all experts may be copies of several of the base's, or be several
             for name, ref in specialist.tuned.items():
                 unused: tuple[Fate, str] = ("left out", absent or kept.get(name, "the base's is kept"))
-                result.append(TensorFate(label, ref.name, *(unused if absent else of_slot.get(name, unused))))
+                told = unused if absent else of_slot.get(name, unused)
+                for source in sources_of(ref):
+                    if source not in copies or told[0] == "merged":
+                        copies[source] = TensorFate(label, source, *told)
+            result += copies.values()
             result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
         return result
 

@@ -30,6 +30,7 @@ from modalloy.promise.promise import Promise, Update
 from modalloy.promise.words import CHOOSERS, OF_POSITIONS, OF_TOKENS, TABLES, is_numbered, numbers
 from modalloy.recipe import Recipe, WeightRule
 from modalloy.recompute import parts_of
+from modalloy.senses.stored import parts_of_experts
 from modalloy.specialists.spelling import canonical, module_names
 from modalloy.specialists.stacked import nested_stems
 from modalloy.storage.folder import read_json
@@ -186,7 +187,8 @@ class Promises:
         own = model.entry.own
         if own is None or own == "same":
             return
-        for slot in sorted(model.tuned):
+        experts = parts_of_experts(self.config, self.base.refs, self.base.folder)
+        for slot in sorted(model.tuned.keys() - experts):
             if self._of(slot).kind == "merged" and IN_A_LAYER.search(slot):
                 stem, disk = slot.removesuffix(".weight"), disk_name(model.sense)
                 names = tuple(f"{stem}.lora_{side}.{disk}.weight" for side in "AB")

@@ -45,6 +45,19 @@ def class_model(config: Mapping[str, Any], where: Any) -> Any:
         raise CheckpointError(f"{where}: transformers makes no language model of its config.json ({kind})") from error
 
 
+def parts_of_experts(config: Mapping[str, Any], names: Iterable[str], where: Any) -> set[str]:
+    """The tensors that are a matrix of one expert each, where the class has one parameter of all experts.
+
+    Raises:
+        CheckpointError: transformers makes no model of the config.
+    """
+    listed = [name for name in names if EXPERT.search(name)]
+    if not listed:
+        return set()
+    found = stored_parameters(class_model(config, where), listed)
+    return {part for one in found.values() for part in one.parts.values()}
+
+
 def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, Stored]:
     """Where each parameter of experts is stored, by its own name; those that are put together in other ways are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping

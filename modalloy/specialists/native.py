@@ -6,12 +6,13 @@ beside the model, or in a folder of it (`FOLDER#vision-lora`), is the update, an
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
 from modalloy.senses.anatomy import Anatomy, anatomy, headless, native_class_name, own_names, renamer
+from modalloy.senses.stored import EXPERT, Stored, class_model, stored_parameters
 from modalloy.specialists.peft import add_updates, check_config
 from modalloy.specialists.specialist import (
     Layout,
@@ -27,7 +28,7 @@ from modalloy.storage.config import read_config
 from modalloy.storage.folder import is_there, read_json
 from modalloy.storage.locate import BASE_STEMS, is_hub_id
 from modalloy.storage.tensors import Checkpoint, TensorRef
-from modalloy.storage.views import first_rows
+from modalloy.storage.views import JoinedRef, first_rows, joined, one_of, rows_of_tensor, sources_of
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 COMPUTED = re.compile(r".*(?:\.rotary_emb\.inv_freq|\.position_ids|\.inv_freq)")  # tables that a class makes itself
@@ -84,11 +85,15 @@ def _sort(
     folder = specialist.checkpoint.folder
     refs = dict(tensors)
     own = found.model.state_dict()
-    names = own_names(found, [name for name in refs if not COMPUTED.fullmatch(name)])
+    experts = _experts(found, refs)
+    parts = {name for one in experts.values() for name in sources_of(one)}
+    names = own_names(found, [name for name in refs if not COMPUTED.fullmatch(name) and name not in parts])
     sense: dict[str, TensorRef] = {}
     table: TensorRef | None = None
     embeddings = f"{found.decoder}.embed_tokens.weight"
-    for name, ref in refs.items():
+    stored = {name: ref for name, ref in refs.items() if name not in parts} | experts
+    names |= {own: own for own in experts}
+    for name, ref in stored.items():
         if name not in names:
             specialist.dropped[name] = "computed from the config when a model is loaded"
             continue
@@ -132,6 +137,20 @@ def _sort(
         found.has_three_positions,
         found.has_deepstack,
     )
+
+
+def _experts(found: Anatomy, refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """The decoder's parameters of all experts that are stored as a matrix of each, by the class's own names."""
+    made: dict[str, TensorRef] = {}
+    for own, stored in stored_parameters(found.model, refs).items():
+        if stored.parts and found.plain_name(own) is not None:
+            experts, of_each = (1 + max(place) for place in zip(*stored.parts, strict=True))
+            places = [[stored.parts.get((expert, part)) for part in range(of_each)] for expert in range(experts)]
+            whole = [[refs[name] for name in one if name is not None] for one in places]
+            if any(len(one) != of_each for one in whole):
+                raise CheckpointError(f"{found.where}: lacks matrices of the experts {own}; download the folder again")
+            made[own] = joined(own, whole)
+    return made
 
 
 def _placed_updates(specialist: Specialist, found: Anatomy) -> Iterator[tuple[str, StoredLora]]:
@@ -183,11 +202,15 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
     """
     native = specialist.native
     assert native is not None
-    names = _base_names(base, base_config)
     copies = specialist.frozen if specialist.frozen else specialist.tuned
+    names = _base_names(base, base_config, [*copies, *specialist.text_lora])
     placed: dict[str, TensorRef] = {}
+    parts = _base_parts(base, base_config)
     for plain, ref in copies.items():
         name = names.get(plain, plain)
+        if name not in base.refs and plain in parts:
+            placed |= dict(_split(ref, parts[plain], base))
+            continue
         if name not in base.refs:
             if plain == "lm_head.weight":
                 specialist.dropped[ref.name] = "the base ties it to its embeddings"
@@ -219,21 +242,39 @@ def place_native(specialist: Specialist, base: Checkpoint, base_config: dict[str
     native.ids = tuple(sorted({*native.tokens, *further}))
 
 
-def _base_names(base: Checkpoint, config: dict[str, Any]) -> dict[str, str]:
-    """The base's own name of each tensor of a plain language model, where that is another."""
-    if "model.embed_tokens.weight" in base.refs:
+def _base_parts(base: Checkpoint, config: dict[str, Any]) -> dict[str, Stored]:
+    """Where a base stores a matrix of each expert, by the parameter's name in a plain language model."""
+    if not any(EXPERT.search(name) for name in base.refs):
         return {}
-    import torch
-    from transformers import AutoModelForCausalLM
+    model = class_model(config, base.folder)
+    prefix = f"{model.base_model_prefix}."
+    found = stored_parameters(model, base.refs)
+    return {"model." + own.removeprefix(prefix): stored for own, stored in found.items() if stored.parts}
+
+
+def _split(ref: TensorRef, stored: Stored, base: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
+    """The matrices of a parameter of all experts by the base's names of them."""
+    done = 0
+    for (expert, part), name in sorted(stored.parts.items()):
+        done = 0 if part == 0 else done
+        height = base.refs[name].shape[0]
+        if isinstance(ref, JoinedRef) and part < len(ref.parts[expert]):
+            yield name, ref.parts[expert][part]
+        else:
+            yield name, rows_of_tensor(ref.name, one_of(ref, expert), ((done, done + height),))
+        done += height
+
+
+def _base_names(base: Checkpoint, config: dict[str, Any], wanted: Iterable[str]) -> dict[str, str]:
+    """The base's own name of each tensor of a plain language model, where that is another and one is wanted."""
+    absent = [name for name in wanted if name not in base.refs and name != "lm_head.weight"]
     from transformers.models.auto import CONFIG_MAPPING
 
-    kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not absent or config.get("model_type") not in CONFIG_MAPPING:
         return {}
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(config), trust_remote_code=False)
+    model = class_model(config, base.folder)
     prefix = f"{model.base_model_prefix}."
-    own = own_names(model, base.refs)
+    own = own_names(model, [name for name in base.refs if not EXPERT.search(name)])
     return {
         "model." + mine.removeprefix(prefix) if mine.startswith(prefix) else mine: name for name, mine in own.items()
     }

@@ -58,6 +58,47 @@ class SpacedRef(ComposedRef):
         return read(self.source)[:, self.first :: self.step].contiguous()
 
 
+@dataclass(frozen=True)
+class JoinedRef(ComposedRef):
+    """Matrices as one tensor (matrices, rows, columns), each of parts that stand one below another."""
+
+    parts: tuple[tuple[TensorRef, ...], ...] = ()
+
+    def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+        return torch.stack([torch.cat([read(part) for part in parts]) for parts in self.parts])
+
+    def one(self, index: int) -> TensorRef:
+        """One of the matrices."""
+        parts, done = self.parts[index], 0
+        if len(parts) == 1:
+            return parts[0]
+        placed = []
+        for part in parts:
+            height = part.shape[0]
+            placed.append((part, ((0, height),), ((done, done + height),)))
+            done += height
+        return MappedRef(self.name, self.dtype, self.shape[1:], self.file, -1, tuple(placed))
+
+
+def joined(name: str, parts: Sequence[Sequence[TensorRef]]) -> JoinedRef:
+    """Matrices, each given by its parts, as one tensor.
+
+    Raises:
+        CheckpointError: they are not of one shape and type.
+    """
+    found = {tuple((part.shape, part.dtype) for part in one) for one in parts}
+    first = parts[0][0]
+    if len(found) != 1:
+        raise CheckpointError(f"{first.file}: the parts of {name} differ in shape or type; download the model again")
+    shape = (len(parts), sum(part.shape[0] for part in parts[0]), *first.shape[1:])
+    return JoinedRef(name, first.dtype, shape, first.file, -1, tuple(map(tuple, parts)))
+
+
+def sources_of(ref: TensorRef) -> list[str]:
+    """The names of the stored tensors that a tensor of a model is made of."""
+    return [part.name for parts in ref.parts for part in parts] if isinstance(ref, JoinedRef) else [ref.name]
+
+
 def spaced_columns(ref: TensorRef, first: int, step: int) -> SpacedRef:
     """Columns first, first + step, … of a stored matrix whose width is a multiple of step."""
     rows, columns = ref.shape
@@ -76,7 +117,7 @@ def one_of(ref: TensorRef, index: int) -> TensorRef:
     Raises:
         CheckpointError: the tensor is not in one piece.
     """
-    if isinstance(ref, ScaledRef):
+    if isinstance(ref, (ScaledRef, JoinedRef)):
         return ref.one(index)
     if ref.begin < 0:
         raise CheckpointError(
