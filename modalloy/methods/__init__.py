@@ -13,6 +13,7 @@ When they are dense, every method gets the dense matrices.
 """
 
 from modalloy.methods import (
+    arcee_fusion,
     average,
     consensus,
     core_space,
@@ -21,10 +22,16 @@ from modalloy.methods import (
     factorwise,
     fisher,
     iso,
+    karcher,
     knots,
     linear,
     metagpt,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
     optmerge,
+    slerp,
     ssam,
     swudi,
     task_arithmetic,
@@ -34,6 +41,7 @@ from modalloy.methods import (
 )
 
 METHODS = {
+    "arcee_fusion": arcee_fusion.METHOD,
     "average": average.METHOD,
     "consensus": consensus.METHOD,
     "core_space": core_space.METHOD,
@@ -44,10 +52,16 @@ METHODS = {
     "fisher": fisher.METHOD,
     "iso_c": iso.ISO_C,
     "iso_cts": iso.ISO_CTS,
+    "karcher": karcher.METHOD,
     "knots": knots.METHOD,
     "linear": linear.METHOD,
     "metagpt": metagpt.METHOD,
+    "model_stock": model_stock.METHOD,
+    "multislerp": multislerp.METHOD,
+    "nearswap": nearswap.METHOD,
+    "nuslerp": nuslerp.METHOD,
     "optmerge": optmerge.METHOD,
+    "slerp": slerp.METHOD,
     "ssam": ssam.METHOD,
     "swudi": swudi.METHOD,
     "task_arithmetic": task_arithmetic.METHOD,

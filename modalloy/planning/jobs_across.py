@@ -92,6 +92,7 @@ class AcrossPlanner(Choices):
         across = self.across
         assert across.target is not None
         models, shares = (across.target, *self.donors), (1.0, *self._shares(name, method, parameters))
+        self._check_number(name, method, shares)
         pieces, parts = [], across.parts[name]
         for slot, rows in parts:
             output = TensorSpec(name, spec.dtype, across.starts[slot].shape)
