@@ -1,5 +1,7 @@
 """Karcher mean of the models' weights on a sphere (Karcher, CPAM 1977; of merges: arXiv 2603.04972)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def karcher(
     counts = norms > tol
     scale = torch.where(counts, 1 / norms, 0)  # of a point that does not count nothing is taken
     angles = gram * scale[:, None] * scale  # cosines of the directions u_i; what follows is in shares of these
-    share = counts / counts.sum().clamp(min=1)
+    share = counts.to(torch.float64) / max(1, int(counts.sum()))
     mean, size = share, _size(share, angles)
     mean = mean / size if size >= tol else _unit(counts)
     for _ in range(max_iter):
@@ -46,7 +48,7 @@ def karcher(
         size = _size(step, angles)
         if size < tol:
             break
-        mean = torch.tensor(size).cos() * mean + torch.tensor(size).sin() / size * step
+        mean = math.cos(size) * mean + math.sin(size) / size * step
         mean = mean / _size(mean, angles)
     return combined(deltas, (norms.mean() * mean * scale)[None], base)
 

@@ -42,7 +42,7 @@ def is_global(parameters: dict[str, Any]) -> bool:
 
 def around_zero(parameters: dict[str, Any]) -> bool:
     """Whether the weights themselves are the points that are merged, not what they differ from the base by."""
-    return bool(parameters["origin"] == "zero")
+    return bool(parameters.get("origin") == "zero")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def model_stock(deltas: list[Tensor], *, filter_wise: Switch = False, shape: tup
 
 
 def _by_rows(parameters: dict[str, Any]) -> bool:
-    return bool(parameters["filter_wise"])
+    return bool(parameters.get("filter_wise"))
 
 
 METHOD = Method(

@@ -62,7 +62,7 @@ def mean_by_weight(parameters: dict[str, Any], weights: Sequence[float]) -> floa
 
 
 def _by_rows(parameters: dict[str, Any]) -> bool:
-    return not parameters["nuslerp_flatten"]
+    return parameters.get("nuslerp_flatten") is False
 
 
 METHOD = Method(
