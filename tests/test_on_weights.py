@@ -303,7 +303,22 @@ def test_inspect_measures_what_the_base_is_needed_for(models: Path) -> None:
     recipe = Recipe(base_model=str(models / "base"), models=entry, merge_method="slerp", output={"form": "full"})
     found = inspect(recipe)
     tensors = [tensors_of(models / name) for name in ("base", "tuned1")]
-    for weight in found.weights:
+    for weight in found.slots:
         if weight.name in SLOTS:
             update = reference_of("slerp", tensors, weight.name, t=0.5) - tensors[0][weight.name]
             assert weight.merged_norm == pytest.approx(float(np.linalg.norm(update)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "said"),
+    [
+        ("nuslerp", {}, "a model's weight is its share, of the sum of all"),
+        ("multislerp", {"normalize_weights": False}, "a model's weight is its share, as it is"),
+        ("model_stock", {}, "a model's weight is a factor of its update, never normalised"),
+    ],
+)
+def test_the_summary_says_what_weights_are(method: str, parameters: dict[str, Any], said: str, models: Path) -> None:
+    entries = tuple({"model": str(models / f"tuned{i}"), "parameters": {"weight": i}} for i in (1, 2))
+    given: dict[str, Any] = {"base_model": str(models / "base"), "models": entries, "output": {"form": "full"}}
+    planned = modalloy.plan(Recipe(**given, merge_method=method, parameters=parameters))
+    assert said in planned.summary()

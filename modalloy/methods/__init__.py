@@ -9,7 +9,8 @@ A method is a function from one matrix per specialist to the merged update; its 
 - "factors": the `LowRank` updates themselves, for what is linear in every update, or defined on the factors.
 - "dense": the full matrices, for what works on single entries. Such a method returns a full matrix.
 
-When they are dense, every method gets the dense matrices.
+When they are dense, every method gets the dense matrices; so does one that works on the weights themselves, and receives
+the base's (`base`).
 """
 
 from modalloy.methods import (
