@@ -1,7 +1,7 @@
 """What a recipe says of every weight: its rule, its method, its parameters and weights at the weight's depth."""
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -107,17 +107,19 @@ class Choices:
             return self.recipe.merge_method, self.recipe.parameters | rule.parameters
         return str(rule.merge_method), rule.parameters
 
-    def _mean_factor(self, name: str) -> float:
+    def _mean_factor(self, name: str, weights: Sequence[float] = ()) -> float:
         """What multiplies the mean of the updates of a tensor that is averaged: λ / λ_auto, so that "auto" is the mean itself.
 
-        For `linear` it is α, which has no "auto"; some methods say it themselves.
+        For `linear` it is α, which has no "auto"; some methods say it themselves. `weights` are those of the models that have
+        the tensor, all if none are given.
         """
         _, rule = self.rules.get(name, ("", None))
         averages = rule is not None and rule.policy == "average"
         method, written = (self.recipe.merge_method, self.recipe.parameters) if averages else self._method(name)
         parameters = self._resolved(method, written, name)
         if (mean := METHODS[method].mean) is not None:
-            return mean(parameters, [1.0] * self.own + [weight for weight in self._weights(name) if weight != 0])
+            every = [1.0] * self.own + [weight for weight in self._weights(name) if weight != 0]
+            return mean(parameters, weights or every)
         if "scale" not in parameters:
             return parameters.get("alpha", 1.0)
         return parameters["scale"] / METHODS[method].automatic_scale(max(1, self._count(name)), parameters)

@@ -329,7 +329,7 @@ class Planner(Choices):
         ]
         method, factor = "", 0.0
         if self.treatments[name] == "average":
-            factor = self._mean_factor(name)
+            factor = self._mean_factor(name, [weight for _, weight in having])
         elif having:
             method, written = self._method(name)
             factor = METHODS[method].sum_factor(self._resolved(method, written, name), len(having)) * len(having)

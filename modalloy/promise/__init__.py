@@ -74,15 +74,11 @@ class Promises:
 
     @cached_property
     def models(self) -> list[Model]:
-        """Those that count: not the base itself, none of weight 0, none whose every update is zero where others' are not."""
-        counts = METHODS[self.recipe.merge_method].lets_base_count(
-            self.recipe.parameters
-        )  # the base, as any other model
-        others = [
-            model
-            for model in self.every
-            if model.is_weighed and (counts or not model.folder.samefile(self.base.folder))
-        ]
+        """Those that count: not the base itself, none of weight 0, none whose every update is zero where others' are not; all but
+        those of weight 0 where the base is one of the points that the method merges."""
+        counts = METHODS[self.recipe.merge_method].lets_base_count(self.recipe.parameters)
+        weighed = [model for model in self.every if model.is_weighed]
+        others = [model for model in weighed if counts or not model.folder.samefile(self.base.folder)]
         others = [model for model in others if model is self._first(model) or model.is_adapter]
         return others if counts else [model for model in others if self._moves(model)] or others
 
@@ -210,7 +206,8 @@ class Promises:
         if what == "vector" and policy is None and METHODS[self._method(slot)[0]].keeps_vectors:
             return kept
         if what == "vector" or (policy == "average" and what != "numbers"):
-            return self._averaged(slot, start, having, self._strength(slot))
+            weights = [weight for model in having if (weight := self._weight(model, slot)) != 0]
+            return self._averaged(slot, start, having, self._strength(slot, weights))
         method, parameters = self._method(slot)
         if METHODS[method].is_sum and what != "numbers":
             n = sum(self._weight(model, slot) != 0 for model in having)
@@ -256,14 +253,14 @@ class Promises:
         """How many models are merged at the depth of a tensor; where there are none, n is 1 and multiplies nothing."""
         return max(1, sum(self._weight(model, slot) != 0 for model in self.models))
 
-    def _strength(self, slot: str) -> float:
+    def _strength(self, slot: str, weights: Sequence[float] = ()) -> float:
         """λ / λ_auto: how far the recipe goes beside what its method does by itself; α, which has no "auto"; or the method's."""
         rule = self._rule(slot)
         by_rule = rule if rule is not None and rule.policy is None else None
         method, parameters = self._resolved(slot, by_rule)
         if (mean := METHODS[method].mean) is not None:
-            weights = (self._weight(model, slot) for model in self.models)
-            return mean(parameters, [weight for weight in weights if weight != 0])
+            every = [weight for model in self.models if (weight := self._weight(model, slot)) != 0]
+            return mean(parameters, weights or every)
         if "scale" not in parameters:
             return float(parameters.get("alpha", 1.0))
         return float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
