@@ -32,7 +32,8 @@ from modalloy.methods import METHODS
 
 ALLOWED = 1.05  # of the limit
 SIZES = {"small": (64, 2, 500), "middle": (512, 3, 4000)}  # width, layers, vocabulary
-ENTRIES = ("consensus", "dare_linear", "dare_ties", "fisher", "ties")  # give full matrices, whatever they are given
+# give full matrices, whatever they are given
+ENTRIES = [name for name, method in METHODS.items() if method.gets(method.parameters) == "dense"]
 Case = tuple[str, int, dict[str, Any]]  # what is merged, workers, and the recipe beside that
 
 
@@ -91,7 +92,7 @@ def cases(data: Path) -> dict[str, Case]:
         add(f"resumed, {kind}", f"middle-{kind}", "ties", full | {"max_shard_size": "4MB"}, resumed=True)
     for kind in ("bin", "scattered", "half"):
         add(f"task_arithmetic of {kind}", f"middle-{kind}", "task_arithmetic", full)
-    for method in ("average", "ties", "task_arithmetic"):
+    for method in ("average", "ties", "task_arithmetic", "slerp", "karcher", "arcee_fusion", "model_stock"):
         add(f"{method}, a layer of 7B's", "wide-tuned", method, full)
     for method in ("linear", "task_arithmetic", "ties"):
         add(f"{method} into another architecture", "across", method, full)
@@ -118,6 +119,7 @@ class Merge:
         changes = dict(changes)
         self.resumed = changes.pop("resumed", False)
         content = starts(data, kind) | changes
+        content["models"] = content["models"][: METHODS[content["merge_method"]].models[1]]
         if "target" in content:
             content["vocabulary"] = "same"
             if content["merge_method"] == "linear":

@@ -93,7 +93,7 @@ def recipes() -> dict[str, dict[str, Any]]:
     def add(name: str, kinds: str, method: str, size: str = "small", **more: Any) -> None:
         entries: list[dict[str, Any]] = [
             {"model": f"{size}-{kind}{index}"} for index, kind in enumerate(kinds.split("+"), 1)
-        ]
+        ][: METHODS[method].models[1]]
         for entry in entries if method == "fisher" else ():
             entry["parameters"] = {"fisher": f"{size}-fisher.safetensors"}
         made[name] = {"base_model": size, "models": entries, "merge_method": method} | more

@@ -73,25 +73,33 @@ def merged_update(
     n_rows, n_columns = job.shape
     if not any(job.weights):  # no model takes part here
         return LowRank(torch.zeros(n_rows, 0, device=device)[rows], torch.zeros(0, n_columns, device=device))
+    method, base = METHODS[job.method], None
+    if method.base(job.parameters):
+        assert job.start is not None
+        base = read(job.start)[rows].to(device, job.wide)
     try:
         return apply(
             job.method,
-            weighted_updates(job, read, device, rows=rows),
+            weighted_updates(job, read, device, rows=rows, weigh=not method.takes("weights")),
             job.parameters,
             (n_rows, n_columns),
             slot=job.name,
             fishers=[read(ref).to(device) for ref in job.fishers] or None,
             whole=surveys.get(job.survey_key),
+            base=base,
+            weights=job.weights,
         )
     except MethodError as error:
         raise MethodError(f"{job.name}: {error}") from error
 
 
-def weighted_updates(job: Job, read: Read, device: str = "cpu", *, rows: slice = slice(None)) -> list[Delta]:
-    """w_i δ_i of every model that takes part; one that has no update is a zero of rank 0 (`missing: zero`)."""
+def weighted_updates(
+    job: Job, read: Read, device: str = "cpu", *, rows: slice = slice(None), weigh: bool = True
+) -> list[Delta]:
+    """w_i δ_i of every model that takes part, or δ_i; one that has no update is a zero of rank 0 (`missing: zero`)."""
     assert job.start is not None
     deltas: list[Delta] = []
-    for model, weight in zip(job.models, job.weights, strict=True):
+    for model, weight in zip(job.models, job.weights if weigh else [1.0] * len(job.models), strict=True):
         if isinstance(model, StoredLora):
             stored = model.delta(read)
             deltas.append(weight * LowRank(stored.up[rows].to(device, job.wide), stored.down.to(device, job.wide)))

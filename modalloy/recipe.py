@@ -216,6 +216,11 @@ class Recipe(_Strict):
                 )
             if METHODS[method].needs_factors:
                 raise ValueError(f"{method} merges LoRA factors, but a target is a whole model; choose another method")
+            if METHODS[method].models[1] == 1:
+                raise ValueError(
+                    f"{method} goes between the base and one model, but a target and its donors are at least two; write linear "
+                    "without a base, or choose another method"
+                )
             if METHODS[method].takes("fishers"):
                 raise ValueError(f"{method} needs Fisher files in the target's names; choose another method")
         if not self.base_model and any(rule.policy == "average" for rule in self.modules.values()):

@@ -69,13 +69,19 @@ def is_dense_check(
 
 
 def updates_of(
-    promise: "Promise", read: Read, wide: torch.dtype, *, dense: bool, rows: slice = slice(None)
+    promise: "Promise",
+    read: Read,
+    wide: torch.dtype,
+    *,
+    dense: bool,
+    rows: slice = slice(None),
+    weigh: bool = True,
 ) -> list[Delta]:
-    """w_i δ_i of every model that counts, in its order; that of one without is zero."""
+    """w_i δ_i of every model that counts, or δ_i, in its order; that of one without is zero."""
     shape = promise.start.shape
     deltas: list[Delta] = []
     for update in promise.updates:
-        delta = _update(update, promise.start, read, wide, rows)
+        delta = _update(update if weigh else replace(update, weight=1.0), promise.start, read, wide, rows)
         if delta is None:
             delta = LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
             deltas.append(delta.dense().to(wide) if dense else delta)
@@ -109,14 +115,17 @@ def merged_update(
         literal = False  # KnOTS selects entries of its core, whose float32 singular vectors select others
     dense = literal and not METHODS[method].one_rank  # which has no form on full matrices
     wide = torch.float64 if literal or double else torch.float32
+    base = read(promise.start)[rows].to(wide) if promise.takes_base else None
     return apply(
         method,
-        updates_of(promise, read, wide, dense=dense, rows=rows),
+        updates_of(promise, read, wide, dense=dense, rows=rows, weigh=not METHODS[method].takes("weights")),
         promise.parameters,
         (shape[0], shape[1]),
         slot=promise.slot,
         fishers=[read(ref) for ref in promise.fishers] if promise.fishers else None,
         whole=surveys.get(promise.group),
+        base=base,
+        weights=[update.weight for update in promise.updates],
     )
 
 

@@ -268,3 +268,122 @@ def core_space(factors: list[tuple[Matrix, Matrix]], inner: str, density: float,
     u, vt = u[:, s_u > 1e-12 * s_u.max(initial=0)], vt[s_v > 1e-12 * s_v.max(initial=0)]
     cores = [u.T @ b @ a @ vt.T for b, a in factors]
     return u @ (ties(cores, density, combine, scale) if inner == "ties" else scale * np.sum(cores, axis=0)) @ vt
+
+
+def cosine_of(one: Matrix, other: Matrix) -> float:
+    size = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(np.clip(np.sum(one * other) / size, -1, 1)) if size else 0.0
+
+
+def angle(one: Matrix, other: Matrix) -> float:
+    return float(np.arccos(cosine_of(one, other)))
+
+
+def on_the_arc(one: Matrix, other: Matrix, t: float, straight: float) -> Matrix:
+    theta = angle(one, other)
+    if abs(np.cos(theta)) > straight:
+        return (1 - t) * one + t * other
+    return (np.sin((1 - t) * theta) * one + np.sin(t * theta) * other) / np.sin(theta)
+
+
+def slerp(deltas: list[Matrix], t: float, base: Matrix) -> Matrix:
+    return on_the_arc(base, base + deltas[0], t, 0.9995) - base
+
+
+def nuslerp(
+    deltas: list[Matrix],
+    nuslerp_flatten: bool,
+    nuslerp_row_wise: bool,
+    origin: str,
+    weights: tuple[float, float] = (1, 1),
+    base: Matrix | None = None,
+) -> Matrix:
+    start = base if origin == "zero" else np.zeros_like(deltas[0])
+    one, other = start + deltas[0], start + deltas[1]
+    t = weights[1] / sum(weights)
+    if nuslerp_flatten:
+        return on_the_arc(one, other, t, 1 - 1e-12) - start
+    if nuslerp_row_wise:
+        return np.array([on_the_arc(a, b, t, 1 - 1e-12) for a, b in zip(one.T, other.T, strict=True)]).T - start
+    return np.array([on_the_arc(a, b, t, 1 - 1e-12) for a, b in zip(one, other, strict=True)]) - start
+
+
+def multislerp(
+    deltas: list[Matrix],
+    normalize_weights: bool,
+    eps: float,
+    origin: str,
+    weights: list[float] | None = None,
+    base: Matrix | None = None,
+) -> Matrix:
+    """The step in the tangent space written out."""
+    start = base if origin == "zero" else np.zeros_like(deltas[0])
+    points = [start + delta for delta in deltas]
+    w = np.ones(len(points)) if weights is None else np.array(weights)
+    if len(points) == 1 or not any(np.any(point) for point in points):
+        return deltas[0]
+    w = w / w.sum() if normalize_weights else w
+    units = [point / max(np.linalg.norm(point), eps) for point in points]
+    mean = np.einsum("i,ijk->jk", w, np.array(units))
+    if np.linalg.norm(mean) < 1e-7 and len(points) == 2:
+        return w[0] * deltas[0] + w[1] * deltas[1]
+    mean /= np.linalg.norm(mean)
+    tangent = sum(share * (unit - np.sum(unit * mean) * mean) for share, unit in zip(w, units, strict=True))
+    size = np.linalg.norm(tangent) + 1e-30
+    there = np.cos(size) * mean + np.sin(size) / size * tangent
+    return sum(share * np.linalg.norm(point) for share, point in zip(w, points, strict=True)) * there - start
+
+
+def karcher(deltas: list[Matrix], max_iter: int, tol: float, base: Matrix) -> Matrix:
+    weights = [base + delta for delta in deltas]
+    if len(weights) == 1:
+        return deltas[0]
+    norms = [np.linalg.norm(weight) for weight in weights]
+    units = [weight / norm for weight, norm in zip(weights, norms, strict=True) if norm > tol]
+    mean = sum(units) / len(units)
+    mean = units[0] if np.linalg.norm(mean) < tol else mean / np.linalg.norm(mean)
+    for _ in range(max_iter):
+        step = np.zeros_like(base)
+        for unit in units:
+            theta = angle(mean, unit)
+            if theta >= tol and np.sin(theta) > 1e-9:
+                step += theta / np.sin(theta) * (unit - np.cos(theta) * mean) / len(units)
+        size = np.linalg.norm(step)
+        if size < tol:
+            break
+        mean = np.cos(size) * mean + np.sin(size) * step / size
+        mean /= np.linalg.norm(mean)
+    return np.mean(norms) * mean - base
+
+
+def nearswap(deltas: list[Matrix], t: float) -> Matrix:
+    (delta,) = deltas
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.minimum(1, np.where(delta == 0, 1, t / np.abs(delta)))
+    return share * delta
+
+
+def arcee_fusion(deltas: list[Matrix], base: Matrix) -> Matrix:
+    def chances(row: np.ndarray) -> np.ndarray:
+        powers = np.exp(row - row.max())
+        return powers / powers.sum() + 1e-8
+
+    (delta,) = deltas
+    importance = np.empty_like(base)
+    for index, (before, change) in enumerate(zip(base, delta, strict=True)):
+        p, q = chances(before + change), chances(before)
+        importance[index] = np.abs(change) * max(0, np.sum(p * np.log(p / q)))
+    ordered = np.sort(importance.ravel())
+    low, median, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
+    return np.where(importance >= median + 1.5 * (high - low), delta, 0)
+
+
+def model_stock(deltas: list[Matrix], filter_wise: bool) -> Matrix:
+    if filter_wise:
+        return np.array([model_stock(list(rows), False) for rows in zip(*deltas, strict=True)])
+    n = len(deltas)
+    cosines = [cosine_of(deltas[i], deltas[j]) for i in range(n) for j in range(i)]
+    cosine = np.mean(cosines)
+    denominator = 1 + (n - 1) * cosine
+    t = 0 if abs(denominator) < 1e-6 else n * cosine / denominator
+    return t * np.mean(deltas, axis=0)

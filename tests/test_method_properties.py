@@ -367,6 +367,15 @@ def test_core_space_with_factors_that_span_1e4_in_opposite_order() -> None:
         ("consensus", {"mask_scale": -0.1}, "mask_scale: -0.1 is out of range"),
         ("fisher", {"floor": 0.0}, "floor: 0.0 is out of range; it must be greater than 0"),
         ("core_space", {"inner": "tis"}, "did you mean 'ties'"),
+        ("slerp", {"t": 1.5}, "t: 1.5 is out of range; it must be less than or equal to 1"),
+        ("nearswap", {"t": -1}, "t: -1 is out of range"),
+        ("nuslerp", {"nuslerp_flatten": 1}, "nuslerp_flatten: 1 is neither true nor false"),
+        ("nuslerp", {"origin": "null"}, "origin: 'null' is none of its values"),
+        ("multislerp", {"eps": 0.0}, "eps: 0.0 is out of range; it must be greater than 0"),
+        ("karcher", {"max_iter": 0}, "max_iter: 0 is out of range"),
+        ("karcher", {"tol": -1e-5}, "tol: -1e-05 is out of range"),
+        ("model_stock", {"filter_wise": "yes"}, "filter_wise: 'yes' is neither true nor false"),
+        ("arcee_fusion", {"t": 0.5}, "method 'arcee_fusion' has no parameter 't'"),
     ],
     ids=str,
 )
@@ -379,6 +388,115 @@ def test_parameters_out_of_range_are_refused(method: str, parameters: dict[str, 
 def test_every_parameter_is_documented(method: str) -> None:
     entry = METHODS[method]
     assert entry.documentation.keys() == entry.parameters.keys() and all(entry.documentation.values())
+
+
+# Methods that work on the weights themselves
+
+
+@pytest.mark.parametrize("method", ["slerp", "karcher", "arcee_fusion", "nuslerp", "multislerp"])
+def test_a_base_that_is_missing_or_of_another_shape_is_refused(method: str) -> None:
+    deltas = matrices(4, 3, n=METHODS[method].models[0])
+    chosen = {"origin": "zero"} if method in ("nuslerp", "multislerp") else {}
+    with pytest.raises(
+        MethodError, match=rf"'{method}' works on the weights themselves: give the base's \(4, 3\) as base="
+    ):
+        merge_deltas(deltas, method, **chosen)
+    with pytest.raises(MethodError, match=r"the base's weight is \(3, 4\), the updates are \(4, 3\)"):
+        merge_deltas(deltas, method, base=torch.ones(3, 4), **chosen)
+    with pytest.raises(MethodError, match="NaN or infinite"):
+        merge_deltas(deltas, method, base=torch.full((4, 3), float("nan")), **chosen)
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "message"),
+    [
+        ("slerp", 2, "slerp merges exactly 1 model beside the base, but 2 count"),
+        ("nearswap", 3, "nearswap merges exactly 1 model beside the base, but 3 count"),
+        ("arcee_fusion", 2, "arcee_fusion merges exactly 1 model"),
+        ("nuslerp", 1, "nuslerp merges exactly 2 models beside the base, but 1 counts"),
+        ("nuslerp", 3, "nuslerp merges exactly 2 models"),
+        ("model_stock", 1, "model_stock merges at least 2 models beside the base, but 1 counts"),
+    ],
+)
+def test_another_number_of_models_is_refused(method: str, n: int, message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        merge_deltas(matrices(4, 3, n=n), method, base=torch.ones(4, 3))
+
+
+def test_slerp_goes_from_the_base_to_the_model_at_lengths_between() -> None:
+    base, model = matrices(40, 30, n=2)
+    found = [base + dense(merge_deltas([model - base], "slerp", t=t, base=base)) for t in (0.0, 0.25, 0.5, 1.0)]
+    assert torch.equal(found[0], base) and relative(found[3], model) < 1e-14
+    total = torch.acos((base * model).sum() / base.norm() / model.norm())
+    of_one_length = model / model.norm() * base.norm()
+    for t in (0.25, 0.5):
+        point = base + dense(merge_deltas([of_one_length - base], "slerp", t=t, base=base))
+        assert float(point.norm()) == pytest.approx(float(base.norm()), rel=1e-12)
+        assert float(torch.acos((base * point).sum() / base.norm() ** 2)) == pytest.approx(t * float(total), rel=1e-12)
+
+
+def test_karcher_of_two_is_the_middle_of_their_arc_and_the_pulls_of_more_cancel() -> None:
+    base, one, two, three = matrices(40, 30, n=4)
+    points = [base + 0.5 * one, base + 0.8 * two, base - 0.7 * three]
+    middle = base + dense(merge_deltas([p - base for p in points[:2]], "karcher", base=base))
+    halves = [p / p.norm() for p in points[:2]]
+    direction = (halves[0] + halves[1]) / (halves[0] + halves[1]).norm()
+    assert relative(middle, (points[0].norm() + points[1].norm()) / 2 * direction) < 1e-12
+    mean = base + dense(merge_deltas([p - base for p in points], "karcher", base=base, tol=1e-10, max_iter=100))
+    unit = mean / mean.norm()
+    pulls = []
+    for point in points:
+        theta = torch.acos((unit * point).sum() / point.norm())
+        pulls.append(theta / theta.sin() * (point / point.norm() - theta.cos() * unit))
+    assert float(sum(pulls).norm()) < 1e-8 < 0.1 < float(pulls[0].norm())
+    assert float(mean.norm()) == pytest.approx(sum(float(p.norm()) for p in points) / 3, rel=1e-12)
+
+
+def test_nearswap_moves_no_entry_by_more_than_t() -> None:
+    (delta,) = matrices(40, 30, n=1)
+    moved = dense(merge_deltas([delta], "nearswap", t=0.5))
+    near = delta.abs() <= 0.5
+    assert torch.equal(moved[near], delta[near]) and bool((moved[~near].abs() == 0.5).all())
+    assert bool((moved.sign() == delta.sign()).all()) and 0 < int(near.sum()) < near.numel()
+
+
+def test_arcee_fusion_takes_the_entries_of_rows_that_diverge() -> None:
+    base, change = matrices(40, 30, n=2)
+    change[:25] *= 1e-3
+    taken = dense(merge_deltas([change], "arcee_fusion", base=base))
+    assert not taken[:25].any() and taken.any() and torch.equal(taken[taken != 0], change[taken != 0])
+
+
+def test_model_stocks_share_is_that_of_the_paper() -> None:
+    """Of updates of one length and one angle between any two, t = n cos θ/(1 + (n − 1) cos θ) is nearest to the centre."""
+    shared, *own = matrices(40, 30, n=4)
+    basis = torch.linalg.qr(torch.stack([shared, *own]).reshape(4, -1).T).Q.T.reshape(4, 40, 30)
+    deltas = [
+        basis[0] + 2 * one for one in basis[1:]
+    ]  # cos θ = 1/5 of any two: t = 3/7, which is the shared part's share
+    merged = dense(merge_deltas(deltas, "model_stock"))
+    assert relative(merged, (3 / 7) * sum(deltas) / 3) < 1e-12
+    assert relative(merge_deltas(deltas[:1] * 3, "model_stock"), deltas[0]) < 1e-12
+    assert dense(merge_deltas([deltas[0], -deltas[0]], "model_stock")).norm() == 0
+
+
+def test_nuslerps_vectors_are_rows_or_columns() -> None:
+    base, one, two = matrices(40, 30, n=3)
+    rows = [merge_deltas([one[i : i + 1], two[i : i + 1]], "nuslerp", weights=[2.0, 1.0]) for i in range(40)]
+    found = merge_deltas([one, two], "nuslerp", weights=[2.0, 1.0], nuslerp_flatten=False)
+    assert relative(found, torch.cat(rows)) < 1e-12
+    turned = {"nuslerp_flatten": False, "nuslerp_row_wise": True, "origin": "zero"}
+    found = merge_deltas([one, two], "nuslerp", base=base, **turned)
+    wanted = merge_deltas([one.T, two.T], "nuslerp", base=base.T, nuslerp_flatten=False, origin="zero")
+    assert relative(found, dense(wanted).T) < 1e-12
+
+
+def test_a_weight_on_one_side_only_is_that_model() -> None:
+    deltas = draw((4, 6), dtype=torch.float64)
+    for method in ("nuslerp", "multislerp"):
+        for side, weights in enumerate(([2.0, 0.0], [0.0, 0.7])):
+            found = merge_deltas(deltas, method, weights=weights)
+            assert isinstance(found, LowRank) and relative(found, dense(deltas[side])) < 1e-12
 
 
 # Whole merges

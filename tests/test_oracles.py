@@ -12,6 +12,7 @@ from test_methods import dense, draw, relative
 from torch import Tensor
 
 from modalloy import LowRank, merge_deltas
+from modalloy.errors import MethodError
 from modalloy.methods.dare import drop
 
 ROWS, COLUMNS = 60, 44
@@ -98,6 +99,156 @@ def test_dare_ties_is_mergekits_when_nothing_is_trimmed(
     theirs = mergekit("dare_ties", base, deltas, density=0.8, rescale=False, normalize=True)
     ours = merge_deltas(deltas, "dare_ties", density=0.8, seed=42, trim_density=1.0, scale=0.8, slot="w")
     assert relative(ours, theirs) < 1e-6
+
+
+def on_weights(method: str, base: Tensor | None, models: list[Tensor], start: Tensor, **parameters: Any) -> Tensor:
+    """What mergekit makes of the models, less `start`; without `base`, they have none."""
+    given = {"base": {"w": base}} if base is not None else {}
+    given |= {f"model{i}": {"w": model} for i, model in enumerate(models)}
+    name = None if base is None else "base"
+    return merge_state_dicts(given, method, base=name, parameters=parameters)["w"] - start
+
+
+def unweighted(method: str, base: Tensor, deltas: list[Tensor], **parameters: Any) -> Tensor:
+    """What mergekit adds to the base by a method that takes no weights."""
+    return on_weights(method, base, [base + delta for delta in deltas], base, **parameters)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("size", [1.0, 1e-3], ids=["an angle", "nearly parallel"])
+def test_slerp_is_mergekits(base: Tensor, deltas: list[Tensor], t: float, size: float) -> None:
+    update = size * deltas[0]
+    theirs = unweighted("slerp", base, [update], t=t)
+    assert (dense(merge_deltas([update], "slerp", t=t, base=base)) - theirs).norm() < 1e-12 * base.norm()
+    chord = (theirs - t * update).norm() < 1e-12 * base.norm()
+    assert chord == (size < 1 or t in (0.0, 1.0))
+
+
+def test_slerp_between_opposite_weights_is_mergekits(base: Tensor) -> None:
+    theirs = unweighted("slerp", base, [-3 * base], t=0.25)
+    assert relative(merge_deltas([-3 * base], "slerp", t=0.25, base=base), theirs) < 1e-12
+
+
+@pytest.mark.parametrize("with_base", [True, False], ids=["updates", "weights"])
+@pytest.mark.parametrize(("flatten", "row_wise"), [(True, False), (True, True), (False, False), (False, True)])
+def test_nuslerp_is_mergekits(
+    base: Tensor, deltas: list[Tensor], with_base: bool, flatten: bool, row_wise: bool
+) -> None:
+    options = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    models = [base + delta for delta in deltas[:2]]
+    theirs = on_weights("nuslerp", base if with_base else None, models, base, weight=[0.3, 0.9], **options)
+    origin = "base" if with_base else "zero"
+    ours = merge_deltas(deltas[:2], "nuslerp", weights=[0.3, 0.9], origin=origin, base=base, **options)
+    assert relative(ours, theirs) < 1e-12
+
+
+def test_nuslerp_of_opposite_updates_is_on_their_line_here_and_anywhere_in_mergekit(base: Tensor) -> None:
+    """Where the angle is π but for rounding, mergekit goes over the side where the rounding is, made as long as the updates."""
+    (update,) = (dense(delta) for delta in draw((4,), shape=(ROWS, COLUMNS)))
+    opposite = -update * (1 + 1e-7 * torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)).double())
+    theirs = on_weights("nuslerp", base, [base + update, base + opposite], base, weight=[1.0, 0.5])
+    ours = merge_deltas([update, opposite], "nuslerp", weights=[1.0, 0.5])
+    line = (2 * update + opposite) / 3
+    assert relative(ours, line) < 1e-6 and relative(theirs, line) > 1
+
+
+def test_weights_that_sum_to_0_are_the_middle_in_mergekit_and_refused_here(base: Tensor, deltas: list[Tensor]) -> None:
+    models = [base + delta for delta in deltas[:2]]
+    theirs = on_weights("nuslerp", base, models, base, weight=[1.0, -1.0])
+    assert relative(merge_deltas(deltas[:2], "nuslerp"), theirs) < 1e-12
+    for method in ("nuslerp", "multislerp"):
+        with pytest.raises(MethodError, match="the weights sum to 0"):
+            merge_deltas(deltas[:2], method, weights=[1.0, -1.0])
+
+
+@pytest.mark.parametrize("with_base", [True, False], ids=["updates", "weights"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_multislerp_is_mergekits(base: Tensor, deltas: list[Tensor], with_base: bool, normalize: bool, n: int) -> None:
+    """To ε/‖D‖: mergekit adds ε to every length, here it is the least."""
+    models, weights = [base + delta for delta in deltas[:n]], [0.5, 2.0, 1.1][:n]
+    theirs = on_weights(
+        "multislerp", base if with_base else None, models, base, weight=weights, normalize_weights=normalize
+    )
+    ours = merge_deltas(
+        deltas[:n],
+        "multislerp",
+        weights=weights,
+        normalize_weights=normalize,
+        origin="base" if with_base else "zero",
+        base=base,
+    )
+    assert relative(ours, theirs) < 1e-9
+
+
+def test_opposite_directions_are_mergekits_and_more_that_cancel_are_refused_by_both(base: Tensor) -> None:
+    (update,) = (dense(delta) for delta in draw((4,), shape=(ROWS, COLUMNS)))
+    pair = [update, -3 * update]
+    theirs = on_weights("multislerp", torch.zeros_like(base), pair, torch.zeros_like(base), weight=1.0)
+    assert relative(merge_deltas(pair, "multislerp"), theirs) < 1e-12
+    four = [*pair, 2 * update, -update]
+    with pytest.raises(ValueError, match="zero"):
+        on_weights("multislerp", torch.zeros_like(base), four, torch.zeros_like(base), weight=1.0)
+    with pytest.raises(MethodError, match="cancel"):
+        merge_deltas(four, "multislerp")
+
+
+@pytest.mark.parametrize("options", [{}, {"max_iter": 1}, {"tol": 0.1}], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_karcher_is_mergekits(base: Tensor, deltas: list[Tensor], options: dict[str, Any], n: int) -> None:
+    models = [base + delta for delta in deltas[:n]]
+    theirs = on_weights("karcher", None, models, base, **options)
+    assert relative(merge_deltas(deltas[:n], "karcher", base=base, **options), theirs) < 1e-12
+    both = on_weights("karcher", base, models, base, **options)  # the base counts to mergekit, once it is there
+    assert relative(merge_deltas([0 * base, *deltas[:n]], "karcher", base=base, **options), both) < 1e-12
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 2.0, 100.0])
+def test_nearswap_is_mergekits(base: Tensor, deltas: list[Tensor], t: float) -> None:
+    theirs = unweighted("nearswap", base, deltas[:1], t=t)
+    assert (dense(merge_deltas(deltas[:1], "nearswap", t=t)) - theirs).norm() < 1e-12 * base.norm()
+
+
+def test_mergekit_shortens_nearswaps_of_less_than_a_millionth() -> None:
+    """It divides by at least 1e-6, so that where t is less, what is nearer than that moves less than t."""
+    update, nothing = torch.tensor([[4e-7, 1e-7]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    assert unweighted("nearswap", nothing, [update], t=2e-7)[0].tolist() == pytest.approx([0.8e-7, 0.2e-7])
+    assert merge_deltas([update], "nearswap", t=2e-7)[0].tolist() == [2e-7, 1e-7]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_arcee_fusion_is_mergekits(base: Tensor, deltas: list[Tensor], size: float) -> None:
+    update = size * deltas[0]
+    theirs = unweighted("arcee_fusion", base, [update])
+    ours = dense(merge_deltas([update], "arcee_fusion", base=base))
+    assert (ours - theirs).norm() < 1e-12 * base.norm() and 0 < int((ours != 0).sum()) < 0.2 * ours.numel()
+
+
+def test_quartiles_of_large_weights_are_mergekits_on_a_sample_and_exact_here() -> None:
+    """Of more than a million entries mergekit sorts a million that it draws, so that two merges are not the same."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1100, 1000, generator=generator)
+    update = 0.1 * torch.randn(1100, 1000, generator=generator)
+    theirs = [int((unweighted("arcee_fusion", base, [update]) != 0).sum()) for _ in range(2)]
+    ours = [dense(merge_deltas([update], "arcee_fusion", base=base)) for _ in range(2)]
+    assert torch.equal(ours[0], ours[1]) and theirs[0] != theirs[1]
+    assert int((ours[0] != 0).sum()) == pytest.approx(theirs[0], rel=0.01)
+
+
+@pytest.mark.parametrize("filter_wise", [False, True])
+@pytest.mark.parametrize("n", [2, 3])
+def test_model_stock_is_mergekits(base: Tensor, deltas: list[Tensor], filter_wise: bool, n: int) -> None:
+    alike = [delta + 2 * deltas[0] for delta in deltas[:n]]
+    theirs = unweighted("model_stock", base, alike, filter_wise=filter_wise)
+    assert relative(merge_deltas(alike, "model_stock", filter_wise=filter_wise), theirs) < 1e-12
+
+
+def test_small_updates_have_no_angle_in_mergekit_and_theirs_here(base: Tensor, deltas: list[Tensor]) -> None:
+    """It divides by at least 1e-6, so that the share falls with the size of small updates; the paper's does not."""
+    alike = [1e-5 / float(delta.norm()) * (delta + 2 * deltas[0]) for delta in deltas[:2]]
+    large = merge_deltas([1e6 * delta for delta in alike], "model_stock")
+    assert relative(merge_deltas(alike, "model_stock"), dense(1e-6 * large)) < 1e-12
+    assert unweighted("model_stock", base, alike).norm() < 0.01 * dense(1e-6 * large).norm()
 
 
 # PEFT: its functions on full matrices. On adapters it merges the factors, which is another operation.

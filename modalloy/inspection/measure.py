@@ -128,7 +128,8 @@ def _slot(job: Job, read: Read, surveys: Surveys, rank: int | float) -> WeightFi
     merged_norm = None
     if decomposed:
         # a method that turns with its inputs gives a result of the same norm on the cores
-        turns = "rotation" in METHODS[job.method].laws
+        method = METHODS[job.method]
+        turns = "rotation" in method.laws and not method.takes("weights") and not method.sides(job.parameters)
         merged = apply(job.method, small, job.parameters, shape) if turns else merged_update(job, read, surveys=surveys)
         merged_norm = norm(merged)
     mean_norm = sum_norm / len(job.models)

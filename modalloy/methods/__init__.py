@@ -9,10 +9,12 @@ A method is a function from one matrix per specialist to the merged update; its 
 - "factors": the `LowRank` updates themselves, for what is linear in every update, or defined on the factors.
 - "dense": the full matrices, for what works on single entries. Such a method returns a full matrix.
 
-When they are dense, every method gets the dense matrices.
+When they are dense, every method gets the dense matrices; so does one that works on the weights themselves, and receives
+the base's (`base`).
 """
 
 from modalloy.methods import (
+    arcee_fusion,
     average,
     consensus,
     core_space,
@@ -21,10 +23,16 @@ from modalloy.methods import (
     factorwise,
     fisher,
     iso,
+    karcher,
     knots,
     linear,
     metagpt,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
     optmerge,
+    slerp,
     ssam,
     swudi,
     task_arithmetic,
@@ -34,6 +42,7 @@ from modalloy.methods import (
 )
 
 METHODS = {
+    "arcee_fusion": arcee_fusion.METHOD,
     "average": average.METHOD,
     "consensus": consensus.METHOD,
     "core_space": core_space.METHOD,
@@ -44,10 +53,16 @@ METHODS = {
     "fisher": fisher.METHOD,
     "iso_c": iso.ISO_C,
     "iso_cts": iso.ISO_CTS,
+    "karcher": karcher.METHOD,
     "knots": knots.METHOD,
     "linear": linear.METHOD,
     "metagpt": metagpt.METHOD,
+    "model_stock": model_stock.METHOD,
+    "multislerp": multislerp.METHOD,
+    "nearswap": nearswap.METHOD,
+    "nuslerp": nuslerp.METHOD,
     "optmerge": optmerge.METHOD,
+    "slerp": slerp.METHOD,
     "ssam": ssam.METHOD,
     "swudi": swudi.METHOD,
     "task_arithmetic": task_arithmetic.METHOD,

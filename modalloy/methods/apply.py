@@ -22,6 +22,7 @@ def merge_deltas(
     weights: Sequence[float] | None = None,
     slot: str = "",
     fishers: Sequence[Tensor] | None = None,
+    base: Tensor | None = None,
     **parameters: Any,
 ) -> Delta:
     """The merged update of one linear layer: LowRank from LowRank, dense from dense (or mixed).
@@ -31,13 +32,16 @@ def merge_deltas(
     Args:
         deltas: one update (out, in) per specialist, each a `LowRank` or a dense tensor, alpha/r folded in.
         method: a name in METHODS.
-        weights: one factor per specialist, applied first of all; never renormalised.
+        weights: one factor per specialist, applied first of all and never renormalised; a method that has weights of its
+            own (`nuslerp`, `multislerp`) gets them instead.
         slot: name of the weight; random choices are keyed by it.
         fishers: one Fisher matrix (out, in) per specialist, for the methods that weigh by them.
+        base: the base's weight (out, in), for the methods that work on the weights themselves, θ_0 + update.
         parameters: the method's own, for example `rank=128, scale=0.25`; what is left out is "auto".
 
     Raises:
-        MethodError: shapes differ, values are not finite, or a parameter is out of range.
+        MethodError: shapes differ, values are not finite, a parameter is out of range, or the method needs another number
+            of models, Fisher matrices, or the base's weight.
         RecipeError: no such method or parameter.
     """
     check_method(method, parameters)
@@ -50,11 +54,13 @@ def merge_deltas(
     if weights is not None:
         if len(weights) != len(deltas):
             raise MethodError(f"{len(weights)} weights for {len(deltas)} updates; give one each")
-        deltas = [delta if weight == 1 else weight * delta for delta, weight in zip(deltas, weights, strict=True)]
+        if not METHODS[method].takes("weights"):
+            deltas = [delta if weight == 1 else weight * delta for delta, weight in zip(deltas, weights, strict=True)]
     ranks = [delta.rank for delta in deltas if isinstance(delta, LowRank)]
     chosen = resolve(method, parameters, n=len(deltas), lora_rank=max(ranks, default=None))
     whole = survey_model(method, lambda: [(slot, list(deltas))], chosen)
-    merged = apply(method, list(deltas), chosen, shape, slot=slot, fishers=fishers, whole=whole)
+    given: dict[str, Any] = {"fishers": fishers, "whole": whole, "base": base, "weights": weights}
+    merged = apply(method, list(deltas), chosen, shape, slot=slot, **given)
     return merged.dense() if isinstance(merged, LowRank) and len(ranks) < len(deltas) else merged
 
 
@@ -67,17 +73,23 @@ def apply(
     slot: str = "",
     fishers: Sequence[Tensor] | None = None,
     whole: dict[str, Any] | None = None,
+    base: Tensor | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Delta:
     """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is.
 
     It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too.
     """
     entry = METHODS[method]
-    given = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
+    if wrong := entry.wrong_number(len(deltas)):
+        raise MethodError(f"{method} {wrong}; give as many, or choose another method")
+    dtype = _common_dtype(deltas)
+    given: dict[str, Any] = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
+    given["base"] = _checked_base(method, base, shape).to(dtype) if entry.base(parameters) else None
+    given["weights"] = [1.0] * len(deltas) if weights is None else list(weights)
     arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
     if entry.takes("fishers"):
         _check_fishers(method, fishers, len(deltas), shape)
-    dtype = _common_dtype(deltas)
     factored = [delta for delta in deltas if isinstance(delta, LowRank)]
     gets = entry.gets(parameters)
     if len(factored) == len(deltas) and gets != "dense":
@@ -173,3 +185,12 @@ def _check_fishers(method: str, fishers: Sequence[Tensor] | None, n: int, shape:
             )
         if not bool(torch.isfinite(matrix).all()) or bool((matrix < 0).any()):
             raise MethodError(f"Fisher matrix {index} holds negative, NaN or infinite values; compute it again")
+
+
+def _checked_base(method: str, base: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    if base is None:
+        raise MethodError(f"method '{method}' works on the weights themselves: give the base's {shape} as base=")
+    if tuple(base.shape) != shape:
+        raise MethodError(f"the base's weight is {tuple(base.shape)}, the updates are {shape}; they must be alike")
+    require_finite(base)
+    return base

@@ -1,7 +1,7 @@
 """What a merging method says of itself: what it receives, keeps and costs."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,10 +9,17 @@ from modalloy.methods.parameters import Rank, documentation, is_whole, schema
 
 Receives = Literal["core", "factored_core", "left_core", "factors", "dense"]
 Condition = Callable[[dict[str, Any]], bool]  # of a method's parameters
+MeanFactor = Callable[[dict[str, Any], Sequence[float]], float]  # of a method's parameters and the models' weights
 
 ROTATION_LAWS = ("permutation", "scaling", "left rotation", "rotation", "transpose", "gauge", "factored = dense")
 ENTRY_LAWS = ("permutation", "scaling", "transpose", "gauge", "factored = dense")  # of what treats all entries alike
 MASK_LAWS = ("scaling", "gauge", "factored = dense")  # a mask belongs to one specialist and one place
+WEIGHT_LAWS = (
+    "permutation",
+    "transpose",
+    "gauge",
+    "factored = dense",
+)  # the base does not turn or grow with the updates
 LINEAR_LAWS = ("identity at n=1", *ROTATION_LAWS, "rank ≤ Σ r_i")
 FLAT_LAWS = LINEAR_LAWS[1:]  # a given spectrum, or a given share, is no identity
 ROW_LAWS = tuple(law for law in LINEAR_LAWS if law != "transpose")  # rows and columns of D_i play different parts
@@ -33,6 +40,11 @@ def is_global(parameters: dict[str, Any]) -> bool:
     return bool(parameters["threshold"] == "global")
 
 
+def around_zero(parameters: dict[str, Any]) -> bool:
+    """Whether the weights themselves are the points that are merged, not what they differ from the base by."""
+    return bool(parameters.get("origin") == "zero")
+
+
 @dataclass(frozen=True)
 class Method:
     """A merging function, what it is called with, its paper, and what `scale: auto` means: λ = 1/n or λ = 1."""
@@ -49,10 +61,33 @@ class Method:
     surveys: Condition = always  # whether it needs them, if it has a survey
     copies_updates: Condition = never  # whether it holds a second copy of every update
     rowwise: bool = False  # every row of the result depends on that row of the updates only
+    base: Condition = never  # whether it receives the base's weight; it gets full matrices then
+    models: tuple[int, int | None] = (1, None)  # how many models it merges, at least and at most
+    counts_base: Condition = never  # whether a copy of the base among the models is one of them
+    combines: bool = False  # a sum of updates and base whose factors come from inner products: nothing is decomposed
+    sides: Condition = never  # whether it tells rows from columns where its laws do not say so
+    mean: MeanFactor | None = None  # what multiplies the mean of norms and biases, where that is neither λ nor α
+    keeps_vectors: bool = False  # whether norms and biases stay the base's
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
         """What it is called with under these parameters."""
-        return "dense" if self.dense(parameters) else self.receives
+        return "dense" if self.dense(parameters) or self.base(parameters) else self.receives
+
+    def tells_sides(self, parameters: dict[str, Any]) -> bool:
+        """Whether the merge of transposed updates is another than the transposed merge."""
+        return "transpose" not in self.laws or self.sides(parameters)
+
+    def lets_base_count(self, parameters: dict[str, Any]) -> bool:
+        """Whether a copy of the base among the models is one of those merged, under parameters as a recipe has them."""
+        return self.counts_base(self.parameters | parameters)
+
+    def wrong_number(self, n: int) -> str | None:
+        """Why it cannot merge `n` models, None if it can."""
+        least, most = self.models
+        if least <= n and (most is None or n <= most):
+            return None
+        wanted = f"{'exactly' if least == most else 'at least'} {least} model{'s' if least > 1 else ''}"
+        return f"merges {wanted} beside the base, but {n} count{'s' if n == 1 else ''}"
 
     @property
     def needs_factors(self) -> bool:
@@ -112,5 +147,6 @@ class Method:
         return (inspect.getdoc(self.function) or "").split("\n")[0]
 
     def takes(self, name: str) -> bool:
-        """Whether the function asks for `name`, a parameter or something given (`slot`, `fishers`, `whole`)."""
+        """Whether the function asks for `name`, a parameter or something given (`slot`, `fishers`, `whole`,
+        `base`, `weights`)."""
         return name in inspect.signature(self.function).parameters

@@ -16,12 +16,13 @@ NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]  # a fraction that is kept
 UnitInterval = Annotated[float, Field(strict=True, ge=0, le=1)]
 Probability = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Switch = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0)]
 Rank = Annotated[int | float, "rank"]  # a whole number from 1; below 1 the share of the spectral energy to keep
 
 # what the caller gives a method beside its parameters, if its signature names it
-GIVEN = ("shape", "slot", "fishers", "whole")
+GIVEN = ("shape", "slot", "fishers", "whole", "base", "weights")
 
 
 def schema(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -65,6 +66,8 @@ def check_value(name: str, value: Any, annotation: Any, default: Any) -> None:
         problem = error.errors()[0]["msg"].removeprefix("Input should be ")
         if problem.startswith(("greater", "less")):
             raise RecipeError(f"{name}: {shown(value)} is out of range; it must be {problem}") from None
+        if "boolean" in problem:
+            raise RecipeError(f"{name}: {shown(value)} is neither true nor false; write one of them") from None
         if "integer" in problem:
             raise RecipeError(f"{name}: {shown(value)} is not a whole number; write for example 3") from None
         raise RecipeError(

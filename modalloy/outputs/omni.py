@@ -1,7 +1,7 @@
 """`form: omni`: beside the merged text path, what a folder needs to take in media: encoders, projectors, configs, prompt."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from modalloy.files import replace_text
 from modalloy.names import disk_name
 from modalloy.outputs.full import copy_companions
 from modalloy.outputs.writer import Writer
-from modalloy.planning.kinds import kinds, layer_of
+from modalloy.planning.kinds import Kind, kinds, layer_of
 from modalloy.planning.native import decoder_config
 from modalloy.planning.plan import Plan
 from modalloy.planning.senses import NativeSense, Sense, model_files, open_sense, recorded_encoder

@@ -1,7 +1,7 @@
 """What a recipe says of every weight: its rule, its method, its parameters and weights at the weight's depth."""
 
 import fnmatch
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -66,13 +66,23 @@ class Choices:
     def _shares(self, slot: str, method: str, parameters: dict[str, Any]) -> tuple[float | None, ...]:
         """The same, with None for models that take no part: a weight of 0 is absence.
 
-        A method that surveys the whole model gets the same models at every depth.
+        A method that surveys the whole model gets the same models at every depth; so does one that has weights of its own.
         """
-        everywhere = METHODS[method].needs_survey(parameters)
+        everywhere = METHODS[method].needs_survey(parameters) or METHODS[method].takes("weights")
         return tuple(
             None if index in self.absent or (weight == 0 and not everywhere) else weight
             for index, weight in enumerate(self._weights(slot))
         )
+
+    def _check_number(self, slot: str, method: str, shares: Iterable[float | None]) -> None:
+        """Refuse a method that merges another number of models than take part at a weight."""
+        taking_part = [share for share in shares if share is not None]
+        wrong = METHODS[method].wrong_number(len(taking_part)) if any(taking_part) else None
+        if wrong is not None:
+            raise RecipeError(
+                f"{slot}: {method} {wrong} (the base itself, a weight of 0 and updates of zeros do not count); list as many, or "
+                "choose another method"
+            )
 
     def _count(self, slot: str | None) -> int:
         """How many models are merged, at the depth of a weight if one is given."""
@@ -97,15 +107,19 @@ class Choices:
             return self.recipe.merge_method, self.recipe.parameters | rule.parameters
         return str(rule.merge_method), rule.parameters
 
-    def _mean_factor(self, name: str) -> float:
+    def _mean_factor(self, name: str, weights: Sequence[float] = ()) -> float:
         """What multiplies the mean of the updates of a tensor that is averaged: λ / λ_auto, so that "auto" is the mean itself.
 
-        For `linear` it is α, which has no "auto".
+        For `linear` it is α, which has no "auto"; some methods say it themselves. `weights` are those of the models that have
+        the tensor, all if none are given.
         """
         _, rule = self.rules.get(name, ("", None))
         averages = rule is not None and rule.policy == "average"
         method, written = (self.recipe.merge_method, self.recipe.parameters) if averages else self._method(name)
         parameters = self._resolved(method, written, name)
+        if (mean := METHODS[method].mean) is not None:
+            every = [1.0] * self.own + [weight for weight in self._weights(name) if weight != 0]
+            return mean(parameters, weights or every)
         if "scale" not in parameters:
             return parameters.get("alpha", 1.0)
         return parameters["scale"] / METHODS[method].automatic_scale(max(1, self._count(name)), parameters)

@@ -217,11 +217,13 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
     if full and not stacked and method.rowwise and len(job.outputs) == 1:
         return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
     copies = n * method.copies_updates(job.parameters)
-    taken = wide * rows * columns * (n + 2 + copies)  # the updates, the merged one, and one on the way
+    taken = wide * rows * columns * (n + 2 + copies + job.takes_base)  # the updates, the merged one, and one on the way
     if len(job.outputs) == 2:  # cut to factors: a Gram decomposed, the update in float64, what is left of it
         taken = max(taken, 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns)
     if gets == "dense":
-        return taken + wide * 4 * n * ENTRIES_AT_ONCE
+        return taken + wide * 4 * (n + job.takes_base) * ENTRIES_AT_ONCE
+    if method.combines:  # blocks in float64
+        return taken + 8 * (n + 2) * min(ENTRIES_AT_ONCE, rows * columns)
     if method.rowwise:
         return taken
     # where both sides play one part, the Gram is that of the shorter

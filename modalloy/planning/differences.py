@@ -42,10 +42,10 @@ def settle(planned: Plan, *, allow_base_mismatch: bool = False) -> Plan:
     if planned.base is not None:
         counted = [one for one in planned.counted if one in planned.specialists]
         idle = tuple(one.label for one in counted if not _updates(planned, one))
-        if 0 < len(idle) < len(counted):
-            planned = plan(recipe, allow_base_mismatch=allow_base_mismatch, idle=idle)
-        elif idle:
+        if idle and len(idle) == len(counted):
             planned = replace(planned, unchanged=idle)
+        elif idle and not METHODS[recipe.merge_method].lets_base_count(recipe.parameters):
+            planned = plan(recipe, allow_base_mismatch=allow_base_mismatch, idle=idle)
     if planned.across is None:
         _check_frozen(planned)
         _check_unmerged(planned)

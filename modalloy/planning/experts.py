@@ -25,7 +25,6 @@ READS_WIDTH = (
     "w3",
 )  # by the beginning of the parameter's name: it takes the model's width
 GIVES_WIDTH = ("down", "w2")
-MINDS = "transpose"  # the law of methods that treat both sides alike
 ANYWAY = ("dare_linear", "dare_ties")  # which drop entries by chance
 
 
@@ -53,7 +52,7 @@ def expert_job(whole: Job, config: Mapping[str, Any]) -> Job:
     assert whole.start is not None
     count, rows, columns = whole.start.shape
     turned = False
-    if MINDS not in METHODS[whole.method].laws and whole.method not in ANYWAY:
+    if METHODS[whole.method].tells_sides(whole.parameters) and whole.method not in ANYWAY:
         sides = sides_of(whole.name, whole.start.shape, config)
         if sides is None:
             raise RecipeError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modalloy.methods import METHODS
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import TensorRef
@@ -81,14 +82,21 @@ class Job:
 
     @property
     def adds_nothing(self) -> bool:
-        """Whether the result is the base: λ or α is 0, or no model takes part with a weight other than 0."""
-        return 0 in (self.parameters.get("scale"), self.parameters.get("alpha")) or not any(self.weights)
+        """Whether the result is the base: λ, α or t is 0, or no model takes part with a weight other than 0."""
+        return 0 in (self.parameters.get(name) for name in ("scale", "alpha", "t")) or not any(self.weights)
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether its method receives the weight that is updated, beside the updates."""
+        return self.method in METHODS and METHODS[self.method].base(self.parameters)
 
     @property
     def reads(self) -> tuple[TensorRef, ...]:
-        """The stored tensors that it reads. Factors of factors are made without the weight that they update."""
+        """The stored tensors that it reads. Factors of factors are made without the weight that they update, unless
+        the method asks for it."""
         refs = [ref for piece in self.pieces for ref in piece.reads]
-        if self.start is not None and (self.kind != "merge" or len(self.outputs) == 1 or self.has_tuned):
+        by_factors = self.kind == "merge" and len(self.outputs) == 2 and not self.has_tuned and not self.takes_base
+        if self.start is not None and not by_factors:
             refs.append(self.start)
         if self.kind == "requantise" and isinstance(self.start, ScaledRef):
             refs += [ref for ref in (self.start.codes, self.start.scales) if ref is not None]

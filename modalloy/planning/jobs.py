@@ -75,6 +75,8 @@ class Planner(Choices):
             if kind in OF_ROWS and policy is None and not self._asks_for_method(name):
                 check_rows_are_ruled(self.counted, name, kind)
             return "merge"
+        if kind == "vector" and policy is None and METHODS[self._method(name)[0]].keeps_vectors:
+            return "keep"
         if policy == "average" or kind == "vector":
             return "average"
         if self._asks_for_method(name) and len(ref.shape) == 2:
@@ -108,7 +110,12 @@ class Planner(Choices):
             and name in self.changeable
             and self._policy(name) is None
             and self.kinds[name] not in OF_ROWS
+            and not self._is_kept_vector(name)
         ]
+
+    def _is_kept_vector(self, name: str) -> bool:
+        """Whether a tensor is a norm or bias that the method leaves as it is."""
+        return self.kinds[name] == "vector" and self.base.refs[name].dtype.is_floating_point
 
     def _owner(self, slot: str) -> str:
         """One that updates a weight."""
@@ -273,6 +280,11 @@ class Planner(Choices):
             if self.treatments[name] == "keep" and self.kinds[name] in OF_ROWS
         }
         kept |= {
+            name: f"{self._method(name)[0]} keeps the base's norms and biases"
+            for name in self.changeable
+            if self.treatments[name] == "keep" and self._is_kept_vector(name)
+        }
+        kept |= {
             name: f"modules: {pattern} keeps the base's"
             for name, (pattern, rule) in self.rules.items()
             if rule.policy == "keep"
@@ -323,6 +335,7 @@ class Planner(Choices):
         method, written = self._method(slot)
         parameters = self._resolved(method, written, slot)
         shares = self._shares(slot, method, parameters)
+        self._check_number(slot, method, shares)
         fisher = METHODS[method].takes("fishers")
         entries = zip(self.specialists, self.fishers, shares, strict=True)
         taking_part = [(one, file, share) for one, file, share in entries if share is not None]
@@ -349,7 +362,7 @@ class Planner(Choices):
         ]
         method, factor = "", 0.0
         if self.treatments[name] == "average":
-            factor = self._mean_factor(name)
+            factor = self._mean_factor(name, [weight for _, weight in having])
         elif having:
             method, written = self._method(name)
             factor = METHODS[method].sum_factor(self._resolved(method, written, name), len(having)) * len(having)

@@ -78,8 +78,8 @@ class AcrossPlanner(Choices):
 
     def _averaged(self, name: str, spec: TensorSpec, counterparts: list[tuple[TensorRef, float]]) -> Job:
         """The mean of the updates of target and donors; of a tensor that θ_0 has not, of the donors' distances to the target."""
-        own, factor = self.base.refs[name], self._mean_factor(name)
         refs, weights = tuple(ref for ref, _ in counterparts), tuple(weight for _, weight in counterparts)
+        own, factor = self.base.refs[name], self._mean_factor(name, (1.0, *weights))
         if start := self.across.vectors.get(name):
             return Job("average", name, (spec,), start, (own, *refs), (1.0, *weights), parameters={"scale": factor})
         if not counterparts:
@@ -92,6 +92,7 @@ class AcrossPlanner(Choices):
         across = self.across
         assert across.target is not None
         models, shares = (across.target, *self.donors), (1.0, *self._shares(name, method, parameters))
+        self._check_number(name, method, shares)
         pieces, parts = [], across.parts[name]
         for slot, rows in parts:
             output = TensorSpec(name, spec.dtype, across.starts[slot].shape)

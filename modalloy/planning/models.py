@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modalloy import builtin
 from modalloy.errors import CheckpointError, RecipeError, cut, nearest
+from modalloy.methods import METHODS
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.locate import is_hub_id, locate
@@ -58,10 +59,14 @@ def absent_models(
         RecipeError: none counts.
     """
     reasons = {}
+    counts = METHODS[recipe.merge_method].lets_base_count(recipe.parameters)  # the base, as any other model
     whole: dict[Path, str] = {}  # multimodal models, which several entries may take senses of
     for index, (entry, specialist) in enumerate(zip(recipe.models, specialists, strict=True)):
         weight = entry.parameters.weight
-        if base is not None and specialist.is_whole and os.path.samefile(specialist.checkpoint.folder, base.folder):
+        is_base = (
+            specialist.is_whole and base is not None and os.path.samefile(specialist.checkpoint.folder, base.folder)
+        )
+        if is_base and not counts:
             reasons[index] = "is the base itself, which is no specialist"
         elif not any(weight if isinstance(weight, tuple) else (weight,)):
             reasons[index] = "its weight is 0"

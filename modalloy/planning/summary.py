@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from modalloy.methods import METHODS
 from modalloy.planning.kinds import PLURALS
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ def one_line(planned: "Plan") -> str:
     settings = ", ".join(f"{_letter(name)}={_shown(value)}" for name, value in chosen.items())
     fused = [job for job in planned.written() if job.kind == "fuse"] if planned.across is None else []
     experts = sum(len(job.pieces) for job in fused)
-    parts = [f"{planned.merged_weights() - experts} linear weights merged ({planned.recipe.merge_method}, {settings})"]
+    how = ", ".join(filter(None, (planned.recipe.merge_method, settings)))
+    parts = [f"{planned.merged_weights() - experts} linear weights merged ({how})"]
     parts += [f"{experts} experts in {len(fused)} tensors merged, each as a weight of its own"] if fused else []
     parts += [f"{count} tensors {fate}" for fate, count in planned.counts().items() if fate != "merged"]
     parts += [f"{label} does not count ({reason})" for label, reason in planned.absent.items()]
@@ -26,11 +28,20 @@ def one_line(planned: "Plan") -> str:
         )
     parts += _said_of_rules(planned)
     if any(set(job.weights) - {None, 1.0} for job in planned.written()):
-        parts.append("a model's weight is a factor of its update, never normalised")
+        parts.append(_said_of_weights(planned))
     if planned.base is None:
         parts.insert(1, f"{sum(job.kind == 'interpolate' for job in planned.jobs)} norms and biases too")
         parts.append("α is the weight of the donor, 0 = target unchanged")
     return " · ".join(parts)
+
+
+def _said_of_weights(planned: "Plan") -> str:
+    """What the models' weights are to the recipe's method."""
+    if not METHODS[planned.recipe.merge_method].takes("weights"):
+        return "a model's weight is a factor of its update, never normalised"
+    if planned.parameters.get("normalize_weights") is False:
+        return "a model's weight is its share, as it is"
+    return "a model's weight is its share, of the sum of all"
 
 
 def _said_of_rules(planned: "Plan") -> list[str]:

@@ -76,10 +76,13 @@ class Promises:
 
     @cached_property
     def models(self) -> list[Model]:
-        """Those that count: not the base itself, none of weight 0, none whose every update is zero where others' are not."""
-        others = [model for model in self.every if model.is_weighed and not model.folder.samefile(self.base.folder)]
+        """Those that count: not the base itself, none of weight 0, none whose every update is zero where others' are not; all but
+        those of weight 0 where the base is one of the points that the method merges."""
+        counts = METHODS[self.recipe.merge_method].lets_base_count(self.recipe.parameters)
+        weighed = [model for model in self.every if model.is_weighed]
+        others = [model for model in weighed if counts or not model.folder.samefile(self.base.folder)]
         others = [model for model in others if model is self._first(model) or model.is_adapter]
-        return [model for model in others if self._moves(model)] or others
+        return others if counts else [model for model in others if self._moves(model)] or others
 
     def _first(self, model: Model) -> Model:
         """The first entry of the recipe that is the same multimodal model; itself of any other."""
@@ -147,11 +150,9 @@ class Promises:
         whole = self._merged(slot, self.base.refs[slot])
         rows, columns = whole.start.shape[1:]
         text = self.config.get("text_config") or self.config
-        width, laws = text.get("hidden_size"), METHODS[whole.method].laws
+        width, tells = text.get("hidden_size"), METHODS[whole.method].tells_sides(whole.parameters)
         is_down = slot.rpartition(".")[2].startswith(("down", "w2"))
-        turned = (
-            "transpose" not in laws and not whole.method.startswith("dare") and (columns if is_down else rows) == width
-        )
+        turned = tells and not whole.method.startswith("dare") and (columns if is_down else rows) == width
 
         def one(ref: TensorRef, index: int) -> TensorRef:
             found = one_of(ref, index)
@@ -220,8 +221,11 @@ class Promises:
         is_low_rank = any(slot in model.factors for model in having)
         if is_low_rank or what == "matrix" or (asked and what in ("rows", "other") and len(start.shape) == 2):
             return self._merged(slot, start)
+        if what == "vector" and policy is None and METHODS[self._method(slot)[0]].keeps_vectors:
+            return kept
         if what == "vector" or (policy == "average" and what != "numbers"):
-            return self._averaged(slot, start, having, self._strength(slot))
+            weights = [weight for model in having if (weight := self._weight(model, slot)) != 0]
+            return self._averaged(slot, start, having, self._strength(slot, weights))
         method, parameters = self._method(slot)
         if METHODS[method].is_sum and what != "numbers":
             n = sum(self._weight(model, slot) != 0 for model in having)
@@ -233,9 +237,9 @@ class Promises:
         return kept
 
     def _merged(self, slot: str, start: TensorRef) -> Promise:
-        """Where a weight is 0 at this depth, its model is absent, but for a method that looks at the whole model first."""
+        """Where a weight is 0 at this depth, its model is absent, but for a method that needs the whole model or the weights."""
         method, parameters = self._method(slot)
-        everywhere = METHODS[method].needs_survey(parameters)
+        everywhere = METHODS[method].needs_survey(parameters) or METHODS[method].takes("weights")
         models = [model for model in self.models if everywhere or self._weight(model, slot) != 0]
         updates = (
             Update(self._weight(model, slot), model.tuned.get(slot), model.factors.get(slot), model.stacked.get(slot))
@@ -268,11 +272,14 @@ class Promises:
         """How many models are merged at the depth of a tensor; where there are none, n is 1 and multiplies nothing."""
         return max(1, sum(self._weight(model, slot) != 0 for model in self.models))
 
-    def _strength(self, slot: str) -> float:
-        """λ / λ_auto: how far the recipe goes beside what its method does by itself; α, which has no "auto"."""
+    def _strength(self, slot: str, weights: Sequence[float] = ()) -> float:
+        """λ / λ_auto: how far the recipe goes beside what its method does by itself; α, which has no "auto"; or the method's."""
         rule = self._rule(slot)
         by_rule = rule if rule is not None and rule.policy is None else None
         method, parameters = self._resolved(slot, by_rule)
+        if (mean := METHODS[method].mean) is not None:
+            every = [weight for model in self.models if (weight := self._weight(model, slot)) != 0]
+            return mean(parameters, weights or every)
         if "scale" not in parameters:
             return float(parameters.get("alpha", 1.0))
         return float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))

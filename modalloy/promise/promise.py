@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from modalloy.methods import METHODS
 from modalloy.specialists.stacked import StackedLora
 from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import TensorRef
@@ -56,13 +57,18 @@ class Promise:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """What is read to work it out; factors of factors need no start."""
-        whole = len(self.names) == 1 or any(update.tuned is not None for update in self.updates)
+        """What is read to work it out; factors of factors need no start, unless the method works on the weights themselves."""
+        whole = len(self.names) == 1 or any(update.tuned is not None for update in self.updates) or self.takes_base
         return (
             *((self.start,) if whole else ()),
             *(ref for update in self.updates for ref in update.refs),
             *self.fishers,
         )
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether its method receives the start beside the updates."""
+        return self.kind == "merged" and METHODS[self.method].base(self.parameters)
 
     @property
     def n_bytes(self) -> int:
@@ -78,7 +84,9 @@ class Promise:
     def is_exact(self) -> bool:
         """Whether it is the start bit for bit: nothing is added."""
         zero = self.factor == 0 or not self.updates or all(update.weight == 0 for update in self.updates)
-        return self.kind in ("kept", "carried") or zero or 0 in (self.parameters.get(n) for n in ("scale", "alpha"))
+        return (
+            self.kind in ("kept", "carried") or zero or 0 in (self.parameters.get(n) for n in ("scale", "alpha", "t"))
+        )
 
     @property
     def group(self) -> str:
