@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from synthetic import factors_of, linear_shapes, tensors_of, updates_of, write_base, write_lora, write_tuned
+from test_methods import ON_FACTORS
 
 import modalloy
 from modalloy.errors import CheckpointError, MethodError, RecipeError
@@ -534,9 +535,7 @@ def test_every_method_makes_a_full_model_and_an_adapter(
         assert verify(out).worst_error is not None
         found = updates_of(out, small / "base", scale=1)
         for slot in list(SLOTS)[:9]:
-            given: Any = (
-                pairs[slot] if method in ("factorwise", "core_space") else [up @ down for up, down in pairs[slot]]
-            )
+            given: Any = pairs[slot] if method in ON_FACTORS else [up @ down for up, down in pairs[slot]]
             more: dict[str, Any] = {"slot": slot} if METHODS[method].takes("slot") else {}
             if METHODS[method].takes("fishers"):
                 more = {"fishers": [fisher_of(seed)[slot].double().numpy() for seed in (1, 2)]}

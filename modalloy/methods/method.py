@@ -33,6 +33,11 @@ def is_global(parameters: dict[str, Any]) -> bool:
     return bool(parameters["threshold"] == "global")
 
 
+def no_conflict(parameters: dict[str, Any]) -> str:
+    """Whatever the parameters: they fit each other."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Method:
     """A merging function, what it is called with, its paper, and what `scale: auto` means: λ = 1/n or λ = 1."""
@@ -49,6 +54,8 @@ class Method:
     surveys: Condition = always  # whether it needs them, if it has a survey
     copies_updates: Condition = never  # whether it holds a second copy of every update
     rowwise: bool = False  # every row of the result depends on that row of the updates only
+    picks: bool = False  # takes single entries of its core, of which other rounding may take others
+    conflict: Callable[[dict[str, Any]], str] = no_conflict  # one line on parameters that do not fit each other
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
         """What it is called with under these parameters."""
