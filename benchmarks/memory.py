@@ -32,7 +32,9 @@ from modalloy.methods import METHODS
 
 ALLOWED = 1.05  # of the limit
 SIZES = {"small": (64, 2, 500), "middle": (512, 3, 4000)}  # width, layers, vocabulary
-ENTRIES = ("consensus", "dare_linear", "dare_ties", "fisher", "ties")  # give full matrices, whatever they are given
+ENTRIES = tuple(
+    name for name, one in METHODS.items() if one.receives == "dense"
+)  # give full matrices, whatever they get
 Case = tuple[str, int, dict[str, Any]]  # what is merged, workers, and the recipe beside that
 
 

@@ -296,7 +296,7 @@ def philox(shape: tuple[int, int], seed: int, model: int, slot: str) -> Matrix:
         key = hashlib.sha256(json.dumps([seed, model, slot, tile]).encode()).digest()
         stream = np.random.Philox(key=int.from_bytes(key[:16], "little"))
         numbers = [half for word in stream.random_raw((n + 1) // 2).tolist() for half in (word % 2**32, word >> 32)]
-        rows.append(np.array(numbers[:n], dtype=np.float64).reshape(-1, shape[1]))
+        rows.append(np.array(numbers[:n], dtype=np.float64).reshape(min(128, shape[0] - start), shape[1]))
     return np.concatenate(rows) if rows else np.zeros(shape)
 
 
@@ -419,7 +419,8 @@ def dc_merge(deltas: list[Matrix], rank: int | str, smoothing: str, rho: float, 
             max(len(s), round(0.001 * core.size)) if isinstance(density, str) else max(1, round(density * core.size))
         )
         largest = np.sort(np.abs(core), axis=None)[::-1][:count]
-        kept.append(np.where(np.abs(core) >= (1 - 1e-6) * largest.min(initial=np.inf), core, 0))
+        cut = max((1 - 1e-6) * largest.min(initial=np.inf), 1e-6 * largest.max(initial=0))
+        kept.append(np.where(np.abs(core) >= cut, core, 0))
     total, merged = np.sum(kept, axis=0), np.zeros_like(cores[0])
     for begin, end in pairwise(spaces):
         for place in np.ndindex(end - begin, end - begin):

@@ -409,11 +409,13 @@ def expected(method: str, deltas: Deltas, **given: Any) -> np.ndarray:
     """The reference's result with the package's default parameters."""
     parameters = {name: value for name, value in METHODS[method].parameters.items() if value != "auto"}
     if "scale" in METHODS[method].parameters:
-        parameters["scale"] = 1 / len(deltas) if method in ("ssam", "average", "damc") else 1.0
+        parameters["scale"] = 1 / len(deltas) if method in ("ssam", "average", "damc", "do_merging") else 1.0
     if method == "ssam":
         parameters["rank"] = 4
     parameters |= {
-        name: "auto" for name in ("rank", "lr") if method != "ssam" and METHODS[method].parameters.get(name) == "auto"
+        name: "auto"
+        for name in ("rank", "lr", "density")
+        if method != "ssam" and METHODS[method].parameters.get(name) == "auto"
     }
     return getattr(reference, method)(deltas, **parameters | given)
 

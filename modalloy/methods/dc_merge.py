@@ -14,7 +14,7 @@ from modalloy.methods.parameters import Count, Number, Share
 from modalloy.methods.ties import elect_and_merge
 
 PUBLISHED_DENSITY = 0.001
-EQUAL = 1e-6  # magnitudes that differ by less are one: those of orthogonal updates are equal but for rounding
+ROUNDING = 1e-6  # relative: entries nearer to the cut equal it, as those of orthogonal updates; smaller ones are zero
 
 Smoothing = Literal["mean", "linear", "none"]
 
@@ -33,8 +33,8 @@ def dc_merge(
 
     U_i, V_i are the first k_i singular vectors of D_i; U_⊥, V_⊥ the orthogonal factors of [U_1 … U_T] and of
     [V_1 … V_T] (see tsv); S_i the singular values, smoothed with their sum kept. TIES: every M_i keeps its largest
-    entries (and those within 1e-6 of the last), then the mean is taken of those that have the sign of their sum. m keeps
-    the T diagonal blocks (k_i, k_i): every update's own.
+    entries (and those within 1e-6 of the last; none below 1e-6 of the first), then the mean is taken of those that have
+    the sign of their sum. m keeps the T diagonal blocks (k_i, k_i): every update's own.
 
     From the authors' code. Singular vectors of zero are not taken: k_i ≤ rank D_i. Equal singular values leave
     the vectors, and so the result, undetermined.
@@ -67,7 +67,8 @@ def dc_merge(
 def _cut(core: Tensor, directions: int, density: float | Literal["auto"]) -> float:
     """What the entries of a core must reach to be kept."""
     share = max(PUBLISHED_DENSITY, directions / max(1, core.numel())) if density == "auto" else density
-    return (1 - EQUAL) * magnitude_cuts(lambda: [[core]], share, torch.float64)[0]
+    cut = (1 - ROUNDING) * magnitude_cuts(lambda: [[core]], share, torch.float64)[0]
+    return max(cut, ROUNDING * float(core.abs().max())) if core.numel() else cut
 
 
 def smoothed(values: Tensor, smoothing: Smoothing, rho: float) -> Tensor:

@@ -66,7 +66,7 @@ def ramplus_tl(
 def _merged(deltas: list[Tensor], epsilon: float, factors: list[float]) -> Tensor:
     """The mean of the active entries, times its update's factor where there is one only."""
     merged = torch.empty_like(deltas[0])
-    own = torch.tensor(factors).to(merged)[:, None, None]
+    own = torch.tensor(factors, dtype=merged.dtype, device=merged.device)[:, None, None]
     for rows in row_blocks(merged):
         D = torch.stack([delta[rows] for delta in deltas])  # (T, rows, in)
         active = D.abs() > epsilon

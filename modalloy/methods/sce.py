@@ -39,10 +39,10 @@ def sce(deltas: list[Tensor], *, select_topk: Share = 1.0, scale: Number, shape:
         for index, part in enumerate(_selected(deltas, rows, cut)):
             weights[index] += frobenius(part) ** 2
     largest = max(weights) or 1.0
-    shares = torch.tensor([weight / largest for weight in weights]).to(merged)[:, None, None]
+    shares = torch.tensor([weight / largest for weight in weights], dtype=merged.dtype, device=merged.device)
     for rows in blocks:
         D = _selected(deltas, rows, cut)  # (T, rows, in)
-        counted = shares * (D * D.sum(0).sign() > 0)
+        counted = shares[:, None, None] * (D * D.sum(0).sign() > 0)
         total = counted.sum(0)
         merged[rows] = (D * counted).sum(0) / torch.where(total > 0, total, 1)
     return merged.mul_(scale)
