@@ -5,7 +5,7 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank
 from modalloy.errors import MethodError
-from modalloy.linalg import RANK_TOLERANCE, gram, require_finite
+from modalloy.linalg import BLOCK_ROWS, RANK_TOLERANCE, gram, require_finite
 from modalloy.methods.method import Method
 from modalloy.methods.parameters import Count, Number, Positive
 
@@ -80,8 +80,9 @@ def orthogonalized(factors: list[Tensor], iterations: int, penalty: float) -> li
 
 def _column_norms(up: Tensor, down: Tensor) -> Tensor:
     """Norms (in,) of the columns of B A, in float64, from Bᵀ (r, out) and A (r, in): O((out + in) r²)."""
-    G, wide = gram(up.T), down.to(torch.float64)
-    return (wide * (G @ wide)).sum(0).clamp(min=0).sqrt()
+    G = gram(up.T)
+    wide = (part.to(torch.float64) for part in down.split(BLOCK_ROWS, 1))
+    return torch.cat([(part * (G @ part)).sum(0) for part in wide]).clamp(min=0).sqrt()
 
 
 METHOD = Method(
