@@ -174,9 +174,9 @@ def test_sce_selects_where_the_updates_differ() -> None:
     first, second = torch.tensor([[5.0, 1.0, 2.0, 0.0]]), torch.tensor([[5.0, 4.0, 3.0, 0.0]])
     merged = of("sce", [first, second], select_topk=0.5)
     assert torch.allclose(merged, torch.tensor([[0.0, (1 * 1 + 4 * 16) / 17, 0.0, 0.0]], dtype=torch.float64))
-    for alike in ([first], [first, first]):
+    for alike in ([first], [first, first], [0.1 * first] * 3):
         assert not of("sce", alike, select_topk=0.99).any()
-        assert relative(of("sce", alike), first) < 1e-6
+        assert relative(of("sce", alike), alike[0]) < 1e-6
 
 
 # RAM

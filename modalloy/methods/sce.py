@@ -29,11 +29,11 @@ def sce(deltas: list[Tensor], *, select_topk: Share = 1.0, scale: Number, shape:
     blocks = list(row_blocks(merged))
     cut = 0.0
     if select_topk < 1:
-        varying = sum(int(_variance(deltas, rows).count_nonzero()) for rows in blocks)
+        varying = sum(int(_variance(_stacked(deltas, rows)).count_nonzero()) for rows in blocks)
         if not varying:
             return merged.zero_()
         share = max(1, round(select_topk * varying)) / merged.numel()
-        (cut,) = magnitude_cuts(lambda: ([_variance(deltas, rows)] for rows in blocks), share)
+        (cut,) = magnitude_cuts(lambda: ([_variance(_stacked(deltas, rows))] for rows in blocks), share)
     weights = [0.0] * len(deltas)
     for rows in blocks:
         for index, part in enumerate(_selected(deltas, rows, cut)):
@@ -48,14 +48,21 @@ def sce(deltas: list[Tensor], *, select_topk: Share = 1.0, scale: Number, shape:
     return merged.mul_(scale)
 
 
-def _variance(deltas: list[Tensor], rows: slice) -> Tensor:
-    return torch.stack([D[rows] for D in deltas]).var(0, correction=0)
+def _stacked(deltas: list[Tensor], rows: slice) -> Tensor:
+    """These rows of every update: (T, rows, in)."""
+    return torch.stack([D[rows] for D in deltas])
+
+
+def _variance(D: Tensor) -> Tensor:
+    """Variance over the updates, exactly 0 where they are alike."""
+    differences = D - D[0]
+    return (differences - differences.mean(0)).square_().mean(0)
 
 
 def _selected(deltas: list[Tensor], rows: slice, cut: float) -> Tensor:
     """These rows of every update, 0 at the places whose variance is below the cut: (T, rows, in)."""
-    D = torch.stack([delta[rows] for delta in deltas])
-    return D * (D.var(0, correction=0) >= cut) if cut else D
+    D = _stacked(deltas, rows)
+    return D * (_variance(D) >= cut) if cut else D
 
 
 METHOD = Method(sce, "dense", "arXiv 2408.07990", ("identity at n=1", *ENTRY_LAWS))
