@@ -35,7 +35,7 @@ def della_linear(
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
         density: mean share of the entries that is kept, 1 − the paper's drop rate p.
-        epsilon: half the width of the probabilities' range, ε/2 in the paper; density ± epsilon must lie between 0 and 1.
+        epsilon: half the width of the probabilities' range; density ± epsilon must lie between 0 and 1.
         rescale: c_i: "norm" gives what is left the L1 norm of the update (mergekit's rescale: true), "probability"
             divides every entry that is kept by its probability (the paper's, whose mean over seeds is λ Σ D_i), "none"
             is 1 (mergekit's rescale: false).
@@ -72,8 +72,8 @@ def della(
         epsilon: half the width of the probabilities' range; density ± epsilon must lie between 0 and 1.
         rescale: of what is left: to the L1 "norm" of the update, by 1 / "probability" of every entry, or "none".
         seed: of the masks.
-        combine: the merged magnitude of the entries that agree in sign: "mean" (mergekit's normalize: true, and the
-            paper's), "sum" (normalize: false) or "max".
+        combine: the merged magnitude of the entries that agree in sign: "mean" (mergekit's normalize: true, its
+            default here), "sum" (normalize: false) or "max".
         scale: λ, 1 by default.
         shape: of the original weight; unused.
         slot: name of the weight.

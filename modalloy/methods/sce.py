@@ -18,7 +18,7 @@ def sce(deltas: list[Tensor], *, select_topk: Share = 1.0, scale: Number, shape:
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        select_topk: share of the places that is selected. 1 is mergekit's default; the paper selects 0.1. Below 1
+        select_topk: share of the places that is selected. 1, mergekit's default, selects all. Below 1
             nothing is left where all updates are alike, and so of one specialist.
         scale: λ, 1 by default.
         shape: of the original weight; unused.
