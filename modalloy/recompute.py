@@ -111,8 +111,8 @@ def merged_update(
     if all(update.weight == 0 for update in promise.updates):
         return LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
     literal = is_dense_check(method, promise.parameters, shape, promise.compress_rank, promise.interpolates)
-    if METHODS[method].receives == "left_core" and any(update.tuned is not None for update in promise.updates):
-        literal = False  # KnOTS selects entries of its core, whose float32 singular vectors select others
+    if METHODS[method].picks and any(update.tuned is not None for update in promise.updates):
+        literal = False  # float32 singular vectors give another core, of which other entries are taken
     dense = literal and not METHODS[method].one_rank  # which has no form on full matrices
     wide = torch.float64 if literal or double else torch.float32
     base = read(promise.start)[rows].to(wide) if promise.takes_base else None

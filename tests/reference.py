@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import pairwise
 
 import numpy as np
 
@@ -211,14 +212,7 @@ def ties_model(layers: list[list[Matrix]], density: float, combine: str, scale: 
 
 
 def dare_mask(shape: tuple[int, int], density: float, seed: int, model: int, slot: str) -> Matrix:
-    rows = []
-    for tile, start in enumerate(range(0, shape[0], 128)):
-        n = min(128, shape[0] - start) * shape[1]
-        key = hashlib.sha256(json.dumps([seed, model, slot, tile]).encode()).digest()
-        stream = np.random.Philox(key=int.from_bytes(key[:16], "little"))
-        numbers = [half for word in stream.random_raw((n + 1) // 2).tolist() for half in (word % 2**32, word >> 32)]
-        rows.append(np.array(numbers[:n], dtype=np.float64).reshape(-1, shape[1]) < density * 2**32)
-    return np.concatenate(rows) if rows else np.zeros(shape, dtype=bool)
+    return philox(shape, seed, model, slot) < density * 2**32
 
 
 def dare(deltas: list[Matrix], density: float, seed: int, slot: str) -> list[Matrix]:
@@ -387,3 +381,169 @@ def model_stock(deltas: list[Matrix], filter_wise: bool) -> Matrix:
     denominator = 1 + (n - 1) * cosine
     t = 0 if abs(denominator) < 1e-6 else n * cosine / denominator
     return t * np.mean(deltas, axis=0)
+
+
+def elected(kept: list[Matrix], combine: str, scale: float) -> Matrix:
+    return ties(kept, 1.0, combine, scale)
+
+
+def della_pruned(
+    deltas: list[Matrix], density: float, epsilon: float, rescale: str, seed: int, slot: str
+) -> list[Matrix]:
+    found = []
+    for model, d in enumerate(deltas):
+        if density == 1:
+            found.append(d)
+            continue
+        numbers, chances, left = philox(d.shape, seed, model, slot), np.zeros(d.shape), np.zeros(d.shape)
+        for row in range(len(d)):
+            for place, column in enumerate(sorted(range(d.shape[1]), key=lambda c: (abs(d[row, c]), c))):
+                rank = place / (d.shape[1] - 1) if d.shape[1] > 1 else 0.5
+                chances[row, column] = density - epsilon + 2 * epsilon * rank
+        kept = numbers < chances * 2**32
+        left[kept] = d[kept] / (chances[kept] if rescale == "probability" else 1)
+        if rescale == "norm" and left.any():
+            left *= np.abs(d).sum() / np.abs(left).sum()
+        found.append(left)
+    return found
+
+
+def philox(shape: tuple[int, int], seed: int, model: int, slot: str) -> Matrix:
+    rows = []
+    for tile, start in enumerate(range(0, shape[0], 128)):
+        n = min(128, shape[0] - start) * shape[1]
+        key = hashlib.sha256(json.dumps([seed, model, slot, tile]).encode()).digest()
+        stream = np.random.Philox(key=int.from_bytes(key[:16], "little"))
+        numbers = [half for word in stream.random_raw((n + 1) // 2).tolist() for half in (word % 2**32, word >> 32)]
+        rows.append(np.array(numbers[:n], dtype=np.float64).reshape(min(128, shape[0] - start), shape[1]))
+    return np.concatenate(rows) if rows else np.zeros(shape)
+
+
+def della_linear(
+    deltas: list[Matrix], density: float, epsilon: float, rescale: str, seed: int, scale: float, slot: str = ""
+) -> Matrix:
+    return scale * np.sum(della_pruned(deltas, density, epsilon, rescale, seed, slot), axis=0)
+
+
+def della(
+    deltas: list[Matrix],
+    density: float,
+    epsilon: float,
+    rescale: str,
+    seed: int,
+    combine: str,
+    scale: float,
+    slot: str = "",
+) -> Matrix:
+    return elected(della_pruned(deltas, density, epsilon, rescale, seed, slot), combine, scale)
+
+
+def crumbs(deltas: list[Matrix], density: float, gamma: float, rescale: str) -> list[Matrix]:
+    found = []
+    for d in deltas:
+        ascending = np.sort(np.abs(d), axis=None)
+        kept = max(1, round(density * d.size))
+        first = max(0, d.size - round(gamma * d.size) - kept)
+        band = ascending[first : first + kept]
+        left = np.where((np.abs(d) >= band.min(initial=np.inf)) & (np.abs(d) <= band.max(initial=-1)), d, 0)
+        found.append(left * (np.abs(d).sum() / np.abs(left).sum() if rescale == "norm" and left.any() else 1))
+    return found
+
+
+def breadcrumbs(deltas: list[Matrix], density: float, gamma: float, rescale: str, scale: float) -> Matrix:
+    return scale * np.sum(crumbs(deltas, density, gamma, rescale), axis=0)
+
+
+def breadcrumbs_ties(
+    deltas: list[Matrix], density: float, gamma: float, rescale: str, combine: str, scale: float
+) -> Matrix:
+    return elected(crumbs(deltas, density, gamma, rescale), combine, scale)
+
+
+def sce(deltas: list[Matrix], select_topk: float, scale: float) -> Matrix:
+    d = np.array(deltas)
+    if select_topk < 1:
+        variance = d.var(axis=0)
+        varying = np.sort(variance[variance > 0])[::-1]
+        if not len(varying):
+            return 0 * d[0]
+        d = d * (variance >= varying[max(1, round(select_topk * len(varying))) - 1])
+    weights, merged, sums = np.sum(d**2, axis=(1, 2)), 0 * d[0], d.sum(axis=0)
+    for place in np.ndindex(merged.shape):
+        agreeing = [(w, own[place]) for w, own in zip(weights, d, strict=True) if own[place] * sums[place] > 0]
+        if agreeing:
+            merged[place] = scale * sum(w * own for w, own in agreeing) / sum(w for w, _ in agreeing)
+    return merged
+
+
+def ram(deltas: list[Matrix], epsilon: float, scale: float) -> Matrix:
+    return ramplus_tl(deltas, 0, 0, epsilon, scale)
+
+
+def ramplus_tl(deltas: list[Matrix], r: float, alpha: float, epsilon: float, scale: float) -> Matrix:
+    active = np.array([np.abs(d) > epsilon for d in deltas])
+    count, merged = active.sum(axis=0), 0 * deltas[0]
+    factors = [1 + r * min(np.sum(a & (count > 1)) / max(np.sum(a & (count == 1)), 1e-300), alpha) for a in active]
+    for place in np.ndindex(merged.shape):
+        owners = [i for i in range(len(deltas)) if active[i][place]]
+        if len(owners) == 1:
+            merged[place] = factors[owners[0]] * deltas[owners[0]][place]
+        elif owners:
+            merged[place] = np.mean([deltas[i][place] for i in owners])
+    return scale * merged
+
+
+def do_merging(deltas: Factors, iterations: int, penalty: float, scale: float) -> Matrix:
+    ups, downs = apart_by_descent([b.T for b, _ in deltas], iterations, penalty), [a for _, a in deltas]
+    updates = [b.T @ a for b, a in zip(ups, apart_by_descent(downs, iterations, penalty), strict=True)]
+    magnitudes = [np.linalg.norm(w, axis=0) for w in updates]
+    directions = [
+        w * np.where(m > 1e-6 * m.max(), 1 / np.where(m > 0, m, 1), 0) for w, m in zip(updates, magnitudes, strict=True)
+    ]
+    return scale * np.mean(magnitudes, axis=0) * np.sum(directions, axis=0)
+
+
+def apart_by_descent(factors: list[Matrix], iterations: int, penalty: float) -> list[Matrix]:
+    """Gradient descent on the factors themselves, one pair at a time."""
+    squares = [row @ row for factor in factors for row in factor if row.any()]
+    if not squares:
+        return factors
+    size = np.sqrt(np.mean(squares))
+    start = [factor / size for factor in factors]
+    step = 1 / (2 * penalty + 12 * np.linalg.svd(np.concatenate(start), compute_uv=False)[0] ** 2)
+    now = start
+    for _ in range(iterations):
+        slopes = [
+            2 * penalty * (v - w) + sum((4 * v @ other.T @ other for j, other in enumerate(now) if j != i), 0 * v)
+            for i, (v, w) in enumerate(zip(now, start, strict=True))
+        ]
+        now = [v - step * slope for v, slope in zip(now, slopes, strict=True)]
+    return [size * v for v in now]
+
+
+def dc_merge(deltas: list[Matrix], rank: int | str, smoothing: str, rho: float, density: float, scale: float) -> Matrix:
+    k = max(min(deltas[0].shape) // len(deltas), 1) if rank == "auto" else int(rank)
+    parts = [triples(d, k) for d in deltas]
+    u, v = polar(np.hstack([u for u, _, _ in parts])), polar(np.vstack([v for *_, v in parts]))
+    spaces = np.cumsum([0, *(len(s) for _, s, _ in parts)])
+    cores = []
+    for left, s, right in parts:
+        course = {"none": s, "mean": np.ones(len(s))}.get(smoothing)
+        if course is None:
+            course = np.linspace(min(rho, s[0] / s[-1]) if len(s) else 1, 1, len(s))
+        cores.append(u.T @ left @ np.diag(s.sum() * course / max(course.sum(), 1e-300)) @ right @ v.T)
+    kept = []
+    for core, (_, s, _) in zip(cores, parts, strict=True):
+        count = (
+            max(len(s), round(0.001 * core.size)) if isinstance(density, str) else max(1, round(density * core.size))
+        )
+        largest = np.sort(np.abs(core), axis=None)[::-1][:count]
+        cut = max((1 - 1e-6) * largest.min(initial=np.inf), 1e-6 * largest.max(initial=0))
+        kept.append(np.where(np.abs(core) >= cut, core, 0))
+    total, merged = np.sum(kept, axis=0), np.zeros_like(cores[0])
+    for begin, end in pairwise(spaces):
+        for place in np.ndindex(end - begin, end - begin):
+            entry = (begin + place[0], begin + place[1])
+            agreeing = [core[entry] for core in kept if core[entry] * total[entry] > 0]
+            merged[entry] = np.mean(agreeing) if agreeing else 0
+    return scale * u @ merged @ v

@@ -578,8 +578,11 @@ def test_plans_of_the_paper_cover_all_tensors(
 
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-NOT_ALONE = ("dare_linear", "dare_ties", "metagpt")  # masks belong to a weight's name; weights to the whole model
-UPDATE_METHODS = [name for name in METHODS if name not in ("linear", "fisher", "factorwise", "core_space")]
+# masks belong to a weight's name; weights to the whole model
+NOT_ALONE = ("dare_linear", "dare_ties", "della", "della_linear", "metagpt")
+UPDATE_METHODS = [
+    name for name in METHODS if name not in ("linear", "fisher", "factorwise", "core_space", "do_merging")
+]
 UPDATE_METHODS = [
     name for name in UPDATE_METHODS if METHODS[name].models[1] != 1
 ]  # which go between the base and one model

@@ -40,7 +40,7 @@ PASTED: dict[str, tuple[dict[str, Any], str]] = {
         {"models": [{"model": "one", "parameters": {"weight": [{"filter": "mlp", "value": 1}, {"value": 0}]}}]},
         r"models\.0\.parameters\.weight: filters are not read; .*`modules:`",
     ),
-    "della": ({"merge_method": "della"}, r"there is no della here; write dare_ties"),
+    "passthrough": ({"merge_method": "passthrough"}, r"there is no passthrough here; modalloy keeps the base's layers"),
     "a model and its adapter": (
         {"models": [{"model": "org/one+org/lora"}]},
         r"'org/one\+org/lora' joins a model and an adapter.* model: org/lora, with base_model: org/one",

@@ -20,7 +20,7 @@ from modalloy.methods.apply import resolve
 from modalloy.methods.wudi import Interference
 
 OUT, IN = 60, 44
-ON_FACTORS = {"core_space", "factorwise"}  # defined on the factors of low-rank updates only
+ON_FACTORS = {"core_space", "do_merging", "factorwise"}  # defined on the factors of low-rank updates only
 
 
 def draw(
@@ -189,6 +189,7 @@ Q = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64, generator=torch.Gen
 
 def law_holds(law: str, method: str, deltas: list[LowRank], **parameters: Any) -> bool:
     given: dict[str, Any] = parameters | ({"rank": K} if "rank ≤ k" in METHODS[method].laws else {})
+    given |= {"epsilon": 0.5} if method in ("ram", "ramplus_tl") else {}  # a size that some entries are below
     others = extras(method, len(deltas))
 
     def f(updates: list[LowRank], change: Callable[[list[Tensor]], list[Tensor]] = lambda matrices: matrices) -> Tensor:
@@ -527,6 +528,9 @@ def test_iso_flattens_the_spectrum() -> None:
         ("nearswap", {"t": 3.0}),
         ("nearswap", {"t": 0}),
         ("model_stock", {"filter_wise": True}),
+        ("dc_merge", {"rank": 3, "smoothing": "linear", "density": 0.05}),
+        ("dc_merge", {"smoothing": "linear", "rho": 1.5, "density": 0.05, "scale": 0.7}),
+        ("dc_merge", {"smoothing": "none", "density": 0.2}),
         ("factorwise", {"mode": "mean"}),
         ("factorwise", {"mode": "ties", "adapter_scale": 0.5}),
         ("factorwise", {"mode": "ties", "density": 1.0}),

@@ -14,6 +14,7 @@ from torch import Tensor
 from modalloy import LowRank, merge_deltas
 from modalloy.errors import MethodError
 from modalloy.methods.dare import drop
+from modalloy.methods.della import prune
 
 ROWS, COLUMNS = 60, 44
 DENSITY = 0.2  # of 60 · 44 entries a whole number: they truncate it, we round it
@@ -32,7 +33,8 @@ def deltas() -> list[Tensor]:
 def mergekit(method: str, base: Tensor, deltas: list[Tensor], **parameters: Any) -> Tensor:
     """What mergekit adds to the base. `normalize` is its division by the weights, which are 1 here."""
     models = {"base": {"w": base}} | {f"model{i}": {"w": base + delta} for i, delta in enumerate(deltas)}
-    merged = merge_state_dicts(models, method, base="base", parameters={"weight": 1.0, **parameters})
+    given = {name: value for name, value in {"weight": 1.0, **parameters}.items() if value is not None}
+    merged = merge_state_dicts(models, method, base="base", parameters=given)
     return merged["w"] - base
 
 
@@ -249,6 +251,126 @@ def test_small_updates_have_no_angle_in_mergekit_and_theirs_here(base: Tensor, d
     large = merge_deltas([1e6 * delta for delta in alike], "model_stock")
     assert relative(merge_deltas(alike, "model_stock"), dense(1e-6 * large)) < 1e-12
     assert unweighted("model_stock", base, alike).norm() < 0.01 * dense(1e-6 * large).norm()
+
+
+@pytest.fixture
+def our_della_masks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes torch.bernoulli give the masks of these updates, where they are drawn with DELLA's probabilities."""
+
+    def use(deltas: list[Tensor], density: float, epsilon: float) -> None:
+        specialists: Iterator[tuple[int, Tensor]] = iter(enumerate(deltas))
+
+        def bernoulli(probabilities: Tensor, **_: Any) -> Tensor:
+            index, delta = next(specialists)
+            ranks = delta.abs().argsort(1).argsort(1) / (COLUMNS - 1)
+            torch.testing.assert_close(probabilities.double(), density - epsilon + 2 * epsilon * ranks.double())
+            return (prune(delta, density, epsilon, "none", 42, index, "w") != 0).to(probabilities.dtype)
+
+        monkeypatch.setattr(torch, "bernoulli", bernoulli)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("method", "theirs", "ours"),
+    [
+        ("della_linear", {}, {}),  # rescale: true and normalize: false are its defaults
+        ("della_linear", {"rescale": False, "lambda": 0.7}, {"rescale": "none", "scale": 0.7}),
+        ("della_linear", {"normalize": True}, {"scale": 1 / 3}),
+        ("della", {}, {}),  # rescale: true and normalize: true
+        ("della", {"rescale": False, "normalize": False}, {"rescale": "none", "combine": "sum"}),
+    ],
+    ids=str,
+)
+def test_della_is_mergekits_given_the_masks(
+    base: Tensor,
+    deltas: list[Tensor],
+    our_della_masks: Callable[..., None],
+    method: str,
+    theirs: dict[str, Any],
+    ours: dict[str, Any],
+) -> None:
+    given = {"density": 0.6, "epsilon": 0.2}
+    our_della_masks(deltas, **given)
+    wanted = mergekit(method, base, deltas, **given, **theirs)
+    assert relative(merge_deltas(deltas, method, slot="w", **given, **ours), wanted) < 1e-6  # they prune in float32
+
+
+def test_della_of_one_input_is_not_a_number_in_mergekit(deltas: list[Tensor]) -> None:
+    """Its ranks of a row are divided by one less than the row has; here such an entry is kept with the mean probability."""
+    column = [delta[:, :1] for delta in deltas]
+    with pytest.raises(RuntimeError, match="p_in >= 0"):
+        mergekit("della_linear", torch.zeros_like(column[0]), column, density=0.6, epsilon=0.2)
+    ours = merge_deltas(column, "della_linear", density=0.6, epsilon=0.2, rescale="probability", slot="w")
+    assert torch.equal(dense(ours), dense(merge_deltas(column, "dare_linear", density=0.6, slot="w")))
+
+
+@pytest.mark.parametrize(("density", "gamma"), [(0.9, 0.01), (0.2, 0.05), (0.95, 0.3), (1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("method", "theirs", "ours"),
+    [
+        ("breadcrumbs", {}, {}),
+        ("breadcrumbs", {"rescale": True, "lambda": 0.3}, {"rescale": "norm", "scale": 0.3}),
+        ("breadcrumbs", {"normalize": True}, {"scale": 1 / 3}),
+        ("breadcrumbs_ties", {}, {}),
+        ("breadcrumbs_ties", {"normalize": True, "rescale": True}, {"combine": "mean", "rescale": "norm"}),
+    ],
+    ids=str,
+)
+def test_breadcrumbs_are_mergekits(
+    base: Tensor,
+    deltas: list[Tensor],
+    method: str,
+    theirs: dict[str, Any],
+    ours: dict[str, Any],
+    density: float,
+    gamma: float,
+) -> None:
+    wanted = mergekit(method, base, deltas, density=density, gamma=gamma, **theirs)
+    assert relative(merge_deltas(deltas, method, density=density, gamma=gamma, **ours), wanted) < 1e-12
+
+
+def test_mergekit_leaves_out_one_of_equal_entries_where_we_keep_all() -> None:
+    delta = torch.tensor([[5.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0]])
+    theirs = mergekit("breadcrumbs", torch.zeros(1, 10), [delta], density=0.5, gamma=0.2)
+    assert sorted(theirs[0].abs().tolist()) == [0, 0, 0, 0, 0, 2, 2, 2, 3, 4]
+    ours = merge_deltas([delta], "breadcrumbs", density=0.5, gamma=0.2)
+    assert ours.tolist() == [[0, 4, 4, 3, 2, 2, 2, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("select_topk", [1.0, 0.5, 0.1])
+def test_sce_is_mergekits(base: Tensor, deltas: list[Tensor], select_topk: float) -> None:
+    theirs = mergekit("sce", base, deltas, select_topk=select_topk, weight=None)
+    assert relative(merge_deltas(deltas, "sce", select_topk=select_topk), theirs) < 1e-12
+
+
+def test_sce_weighs_small_updates_alike_in_mergekit_and_by_their_squares_here(deltas: list[Tensor]) -> None:
+    """It takes a sum of mean squares below 1e-6 for zero, which those of LoRAs often are; sizes do not count here."""
+    zero, small = (
+        torch.zeros_like(deltas[0]),
+        [1e-5 * size * delta for size, delta in zip((1, 2, 4), deltas, strict=True)],
+    )
+    theirs = mergekit("sce", zero, small, weight=None)
+    alike = merge_deltas(small, "ties", density=1.0)  # the mean of the entries that agree
+    assert relative(alike, theirs) < 1e-9
+    ours = dense(merge_deltas(small, "sce"))
+    assert relative(ours, theirs) > 0.1
+    assert relative(1e5 * ours, merge_deltas([1e5 * delta for delta in small], "sce")) < 1e-12
+
+
+def test_entries_that_cancel_are_positive_in_mergekits_sce_and_left_out_here() -> None:
+    deltas = [torch.tensor([[5.0, -1.0]]), torch.tensor([[-5.0, -1.0]])]
+    assert mergekit("sce", torch.zeros(1, 2), deltas, weight=None).tolist() == [[5.0, -1.0]]
+    assert merge_deltas(deltas, "sce").tolist() == [[0.0, -1.0]]
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5, 2.0])
+def test_ram_is_mergekits(base: Tensor, deltas: list[Tensor], epsilon: float) -> None:
+    theirs = mergekit("ram", base, deltas, epsilon=epsilon, weight=None)
+    assert relative(merge_deltas(deltas, "ram", epsilon=epsilon), theirs) < 1e-12
+    for r, alpha in ((0.1, 0.2), (0.5, 100.0)):
+        theirs = mergekit("ramplus_tl", base, deltas, epsilon=epsilon, r=r, alpha=alpha, weight=None)
+        assert relative(merge_deltas(deltas, "ramplus_tl", epsilon=epsilon, r=r, alpha=alpha), theirs) < 1e-6
 
 
 # PEFT: its functions on full matrices. On adapters it merges the factors, which is another operation.

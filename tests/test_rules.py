@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from synthetic import factors_of, linear_shapes, tensors_of, updates_of, write_base, write_lora, write_tuned
+from test_methods import ON_FACTORS
 
 import modalloy
 from modalloy.errors import CheckpointError, MethodError, RecipeError
@@ -408,11 +409,13 @@ def expected(method: str, deltas: Deltas, **given: Any) -> np.ndarray:
     """The reference's result with the package's default parameters."""
     parameters = {name: value for name, value in METHODS[method].parameters.items() if value != "auto"}
     if "scale" in METHODS[method].parameters:
-        parameters["scale"] = 1 / len(deltas) if method in ("ssam", "average", "damc") else 1.0
+        parameters["scale"] = 1 / len(deltas) if method in ("ssam", "average", "damc", "do_merging") else 1.0
     if method == "ssam":
         parameters["rank"] = 4
     parameters |= {
-        name: "auto" for name in ("rank", "lr") if method != "ssam" and METHODS[method].parameters.get(name) == "auto"
+        name: "auto"
+        for name in ("rank", "lr", "density")
+        if method != "ssam" and METHODS[method].parameters.get(name) == "auto"
     }
     return getattr(reference, method)(deltas, **parameters | given)
 
@@ -535,9 +538,7 @@ def test_every_method_makes_a_full_model_and_an_adapter(
         assert verify(out).worst_error is not None
         found = updates_of(out, small / "base", scale=1)
         for slot in list(SLOTS)[:9]:
-            given: Any = (
-                pairs[slot] if method in ("factorwise", "core_space") else [up @ down for up, down in pairs[slot]]
-            )
+            given: Any = pairs[slot] if method in ON_FACTORS else [up @ down for up, down in pairs[slot]]
             more: dict[str, Any] = {"slot": slot} if METHODS[method].takes("slot") else {}
             more |= parameters
             if METHODS[method].takes("fishers"):

@@ -156,7 +156,11 @@ def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = F
 
 
 def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int | None) -> dict[str, Any]:
-    """Every parameter of a method with "auto" worked out for `n` specialists, the largest LoRA rank being `lora_rank`."""
+    """Every parameter of a method with "auto" worked out for `n` specialists, the largest LoRA rank being `lora_rank`.
+
+    Raises:
+        RecipeError: no such method or parameter, a value is out of range, or values do not fit each other.
+    """
     check_method(method, parameters)
     entry = METHODS[method]
     chosen = entry.parameters | parameters
@@ -165,6 +169,9 @@ def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int |
     if entry.takes_k:
         automatic = max(lora_rank, 1) if lora_rank is not None else DENSE_RANK
         chosen["rank"] = automatic if chosen["rank"] == "auto" else parse_rank(chosen["rank"])
+    problem = entry.conflict(chosen)
+    if problem:
+        raise RecipeError(problem)
     return chosen
 
 

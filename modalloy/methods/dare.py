@@ -122,11 +122,15 @@ def keep_mask(shape: tuple[int, int], density: float, seed: int, model: int, slo
     The tile's 32-bit numbers are those of Philox (a counter-based generator), low half of every 64-bit word first, with
     the first 128 bits of the sha256 of [seed, model, slot, tile] as its key.
     """
+    return random_numbers(shape, seed, model, slot, tile) <= np.uint32(max(1, round(density * 2**32)) - 1)
+
+
+def random_numbers(shape: tuple[int, int], seed: int, model: int, slot: str, tile: int) -> np.ndarray:
+    """The 32-bit numbers, uint32, that decide on the entries of one tile: an entry stays where its own is small."""
     key = hashlib.sha256(json.dumps([seed, model, slot, tile]).encode()).digest()[:16]
     n = shape[0] * shape[1]
     words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(-(-n // 2))
-    numbers = words.astype("<u8", copy=False).view("<u4")[:n]
-    return (numbers <= np.uint32(max(1, round(density * 2**32)) - 1)).reshape(shape)
+    return words.astype("<u8", copy=False).view("<u4")[:n].reshape(shape)
 
 
 DARE_LINEAR = Method(dare_linear, "dense", "arXiv 2311.03099", MASK_LAWS)

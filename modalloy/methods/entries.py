@@ -54,3 +54,13 @@ def magnitude_cuts(
             digits.append(digit)
         found = [high << DIGIT_BITS | digit for high, digit in zip(found or [0] * len(digits), digits, strict=True)]
     return [float(torch.tensor(pattern, dtype=integer).view(dtype)) for pattern in found]
+
+
+def norm_factor(before: float, after: float) -> float:
+    """What gives entries that are left the L1 norm that there was before; 1 where there is none."""
+    return before / after if after else 1.0
+
+
+def absolute_sum(matrix: Tensor) -> float:
+    """The L1 norm of all entries, summed in float64."""
+    return sum(float(matrix[rows].abs().sum(dtype=torch.float64)) for rows in row_blocks(matrix))

@@ -47,4 +47,5 @@ METHOD = Method(
     "left_core",
     "arXiv 2410.19735",
     ("permutation", "scaling", "left rotation", "gauge", "factored = dense", "rank ≤ Σ r_i"),
+    picks=True,
 )

@@ -45,6 +45,11 @@ def around_zero(parameters: dict[str, Any]) -> bool:
     return bool(parameters.get("origin") == "zero")
 
 
+def no_conflict(parameters: dict[str, Any]) -> str:
+    """Whatever the parameters: they fit each other."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Method:
     """A merging function, what it is called with, its paper, and what `scale: auto` means: λ = 1/n or λ = 1."""
@@ -68,6 +73,8 @@ class Method:
     sides: Condition = never  # whether it tells rows from columns where its laws do not say so
     mean: MeanFactor | None = None  # what multiplies the mean of norms and biases, where that is neither λ nor α
     keeps_vectors: bool = False  # whether norms and biases stay the base's
+    picks: bool = False  # takes single entries of its core, of which other rounding may take others
+    conflict: Callable[[dict[str, Any]], str] = no_conflict  # one line on parameters that do not fit each other
 
     def gets(self, parameters: dict[str, Any]) -> Receives:
         """What it is called with under these parameters."""

@@ -27,13 +27,18 @@ def swudi(
     SWUDI: f = 1 − exp(−l t) on the strongest K = ⌈keep · in⌉ modes, 0 on the others. ASWUDI: f = 1 on the strongest
     K = ⌈(Σ √l)²/Σ l⌉ modes (their participation), without `time` and `keep`.
     The published code first raises every l to 1e-8, the zero ones too, which adds to ASWUDI's K; here they are zero.
+    Its settings for multimodal LLMs: time 1300, keep 0.01, scale 0.2 for Qwen2-VL-7B; time 300, keep 0.65, scale 0.1 for
+    InternVL2.5-1B.
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in; a zero one contributes nothing.
         variant: "swudi" or "aswudi".
-        time: t, how long SWUDI follows the gradient flow; l is in units of squared relative norm, Σ l = T.
+        time: t, how long SWUDI follows the gradient flow; l is in units of squared relative norm, Σ l = T. Published:
+            1300 for Qwen2-VL-7B, 300 for InternVL2.5-1B.
         keep: K over the number of inputs, for SWUDI; on LoRA updates all modes are kept if keep · in ≥ Σ rank_i.
-        scale: λ, 1 by default (the authors' sum over n updates is often used with 1/n).
+            Published: 0.01 for Qwen2-VL-7B, 0.65 for InternVL2.5-1B.
+        scale: λ, 1 by default (the authors' sum over n updates is often used with 1/n). Published: 0.2 for
+            Qwen2-VL-7B, 0.1 for InternVL2.5-1B.
         shape: of the original weight (out, in).
 
     Cost: O(T mn·min(m, n) + n³) for m × n matrices.

@@ -12,6 +12,7 @@ from modalloy.names import disk_name
 from modalloy.planning.checks import check_complete, check_rows_are_ruled
 from modalloy.planning.choices import Choices
 from modalloy.planning.experts import expert_job
+from modalloy.planning.fates import fates_of
 from modalloy.planning.job import Fate, Job, TensorFate
 from modalloy.planning.kinds import OF_ROWS, PLURALS, Kind, layer_of
 from modalloy.planning.requantised import as_stored
@@ -21,7 +22,6 @@ from modalloy.specialists.specialist import Specialist
 from modalloy.specialists.spelling import module_names
 from modalloy.specialists.stacked import StackedLora, nested_stems
 from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
-from modalloy.storage.views import MappedRef, sources_of
 from modalloy.storage.writer import TensorSpec
 
 Treatment = Literal["merge", "experts", "sum", "average", "keep"]
@@ -262,10 +262,6 @@ class Planner(Choices):
 
     def fates(self) -> list[TensorFate]:
         """The fate of every tensor of the base and of every specialist."""
-        form = self.recipe.form
-        carried: tuple[Fate, str] = ("carried", "bit for bit")
-        if not form.carries_senses:
-            carried = ("left out", f"form: {form.name} holds the text path only")
         of_slot: dict[str, tuple[Fate, str]] = {slot: ("merged", self._method(slot)[0]) for slot in self.merged}
         of_slot |= {name: ("merged", f"{self._method(name)[0]}, each expert") for name in self.experts}
         for name in self.averaged:
@@ -280,56 +276,17 @@ class Planner(Choices):
             if self.treatments[name] == "keep" and self.kinds[name] in OF_ROWS
         }
         kept |= {
-            name: f"{self._method(name)[0]} keeps the base's norms and biases"
-            for name in self.changeable
-            if self.treatments[name] == "keep" and self._is_kept_vector(name)
-        }
-        kept |= {
             name: f"modules: {pattern} keeps the base's"
             for name, (pattern, rule) in self.rules.items()
             if rule.policy == "keep"
         }
-        result = [
+        found = [
             TensorFate("base", name, *of_slot.get(name, ("kept", kept.get(name, "no rule changes it"))))
             for name in self.base.refs
         ]
         for specialist in self.specialists:
-            label = specialist.label
-            absent = self.reasons.get(label)
-            updates: dict[str, TensorFate] = {}  # an update of all experts may be one of several tensors of the base
-            for slot, factors in specialist.text_lora.items():
-                fate: tuple[Fate, str] = ("left out", absent or kept.get(slot, ""))
-                if slot in of_slot and not absent:
-                    fate = ("merged", f"{of_slot[slot][1]} into {slot}")
-                for ref in (factors.a, factors.b):
-                    if ref.name not in updates or fate[0] == "merged":
-                        updates[ref.name] = TensorFate(label, ref.name, *fate)
-            result += updates.values()
-            whole = [ref for ref in specialist.carried().values() if not isinstance(ref, MappedRef)]
-            merged = {ref for factors in specialist.text_lora.values() for ref in (factors.a, factors.b)}
-            result += [TensorFate(label, ref.name, *carried) for ref in whole if ref not in merged]
-            result += [
-                TensorFate(label, ref.name, "left out", "the base's, which its adapter updates")
-                for ref in specialist.frozen.values()
-            ]
-            if specialist.native is not None and specialist.native.like is not None:
-                shared = specialist.native.like
-                result += [
-                    TensorFate(label, ref.name, "left out", f"carried once, as sense '{shared}'")
-                    for ref in specialist.native.sense.values()
-                ]
-            copies: dict[
-                str, TensorFate
-            ] = {}  # one of all experts may be copies of several of the base's, or be several
-            for name, ref in specialist.tuned.items():
-                unused: tuple[Fate, str] = ("left out", absent or kept.get(name, "the base's is kept"))
-                told = unused if absent else of_slot.get(name, unused)
-                for source in sources_of(ref):
-                    if source not in copies or told[0] == "merged":
-                        copies[source] = TensorFate(label, source, *told)
-            result += copies.values()
-            result += [TensorFate(label, name, "left out", reason) for name, reason in specialist.dropped.items()]
-        return result
+            found += fates_of(specialist, of_slot, kept, self.reasons.get(specialist.label), self.recipe.form)
+        return found
 
     def _merge_job(self, slot: str, specs: tuple[TensorSpec, ...]) -> Job:
         method, written = self._method(slot)
