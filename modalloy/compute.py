@@ -76,6 +76,7 @@ def merged_update(
             slot=job.name,
             fishers=[read(ref).to(device) for ref in job.fishers] or None,
             whole=surveys.get(job.survey_key),
+            weights=job.weights,
         )
     except MethodError as error:
         raise MethodError(f"{job.name}: {error}") from error

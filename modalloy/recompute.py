@@ -116,6 +116,7 @@ def merged_update(
         slot=promise.slot,
         fishers=[read(ref) for ref in promise.fishers] if promise.fishers else None,
         whole=surveys.get(promise.group),
+        weights=[update.weight for update in promise.updates],
     )
 
 
