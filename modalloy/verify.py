@@ -395,10 +395,13 @@ def _at(recipe: Recipe, places: Sources) -> Recipe:
         )
     ]
     starts = {key: str(place) for key, place in places.starts.items()}
-    output = recipe.output
+    output, index = recipe.output, recipe.tokenizer_index
+    if recipe.tokenizer is not None:
+        starts["tokenizer"] = starts["base_model"] if index is None else str(places.models[index])
     found = Recipe(**recipe.model_dump() | starts | {"models": entries})
-    if output.chat_template not in ("auto", "base"):  # a label, which the place on this machine may have changed
-        of = dict(zip(labels(recipe), labels(found), strict=True)).get(output.chat_template, output.chat_template)
+    template = output.chat_template
+    if template not in ("auto", "base") and "{" not in template:  # a label, which the place here may have changed
+        of = dict(zip(labels(recipe), labels(found), strict=True)).get(template, template)
         found = found.model_copy(update={"output": output.model_copy(update={"chat_template": of})})
     return found
 

@@ -32,8 +32,8 @@ def dare_linear(
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        density: share of the entries that is kept, one or one for each, 1 − the paper's drop rate p. The paper goes down to 0.1 and, for
-            large models, 0.01; others drop 0.1 to 0.5.
+        density: share of the entries that is kept, one or one for each specialist, 1 − the paper's drop rate p. The paper goes
+            down to 0.1 and, for large models, 0.01; others drop 0.1 to 0.5.
         seed: of the masks.
         scale: λ, 1 by default.
         shape: of the original weight; unused.

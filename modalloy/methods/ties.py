@@ -52,7 +52,9 @@ def ties(
     return elect_and_merge(deltas, whole["cuts"], whole["majority"], combine, weights).mul_(scale)
 
 
-def survey_ties(model: Callable[[], Iterable[tuple[str, list[Tensor]]]], *, density: Shares, **_: Any) -> dict[str, Any]:
+def survey_ties(
+    model: Callable[[], Iterable[tuple[str, list[Tensor]]]], *, density: Shares, **_: Any
+) -> dict[str, Any]:
     """What threshold "global" needs: the trimming thresholds and the sign of most entries over the whole model."""
 
     def layers() -> Iterable[list[Tensor]]:

@@ -25,7 +25,15 @@ def one_line(planned: "Plan") -> str:
             f"{', '.join(planned.unchanged)} changes nothing: every update is zero, and the result is the base"
         )
     parts += _said_of_rules(planned)
-    if any(set(job.weights) - {None, 1.0} for job in planned.jobs):
+    if planned.vocabulary is not None:
+        vocabulary = planned.vocabulary
+        parts.append(
+            f"{len(vocabulary.tokens)} tokens, {len(vocabulary.tokens.keys() - vocabulary.base.tokens.keys())} of which the base "
+            "lacks: their rows are the mean of the models' that have them"
+        )
+    if planned.recipe.weights == "shares":
+        parts.append("a model's weight is its share of the sum of all weights")
+    elif any(set(job.weights) - {None, 1.0} for job in planned.jobs):
         parts.append("a model's weight is a factor of its update, never normalised")
     if planned.base is None:
         parts.insert(1, f"{sum(job.kind == 'interpolate' for job in planned.jobs)} norms and biases too")
