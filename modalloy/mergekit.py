@@ -85,8 +85,20 @@ def _is_mergekits(content: Mapping[str, Any]) -> bool:
     """Whether a recipe has a key that only mergekit's have."""
     parameters = content.get("parameters")
     of_theirs = isinstance(parameters, Mapping) and not parameters.keys().isdisjoint(PARAMETERS)
-    tokenizer = isinstance(content.get("tokenizer"), Mapping)
-    return of_theirs or tokenizer or content.get("dtype") in HALF or any(key in content for key in KEYS)
+    parts = isinstance(content.get("tokenizer"), Mapping) or bool(_parts(content))
+    models = content.get("models")
+    entries = [one for one in models if isinstance(one, Mapping)] if isinstance(models, list) else []
+    given = [one["parameters"] for one in entries if isinstance(one.get("parameters"), Mapping)]
+    parts = parts or any(not own.keys() <= set(OWN) for own in given)  # a model's own density
+    return of_theirs or parts or content.get("dtype") in HALF or any(key in content for key in KEYS)
+
+
+def _parts(content: Mapping[str, Any]) -> list[Any]:
+    """What `modules` holds where it names parts of a model, as mergekit's does, and not patterns of tensor names."""
+    modules = content.get("modules")
+    parts = list(modules.values()) if isinstance(modules, Mapping) else []
+    is_theirs = any(isinstance(part, Mapping) and not part.keys().isdisjoint(("models", "slices")) for part in parts)
+    return parts if is_theirs else []
 
 
 def _listed(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,9 +123,8 @@ def _entry(entry: Mapping[str, Any], base: Any) -> dict[str, Any]:
 
 def _read_modules(found: dict[str, Any]) -> None:
     """mergekit's parts of a model, which hold models or slices: one, or several that say the same."""
-    modules = found.get("modules")
-    parts = list(modules.values()) if isinstance(modules, Mapping) else []
-    if not any(isinstance(part, Mapping) and not part.keys().isdisjoint(("models", "slices")) for part in parts):
+    parts = _parts(found)
+    if not parts:
         return
     if any(part != parts[0] for part in parts):
         raise RecipeError(
@@ -222,7 +233,9 @@ def _share_out(found: dict[str, Any]) -> None:
     having = [entry["parameters"] for entry in others if isinstance(entry.get("parameters"), Mapping)]
     if not having or len(having) < len(others):
         return
-    for name in [name for name in having[0] if name not in OWN]:
+    method = found.get("merge_method", "ssam")
+    known = {*METHODS[method].parameters, *PARAMETERS} if isinstance(method, str) and method in METHODS else set()
+    for name in [name for name in having[0] if name in known and name not in OWN]:
         if all(name in one and one[name] == having[0][name] for one in having):
             found["parameters"][name] = joined(having[0][name], found["parameters"].get(name))
             for entry in entries:
@@ -254,7 +267,7 @@ def _read_linear(found: dict[str, Any], theirs: bool) -> None:
     weights = [(entry.get("parameters") or {}).get("weight", 1.0) for entry in found["models"]]
     if not all(isinstance(one, (int, float)) for one in weights) or abs(sum(weights) - 1) > 1e-6:
         raise RecipeError(
-            f"normalize: false: weights of {' + '.join(map(shown, weights))} give no mean of the models; write weights that sum to 1, "
+            f"normalize: false: weights of {' + '.join(map(shown, weights))} give no mean of the models; let them sum to 1, "
             "or normalize: true"
         )
 

@@ -351,6 +351,9 @@ def load_recipe(path: str | Path) -> Recipe:
             raise RecipeError(f"{path}: {_unknown_key((), key)}")
     try:
         content = mergekit.translated(content)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    try:
         recipe = Recipe(**content, folder=path.parent, text=text)
     except ValidationError as error:
         raise RecipeError(f"{path}: {mergekit.advice(content) or _explain(error)}") from None

@@ -16,7 +16,9 @@ def is_case(value: Any) -> bool:
 
 def are_cases(value: Any) -> bool:
     """Whether values are chosen by filters, as [{filter: mlp, value: 0.5}, {value: 0}]."""
-    return isinstance(value, (list, tuple)) and any(isinstance(one, Mapping) for one in value)
+    return isinstance(value, (list, tuple)) and any(
+        isinstance(one, Mapping) and not CASE.isdisjoint(one) for one in value
+    )
 
 
 def cases_of(value: Any) -> Sequence[Mapping[str, Any]]:

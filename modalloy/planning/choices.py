@@ -170,7 +170,10 @@ class Choices:
         if layer is None and self.recipe.outside_layers == "first":
             return value[0]
         if layer is None:
-            raise RecipeError(f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}")
+            raise RecipeError(
+                f"{name}: {list(value)} goes over the layers, but {slot} is in none; {remedy}, or write "
+                "outside_layers: first for the first of them there"
+            )
         position = layer / max(1, self.depth - 1) * (len(value) - 1)
         below = min(int(position), len(value) - 1)
         above = min(below + 1, len(value) - 1)

@@ -294,14 +294,14 @@ class Promises:
                 taking = [m for m in self.models if everywhere or self._weight(m, slot) != 0]
                 own = [self._at(value[m.index], slot) for m in taking]
                 own = [default[name] if one is None else one for one in own]
-                found = own[0] if len(set(own)) == 1 else tuple(own) or None
+                found: Any = own[0] if len(set(own)) == 1 else tuple(own) or None
             else:
                 found = self._at(value, slot)
             if found is None:
                 del parameters[name]
             else:
-                whole = not isinstance(found, (int, str, bool, tuple, dict)) and METHODS[method].is_whole(name)
-                parameters[name] = round(found) if whole else found
+                whole = isinstance(found, float) and METHODS[method].is_whole(name)
+                parameters[name] = round(float(found)) if whole else found
         return method, resolve(method, parameters, n=self._count(slot), lora_rank=self.lora_rank)
 
     def _weight(self, model: Model, slot: str) -> float:
