@@ -50,7 +50,8 @@ def translated(content: Mapping[str, Any]) -> dict[str, Any]:
     - `tokenizer_source`, `tokenizer: {source: …}` are `vocabulary: union` or `tokenizer: MODEL`
     - `linear` is the weighted mean of the models, from the first of them on where no base is named
     - `lambda` is `scale`, `normalize` is `weights: shares`, or `combine` of methods that elect signs
-    - a parameter that every model has with one value is the recipe's; `MODEL+ADAPTER` on the base MODEL is the adapter
+    - a parameter that every model has with one value is the recipe's; `MODEL+ADAPTER` on the base MODEL is the adapter, with
+      zero for what it does not update
 
     Raises:
         RecipeError: a key of mergekit's asks for what is not to be had, with what to write instead.
@@ -70,6 +71,10 @@ def translated(content: Mapping[str, Any]) -> dict[str, Any]:
     if not (isinstance(models, list) and all(isinstance(entry, Mapping) for entry in models)):
         return found
     found["models"] = [_entry(entry, found.get("base_model")) for entry in models]
+    if any(one.get("model") != entry.get("model") for one, entry in zip(found["models"], models, strict=True)):
+        found.setdefault(
+            "missing", "zero"
+        )  # a base with an adapter is a whole model there, the base's where that is silent
     parameters = found.get("parameters")
     if isinstance(parameters, Mapping) or parameters is None:
         found["parameters"] = _listed(dict(parameters or {}))

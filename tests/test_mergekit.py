@@ -276,11 +276,11 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "an adapter on the base": (
         {"models": [{"model": "base+org/lora"}], "dtype": "float16"},
-        {"models": [{"model": "org/lora"}], "out_dtype": "float16"},
+        {"models": [{"model": "org/lora"}], "out_dtype": "float16", "missing": "zero"},
     ),
     "an adapter as a table": (
         {"models": [{"model": {"model": "base", "lora": "org/lora"}}], "dtype": "float16"},
-        {"models": [{"model": "org/lora"}], "out_dtype": "float16"},
+        {"models": [{"model": "org/lora"}], "out_dtype": "float16", "missing": "zero"},
     ),
 }
 
