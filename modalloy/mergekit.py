@@ -38,6 +38,7 @@ DEFAULTS = {
     "trim_density": 1.0,
 }  # of these, where the method here has them
 SUMS = ("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear")  # sums of what is left of weighted updates
+WITHOUT_BASE = ("karcher", "nuslerp", "multislerp")  # merge the weights themselves where no base is named
 OWN = ("weight", "fisher")  # what a model's parameters are that no method has
 STACKS = "list whole models under `models:`, every layer is merged with its like"
 
@@ -251,9 +252,14 @@ def _share_out(found: dict[str, Any]) -> None:
 
 
 def _read_linear(found: dict[str, Any], theirs: bool) -> None:
-    """`linear` as mergekit has it: the weighted mean of the models, among which the base is if it is listed."""
-    base = found.get("base_model")
-    if found.get("merge_method") != "linear" or found.get("target") or (base and not theirs):
+    """`linear` as mergekit has it: the weighted mean of the models, among which the base is if it is listed; and the base of
+    methods that need none."""
+    base, method = found.get("base_model"), found.get("merge_method")
+    if method in WITHOUT_BASE and method in METHODS and not base and not found.get("target") and found["models"]:
+        found["base_model"] = found["models"][0].get("model")  # whose config and tokenizer the result has
+        if "origin" in METHODS[method].parameters:
+            found["parameters"].setdefault("origin", "zero")
+    if method != "linear" or found.get("target") or (base and not theirs):
         return
     names = [entry.get("model") for entry in found["models"]]
     if not base:
@@ -314,6 +320,8 @@ def _read_parameters(found: dict[str, Any], theirs: bool) -> None:
 def _read_rescale(method: str, parameters: dict[str, Any], known: Mapping[str, Any], own: set[str]) -> None:
     """`rescale` of methods that rescale as their paper says: true is that, and false divides nothing."""
     rescale = parameters.get("rescale")
+    if "rescale" in known and isinstance(rescale, bool):
+        parameters["rescale"] = "norm" if rescale else "none"
     if "rescale" in known or rescale is None:
         return
     if rescale is True and method in ("ties", "task_arithmetic"):

@@ -241,6 +241,17 @@ def test_norms_are_means_of_the_weighted_updates(models: Path, tmp_path: Path) -
         assert distance(found[key], wanted[key], base[key]) > 0.1
 
 
+def test_norms_are_divided_by_the_weights_where_the_merge_is(models: Path, tmp_path: Path) -> None:
+    recipe = placed(COLLECTED["bio-merge.yml"], models)
+    recipe["parameters"]["normalize"] = True
+    recipe["models"][1]["parameters"]["weight"] = 0.25
+    found = ours(recipe, tmp_path)
+    base, one, two = (tensors_of(models / name) for name in ("m_base", "m_one", "m_two"))
+    for key in (key for key in found if "norm" in key):
+        mean = base[key] + (0.5 * (one[key] - base[key]) + 0.25 * (two[key] - base[key])) / 0.75
+        assert torch.allclose(found[key], mean, rtol=1e-6)
+
+
 def test_embeddings_are_mergekits_by_a_rule(models: Path, tmp_path: Path) -> None:
     recipe = placed(COLLECTED["task_arithmetic"], models)
     wanted = theirs(recipe, tmp_path / "theirs")

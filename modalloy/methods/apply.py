@@ -72,10 +72,12 @@ def apply(
 ) -> Delta:
     """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is.
 
-    It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too.
+    It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too. `weights` are folded
+    into the updates already.
     """
     entry = METHODS[method]
-    given = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole, "weights": weights}
+    given: dict[str, Any] = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
+    given["folded"] = [1.0] * len(deltas) if weights is None else list(weights)
     arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
     if entry.takes("fishers"):
         _check_fishers(method, fishers, len(deltas), shape)

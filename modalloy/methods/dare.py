@@ -60,7 +60,7 @@ def dare_ties(
     shape: tuple[int, int],
     slot: str = "",
     whole: dict[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
+    folded: Sequence[float] | None = None,
 ) -> Tensor:
     """TIES of the updates m_i ∘ D_i / density that DARE leaves.
 
@@ -76,7 +76,7 @@ def dare_ties(
         shape: of the original weight; unused.
         slot: name of the weight.
         whole: the counts over the whole model, for threshold "global".
-        weights: the factors that are folded into the updates already, for "weighted_mean".
+        folded: the weights that are folded into the updates already, for "weighted_mean".
 
     Cost: that of dare_linear and ties; memory T + 1 matrices beside the inputs.
     """
@@ -88,7 +88,7 @@ def dare_ties(
         scale=scale,
         shape=shape,
         whole=whole,
-        weights=weights,
+        folded=folded,
     )
 
 

@@ -22,7 +22,7 @@ Shares = Share | tuple[Share, ...]  # one for all specialists, or one for each o
 Rank = Annotated[int | float, "rank"]  # a whole number from 1; below 1 the share of the spectral energy to keep
 
 # what the caller gives a method beside its parameters, if its signature names it
-GIVEN = ("shape", "slot", "fishers", "whole", "weights")
+GIVEN = ("shape", "slot", "fishers", "whole", "folded")
 
 
 def schema(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:

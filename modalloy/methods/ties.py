@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from modalloy.errors import MethodError
 from modalloy.methods.entries import magnitude_cuts, row_blocks
 from modalloy.methods.method import ENTRY_LAWS, Method, is_global
 from modalloy.methods.parameters import Number, Shares
@@ -24,7 +25,7 @@ def ties(
     scale: Number,
     shape: tuple[int, int],
     whole: dict[str, Any] | None = None,
-    weights: Sequence[float] | None = None,
+    folded: Sequence[float] | None = None,
 ) -> Tensor:
     """λ times the entries that agree in sign, after every update was trimmed to its largest (Algorithm 1 of the paper).
 
@@ -42,14 +43,14 @@ def ties(
         scale: λ, 1 by default.
         shape: of the original weight; unused.
         whole: the counts over the whole model (`survey_ties`), for threshold "global".
-        weights: the factors that are folded into the updates already, for "weighted_mean"; 1 each by default.
+        folded: the weights that are folded into the updates already, for "weighted_mean".
 
     Cost: O(T N) time for N entries, three to four passes; memory one matrix beside the inputs.
     """
     if threshold == "tensor":
         whole = {"cuts": magnitude_cuts(lambda: [deltas], density), "majority": None}
     assert whole is not None
-    return elect_and_merge(deltas, whole["cuts"], whole["majority"], combine, weights).mul_(scale)
+    return elect_and_merge(deltas, whole["cuts"], whole["majority"], combine, folded).mul_(scale)
 
 
 def survey_ties(
@@ -80,9 +81,11 @@ def elect_and_merge(
     combine: Combine,
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """The merged entries for given thresholds. A `majority` of None is that of these matrices; `weights` are 1 by default."""
+    """The merged entries for given thresholds. A `majority` of None is these matrices'; "weighted_mean" needs `weights`."""
+    if combine == "weighted_mean" and weights is None:
+        raise MethodError("combine: weighted_mean needs the weights of the updates; give one each")
     merged = torch.empty_like(deltas[0])
-    factors = merged.new_tensor([1.0] * len(deltas) if weights is None else list(weights))[:, None, None]
+    factors = merged.new_tensor(list(weights or [1.0] * len(deltas)))[:, None, None]
     for rows in row_blocks(merged):
         trimmed = _trimmed(deltas, cuts, rows)  # (T, rows, in)
         elected = trimmed.sum(0).sign()

@@ -121,7 +121,7 @@ class Choices:
     def _mean_factor(self, name: str) -> float:
         """What multiplies the mean of the updates of a tensor that is averaged: λ / λ_auto, so that "auto" is the mean itself.
 
-        For `linear` it is α, which has no "auto".
+        For `linear` it is α, which has no "auto". Where weights divide the merge, they divide the mean.
         """
         _, rule = self.rules.get(name, ("", None))
         averages = rule is not None and rule.policy == "average"
@@ -129,7 +129,11 @@ class Choices:
         parameters = self._resolved(method, written, name)
         if "scale" not in parameters:
             return parameters.get("alpha", 1.0)
-        return parameters["scale"] / METHODS[method].automatic_scale(max(1, self._count(name)), parameters)
+        factor = parameters["scale"] / METHODS[method].automatic_scale(max(1, self._count(name)), parameters)
+        if parameters.get("combine") != "weighted_mean":
+            return factor
+        weights = [weight for weight in self._weights(name) if weight]
+        return factor * len(weights) / (fsum(weights) or 1.0)
 
     def _resolved(self, method: str, parameters: dict[str, Any], slot: str | None) -> dict[str, Any]:
         """Parameters with "auto" worked out, and those written by depth, by name or by model at the weight (as they are written

@@ -262,7 +262,11 @@ class Promises:
         method, parameters = self._resolved(slot, by_rule)
         if "scale" not in parameters:
             return float(parameters.get("alpha", 1.0))
-        return float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
+        factor = float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
+        if parameters.get("combine") == "weighted_mean":
+            weights = [weight for model in self.models if (weight := self._weight(model, slot))]
+            factor *= len(weights) / (math.fsum(weights) or 1.0)
+        return factor
 
     def _rule(self, slot: str) -> WeightRule | None:
         """The first of the recipe's rules that names a tensor."""
