@@ -259,6 +259,8 @@ def _read_linear(found: dict[str, Any], theirs: bool) -> None:
         found["base_model"] = found["models"][0].get("model")  # whose config and tokenizer the result has
         if "origin" in METHODS[method].parameters:
             found["parameters"].setdefault("origin", "zero")
+    if method == "karcher" and base and theirs and base not in [one.get("model") for one in found["models"]]:
+        found["models"] = [*found["models"], {"model": base}]  # one of the points there, listed or not
     if method != "linear" or found.get("target") or (base and not theirs):
         return
     names = [entry.get("model") for entry in found["models"]]

@@ -31,14 +31,21 @@ def one_line(planned: "Plan") -> str:
             f"{len(vocabulary.tokens)} tokens, {len(vocabulary.tokens.keys() - vocabulary.base.tokens.keys())} of which the base "
             "lacks: their rows are the mean of the models' that have them"
         )
-    if planned.recipe.weights == "shares":
-        parts.append("a model's weight is its share of the sum of all weights")
-    elif any(set(job.weights) - {None, 1.0} for job in planned.jobs):
-        parts.append("a model's weight is a factor of its update, never normalised")
+    if any(set(job.weights) - {None, 1.0} for job in planned.jobs):
+        parts.append(_said_of_weights(planned))
     if planned.base is None:
         parts.insert(1, f"{sum(job.kind == 'interpolate' for job in planned.jobs)} norms and biases too")
         parts.append("α is the weight of the donor, 0 = target unchanged")
     return " · ".join(parts)
+
+
+def _said_of_weights(planned: "Plan") -> str:
+    """What the models' weights are to the recipe's method."""
+    if planned.recipe.weights == "shares":
+        return "a model's weight is its share, of the sum of all"
+    if planned.parameters.get("combine") == "weighted_mean":
+        return "a model's weight is a factor of its update, whose merge is divided by the weights"
+    return "a model's weight is a factor of its update, never normalised"
 
 
 def _said_of_rules(planned: "Plan") -> list[str]:
