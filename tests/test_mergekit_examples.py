@@ -21,6 +21,7 @@ from modalloy import cli
 from modalloy.errors import RecipeError
 from modalloy.methods import METHODS
 from modalloy.methods.dare import drop
+from modalloy.methods.parameters import is_per_model, schema
 
 LAYERS = 4
 TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -156,10 +157,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "models": [entry("one", weight=0.75), entry("two", weight=0.5)],
             "merge_method": method,
             "base_model": "base",
-            "parameters": {"density": 0.5} if method.startswith("bread") else {},
             "dtype": "float32",
         }
-        for method in ("nuslerp", "multislerp", "breadcrumbs", "breadcrumbs_ties")
+        for method in ("nuslerp", "multislerp")
     },
     **{
         method: {
@@ -169,6 +169,20 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "dtype": "float32",
         }
         for method in ("model_stock", "sce", "ram")
+    },
+    **{
+        f"{method}, {normalize}": {
+            "models": [
+                entry("one", weight=0.75, density=0.5, gamma=0.02),
+                entry("two", weight=0.5, density=0.9, gamma=0.01),
+            ],
+            "merge_method": method,
+            "base_model": "base",
+            "parameters": {"normalize": normalize, "lambda": 0.5},
+            "dtype": "float32",
+        }
+        for method in ("breadcrumbs", "breadcrumbs_ties")
+        for normalize in (True, False)
     },
     "karcher": {
         "models": [entry("one"), entry("two")],
@@ -191,7 +205,18 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         for method, weights in (("karcher", {}), ("nuslerp", {"weight": 0.5}), ("multislerp", {"weight": 0.5}))
     },
 }
-COLLECTED = {name: one for name, one in EXAMPLES.items() if one["merge_method"] in METHODS}
+
+
+def is_to_be_had(recipe: dict[str, Any]) -> bool:
+    """Whether the catalogue has the method, and it takes for each model what models have of their own."""
+    if recipe["merge_method"] not in METHODS:
+        return False
+    known = schema(METHODS[recipe["merge_method"]].function)
+    own = {name for one in recipe.get("models", ()) for name in one.get("parameters", ())} - {"weight"}
+    return all(is_per_model(known[name][0]) for name in own)
+
+
+COLLECTED = {name: one for name, one in EXAMPLES.items() if is_to_be_had(one)}
 PICKS = ("arcee_fusion",)  # entries by a threshold, near which rounding decides
 TOLERANCE = {"model_stock": 1e-3, "karcher": 1e-3}  # of small angles in float32
 RANDOM = ("dare_ties",)  # masks: compared below
