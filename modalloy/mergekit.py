@@ -192,7 +192,8 @@ def _read_tokenizer(found: dict[str, Any]) -> None:
     tokenizer = found.get("tokenizer")
     if isinstance(tokenizer, Mapping):
         if tokenizer.get("tokens"):
-            token = shown(next(iter(tokenizer["tokens"])))
+            tokens = tokenizer["tokens"]
+            token = shown(next(iter(tokens)) if isinstance(tokens, Mapping) else tokens)
             raise RecipeError(
                 f"tokenizer.tokens: the row of {token} cannot be set here; a new token has the mean of the rows of those models "
                 "that have it: remove tokens"
@@ -277,7 +278,8 @@ def _read_linear(found: dict[str, Any], theirs: bool) -> None:
     if parameters.pop("normalize", True) is not False:
         found["weights"] = "shares"
         return
-    weights = [(entry.get("parameters") or {}).get("weight", 1.0) for entry in found["models"]]
+    given = [entry.get("parameters") for entry in found["models"]]
+    weights = [own.get("weight", 1.0) if isinstance(own, Mapping) else 1.0 for own in given]
     if not all(isinstance(one, (int, float)) for one in weights) or abs(sum(weights) - 1) > 1e-6:
         raise RecipeError(
             f"normalize: false: weights of {' + '.join(map(shown, weights))} give no mean of the models; let them sum to 1, "

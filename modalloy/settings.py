@@ -50,7 +50,11 @@ def joined(first: Any, then: Any) -> Any:
     """`first`, and for names that no filter of it matches `then`."""
     if first is None:
         return then
-    if then is None or not are_cases(first) or any(case.get("filter") in EVERYWHERE for case in first):
+    if (
+        then is None
+        or not are_cases(first)
+        or not all(is_case(one) and one.get("filter") not in EVERYWHERE for one in first)
+    ):
         return first
     return [*first, *cases_of(then)]
 

@@ -1,5 +1,6 @@
 """Recipes as people paste them from mergekit: what means something else here is refused, with what to write."""
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,32 @@ def test_what_means_the_same_is_read_as_it_is(pasted: dict[str, Any], ours: dict
     assert found[0] == found[1]
     kept = tmp_path / "pasted.yaml"
     assert modalloy.load_recipe(kept).to_yaml() == kept.read_text()
+
+
+VALUES: list[Any] = [
+    None, True, 0, 1, -2.5, "", "base", "one", "union", "linear", "ties", [], [0, 32], [0.1, 0.9], ["one"], {}, {"value": 1},
+    [{"filter": "mlp", "value": 1}, 3], [{"filter": ["mlp"], "value": [1]}], {"model": "one"}, [{"model": "one"}], [{"model": 7}],
+    [{"model": "one", "parameters": [1]}], [{"model": "one", "parameters": {"weight": [{"filter": "mlp", "value": 2}]}}],
+    [{"sources": [{"model": "one", "layer_range": [0, 2]}]}], [{"sources": 3}], {"default": {"models": 3}},
+    {"default": {"slices": [{"sources": []}]}}, {"weight": {}, "normalize": "yes"}, {"lambda": [], "rescale": 0, "density": {}},
+    {"source": 4}, {"tokens": 4}, {"tokens": {"a": None}}, {"source": "base", 4: 5},
+]  # fmt: skip
+PLACES = ("models", "slices", "modules", "parameters", "merge_method", "base_model", "dtype", "tokenizer", "tokenizer_source",
+          "chat_template", "output", "target")  # fmt: skip
+
+
+def test_whatever_stands_at_a_key_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    draw, path, read = random.Random(0), tmp_path / "recipe.yaml", 0
+    start = {"base_model": "base", "merge_method": "linear", "models": MODELS, "dtype": "float16"}
+    for _ in range(3000):
+        changes = {key: draw.choice(VALUES) for key in draw.sample(PLACES, draw.randint(1, 4))}
+        path.write_text(yaml.safe_dump(start | changes, sort_keys=False))
+        try:
+            assert modalloy.load_recipe(path).models
+            read += 1
+        except RecipeError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1500, changes
+    assert read > 5
 
 
 def test_a_recipe_without_a_key_of_mergekits_is_ours(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ Probability = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0)]
 Shares = Share | tuple[Share, ...]  # one for all specialists, or one for each of them
-Probabilities = Probability | tuple[Probability, ...]
 Rank = Annotated[int | float, "rank"]  # a whole number from 1; below 1 the share of the spectral energy to keep
 
 # what the caller gives a method beside its parameters, if its signature names it
