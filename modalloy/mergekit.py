@@ -262,7 +262,7 @@ def _read_linear(found: dict[str, Any], theirs: bool) -> None:
             found["parameters"].setdefault("origin", "zero")
     if method == "karcher" and base and theirs and base not in [one.get("model") for one in found["models"]]:
         found["models"] = [*found["models"], {"model": base}]  # one of the points there, listed or not
-    if method != "linear" or found.get("target") or (base and not theirs):
+    if method != "linear" or "alpha" in found["parameters"] or found.get("target") or (base and not theirs):
         return
     names = [entry.get("model") for entry in found["models"]]
     if not base:
@@ -351,7 +351,9 @@ def advice(content: Mapping[str, Any]) -> str | None:
     if method == "passthrough":
         return f"there is no passthrough here, which stacks layers; {STACKS}; stack layers with mergekit"
     if isinstance(method, str) and method not in METHODS:
-        return f"there is no {shown(method)[1:-1]} here; {nearest(method, METHODS)}"
+        near = nearest(method, METHODS)
+        found = "" if near.startswith("did you mean") else f": there is no {shown(method)[1:-1]} here"
+        return f"unknown merge method {shown(method)}{found}; {near}"
     if content.get("dtype") in HALF:
         return (
             f"dtype: {content['dtype']}: dtype is the type of the arithmetic; write out_dtype: {content['dtype']} for what is "

@@ -117,7 +117,7 @@ PASTED: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"normalize: false: weights of 1 \+ 1 give no mean of the models",
     ),
-    "an unknown method": ({"merge_method": "tiess"}, r"there is no tiess here; did you mean 'ties'\?"),
+    "an unknown method": ({"merge_method": "tiess"}, r"unknown merge method 'tiess'; did you mean 'ties'\?"),
     "passthrough": (
         {"merge_method": "passthrough"},
         r"there is no passthrough here, which stacks layers; .*with mergekit",
