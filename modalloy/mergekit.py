@@ -351,9 +351,8 @@ def advice(content: Mapping[str, Any]) -> str | None:
     if method == "passthrough":
         return f"there is no passthrough here, which stacks layers; {STACKS}; stack layers with mergekit"
     if isinstance(method, str) and method not in METHODS:
-        near = nearest(method, METHODS)
-        found = "" if near.startswith("did you mean") else f": there is no {shown(method)[1:-1]} here"
-        return f"unknown merge method {shown(method)}{found}; {near}"
+        name = shown(method)
+        return f"there is no {name[1:-1]} here: unknown merge method {name}; {nearest(method, METHODS)}"
     if content.get("dtype") in HALF:
         return (
             f"dtype: {content['dtype']}: dtype is the type of the arithmetic; write out_dtype: {content['dtype']} for what is "
