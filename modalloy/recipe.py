@@ -22,8 +22,10 @@ from modalloy.errors import CheckpointError, RecipeError, cut, shown
 from modalloy.forms import AUTO, FORMS, Form, known_form
 from modalloy.methods import METHODS
 from modalloy.methods.apply import check_method
+from modalloy.methods.parameters import is_per_model, schema
 from modalloy.names import modality_name
 from modalloy.senses.encoders import modalities
+from modalloy.settings import joined, numbers
 from modalloy.storage.folder import read_bytes
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
@@ -48,25 +50,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _numbers(value: Any) -> Any:
-    """A finite number, or a list of them over the depth of the model."""
-    several = isinstance(value, (list, tuple))
-    for number in value if several else [value]:
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not -1e30 < number < 1e30:
-            raise ValueError(
-                f"{shown(number)} is not a finite number; write for example 0.5, or [0.2, 0.8] over the depth"
-            )
-    if several and not value:
-        raise ValueError("an empty list; give one value, or one or more over the depth of the model")
-    return tuple(float(number) for number in value) if several else float(value)
-
-
 class SpecialistParameters(_Strict):
     """Per-specialist parameters: the factor of its text update, applied first of all (a list goes over the depth of the
-    model), and its Fisher file, for methods that weigh by it."""
+    model, entries {filter, value} are for the names that hold the filter), its Fisher file, for methods that weigh by it, and
+    parameters of the method that may differ between specialists (`density`)."""
 
-    weight: Annotated[float | tuple[float, ...], BeforeValidator(_numbers)] = 1.0
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    weight: Annotated[float | tuple[float, ...] | tuple[dict[str, Any], ...], BeforeValidator(numbers)] = 1.0
     fisher: str | None = None
+
+    @property
+    def of_method(self) -> dict[str, Any]:
+        """The method's parameters that this specialist has of its own."""
+        return dict(self.model_extra or {})
 
 
 class OwnRank(_Strict):
@@ -151,16 +148,24 @@ class Recipe(_Strict):
     `out_dtype` another spelling of `output.dtype`. `target` is the model whose architecture is kept, and `models` are then
     donors of other architectures, which `linear` needs no base for; `vocabulary` says whether their tokens are the
     target's: `auto` merges rows of embeddings where the tokenizers are the same, `by_token` those of equal token strings.
+    Without a target, `vocabulary: union` gives the result every model's tokens, and `tokenizer` that model's; a row is the
+    base's where it has the token, else the mean of those that have it.
+    `weights` are factors as they are, or `shares`, each divided by the sum of all that are listed. `outside_layers` is what a
+    list over the depth gives for tensors in no layer, `layers` how many the models must have.
     """
 
     base_model: str = ""
     target: str | None = None
-    vocabulary: Literal["auto", "same", "keep", "by_token"] = "auto"
+    vocabulary: Literal["auto", "same", "keep", "by_token", "union"] = "auto"
+    tokenizer: str | None = None
     merge_method: str = "ssam"
     parameters: dict[str, Any] = Field(default_factory=dict)
     models: tuple[SpecialistEntry, ...] = Field(min_length=1)
     modules: dict[str, WeightRule] = Field(default_factory=dict, max_length=MAX_PATTERNS)
     ignore: tuple[str, ...] = Field(default=(), max_length=MAX_PATTERNS)
+    weights: Literal["factors", "shares"] = "factors"
+    outside_layers: Literal["refuse", "first"] = "refuse"
+    layers: Annotated[int, Field(strict=True, ge=1)] | None = None
     missing: Literal["refuse", "zero"] = "refuse"
     towers: Literal["merge", "keep"] = "merge"
     dtype: Literal["float32", "float64"] = "float32"
@@ -177,6 +182,7 @@ class Recipe(_Strict):
                 check_method(rule.merge_method or self.merge_method, rule.parameters, gradients=True)
             except RecipeError as error:
                 raise RecipeError(f"modules.{pattern}: {error}") from error
+        self._check_of_models()
         if self.out_dtype is not None and self.output.dtype not in ("auto", self.out_dtype):
             raise ValueError(
                 f"out_dtype {self.out_dtype} contradicts output.dtype {self.output.dtype}; write one of them"
@@ -184,7 +190,7 @@ class Recipe(_Strict):
         if self.target is None:
             if not self.base_model:
                 raise ValueError("the key 'base_model' is missing; add it")
-            if self.vocabulary != "auto":
+            if self.vocabulary not in ("auto", "union"):
                 raise ValueError(f"vocabulary: {self.vocabulary} is of merges with a target: add it, or remove the key")
             for rule in self.modules.values():
                 if rule.policy in ("take_source", "error"):
@@ -204,8 +210,36 @@ class Recipe(_Strict):
             )
         return self
 
+    def _check_of_models(self) -> None:
+        """What models have of their own must be what the method takes for each."""
+        known = schema(METHODS[self.merge_method].function)
+        for index, entry in enumerate(self.models):
+            for name, value in entry.parameters.of_method.items():
+                place = f"models.{index}.parameters"
+                if name not in known:
+                    raise RecipeError(_unknown_key(("models", index, "parameters"), name))
+                if not is_per_model(known[name][0]):
+                    raise RecipeError(
+                        f"{place}.{name}: {self.merge_method} takes one {name} for all models; write {name} once, under the "
+                        f"recipe's own parameters: {{{name}: …}}"
+                    )
+                if self.target is not None:
+                    raise RecipeError(f"{place}.{name}: a merge with a target takes one for all models; write it once")
+                try:
+                    check_method(self.merge_method, {name: value}, gradients=True)
+                except RecipeError as error:
+                    raise RecipeError(f"{place}.{error}") from error
+        if self.vocabulary == "union" and self.tokenizer is not None:
+            raise ValueError("vocabulary: union and tokenizer: are two answers to one question; write one of them")
+        if self.tokenizer is not None and self.tokenizer not in (self.base_model, *(one.model for one in self.models)):
+            raise ValueError(
+                f"tokenizer: {shown(self.tokenizer)} is none of the models; write base_model's name, or one of models:"
+            )
+
     def _check_target(self) -> None:
         """What a merge across architectures cannot have."""
+        if self.vocabulary == "union" or self.tokenizer is not None:
+            raise ValueError("a target keeps its own vocabulary: write vocabulary: by_token, or remove target")
         methods = {self.merge_method, *(rule.merge_method for rule in self.modules.values() if rule.merge_method)}
         for method in sorted(methods):
             if self.base_model and method == "linear":
@@ -231,6 +265,26 @@ class Recipe(_Strict):
             raise ValueError("donors have no modality or encoder, the target keeps its own; remove these keys")
         if any(entry.parameters.fisher for entry in self.models):
             raise ValueError("no method weighs donors of other architectures by Fisher files; remove parameters.fisher")
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The method's parameters; those that models have of their own as a tuple, one for each model (None: the method's)."""
+        names = dict.fromkeys(name for entry in self.models for name in entry.parameters.of_method)
+        own = (
+            tuple(joined(e.parameters.of_method.get(name), self.parameters.get(name)) for e in self.models)
+            for name in names
+        )
+        return self.parameters | dict(zip(names, own, strict=True))
+
+    @property
+    def has_own_vocabulary(self) -> bool:
+        """Whether the result has other tokens than its base."""
+        return self.vocabulary == "union" or self.tokenizer not in (None, self.base_model)
+
+    @property
+    def tokenizer_index(self) -> int | None:
+        """Which of the models has the tokenizer of the result; None for the base's, or all models'."""
+        return next((index for index, entry in enumerate(self.models) if entry.model == self.tokenizer), None)
 
     @property
     def start(self) -> str:
@@ -307,7 +361,10 @@ def load_recipe(path: str | Path) -> Recipe:
     for key in ("folder", "text"):
         if key in content:
             raise RecipeError(f"{path}: {_unknown_key((), key)}")
-    content = mergekit.translated(content)
+    try:
+        content = mergekit.translated(content)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
     try:
         recipe = Recipe(**content, folder=path.parent, text=text)
     except ValidationError as error:

@@ -266,3 +266,33 @@ def _roundoff(dtype: torch.dtype) -> float:
 
 def _ratio(distance: float, size: float) -> float:
     return distance / size if size else distance
+
+
+def is_survey(told: dict[str, Any], n: int) -> bool:
+    """Whether it can be what a method counted over the whole of `n` models: a number for each, and a sign."""
+    if told.keys() == {"weights"}:
+        return _are_numbers(told["weights"], n) and sum(told["weights"]) <= 1 + COMPUTED
+    majority = told.get("majority")
+    return (
+        told.keys() == {"cuts", "majority"}
+        and _are_numbers(told["cuts"], n)
+        and type(majority) is int
+        and majority in (-1, 0, 1)
+    )
+
+
+def _are_numbers(values: Any, n: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == n
+        and all(type(value) is float and 0 <= value < float("inf") for value in values)
+    )
+
+
+def alike(wanted: Any, told: Any) -> bool:
+    """Whether two surveys are the same to rounding."""
+    if isinstance(wanted, dict):
+        return wanted.keys() == told.keys() and all(alike(wanted[key], told[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(wanted) == len(told) and all(map(_alike, wanted, told))
+    return bool(abs(wanted - told) <= COMPUTED * abs(wanted))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modalloy.names import disk_name
 from modalloy.recipe import Recipe
+from modalloy.settings import is_zero
 from modalloy.specialists.full import decoder_name, place_in_base
 from modalloy.specialists.native import is_native, open_native, place_native
 from modalloy.specialists.peft import alphas_of, open_peft
@@ -31,7 +32,7 @@ class Model:
     """One of the recipe's models, understood by the names of its tensors: what it updates, and what it carries."""
 
     def __init__(self, label: str, folder: Path, recipe: Recipe, index: int, base: Checkpoint) -> None:
-        self.label, self.entry, self.folder = label, recipe.models[index], folder
+        self.label, self.entry, self.folder, self.index = label, recipe.models[index], folder, index
         name = self.entry.parameters.fisher
         self.fisher = None if name is None else WeightFile(recipe.folder / Path(name).expanduser())
         self.tuned: dict[str, TensorRef] = {}
@@ -151,8 +152,7 @@ class Model:
     @property
     def is_weighed(self) -> bool:
         """Whether its weight is not 0 everywhere."""
-        weight = self.entry.parameters.weight
-        return any(weight if isinstance(weight, tuple) else (weight,))
+        return not is_zero(self.entry.parameters.weight)
 
     def has(self, slot: str) -> bool:
         """Whether it has an update, or a copy, of a tensor of the base."""

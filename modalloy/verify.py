@@ -39,11 +39,12 @@ from modalloy.promise.across import promises_across
 from modalloy.promise.promise import Promise
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import (
-    COMPUTED,
     SAMPLED,
     SMALL_BYTES,
+    alike,
     codes_error,
     factors_error,
+    is_survey,
     parts_of,
     same_bits,
     spread,
@@ -311,13 +312,13 @@ class _Check:
             odd = next(iter(told.keys() ^ groups.keys()))
             raise self._odd(f"surveys: {odd[:200]}", "is there" if odd in told else "is missing")
         for group, promised in groups.items():
-            if not _is_survey(told[group], len(promised[0].updates)):
+            if not is_survey(told[group], len(promised[0].updates)):
                 raise self._odd(f"surveys: {group[:200]}", f"is {told[group]!r:.80}, which no model gives")
             if full:
                 with one_thread():
                     model = partial(map, self._slot_and_updates, promised)
                     wanted = survey_model(promised[0].method, model, promised[0].parameters) or {}
-                if not _alike(wanted, told[group]):
+                if not alike(wanted, told[group]):
                     raise self._odd(
                         f"surveys: {group[:200]}", f"is {told[group]!r:.80}, but the inputs give {wanted!r:.80}"
                     )
@@ -340,36 +341,6 @@ class _Check:
 
     def _odd(self, place: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self.folder / MANIFEST}: {place} {what}; merge again")
-
-
-def _is_survey(told: dict[str, Any], n: int) -> bool:
-    """Whether it can be what a method counted over the whole of `n` models: a number for each, and a sign."""
-    if told.keys() == {"weights"}:
-        return _are_numbers(told["weights"], n) and sum(told["weights"]) <= 1 + COMPUTED
-    majority = told.get("majority")
-    return (
-        told.keys() == {"cuts", "majority"}
-        and _are_numbers(told["cuts"], n)
-        and type(majority) is int
-        and majority in (-1, 0, 1)
-    )
-
-
-def _are_numbers(values: Any, n: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == n
-        and all(type(value) is float and 0 <= value < float("inf") for value in values)
-    )
-
-
-def _alike(wanted: Any, told: Any) -> bool:
-    """Whether two surveys are the same to rounding."""
-    if isinstance(wanted, dict):
-        return wanted.keys() == told.keys() and all(_alike(wanted[key], told[key]) for key in wanted)
-    if isinstance(wanted, list):
-        return len(wanted) == len(told) and all(map(_alike, wanted, told))
-    return bool(abs(wanted - told) <= COMPUTED * abs(wanted))
 
 
 def _entries(promise: Promise) -> int:
@@ -397,10 +368,13 @@ def _at(recipe: Recipe, places: Sources) -> Recipe:
         )
     ]
     starts = {key: str(place) for key, place in places.starts.items()}
-    output = recipe.output
+    output, index = recipe.output, recipe.tokenizer_index
+    if recipe.tokenizer is not None:
+        starts["tokenizer"] = starts["base_model"] if index is None else str(places.models[index])
     found = Recipe(**recipe.model_dump() | starts | {"models": entries})
-    if output.chat_template not in ("auto", "base"):  # a label, which the place on this machine may have changed
-        of = dict(zip(labels(recipe), labels(found), strict=True)).get(output.chat_template, output.chat_template)
+    template = output.chat_template
+    if template not in ("auto", "base") and "{" not in template:  # a label, which the place here may have changed
+        of = dict(zip(labels(recipe), labels(found), strict=True)).get(template, template)
         found = found.model_copy(update={"output": output.model_copy(update={"chat_template": of})})
     return found
 

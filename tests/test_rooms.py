@@ -11,11 +11,11 @@ import modalloy
 
 PACKAGE = Path(modalloy.__file__).parent
 FLOORS = [
-    {"_moved", "_version", "errors", "names", "machine", "mergekit", "report"},
-    {"files", "forms", "linalg", "yaml_text"},
+    {"_moved", "_version", "errors", "names", "machine", "report"},
+    {"files", "forms", "linalg", "settings", "yaml_text"},
     {"builtin", "delta"},
     {"methods", "storage"},
-    {"families", "recompute", "senses"},
+    {"families", "mergekit", "recompute", "senses"},
     {"encoders", "media", "recipe", "specialists"},
     {"planning", "updates"},
     {"engines", "outputs", "promise"},

@@ -239,10 +239,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "weight infinite": ({"weight": [1, math.inf]}, r"models\.0\.parameters\.weight: inf is not a finite number"),
     "dtype": ({"dtype": "bf16"}, r"dtype: .*'float32' or 'float64'.*found 'bf16'"),
-    "dtype of the weights": (
-        {"dtype": "bfloat16", "out_dtype": "float32"},
-        r"dtype: bfloat16: .*\(float32 or float64\); .* write out_dtype: bfloat16",
-    ),
     "out_dtype": ({"out_dtype": "bf16"}, r"out_dtype: .*'float32', 'bfloat16' or 'float16'.*found 'bf16'"),
     "two types": (
         {"out_dtype": "float16", "output": {"form": "full", "dtype": "bfloat16"}},

@@ -96,7 +96,7 @@ class SpecialistFacts:
     modality: str | None
     layout: str
     rank: int | None
-    weight: float | tuple[float, ...]  # several: over the depth
+    weight: float | tuple[Any, ...]  # several: over the depth, or by name
     norm: float
 
 

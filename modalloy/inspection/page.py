@@ -70,7 +70,14 @@ def _facts(inspection: Inspection) -> str:
     items = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     head = ["specialist", "modality", "layout", "LoRA rank", "weight", "norm over all weights"]
     rows = [
-        [s.label, s.modality or "–", s.layout, str(s.rank or "–"), f"{s.weight:g}", f"{s.norm:.4g}"]
+        [
+            s.label,
+            s.modality or "–",
+            s.layout,
+            str(s.rank or "–"),
+            f"{s.weight:g}" if isinstance(s.weight, float) else "several",
+            f"{s.norm:.4g}",
+        ]
         for s in inspection.specialists
     ]
     return f"<dl>{items}</dl>{table(head, rows)}"

@@ -11,6 +11,7 @@ from modalloy.errors import MethodError, RecipeError, nearest, shown
 from modalloy.linalg import require_finite
 from modalloy.methods import METHODS
 from modalloy.methods.parameters import check_value, parse_rank, schema
+from modalloy.settings import are_cases, check_cases
 
 DENSE_RANK = 128  # `rank: auto` when no specialist is low-rank (the paper's k)
 
@@ -78,7 +79,8 @@ def apply(
 ) -> Delta:
     """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is.
 
-    It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too.
+    It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too. `weights` are folded
+    into the updates already.
     """
     entry = METHODS[method]
     if wrong := entry.wrong_number(len(deltas)):
@@ -87,6 +89,7 @@ def apply(
     given: dict[str, Any] = {"shape": shape, "slot": slot, "fishers": fishers, "whole": whole}
     given["base"] = _checked_base(method, base, shape).to(dtype) if entry.base(parameters) else None
     given["weights"] = [1.0] * len(deltas) if weights is None else list(weights)
+    given["folded"] = given["weights"]
     arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
     if entry.takes("fishers"):
         _check_fishers(method, fishers, len(deltas), shape)
@@ -137,7 +140,7 @@ def survey_model(
 
 
 def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = False) -> None:
-    """Refuse an unknown method or parameter, and values out of range. With `gradients`, a list of numbers over depth is a value."""
+    """Refuse an unknown method or parameter, and values out of range. With `gradients`, a list over depth or by name is a value."""
     if method not in METHODS:
         raise RecipeError(f"unknown merge method '{method}'; {nearest(method, METHODS)}")
     known = schema(METHODS[method].function)
@@ -146,6 +149,11 @@ def check_method(method: str, parameters: dict[str, Any], *, gradients: bool = F
             raise RecipeError(f"method '{method}' has no parameter '{name}'; {nearest(name, known)}")
         if gradients and isinstance(value, list) and not value:
             raise RecipeError(f"{name}: an empty list; give one value, or one or more over the depth of the model")
+        if gradients and are_cases(value):
+            check_cases(name, value)
+            for case in value:
+                check_method(method, {name: case["value"]}, gradients=True)
+            continue
         several = gradients and isinstance(value, list)
         for single in value if several else [value]:
             check_value(name, single, *known[name])

@@ -1,6 +1,7 @@
 """Model Breadcrumbs (Davari and Belilovsky, ECCV 2024, arXiv 2312.06795): drop the outliers and the small entries."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from modalloy.methods.entries import absolute_sum, magnitude_cuts, norm_factor, row_blocks
 from modalloy.methods.method import ENTRY_LAWS, Method, always
-from modalloy.methods.parameters import Number, Probability, Share
+from modalloy.methods.parameters import Number, Probabilities, Shares, each
 from modalloy.methods.ties import Combine, elect_and_merge
 
 Rescale = Literal["none", "norm"]
@@ -17,8 +18,8 @@ Rescale = Literal["none", "norm"]
 def breadcrumbs(
     deltas: list[Tensor],
     *,
-    density: Share = 0.9,
-    gamma: Probability = 0.01,
+    density: Shares = 0.9,
+    gamma: Probabilities = 0.01,
     rescale: Rescale = "none",
     scale: Number,
     shape: tuple[int, int],
@@ -48,12 +49,13 @@ def breadcrumbs(
 def breadcrumbs_ties(
     deltas: list[Tensor],
     *,
-    density: Share = 0.9,
-    gamma: Probability = 0.01,
+    density: Shares = 0.9,
+    gamma: Probabilities = 0.01,
     rescale: Rescale = "none",
     combine: Combine = "sum",
     scale: Number,
     shape: tuple[int, int],
+    folded: Sequence[float] | None = None,
 ) -> Tensor:
     """λ times what breadcrumbs leaves of every update, merged where it has the elected sign (see ties).
 
@@ -66,6 +68,7 @@ def breadcrumbs_ties(
             here), "mean" (normalize: true) or "max".
         scale: λ, 1 by default.
         shape: of the original weight; unused.
+        folded: the weights that are folded into the updates already, for "weighted_mean".
 
     Cost: that of breadcrumbs and of ties; memory T + 1 matrices beside the inputs.
     """
@@ -74,18 +77,22 @@ def breadcrumbs_ties(
         left.append(torch.empty_like(D))
         for rows in row_blocks(D):
             left[-1][rows] = factor * _between(D[rows], low, high)
-    return elect_and_merge(left, [0.0] * len(left), None, combine).mul_(scale)
+    return elect_and_merge(left, [0.0] * len(left), None, combine, folded).mul_(scale)
 
 
 def _bands(
-    deltas: list[Tensor], density: float, gamma: float, rescale: Rescale
+    deltas: list[Tensor], density: Shares, gamma: Probabilities, rescale: Rescale
 ) -> list[tuple[Tensor, tuple[float, float], float]]:
     """Every update with the least and the largest magnitude that stay, and what it is multiplied by."""
     n = deltas[0].numel()
-    kept = max(1, round(density * n))
-    outliers = max(0, min(round(gamma * n), n - kept))
-    lows = magnitude_cuts(lambda: [deltas], (outliers + kept) / max(1, n))
-    highs = magnitude_cuts(lambda: [deltas], (outliers + 1) / n) if outliers else [math.inf] * len(deltas)
+    kept = [max(1, round(share * n)) for share in each(density, len(deltas))]
+    shares = zip(kept, each(gamma, len(deltas)), strict=True)
+    outliers = [max(0, min(round(share * n), n - one)) for one, share in shares]
+    lows = magnitude_cuts(
+        lambda: [deltas], [(one + left) / max(1, n) for one, left in zip(kept, outliers, strict=True)]
+    )
+    cuts = magnitude_cuts(lambda: [deltas], [(one + 1) / n for one in outliers]) if any(outliers) else lows
+    highs = [cut if one else math.inf for cut, one in zip(cuts, outliers, strict=True)]
     found = []
     for D, band in zip(deltas, zip(lows, highs, strict=True), strict=True):
         factor = 1.0

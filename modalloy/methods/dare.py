@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modalloy.methods.method import MASK_LAWS, Method, always, is_global
-from modalloy.methods.parameters import Number, Seed, Share
+from modalloy.methods.parameters import Number, Seed, Share, Shares, each
 from modalloy.methods.ties import Combine, Threshold, survey_ties, ties
 
 TILE_ROWS = 128  # part of what defines the masks: another value gives other masks
@@ -19,7 +19,7 @@ TILE_ROWS = 128  # part of what defines the masks: another value gives other mas
 def dare_linear(
     deltas: list[Tensor],
     *,
-    density: Share = 0.8,
+    density: Shares = 0.8,
     seed: Seed = 42,
     scale: Number,
     shape: tuple[int, int],
@@ -32,8 +32,8 @@ def dare_linear(
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        density: share of the entries that is kept, 1 − the paper's drop rate p. The paper goes down to 0.1 and, for
-            large models, 0.01; others drop 0.1 to 0.5.
+        density: share of the entries that is kept, one or one for each specialist, 1 − the paper's drop rate p. The paper goes
+            down to 0.1 and, for large models, 0.01; others drop 0.1 to 0.5.
         seed: of the masks.
         scale: λ, 1 by default.
         shape: of the original weight; unused.
@@ -42,16 +42,16 @@ def dare_linear(
     Cost: O(T N) for N entries, one random 32-bit number each; memory one matrix beside the inputs.
     """
     merged = torch.zeros_like(deltas[0])
-    for index, D in enumerate(deltas):
+    for index, (D, share) in enumerate(zip(deltas, each(density, len(deltas)), strict=True)):
         for tile, rows in enumerate(merged.split(TILE_ROWS)):
-            rows += drop_tile(D, density, seed, index, slot, tile)
+            rows += drop_tile(D, share, seed, index, slot, tile)
     return merged.mul_(scale)
 
 
 def dare_ties(
     deltas: list[Tensor],
     *,
-    density: Share = 0.8,
+    density: Shares = 0.8,
     seed: Seed = 42,
     trim_density: Share = 0.2,
     threshold: Threshold = "tensor",
@@ -60,34 +60,42 @@ def dare_ties(
     shape: tuple[int, int],
     slot: str = "",
     whole: dict[str, Any] | None = None,
+    folded: Sequence[float] | None = None,
 ) -> Tensor:
     """TIES of the updates m_i ∘ D_i / density that DARE leaves.
 
     Args:
         deltas: one matrix (out, in) per specialist, scaling folded in.
-        density: share of the entries that DARE keeps, 1 − the paper's drop rate p.
+        density: share of the entries that DARE keeps, one or one for each specialist, 1 − the paper's drop rate p.
         seed: of the masks.
         trim_density: share of all entries, dropped ones included, that survive the trimming of TIES; when it is above
             `density` nothing more is trimmed. 1 gives what other codebases call dare_ties without trimming.
         threshold: what the largest entries are counted over, "tensor" or "global" (see ties).
-        combine: the merged magnitude of the entries that agree in sign: "mean", "sum" or "max".
+        combine: the merged magnitude of the entries that agree in sign: "mean", "sum", "max" or "weighted_mean" (see ties).
         scale: λ, 1 by default.
         shape: of the original weight; unused.
         slot: name of the weight.
         whole: the counts over the whole model, for threshold "global".
+        folded: the weights that are folded into the updates already, for "weighted_mean".
 
     Cost: that of dare_linear and ties; memory T + 1 matrices beside the inputs.
     """
-    dropped = [drop(D, density, seed, index, slot) for index, D in enumerate(deltas)]
     return ties(
-        dropped, density=trim_density, threshold=threshold, combine=combine, scale=scale, shape=shape, whole=whole
+        _dropped(deltas, density, seed, slot),
+        density=trim_density,
+        threshold=threshold,
+        combine=combine,
+        scale=scale,
+        shape=shape,
+        whole=whole,
+        folded=folded,
     )
 
 
 def survey_dare_ties(
     model: Callable[[], Iterable[tuple[str, list[Tensor]]]],
     *,
-    density: float,
+    density: Shares,
     seed: int,
     trim_density: float,
     **_: Any,
@@ -96,9 +104,15 @@ def survey_dare_ties(
 
     def left() -> Iterable[tuple[str, list[Tensor]]]:
         for slot, deltas in model():
-            yield slot, [drop(D, density, seed, index, slot) for index, D in enumerate(deltas)]
+            yield slot, _dropped(deltas, density, seed, slot)
 
     return survey_ties(left, density=trim_density)
+
+
+def _dropped(deltas: list[Tensor], density: Shares, seed: int, slot: str) -> list[Tensor]:
+    """What DARE leaves of every update."""
+    shares = each(density, len(deltas))
+    return [drop(D, share, seed, index, slot) for index, (D, share) in enumerate(zip(deltas, shares, strict=True))]
 
 
 def drop(delta: Tensor, density: float, seed: int, model: int, slot: str) -> Tensor:

@@ -1,5 +1,6 @@
 """DELLA (Deep et al., arXiv 2406.11617): drop entries at random, the small ones of every row more often than the large."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from modalloy.methods.dare import TILE_ROWS, random_numbers
 from modalloy.methods.entries import absolute_sum, norm_factor, row_blocks
 from modalloy.methods.method import MASK_LAWS, Method, always
-from modalloy.methods.parameters import Number, Probability, Seed, Share
+from modalloy.methods.parameters import Number, Probabilities, Seed, Shares, each
 from modalloy.methods.ties import Combine, elect_and_merge
 
 Rescale = Literal["norm", "probability", "none"]
@@ -18,8 +19,8 @@ Rescale = Literal["norm", "probability", "none"]
 def della_linear(
     deltas: list[Tensor],
     *,
-    density: Share = 0.8,
-    epsilon: Probability = 0.15,
+    density: Shares = 0.8,
+    epsilon: Probabilities = 0.15,
     rescale: Rescale = "norm",
     seed: Seed = 42,
     scale: Number,
@@ -47,22 +48,23 @@ def della_linear(
     Cost: O(T N log in) for N entries, whose rows are sorted; memory two matrices beside the inputs.
     """
     merged = torch.zeros_like(deltas[0])
-    for index, D in enumerate(deltas):
-        merged += prune(D, density, epsilon, rescale, seed, index, slot)
+    for index, (D, mean, half) in enumerate(_with_chances(deltas, density, epsilon)):
+        merged += prune(D, mean, half, rescale, seed, index, slot)
     return merged.mul_(scale)
 
 
 def della(
     deltas: list[Tensor],
     *,
-    density: Share = 0.8,
-    epsilon: Probability = 0.15,
+    density: Shares = 0.8,
+    epsilon: Probabilities = 0.15,
     rescale: Rescale = "norm",
     seed: Seed = 42,
     combine: Combine = "mean",
     scale: Number,
     shape: tuple[int, int],
     slot: str = "",
+    folded: Sequence[float] | None = None,
 ) -> Tensor:
     """The entries c_i m_i ∘ D_i that DELLA leaves (see della_linear), merged where they have the elected sign (see ties).
 
@@ -77,11 +79,20 @@ def della(
         scale: λ, 1 by default.
         shape: of the original weight; unused.
         slot: name of the weight.
+        folded: the weights that are folded into the updates already, for "weighted_mean".
 
     Cost: that of della_linear and of ties; memory T + 1 matrices beside the inputs.
     """
-    pruned = [prune(D, density, epsilon, rescale, seed, index, slot) for index, D in enumerate(deltas)]
-    return elect_and_merge(pruned, [0.0] * len(pruned), None, combine).mul_(scale)
+    entries = enumerate(_with_chances(deltas, density, epsilon))
+    pruned = [prune(D, mean, half, rescale, seed, index, slot) for index, (D, mean, half) in entries]
+    return elect_and_merge(pruned, [0.0] * len(pruned), None, combine, folded).mul_(scale)
+
+
+def _with_chances(
+    deltas: list[Tensor], density: Shares, epsilon: Probabilities
+) -> Iterator[tuple[Tensor, float, float]]:
+    """Every update with its density and its epsilon."""
+    yield from zip(deltas, each(density, len(deltas)), each(epsilon, len(deltas)), strict=True)
 
 
 def prune(delta: Tensor, density: float, epsilon: float, rescale: Rescale, seed: int, model: int, slot: str) -> Tensor:
@@ -112,13 +123,15 @@ def ranks_of(magnitudes: Tensor) -> Tensor:
 
 def conflict(parameters: dict[str, Any]) -> str:
     """One line where density and epsilon give no probabilities."""
-    density, epsilon = parameters["density"], parameters["epsilon"]
-    if density == 1 or epsilon < min(density, 1 - density):
-        return ""
-    return (
-        f"epsilon: {epsilon:g} is out of range for density: {density:g}; entries are kept with probability density ± epsilon, "
-        f"which must lie between 0 and 1: write epsilon below {min(density, 1 - density):g}"
-    )
+    several = [len(parameters[name]) for name in ("density", "epsilon") if isinstance(parameters[name], tuple)]
+    pairs = (each(parameters[name], max(several, default=1)) for name in ("density", "epsilon"))
+    for density, epsilon in zip(*pairs, strict=True):
+        if density != 1 and epsilon >= min(density, 1 - density):
+            return (
+                f"epsilon: {epsilon:g} is out of range for density: {density:g}; entries are kept with probability density ± "
+                f"epsilon, which must lie between 0 and 1: write epsilon below {min(density, 1 - density):g}"
+            )
+    return ""
 
 
 DELLA_LINEAR = Method(della_linear, "dense", "arXiv 2406.11617", MASK_LAWS, conflict=conflict)

@@ -1,9 +1,11 @@
 """What the methods that work on single entries share: blocks of rows, and the exact k-th largest magnitude."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from modalloy.methods.parameters import each
 
 BLOCK_ENTRIES = 1 << 18  # of one matrix handled at once: temporaries stay small and near the processor
 DIGIT_BITS = 16
@@ -16,7 +18,7 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def magnitude_cuts(
-    model: Callable[[], Iterable[list[Tensor]]], density: float, dtype: torch.dtype = torch.float32
+    model: Callable[[], Iterable[list[Tensor]]], density: float | Sequence[float], dtype: torch.dtype = torch.float32
 ) -> list[float]:
     """For every specialist, the magnitude of its max(1, round(density · N))-th largest entry, N entries in all.
 
@@ -25,7 +27,7 @@ def magnitude_cuts(
 
     Args:
         model: gives one list of matrices (one per specialist) per weight; called once per pass.
-        density: share of the entries that are at least as large as the cut.
+        density: share of the entries that are at least as large as the cut, one or one for each specialist.
         dtype: in which the entries are compared; when a wider matrix turns up, everything is compared in its type.
 
     Cost: two passes over the entries in float32, four in float64; memory O(2¹⁶) per specialist.
@@ -45,7 +47,8 @@ def magnitude_cuts(
                     if found:
                         patterns = patterns[(patterns >> (shift + DIGIT_BITS)) == found[index]]
                     count += torch.bincount((patterns >> shift) & ((1 << DIGIT_BITS) - 1), minlength=len(count))
-        missing = missing or [max(1, round(density * int(count.sum()))) for count in counts]
+        shares = each(density, len(counts))
+        missing = missing or [max(1, round(share * int(n.sum()))) for share, n in zip(shares, counts, strict=True)]
         digits = []
         for index, count in enumerate(counts):
             at_least = count.flip(0).cumsum(0).flip(0)  # entries whose digit is this one or larger

@@ -3,7 +3,7 @@
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -19,10 +19,12 @@ Probability = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Switch = Annotated[bool, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seed = Annotated[int, Field(strict=True, ge=0)]
+Shares = Share | tuple[Share, ...]  # one for all specialists, or one for each of them
+Probabilities = Probability | tuple[Probability, ...]
 Rank = Annotated[int | float, "rank"]  # a whole number from 1; below 1 the share of the spectral energy to keep
 
 # what the caller gives a method beside its parameters, if its signature names it
-GIVEN = ("shape", "slot", "fishers", "whole", "base", "weights")
+GIVEN = ("shape", "slot", "fishers", "whole", "base", "weights", "folded")
 
 
 def schema(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
@@ -49,12 +51,26 @@ def is_whole(annotation: Any) -> bool:
     return annotation is Rank or typing.get_args(annotation)[:1] == (int,)
 
 
+def is_per_model(annotation: Any) -> bool:
+    """Whether an annotation allows one value for each specialist, beside one for all."""
+    return any(typing.get_origin(one) is tuple for one in typing.get_args(annotation))
+
+
+def each(value: float | Sequence[float], n: int) -> list[float]:
+    """One value for each of n specialists, of one for all or of as many."""
+    return [float(one) for one in value] if isinstance(value, (list, tuple)) else [float(value)] * n  # type: ignore[arg-type]
+
+
 def check_value(name: str, value: Any, annotation: Any, default: Any) -> None:
     """Refuse a value that its annotation does not allow."""
     if value == "auto" and default == "auto":
         return
     if annotation is Rank:
         parse_rank(value)
+        return
+    if is_per_model(annotation):
+        for one in value if isinstance(value, tuple) else [value]:
+            check_value(name, one, typing.get_args(annotation)[0], default)
         return
     try:
         TypeAdapter(annotation).validate_python(value)

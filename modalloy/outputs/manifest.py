@@ -121,7 +121,9 @@ def described(planned: Plan, written: Recipe, names: Mapping[str, str]) -> dict[
         named[s.label]: {
             "layout": s.layout,
             "modality": s.modality,
-            "sha256": input_sha256(s, fisher, tokens=bool(planned.maps) and s.is_whole),
+            "sha256": input_sha256(
+                s, fisher, tokens=planned.vocabulary is not None or (bool(planned.maps) and s.is_whole)
+            ),
             **_revision(s.checkpoint.folder),
         }
         for s, fisher in zip(planned.specialists, planned.fishers, strict=True)
@@ -141,7 +143,9 @@ def _starts(planned: Plan, names: Mapping[str, str]) -> dict[str, dict[str, Any]
     label, form = planned.target_label, planned.form
     name = names.get(label, planned.target_name)
     copied = form.is_model and form.refers_to_base and not is_portable_name(name)
-    vocabulary = VOCABULARY_FILES if planned.maps else ()  # by which the rows of embeddings were chosen
+    vocabulary = (
+        VOCABULARY_FILES if planned.maps or planned.vocabulary else ()
+    )  # by which the rows of embeddings were chosen
     found = {label: _start(planned.target, name, (*START_CONFIGS, *vocabulary), read=form.is_whole or copied)}
     for further, model in planned.starts[1:]:
         found[further] = _start(model, names.get(further, planned.base_name), START_CONFIGS, read=True)

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from modalloy.errors import CheckpointError, RecipeError, nearest, shown
 from modalloy.planning.kinds import PLURALS, Kind, is_of_tokens
 from modalloy.planning.native import check_native
 from modalloy.recipe import Recipe
+from modalloy.settings import filters
 from modalloy.specialists.full import place_in_base
 from modalloy.specialists.native import place_native
 from modalloy.specialists.specialist import Specialist
@@ -39,7 +40,7 @@ def check_base(specialist: Specialist, recipe: Recipe, base_folder: Path, allow:
         )
     base_config = read_config(base_folder)
     keys = ["hidden_size", "intermediate_size", "num_hidden_layers"]
-    if not any(is_of_tokens(name) for name in specialist.checkpoint.refs):
+    if not recipe.has_own_vocabulary and not any(is_of_tokens(name) for name in specialist.checkpoint.refs):
         keys.append("vocab_size")  # else `check_shapes` compares the embeddings, and `ignore:` can leave them out
     for key in keys:
         own, base = specialist.config.get(key), base_config.get(key)
@@ -50,12 +51,16 @@ def check_base(specialist: Specialist, recipe: Recipe, base_folder: Path, allow:
             )
 
 
-def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
-    """Every update must fit the base weight of its name, and every tensor that was tuned whole must have the base's shape."""
+def place(specialist: Specialist, base: Checkpoint, base_config: dict[str, Any]) -> None:
+    """Give every update and tuned tensor of a specialist the base's name of it."""
     if specialist.native is not None:
         place_native(specialist, base, base_config)
     else:
         place_in_base(specialist, base, base_config)
+
+
+def check_shapes(specialist: Specialist, base: Checkpoint) -> None:
+    """Every update must fit the base weight of its name, and every tensor that was tuned whole must have the base's shape."""
     strange = [slot for slot in specialist.text_lora if slot not in base.refs]
     if strange and len(strange) == len(specialist.text_lora):
         ref = specialist.text_lora[strange[0]].a
@@ -90,7 +95,7 @@ def check_shapes(specialist: Specialist, base: Checkpoint, base_config: dict[str
     for own, wanted in resized:
         raise CheckpointError(
             f"{specialist.label} specialist: its vocabulary has {own.shape[0]} tokens, the base's has {wanted.shape[0]} "
-            f"({own.name} in {own.file}); use the base it was trained from, or list "
+            f"({own.name} in {own.file}); use the base it was trained from, write vocabulary: union for the tokens of all, or list "
             f"{' and '.join(ref.name for ref, _ in resized)} under `ignore:` to keep the base's"
         )
     for own, wanted in misfits:
@@ -167,6 +172,18 @@ def check_all_accounted(planned: "Plan") -> None:
         )
 
 
+def _settings(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Every value that may be chosen by filters, and where it is written."""
+    for name, value in recipe.parameters.items():
+        yield f"parameters.{name}", value
+    for index, entry in enumerate(recipe.models):
+        for name, value in ({"weight": entry.parameters.weight} | entry.parameters.of_method).items():
+            yield f"models.{index}.parameters.{name}", value
+    for pattern, rule in recipe.modules.items():
+        for name, value in rule.parameters.items():
+            yield f"modules.{pattern}.parameters.{name}", value
+
+
 def check_patterns(recipe: Recipe, planned: "Plan") -> None:
     """A pattern that matches nothing is a mistake in writing."""
     others = [checkpoint for checkpoint in planned.checkpoints() if checkpoint is not planned.target]
@@ -178,6 +195,12 @@ def check_patterns(recipe: Recipe, planned: "Plan") -> None:
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise RecipeError(f"{key}: no tensor matches '{pattern}'; {nearest(pattern, names[:1000])[:200]}")
+    for place, value in _settings(recipe):
+        for pattern in filters(value):
+            if not any(pattern in name for name in planned.target.refs):
+                raise RecipeError(
+                    f"{place}: the filter {shown(pattern)} is in no tensor's name; write a part of one, such as mlp or self_attn"
+                )
     merged = [job.name for job in planned.written() if job.method or job.pieces]
     averaged = merged + [job.name for job in planned.written() if job.kind == "average"]
     for pattern, rule in recipe.modules.items():

@@ -276,6 +276,11 @@ class Planner(Choices):
             if self.treatments[name] == "keep" and self.kinds[name] in OF_ROWS
         }
         kept |= {
+            name: f"{self._method(name)[0]} keeps the base's norms and biases"
+            for name in self.changeable
+            if self.treatments[name] == "keep" and self._is_kept_vector(name)
+        }
+        kept |= {
             name: f"modules: {pattern} keeps the base's"
             for name, (pattern, rule) in self.rules.items()
             if rule.policy == "keep"

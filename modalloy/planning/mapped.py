@@ -13,7 +13,7 @@ from modalloy.families.ancestors import ancestor, check_ancestors
 from modalloy.families.mapping import Header, Mapped, ModelMap, Policy, map_models
 from modalloy.families.rules import remaining
 from modalloy.families.vocabulary import TOKENIZER_FILES, SharedTokens, read_tokens, same_rows, shared_tokens
-from modalloy.planning.checks import check_base, check_complete, check_shapes
+from modalloy.planning.checks import check_base, check_complete, check_shapes, place
 from modalloy.recipe import Recipe
 from modalloy.specialists.layouts import check_one_kind, open_specialist
 from modalloy.specialists.specialist import Specialist, StoredLora
@@ -124,7 +124,8 @@ def _open_adapter(label: str, folder: Path, recipe: Recipe, base: Checkpoint | N
     donor = open_specialist(folder, label=label, ignore=recipe.ignore)
     config = read_config(base.folder)
     check_base(donor, recipe, base.folder, allow)
-    check_shapes(donor, base, config)
+    place(donor, base, config)
+    check_shapes(donor, base)
     if donor.tuned:
         raise CheckpointError(
             f"{label}: {next(iter(donor.tuned.values())).name} is a whole tensor beside the adapter's; merge the adapter into its "

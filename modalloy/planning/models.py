@@ -9,6 +9,7 @@ from modalloy import builtin
 from modalloy.errors import CheckpointError, RecipeError, cut, nearest
 from modalloy.methods import METHODS
 from modalloy.recipe import Recipe
+from modalloy.settings import is_zero
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.locate import is_hub_id, locate
 from modalloy.storage.tensors import Checkpoint
@@ -68,7 +69,7 @@ def absent_models(
         )
         if is_base and not counts:
             reasons[index] = "is the base itself, which is no specialist"
-        elif not any(weight if isinstance(weight, tuple) else (weight,)):
+        elif is_zero(weight):
             reasons[index] = "its weight is 0"
         elif specialist.native is not None and specialist.is_whole and specialist.folder.resolve() in whole:
             reasons[index] = f"is {whole[specialist.folder.resolve()]}'s model, which counts once"

@@ -13,6 +13,7 @@ import torch
 
 from modalloy._version import __version__
 from modalloy.families.mapping import ModelMap
+from modalloy.families.union import Vocabulary
 from modalloy.families.vocabulary import VOCABULARY_FILES
 from modalloy.forms import Form
 from modalloy.machine.cores import default_workers
@@ -54,6 +55,7 @@ class Plan:
     idle: tuple[str, ...] = ()  # those of them whose every update is zero
     unchanged: tuple[str, ...] = ()  # all that count, where all their updates are zero
     must_be_equal: list[str] = field(default_factory=list)  # kept tensors that no model may have changed
+    vocabulary: Vocabulary | None = None  # of a result that has other tokens than its base
     trained: dict[str, list[str]] = field(default_factory=dict)  # who changed what is kept, once `settle` has compared
 
     @property
@@ -121,6 +123,11 @@ class Plan:
         return self.form.is_whole or self.copies_target
 
     @property
+    def chooses_rows(self) -> bool:
+        """Whether the models' tokenizers decide which rows of embeddings are merged."""
+        return self.across is not None or self.vocabulary is not None
+
+    @property
     def write_bytes(self) -> int:
         """Size of the tensors that will be written."""
         return sum(job.write_bytes for job in self.jobs)
@@ -152,7 +159,7 @@ class Plan:
         files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
         files += [file.path for file in self.fishers if file is not None]
         configs = ["config.json", "adapter_config.json"]  # which set the updates' scale, and are copied
-        configs += VOCABULARY_FILES if self.across else []  # which set the rows that are merged
+        configs += VOCABULARY_FILES if self.chooses_rows else []  # which set the rows that are merged
         files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         jobs = [(job.kind, job.name, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]

@@ -1,8 +1,9 @@
 """plan(recipe): opens every input's headers, checks that they fit, and lists every tensor's fate and every job."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from modalloy.errors import RecipeError, nearest, shown
+from modalloy.errors import CheckpointError, RecipeError, nearest, shown
+from modalloy.families.union import Vocabulary, common_vocabulary
 from modalloy.methods import METHODS
 from modalloy.planning.checks import (
     check_all_accounted,
@@ -10,10 +11,11 @@ from modalloy.planning.checks import (
     check_fishers_are_used,
     check_patterns,
     check_shapes,
+    place,
 )
 from modalloy.planning.jobs import Planner
 from modalloy.planning.jobs_across import AcrossPlanner
-from modalloy.planning.kinds import check_numbers, kinds
+from modalloy.planning.kinds import Kind, check_numbers, kinds
 from modalloy.planning.mapped import Across, open_donors
 from modalloy.planning.models import absent_models, labels, locate_specialist
 from modalloy.planning.native import check_one_base, choose_own
@@ -63,6 +65,13 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         if start is not None:
             check_numbers(label, start.folder, read_config(start.folder), start.refs)
     _check_models(recipe, models, target, allow_base_mismatch)
+    of_target = kinds(read_config(target.folder), target.refs)
+    vocabulary: Vocabulary | None = None
+    if recipe.has_own_vocabulary:
+        vocabulary, target = _common_vocabulary(recipe, target, of_target, models)
+        base = target
+    for model in models if across is None else ():
+        check_shapes(model, target)
     if recipe.form.carries_senses:
         number_senses(recipe, models)
         choose_own(recipe, models)
@@ -70,7 +79,7 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
     if across is not None:
         planner = AcrossPlanner(recipe, target, models, across, absent)
     else:
-        planner = Planner(recipe, target, models, kinds(read_config(target.folder), target.refs), absent)
+        planner = Planner(recipe, target, models, of_target, absent)
     form = recipe.form
     result = Plan(
         recipe,
@@ -89,7 +98,8 @@ def plan(recipe: Recipe, *, allow_base_mismatch: bool = False, idle: Collection[
         absent=planner.reasons,
         idle=tuple(idle),
         must_be_equal=planner.must_be_equal(),
-        notices=notices(target.folder, models) if form.is_model and across is None else [],
+        notices=notices(target.folder, models, vocabulary is None) if form.is_model and across is None else [],
+        vocabulary=vocabulary,
     )
     check_all_accounted(result)
     used = any(job.method and METHODS[job.method].takes("fishers") for job in result.jobs)
@@ -125,7 +135,26 @@ def _check_models(recipe: Recipe, models: Sequence[Specialist], target: Checkpoi
             check_numbers(name, model.checkpoint.folder, model.config, refs)
         if not recipe.is_across:
             check_base(model, recipe, target.folder, allow)
-            check_shapes(model, target, config)
+            place(model, target, config)
+
+
+def _common_vocabulary(
+    recipe: Recipe, target: Checkpoint, of_target: Mapping[str, Kind], models: Sequence[Specialist]
+) -> tuple[Vocabulary, Checkpoint]:
+    """The vocabulary of a result that has other tokens than its base, and the base with tables of its rows."""
+    if not recipe.form.is_whole:
+        raise RecipeError(
+            f"output.form '{recipe.output.form}' has the base's vocabulary; write form: full, or leave vocabulary: union out"
+        )
+    rows = [name for name, kind in of_target.items() if kind == "embedding"]
+    for model in models:
+        if updated := next((name for name in rows if name in model.text_lora), None):
+            raise CheckpointError(
+                f"{model.label} specialist: {model.text_lora[updated].a.name} updates rows of the base's vocabulary, not of the "
+                "result's; merge the adapter into its base first"
+            )
+    sources = [(model.label, model.checkpoint.folder, model.tuned) for model in models]
+    return common_vocabulary(target, read_config(target.folder), rows, sources, recipe.tokenizer_index)
 
 
 def _senses(recipe: Recipe, models: list[Specialist], target: Checkpoint) -> dict[str, Sense | NativeSense]:
@@ -137,6 +166,8 @@ def _senses(recipe: Recipe, models: list[Specialist], target: Checkpoint) -> dic
 def _template(recipe: Recipe, models: list[Specialist]) -> str | None:
     """The chat template that the models share, for a result that has one."""
     chosen = recipe.output.chat_template
+    if "{" in chosen:
+        return chosen
     if recipe.is_across or not recipe.form.is_model or chosen == "base":
         return None
     if chosen == "auto":

@@ -27,6 +27,12 @@ def one_line(planned: "Plan") -> str:
             f"{', '.join(planned.unchanged)} changes nothing: every update is zero, and the result is the base"
         )
     parts += _said_of_rules(planned)
+    if planned.vocabulary is not None:
+        vocabulary = planned.vocabulary
+        parts.append(
+            f"{len(vocabulary.tokens)} tokens, {len(vocabulary.tokens.keys() - vocabulary.base.tokens.keys())} of which the base "
+            "lacks: their rows are the mean of the models' that have them"
+        )
     if any(set(job.weights) - {None, 1.0} for job in planned.written()):
         parts.append(_said_of_weights(planned))
     if planned.base is None:
@@ -37,6 +43,10 @@ def one_line(planned: "Plan") -> str:
 
 def _said_of_weights(planned: "Plan") -> str:
     """What the models' weights are to the recipe's method."""
+    if planned.recipe.weights == "shares":
+        return "a model's weight is its share, of the sum of all"
+    if planned.parameters.get("combine") == "weighted_mean":
+        return "a model's weight is a factor of its update, whose merge is divided by the weights"
     if not METHODS[planned.recipe.merge_method].takes("weights"):
         return "a model's weight is a factor of its update, never normalised"
     if planned.parameters.get("normalize_weights") is False:

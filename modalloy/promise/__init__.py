@@ -12,6 +12,7 @@ was planned: a mistake there is not made here a second time.
 """
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError
+from modalloy.families.union import common_vocabulary
 from modalloy.methods import METHODS
 from modalloy.methods.apply import resolve
 from modalloy.names import disk_name
@@ -60,6 +62,10 @@ class Promises:
             counted[model.sense] = counted.get(model.sense, 0) + 1
             if counted[model.sense] > 1:
                 model.renumber(counted[model.sense])
+        if recipe.has_own_vocabulary:
+            rows = [name for name, ref in self.base.refs.items() if self._what(ref) == "rows"]
+            of_models = [(model.label, model.checkpoint.folder, model.tuned) for model in self.every]
+            _, self.base = common_vocabulary(self.base, self.config, rows, of_models, recipe.tokenizer_index)
         layers = [int(found["index"]) for found in map(IN_A_LAYER.search, self.base.refs) if found]
         self.depth = 1 + max(layers, default=-1)
 
@@ -282,7 +288,11 @@ class Promises:
             return mean(parameters, weights or every)
         if "scale" not in parameters:
             return float(parameters.get("alpha", 1.0))
-        return float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
+        factor = float(parameters["scale"] / METHODS[method].automatic_scale(self._count(slot), parameters))
+        if parameters.get("combine") == "weighted_mean":
+            weights = [weight for model in self.models if (weight := self._weight(model, slot))]
+            factor *= len(weights) / (math.fsum(weights) or 1.0)
+        return factor
 
     def _rule(self, slot: str) -> WeightRule | None:
         """The first of the recipe's rules that names a tensor."""
@@ -302,25 +312,46 @@ class Promises:
     def _resolved(self, slot: str, rule: WeightRule | None) -> tuple[str, dict[str, Any]]:
         """The recipe's method, or a rule's own, with every parameter worked out."""
         recipe = self.recipe
-        method, parameters = recipe.merge_method, dict(recipe.parameters)
+        method, parameters = recipe.merge_method, recipe.written
         if rule is not None:
             if rule.merge_method not in (None, method):
                 method, parameters = str(rule.merge_method), {}
             parameters |= rule.parameters
-        for name, value in parameters.items():
-            if isinstance(value, list):
-                at = self._at(value, slot)
-                parameters[name] = round(at) if METHODS[method].is_whole(name) else at
+        for name, value in list(parameters.items()):
+            if isinstance(value, tuple):  # by model
+                default = METHODS[method].parameters
+                everywhere = METHODS[method].needs_survey(default | parameters)
+                taking = [m for m in self.models if everywhere or self._weight(m, slot) != 0]
+                own = [self._at(value[m.index], slot) for m in taking]
+                own = [default[name] if one is None else one for one in own]
+                found: Any = own[0] if len(set(own)) == 1 else tuple(own) or None
+            else:
+                found = self._at(value, slot)
+            if found is None:
+                del parameters[name]
+            else:
+                whole = isinstance(found, float) and METHODS[method].is_whole(name)
+                parameters[name] = round(float(found)) if whole else found
         return method, resolve(method, parameters, n=self._count(slot), lora_rank=self.lora_rank)
 
     def _weight(self, model: Model, slot: str) -> float:
-        return self._at(model.entry.parameters.weight, slot)
+        """A model's factor; of shares, its part of the sum of all that the recipe lists."""
+        weight = float(self._at(model.entry.parameters.weight, slot))
+        if self.recipe.weights == "factors":
+            return weight
+        return weight / math.fsum(self._at(entry.parameters.weight, slot) for entry in self.recipe.models)
 
     def _at(self, value: Any, slot: str) -> Any:
-        """A number; of a list, the one at the depth of a layer, on straight lines from the first layer to the last."""
+        """A number; of entries by name, the first whose filter is in it; of a list, the one at the depth of a layer, on
+        straight lines from the first layer to the last."""
         if not isinstance(value, (list, tuple)):
             return value
+        if any(isinstance(one, dict) for one in value):
+            fitting = (one["value"] for one in value if one.get("filter") in (None, "*") or one["filter"] in slot)
+            return self._at(next(fitting, None), slot)
         found = IN_A_LAYER.search(slot)
+        if found is None and self.recipe.outside_layers == "first":
+            return value[0]
         if found is None:
             raise CheckpointError(f"{slot}: is in no layer, so a list over the layers says nothing of it")
         place = int(found["index"]) / max(1, self.depth - 1) * (len(value) - 1)

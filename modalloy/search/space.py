@@ -16,6 +16,7 @@ from modalloy.planning.models import labels
 from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
 from modalloy.senses.encoders import choose
+from modalloy.settings import are_cases
 from modalloy.storage.folder import read_text
 from modalloy.storage.locate import is_portable
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
@@ -113,6 +114,8 @@ def start(planned: Plan, axes: Iterable[Axis]) -> Changes:
     for one in axes:
         if one.name.startswith(WEIGHT):
             weight = weights[one.name.removeprefix(WEIGHT)].parameters.weight
+            if are_cases(weight):
+                raise RecipeError(f"--vary {one.name}: its weight is chosen by filters; write one number in the recipe")
             found[one.name] = list(weight) if isinstance(weight, tuple) else weight
         else:
             value = planned.parameters[one.name]
@@ -144,6 +147,7 @@ def relocated(recipe: Recipe, folder: Path) -> Recipe:
     content = recipe.model_dump()
     content["base_model"] = recipe.base_model and place(recipe.base_model)
     content["target"] = recipe.target and place(recipe.target)
+    content["tokenizer"] = recipe.tokenizer and place(recipe.tokenizer)
     for entry, model in zip(content["models"], recipe.models, strict=True):
         entry["model"] = place(model.model)
         if model.encoder is not None:

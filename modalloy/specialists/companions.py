@@ -51,6 +51,11 @@ def companions(base: Path) -> list[str]:
         return sorted(name for name in found if is_there(base / name))
 
 
+def is_of_media(name: str) -> bool:
+    """Whether a file is of a processor: it stays the base's, whatever tokenizer a result has."""
+    return name.endswith(("processor_config.json", "preprocessor_config.json"))
+
+
 def code_files(base: Path) -> list[str]:
     """Names of the base's own files of code that `auto_map` names, and of those that they import; none of it is run.
 
@@ -100,17 +105,17 @@ def _read(path: Path) -> str:
             raise CheckpointError(f"{path}: is not UTF-8 text ({error}); download it again") from error
 
 
-def notices(base: Path, specialists: Sequence[Specialist]) -> list[str]:
-    """What a user must know of tokenizers and code, one line each."""
+def notices(base: Path, specialists: Sequence[Specialist], has_base_tokens: bool = True) -> list[str]:
+    """What a user must know of tokenizers and code, one line each; of tokens, where the result has the base's."""
     found = []
     known = _added(base)
-    for specialist in specialists:
+    for specialist in specialists if has_base_tokens else ():
         folder = specialist.checkpoint.folder
         if lacking := sorted(_added(folder) - known - _vocabulary(base)) if known != _added(folder) else []:
             shown = ", ".join(lacking[:SHOWN]) + (" …" if len(lacking) > SHOWN else "")
             found.append(
                 f"the {specialist.label} specialist's tokenizer has {len(lacking)} tokens that the base's lacks ({shown}); "
-                "the result has the base's tokenizer"
+                "the result has the base's tokenizer; write vocabulary: union for the tokens of all"
             )
     found += heeded(licences([("the base", base), *((one.label, one.checkpoint.folder) for one in specialists)]))
     if code := code_files(base):

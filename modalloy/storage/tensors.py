@@ -7,7 +7,8 @@ it, straight from the disk. `.bin` files are read by `pickled.py`, which runs no
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -220,6 +221,13 @@ class Checkpoint:
                 else None
             )
             self.codes, self.refs = self.refs, joined(self.refs, scheme)
+        self._stored = self.refs
+
+    def replaced(self, refs: Mapping[str, TensorRef]) -> "Checkpoint":
+        """The same checkpoint with some tensors made of others'; its headers stay what they are."""
+        found = copy(self)
+        found.refs = {**self.refs, **refs}
+        return found
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of one of this checkpoint's tensors, in a new tensor or in `buffer` (uint8)."""
@@ -233,7 +241,7 @@ class Checkpoint:
 
     def header_sha256(self) -> str:
         """Hash of every tensor's name, type and shape: what is known of files whose data was not read."""
-        rows = [f"{ref.name} {CODES.get(ref.dtype, ref.dtype)} {ref.shape}" for ref in self.refs.values()]
+        rows = [f"{ref.name} {CODES.get(ref.dtype, ref.dtype)} {ref.shape}" for ref in self._stored.values()]
         return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
     def _main_paths(self, stems: Sequence[str]) -> tuple[list[Path], dict[str, str] | None]:

@@ -1,5 +1,6 @@
 """Tensors made of rows of stored ones: what a mapped tensor is read from, and how."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,36 @@ class MappedRef(ComposedRef):
 
     def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
         return assembled(self, read, buffer)
+
+
+@dataclass(frozen=True)
+class AveragedRef(MappedRef):
+    """A mapped tensor some of whose rows are means of stored rows, taken in float64.
+
+    `averaged` are these rows; `means` has (source, its rows, the places in `averaged` that they count for).
+    """
+
+    averaged: Rows = ()
+    means: tuple[tuple[TensorRef, Rows, Rows], ...] = ()
+
+    @property
+    def largest_bytes(self) -> int:
+        """Size of the largest source, and of the means in float64."""
+        means = 8 * height_of(self.averaged) * math.prod(self.shape[1:])
+        return means + max(source.n_bytes for source, _, _ in (*self.parts, *self.means))
+
+    def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
+        out = assembled(self, read, buffer)
+        if not self.averaged:
+            return out
+        total = torch.zeros(height_of(self.averaged), *self.shape[1:], dtype=torch.float64)
+        count = torch.zeros(len(total), dtype=torch.float64)
+        for source, rows, places in self.means:
+            where = _index(places)
+            total.index_add_(0, where, read(source).index_select(0, _index(rows)).to(torch.float64))
+            count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+        out.index_copy_(0, _index(self.averaged), total.div_(count.view(-1, *[1] * (total.dim() - 1))).to(self.dtype))
+        return out
 
 
 @dataclass(frozen=True)
@@ -175,15 +206,15 @@ def chosen_rows(name: str, ref: TensorRef, rows: Sequence[int]) -> MappedRef:
     """Single rows of a stored tensor, in order, as a tensor of its own; only these are read where it is in one piece."""
     parts: list[tuple[TensorRef, Rows, Rows]] = []
     done = 0
-    for begin, end in _runs(rows):
+    for begin, end in runs(rows):
         source, taken = stretch(ref, ((begin, end),))
         parts.append((source, taken, ((done, done + end - begin),)))
         done += end - begin
     return MappedRef(name, ref.dtype, (done, *ref.shape[1:]), ref.file, -1, tuple(parts))
 
 
-def _runs(rows: Sequence[int]) -> Rows:
-    """Rising numbers as stretches."""
+def runs(rows: Sequence[int]) -> Rows:
+    """Numbers in order, as stretches in which they rise by one."""
     found: list[tuple[int, int]] = []
     for row in rows:
         if found and found[-1][1] == row:
