@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from modalloy.model.answering import Answer
-from modalloy.model.batch import Batch, is_batchable
+from modalloy.model.batch import Batch, Row, is_batchable
 from modalloy.model.chat import ChatModel
 from modalloy.model.opening import opening
 
@@ -30,10 +30,11 @@ class Alone:
         """Whether there is nothing to do."""
         return not self.waiting
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: Answer) -> Row | None:
         """Let a prompt wait for its turn."""
         self.chat.check([answer.prompt], answer.sampling.max_new_tokens)
         self.waiting.append(answer)
+        return None
 
     def step(self) -> None:
         """The whole of the next answer."""

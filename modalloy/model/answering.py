@@ -1,5 +1,6 @@
 """One answer as it grows: which token is chosen, what of its text is certain, where it ends."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +51,7 @@ class Answer:
         self.finished: str | None = None  # "stop" or "length", once it ends
         self.ids: list[int] = []  # without an end token
         self.new_tokens = 0  # with it
+        self.begun: float | None = None  # when the first token was chosen, on time.perf_counter's clock
         self.text = ""  # certain, but for space at its ends and the beginning of a stop string
         self.answer = ""  # the whole of it, once it has ended
         self._sent = 0  # characters of the text that were handed on, with the space before it
@@ -66,6 +68,7 @@ class Answer:
         logits = logits.float().cpu()
         token = self._chosen(logits)
         self.new_tokens += 1
+        self.begun = time.perf_counter() if self.begun is None else self.begun
         if token in self.ends.tokens:
             self._finish("stop")
             return token

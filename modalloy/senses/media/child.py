@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ class Bounds:
     memory_bytes: int
     seconds: int
     forks: bool = False
+    limits: tuple[tuple[str, int], ...] = ()
 
 
 _BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds of decoders", default=None)
@@ -51,7 +52,12 @@ _BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds of decoders", default=No
 
 @contextmanager
 def isolated(
-    on: bool = True, *, memory_bytes: int = MEMORY_BYTES, seconds: int = SECONDS, forks: bool = False
+    on: bool = True,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    seconds: int = SECONDS,
+    forks: bool = False,
+    smaller: Mapping[str, int] | None = None,
 ) -> Iterator[None]:
     """Every medium that is loaded inside the block, in this thread or task, is decoded in a child process of its own.
 
@@ -60,8 +66,9 @@ def isolated(
         memory_bytes: of addresses that the child may ask for.
         seconds: of CPU, and twice as many by the clock.
         forks: the child is a fork of a process that stays, for a program that decodes many media.
+        smaller: limits of `modalloy.senses.media.limits` by name, for forks.
     """
-    token = _BOUNDS.set(Bounds(memory_bytes, seconds, forks) if on else None)
+    token = _BOUNDS.set(Bounds(memory_bytes, seconds, forks, tuple((smaller or {}).items())) if on else None)
     try:
         yield
     finally:
@@ -87,7 +94,7 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
         try:
             if bounds.forks:
-                code = _forkers().run(given, out.name, err.name, 2 * bounds.seconds)
+                code = _forkers().run([given, out.name, err.name, dict(bounds.limits)], 2 * bounds.seconds)
             else:
                 code = _fresh(given, out, err, 2 * bounds.seconds)
         except OSError as error:

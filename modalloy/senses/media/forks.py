@@ -15,6 +15,7 @@ import threading
 import traceback
 from contextlib import suppress
 from queue import Empty, LifoQueue
+from typing import Any
 
 BEGIN = """
 import sys
@@ -35,12 +36,17 @@ class Forker:
         self.package, self.environment = package, environment
         self.process: subprocess.Popen[bytes] | None = None
 
-    def run(self, given: list[str], out: str, err: str, seconds: float) -> int:
-        """Exit code of a child that decodes what `given` says into the files `out` and `err`; below 0 a signal, or LATE."""
+    def run(self, request: list[Any], seconds: float) -> int:
+        """Exit code of a child that decodes; below 0 a signal, or LATE.
+
+        Args:
+            request: arguments of `decode`, the files that take the array and what is said of it, and smaller limits.
+            seconds: of the clock.
+        """
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps([given, out, err]).encode() + b"\n")
+            process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             ready, _, _ = select.select([process.stdout], [], [], seconds)
             line = process.stdout.readline() if ready else b""
@@ -90,7 +96,7 @@ class Forkers:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def run(self, given: list[str], out: str, err: str, seconds: float) -> int:
+    def run(self, request: list[Any], seconds: float) -> int:
         """As `Forker.run`, by one that is free."""
         try:
             forker = self._free.get_nowait()
@@ -99,7 +105,7 @@ class Forkers:
             with self._lock:
                 self._all.append(forker)
         try:
-            return forker.run(given, out, err, seconds)
+            return forker.run(request, seconds)
         finally:
             self._free.put(forker)
 
@@ -117,11 +123,12 @@ def main() -> None:
     import soundfile  # noqa: F401
     import soxr  # noqa: F401
 
+    from modalloy.senses.media import limits
     from modalloy.senses.media.child import decode
 
     PIL.Image.init()
     for line in sys.stdin.buffer:
-        given, out, err = json.loads(line)
+        given, out, err, smaller = json.loads(line)
         child = os.fork()
         if child == 0:
             code = 1
@@ -130,6 +137,8 @@ def main() -> None:
                     os.dup2(os.open(path, os.O_WRONLY | os.O_TRUNC), number)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 sys.stdout = open(1, "w", closefd=False)  # the old one takes it for a pipe  # noqa: SIM115
+                for name, value in smaller.items():
+                    setattr(limits, name, value)
                 decode(*given)
                 code = 0
             except BaseException:  # the parent says it
