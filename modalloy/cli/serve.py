@@ -1,5 +1,6 @@
 """The command that answers over HTTP."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -58,27 +59,29 @@ def serve(
         if name in models:
             raise ModalloyError(f"--model {name}: two models have this name; give another")
         models[name] = Path(folder)
-    from modalloy.merging import resolve_device
-    from modalloy.model.session import to_stderr
-    from modalloy.serve.server import Options
-    from modalloy.serve.server import serve as run
+    from modalloy.serve.options import Options, listening
 
-    if demo:
-        from modalloy.demo import merged
-
-        if DEMO in models:
-            raise ModalloyError(f"--model {DEMO}: --demo has this name; give another")
-        with progress("merge") as on_job:
-            models = {DEMO: merged(on_job)} | models
     options = Options(
         host=host,
         port=port,
         api_key_file=api_key_file,
         no_key=no_key,
-        device=resolve_device(device),
         dtype=dtype,
         max_batch=max_batch,
         max_queue=max_queue,
         media_hosts=tuple(allow_media_host or ()),
     )
-    run(models, options, to_stderr)
+    if demo and DEMO in models:
+        raise ModalloyError(f"--model {DEMO}: --demo has this name; give another")
+    _ = options.keys, options.hosts  # what is wrong with them is told before torch is imported
+    with listening(host, port) as listener:
+        from modalloy.merging import resolve_device
+        from modalloy.model.session import to_stderr
+        from modalloy.serve.server import serve as run
+
+        if demo:
+            from modalloy.demo import merged
+
+            with progress("merge") as on_job:
+                models = {DEMO: merged(on_job)} | models
+        run(models, listener, replace(options, device=resolve_device(device)), to_stderr)

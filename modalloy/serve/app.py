@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from modalloy import __version__
 from modalloy.errors import nearest, plain
 from modalloy.model.batch import Batch
-from modalloy.serve import answers
+from modalloy.serve import answers, guard
 from modalloy.serve.asking import Asked, read_chat, read_responses
 from modalloy.serve.guard import Bodies, Guard
 from modalloy.serve.metrics import Metrics
@@ -51,7 +51,9 @@ def application(
         for one in served.values():
             await asyncio.get_running_loop().run_in_executor(None, one.stop)
 
-    app = FastAPI(title="modalloy", version=__version__, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="modalloy", version=__version__, openapi_url=None, lifespan=lifespan, max_body_size=guard.MAX_BODY_BYTES
+    )
     app.add_middleware(Guard, keys=keys, loopback=loopback, count=metrics.requests.labels)
     bodies = Bodies()
 
@@ -67,7 +69,10 @@ def application(
 
     async def ask(request: Request, read: Callable[[bytes], Asked], whole: Whole, events: Events) -> Response:
         arrived = time.perf_counter()
-        body = await bodies.read(request)
+        try:
+            body = await bodies.read(request)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
         place: Served | None = None
         handed_on = False
         try:

@@ -1,19 +1,15 @@
 """What stands before every request: keys, hosts, the sizes of bodies, and headers of every answer."""
 
-import asyncio
 import hmac
-import ipaddress
-import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from modalloy.errors import ModalloyError
+from modalloy.serve.options import is_loopback
 from modalloy.serve.refusal import RefusalError
 
 MAX_BODY_BYTES = 64_000_000
@@ -22,7 +18,6 @@ PAUSE_SECONDS = 20.0  # between two pieces of a body
 BODY_SECONDS = 120.0  # for all of it
 OPEN = ("/health",)  # routes that need no key, besides the page
 KEYED = ("/v1/", "/metrics")
-KEY = re.compile(r"[!-~]{8,}")
 # the page is all our own: nothing from other hosts, nothing in a frame
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
@@ -39,38 +34,6 @@ HEADERS = {
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys in a file, one a line; empty lines and those that begin with # are left out.
-
-    Raises:
-        ModalloyError: there are none, or one is shorter than 8 characters, or has others than letters, digits and signs.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ModalloyError(f"--api-key-file {path}: is no text; write one key a line") from error
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise ModalloyError(f"--api-key-file {path}: holds no key; write one a line")
-    for number, key in enumerate(keys, 1):
-        if not KEY.fullmatch(key):
-            raise ModalloyError(
-                f"--api-key-file {path}: key {number} is shorter than 8 characters, or holds spaces or other letters than "
-                "ASCII's; make one with `openssl rand -hex 24`"
-            )
-    return keys
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine only."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Guard:
@@ -109,7 +72,7 @@ class Guard:
         """Refuse a request from a page of another site, and one without a key where there are keys.
 
         Raises:
-            RefusalError: with status 401 or 403.
+            RefusalError: with status 401, 403 or 413.
         """
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
@@ -119,6 +82,11 @@ class Guard:
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             raise RefusalError("pages of other sites are not answered; ask from the server's own page", status=403)
+        length = headers.get(b"content-length", "")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:  # the framework would refuse it in words of its own
+            raise RefusalError(
+                f"the body has more than {MAX_BODY_BYTES} bytes; send fewer or smaller media", status=413
+            )
         if self.keys and scope["path"].startswith(KEYED):
             scheme, _, key = headers.get(b"authorization", "").partition(" ")
             given = key.strip().encode("latin-1")
@@ -148,16 +116,14 @@ class Bodies:
         self.held = 0
 
     async def read(self, request: Request) -> bytes:
-        """The body of a request, which is JSON. `free` its length when it was used.
+        """The body of a request, which is JSON and which the framework bounds. `free` its length when it was used.
 
         Raises:
-            RefusalError: it is too large, too slow, or no JSON by its header.
+            RefusalError: it is too slow, or no JSON by its header, or others take all room.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what a page of another site may send unasked is none
             raise RefusalError("the content type is not application/json; send JSON", status=415)
-        length = request.headers.get("content-length", "0")
-        self._check(int(length) if length.isascii() and length.isdigit() else 0)
         body = bytearray()
         end = anyio.current_time() + BODY_SECONDS
         pieces = request.stream().__aiter__()
@@ -169,11 +135,14 @@ class Bodies:
                     break
                 body += piece
                 self.held += len(piece)
-                self._check(len(body))
+                if self.held > MAX_BODIES_BYTES:
+                    raise RefusalError(
+                        "too much is being sent at once; ask again later", status=429, headers={"Retry-After": "2"}
+                    )
         except TimeoutError as error:
             self.free(len(body))
             raise RefusalError("the body did not arrive in time; send it again", status=408) from error
-        except (RefusalError, ClientDisconnect, asyncio.CancelledError):
+        except BaseException:
             self.free(len(body))
             raise
         return bytes(body)
@@ -181,13 +150,3 @@ class Bodies:
     def free(self, length: int) -> None:
         """What was held of a body is let go."""
         self.held -= length
-
-    def _check(self, length: int) -> None:
-        if length > MAX_BODY_BYTES:
-            raise RefusalError(
-                f"the body has more than {MAX_BODY_BYTES} bytes; send fewer or smaller media", status=413
-            )
-        if self.held > MAX_BODIES_BYTES:
-            raise RefusalError(
-                "too much is being sent at once; ask again later", status=429, headers={"Retry-After": "2"}
-            )

@@ -60,7 +60,7 @@ def _get(url: str, host: str) -> bytes:
     import httpcore2
 
     end = time.monotonic() + SECONDS
-    backend = _checked(httpcore2, end)
+    backend = _checked(httpcore2)
     try:
         with (
             httpcore2.ConnectionPool(network_backend=backend, retries=0) as pool,
@@ -89,7 +89,7 @@ def _limits(end: float) -> dict[str, float]:
     return dict.fromkeys(("connect", "read", "write", "pool"), left)
 
 
-def _checked(httpcore: Any, end: float, resolve: Callable[..., Any] = socket.getaddrinfo) -> Any:
+def _checked(httpcore: Any, resolve: Callable[..., Any] = socket.getaddrinfo) -> Any:
     """A network backend that connects to addresses only which it has checked itself."""
 
     class Checked(httpcore.SyncBackend):  # type: ignore[misc, name-defined]
