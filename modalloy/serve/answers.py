@@ -22,10 +22,11 @@ def facts(running: Running) -> dict[str, Any]:
     use, `text` where a modality has none of its own.
     """
     chat = running.answer.chat
-    owners, at = [], 0
+    owners: list[tuple[str, int, int]] = []
+    at = 0
     for index, run in groupby(running.prompt.owners):
         length = len(list(run))
-        owners.append([chat.processor.owners[index], at, length])
+        owners.append((chat.processor.owners[index], at, length))
         at += length
     sizes = chat.processor.modalities
     return {
@@ -39,7 +40,8 @@ def facts(running: Running) -> dict[str, Any]:
 
 def tokens_by_modality(running: Running) -> dict[str, int]:
     """Tokens of the prompt by modality, those of several senses of one together."""
-    processor, counts = running.answer.chat.processor, {}
+    processor = running.answer.chat.processor
+    counts: dict[str, int] = {}
     for index, name in enumerate(processor.owners):
         if count := running.prompt.owners.count(index):
             modality = processor.modality_of(name) if index else name

@@ -35,7 +35,7 @@ Events = Callable[[Running], AsyncIterator[answers.Event]]
 
 def application(
     served: Mapping[str, Served], metrics: Metrics, *, keys: tuple[str, ...] = (), loopback: bool = True
-) -> FastAPI:
+) -> Guard:
     """The server of these models.
 
     Args:
@@ -54,7 +54,6 @@ def application(
     app = FastAPI(
         title="modalloy", version=__version__, openapi_url=None, lifespan=lifespan, max_body_size=guard.MAX_BODY_BYTES
     )
-    app.add_middleware(Guard, keys=keys, loopback=loopback, count=metrics.requests.labels)
     bodies = Bodies()
 
     @app.exception_handler(RefusalError)
@@ -119,7 +118,7 @@ def application(
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     app.mount("/", StaticFiles(directory=ASSETS, html=True))
-    return app
+    return Guard(app, keys=keys, loopback=loopback, count=metrics.requests.labels)
 
 
 def _chosen(served: Mapping[str, Served], name: str) -> Served:

@@ -83,7 +83,9 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             raise RefusalError("pages of other sites are not answered; ask from the server's own page", status=403)
         length = headers.get(b"content-length", "")
-        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:  # the framework would refuse it in words of its own
+        if (
+            length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES
+        ):  # the framework would refuse it in words of its own
             raise RefusalError(
                 f"the body has more than {MAX_BODY_BYTES} bytes; send fewer or smaller media", status=413
             )

@@ -14,29 +14,40 @@ class Metrics:
     """The server's counters, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
-        self.requests = Counter("modalloy_requests", "Requests, by route and HTTP status.", ["route", "status"], **kept)
-        self.queue = Gauge(
-            "modalloy_requests_under_way", "Requests read, waiting or being answered.", ["model"], **kept
+        self.registry = kept = CollectorRegistry()
+        self.requests = Counter(
+            "modalloy_requests", "Requests, by route and HTTP status.", ["route", "status"], registry=kept
         )
-        self.running = Gauge("modalloy_rows", "Requests whose tokens are being made.", ["model"], **kept)
+        self.queue = Gauge(
+            "modalloy_requests_under_way", "Requests read, waiting or being answered.", ["model"], registry=kept
+        )
+        self.running = Gauge("modalloy_rows", "Requests whose tokens are being made.", ["model"], registry=kept)
         self.tokens = Counter(
-            "modalloy_tokens", "Tokens of prompts by modality, and of answers.", ["model", "kind", "modality"], **kept
+            "modalloy_tokens",
+            "Tokens of prompts by modality, and of answers.",
+            ["model", "kind", "modality"],
+            registry=kept,
         )
         self.reused = Counter(
-            "modalloy_reused_tokens", "Tokens of prompts that earlier requests had left known.", ["model"], **kept
+            "modalloy_reused_tokens",
+            "Tokens of prompts that earlier requests had left known.",
+            ["model"],
+            registry=kept,
         )
-        self.gone = Counter("modalloy_abandoned", "Requests whose client went away.", ["model"], **kept)
+        self.gone = Counter("modalloy_abandoned", "Requests whose client went away.", ["model"], registry=kept)
         self.first_token = Histogram(
             "modalloy_time_to_first_token_seconds",
             "From a request to its first token.",
             ["model"],
             buckets=SECONDS,
-            **kept,
+            registry=kept,
         )
         self.latency = Histogram(
-            "modalloy_request_seconds", "From a request to the end of its answer.", ["model"], buckets=SECONDS, **kept
+            "modalloy_request_seconds",
+            "From a request to the end of its answer.",
+            ["model"],
+            buckets=SECONDS,
+            registry=kept,
         )
 
     def answered(self, model: str, owners: tuple[str, ...], running: "Running") -> None:

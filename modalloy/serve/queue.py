@@ -149,7 +149,7 @@ class Served:
                 self._changed.wait_for(lambda: self._waiting or self._stopping or not self.engine.idle)
                 if self._stopping and not self._waiting and self.engine.idle:
                     return
-                arriving = []
+                arriving: list[Running] = []
                 while self._waiting and self.engine.room > len(arriving):
                     arriving.append(self._waiting.popleft())
             for running in arriving:

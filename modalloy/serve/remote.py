@@ -92,7 +92,7 @@ def _limits(end: float) -> dict[str, float]:
 def _checked(httpcore: Any, resolve: Callable[..., Any] = socket.getaddrinfo) -> Any:
     """A network backend that connects to addresses only which it has checked itself."""
 
-    class Checked(httpcore.SyncBackend):  # type: ignore[misc, name-defined]
+    class Checked(httpcore.SyncBackend):
         def connect_tcp(self, host: str, port: int, **options: Any) -> Any:
             return super().connect_tcp(public_address(host, port, resolve), port, **options)
 
