@@ -216,6 +216,20 @@ def test_equal_weights_are_held_once(omni: Path, base: Path, chat: ChatModel) ->
     assert table[0] == table[1] and wanted(other, {}) == before and wanted(one, {}) == wanted(chat, {})
 
 
+def test_the_lines_of_the_docs_are_answered(chat: ChatModel) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs/serve.md").read_text()
+    (lines,) = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
+    with site({"demo": chat}) as server:
+        for line in lines.splitlines():
+            command = line.replace("http://127.0.0.1:8000", server.url).replace("curl -s", "curl --fail-with-body -s")
+            done = subprocess.run(
+                ["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent
+            )
+            assert done.returncode == 0 and done.stdout, (line[:200], done.stdout, done.stderr)
+            assert "object" in done.stdout or "modalloy_tokens_total" in done.stdout
+        assert server.figure('modalloy_tokens_total{kind="prompt",modality="audio"') > 0
+
+
 def test_a_full_queue_says_when_to_come_again(chat: ChatModel) -> None:
     with site({"merged": chat}, max_batch=1, max_queue=1) as server:
         streams = [_stream(server, 300) for _ in range(2)]
