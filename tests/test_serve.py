@@ -12,11 +12,16 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import native_models
+import numpy as np
 import openai
 import pytest
+import test_native
 from conftest import write_omni
+from PIL import Image
 from serving import CHAT, OTHER, PICTURE, SOUND, Site, body, encoded, image, site, sound, text, until
 
+from modalloy import merge
 from modalloy.model.chat import ChatModel, user_message
 from modalloy.model.load import load_model
 from modalloy.serve.queue import share
@@ -320,3 +325,50 @@ def _is_up(server: Site) -> bool:
         return server.ask("/health", method="GET")[0] == 200
     except ConnectionRefusedError:
         return False
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of transformers' own that sees, its base, and both merged."""
+    root = tmp_path_factory.mktemp("native")
+    see, _ = native_models.llava_on_qwen2()
+    test_native.write_base(root / "base", see)
+    see.save_pretrained(root / "see")
+    native_models.write_image_processor(root / "see", test_native.tokenizer())
+    merge(test_native.write_recipe(root, [{"model": "see"}]), root / "out")
+    for name, seed in (("a", 0), ("b", 1)):
+        pixels = np.random.default_rng(seed).integers(0, 255, (40, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    return root
+
+
+@pytest.mark.parametrize(("folder", "batched"), [("out", True), ("see", False)])
+def test_native_models_answer_as_in_chat(native: Path, folder: str, batched: bool) -> None:
+    """Media of a native sense are prepared together; a hosted model answers one after another."""
+    chat = load_model(native / folder)
+    one, other = native / "a.png", native / "b.png"
+    words = "w20 w21"
+    wants = [
+        chat.reply(test_native.asked(*(("image", path) for path in paths)), max_new_tokens=6)
+        for paths in ((), (one,), (one, other), (other, one))
+    ]
+    with site({"merged": chat}) as server:
+        assert server.ask("/v1/models", method="GET")[2]["data"][0]["batched"] is batched
+        asked = [
+            [text(words)],
+            *(
+                [image(path, "image/png") for path in paths] + [text(words)]
+                for paths in ((one,), (one, other), (other, one))
+            ),
+        ]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda parts: server.chat(*parts, max_tokens=6)[2], asked * 2))
+        for want, answer in zip(wants * 2, found, strict=True):
+            assert answer["choices"][0]["message"]["content"] == want.answer
+            assert answer["usage"]["completion_tokens"] == want.new_tokens
+            assert answer["usage"]["prompt_tokens_details"].get("image_tokens", 0) == want.tokens.get("image", 0)
+        connection, response = _stream(server, 6)
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        connection.close()
+        status, _, refused = server.chat(image(b"no"), text(words))
+        assert status == 400 and refused["error"]["param"] == "messages[0].content[0]"

@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from modalloy.machine.memory import room
 from modalloy.model.alone import answering
 from modalloy.model.answering import Answer, TokenLogprob
 from modalloy.model.chat import ChatModel, Prompt
@@ -19,7 +22,8 @@ from modalloy.serve.preparing import Preparer
 from modalloy.serve.refusal import RefusalError, bug, refusal_of
 from modalloy.serve.remote import Hosts
 
-KEPT_BYTES = 512_000_000  # for keys and values of earlier turns, for each model
+KEPT_BYTES = 1_000_000_000  # at most, for keys and values of earlier turns, for each model;
+KEPT_SHARE = 8  # and at most one part in so many of the memory that is free
 KNOWN_BYTES = 256_000_000  # for features of media
 DECODING = 2  # media that are decoded side by side, for each model
 
@@ -81,7 +85,9 @@ class Served:
         self.name, self.chat, self.metrics = name, chat, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self.preparer = Preparer(name, chat, hosts, known_bytes=KNOWN_BYTES)
-        self.engine = answering(chat, max_rows=max_batch, kept_bytes=KEPT_BYTES)
+        kept = min(KEPT_BYTES, free_bytes(chat.model.device) // KEPT_SHARE)
+        self.engine = answering(chat, max_rows=max_batch, kept_bytes=kept)
+        _ = chat.ends  # worked out now rather than for the first who asks
         self.created = int(time.time())
         self._preparing = ThreadPoolExecutor(DECODING, thread_name_prefix=f"prepare {name}")
         self._waiting: deque[Running] = deque()
@@ -119,8 +125,8 @@ class Served:
         """
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(self._preparing, self.preparer.prompt, asked)
-        room = self.chat.context - len(prompt.ids)
-        most = min(DEFAULT_TOKENS, max(room, 1)) if asked.max_tokens is None else asked.max_tokens
+        left = self.chat.context - len(prompt.ids)
+        most = min(DEFAULT_TOKENS, max(left, 1)) if asked.max_tokens is None else asked.max_tokens
         running = Running(asked, prompt, loop, arrived)
         sampling = replace(asked.sampling, max_new_tokens=most)
         running.answer = Answer(self.chat, prompt, sampling, lambda text, figures: running.tell(Piece(text, figures)))
@@ -190,6 +196,14 @@ class Served:
         for running in lost:
             running.tell(refusal)
             self._running.remove(running)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; of an unknown machine, what KEPT_BYTES needs."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = room()
+    return KEPT_BYTES * KEPT_SHARE if found is None else found.n_bytes
 
 
 def share(chats: Sequence[ChatModel]) -> int:
