@@ -6,7 +6,8 @@
 - second turn: seconds to the first token of a second turn against the first's, whose pictures and sounds are new
 - overhead: seconds of whole answers over those of `ChatModel.reply` in a process of its own, no conversation seen before
 - both also in seconds of CPU, which other programs on the machine do not change
-- memory: resident bytes of the server over 1,000 requests of every mix, all new (at the end against 800), a third of them hostile, from 16 clients
+- memory: resident bytes of the server over 1,000 requests of every mix, all new, a third of them hostile, from 16 clients: at the
+  end against four fifths of them
 
 Figures are medians of rounds in which the variants alternate. Prints a table, then one JSON document as its last line.
 """

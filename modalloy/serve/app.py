@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -73,9 +74,10 @@ def application(
         except ClientDisconnect:
             return Response(status_code=CLIENT_GONE)
         place: Served | None = None
+        running: Running | None = None
         handed_on = False
         try:
-            asked = read(body)
+            asked = await run_in_threadpool(read, body)  # a large one would hold up the streams
             model = _chosen(served, asked.model)
             model.take_place()
             place = model
@@ -90,6 +92,8 @@ def application(
             raise refusal_of(error) or bug(error) from error
         finally:
             bodies.free(len(body))
+            if running is not None and not handed_on:
+                running.answer.cancelled = True  # if it has not ended
             if place is not None and not handed_on:
                 place.free_place()
 
