@@ -50,9 +50,9 @@ class Server:
     def __init__(self, process: "subprocess.Popen[str]", port: int) -> None:
         self.process, self.port = process, port
 
-    def ask(self, messages: Any, tokens: int, body: bytes | None = None) -> dict[str, Any]:
-        """The answer, and its seconds."""
-        asked = {"model": "demo", "messages": messages, "max_tokens": tokens}
+    def ask(self, messages: Any, tokens: int, body: bytes | None = None, *, whole: bool = False) -> dict[str, Any]:
+        """The answer, and its seconds; `whole`: of as many tokens as were asked for, past its end."""
+        asked = {"model": "demo", "messages": messages, "max_tokens": tokens, "ignore_eos": whole}
         begin = time.perf_counter()
         connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
         connection.request(
@@ -158,17 +158,18 @@ def batching(one: Server, questions: Any, rounds: int, tokens: int) -> dict[str,
     for round_ in range(rounds):
         given = questions(round_)
         begin, cpu_begin = time.perf_counter(), one.cpu_seconds
-        first = [one.ask(user(parts), tokens) for parts in given]
+        first = [one.ask(user(parts), tokens, whole=True) for parts in given]
         alone.append(made(first) / (time.perf_counter() - begin))
         cpu_alone = made(first) / (one.cpu_seconds - cpu_begin)
         given = questions(1000 + round_)  # others, so that nothing is known of them
         with ThreadPoolExecutor(CLIENTS) as pool:
             begin, cpu_begin = time.perf_counter(), one.cpu_seconds
-            found = list(pool.map(lambda parts: one.ask(user(parts), tokens), given))
+            found = list(pool.map(lambda parts: one.ask(user(parts), tokens, whole=True), given))
             together.append(made(found) / (time.perf_counter() - begin))
         cpu.append(made(found) / (one.cpu_seconds - cpu_begin) / cpu_alone)
         equal += [
-            said(answer) == said(one.ask(user(parts), tokens)) for answer, parts in zip(found, given, strict=True)
+            said(answer) == said(one.ask(user(parts), tokens, whole=True))
+            for answer, parts in zip(found, given, strict=True)
         ]
     ratios = [many / single for many, single in zip(together, alone, strict=True)]
     return {

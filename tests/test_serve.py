@@ -261,7 +261,7 @@ def test_a_client_that_goes_away_frees_its_place(server: Site, streamed: bool) -
     if response is not None:
         response.close()
     until(lambda: server.figure("modalloy_requests_under_way") == 0 and server.figure("modalloy_rows") == 0)
-    assert server.figure("modalloy_abandoned_total") == gone + 1
+    until(lambda: server.figure("modalloy_abandoned_total") == gone + 1)
 
 
 def test_metrics_count_what_was_answered(chat: ChatModel) -> None:
@@ -284,7 +284,7 @@ def _stream(server: Site, tokens: int, streamed: bool = True) -> tuple[HTTPConne
     import json
 
     connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
-    asked = body(text(QUESTION), max_tokens=tokens, stream=streamed, temperature=2, seed=3)
+    asked = body(text(QUESTION), max_tokens=tokens, stream=streamed, ignore_eos=True)
     connection.request("POST", CHAT, json.dumps(asked), {"Content-Type": "application/json"})
     return connection, connection.getresponse() if streamed else None
 
@@ -311,7 +311,7 @@ def test_the_command_finishes_what_runs_and_ends(omni: Path) -> None:
         process.send_signal(signal.SIGTERM)
         thread.join(60)
         connection.close()
-        assert read[0].endswith(b"data: [DONE]\n\n") and re.search(rb'"finish_reason": "(stop|length)"', read[0])
+        assert read[0].endswith(b"data: [DONE]\n\n") and b'"finish_reason": "length"' in read[0]
         assert process.wait(30) == 0
         assert process.stderr.read() == ""
     finally:

@@ -46,7 +46,7 @@ class Alone:
                     max_new_tokens=answer.sampling.max_new_tokens,
                     do_sample=False,
                     num_beams=1,
-                    eos_token_id=list(self.chat.ends.tokens) or None,
+                    eos_token_id=None if answer.sampling.ignore_ends else list(self.chat.ends.tokens) or None,
                     pad_token_id=self.chat.processor.padding_id,
                     trust_remote_code=False,
                     logits_processor=LogitsProcessorList([_Chosen(answer)]),

@@ -23,6 +23,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_ends: bool = False  # go on after an end token, to measure how fast answers are made
     top_logprobs: int | None = None  # how many alternatives are told at each token; None: no log-likelihoods at all
 
 
@@ -69,7 +70,7 @@ class Answer:
         token = self._chosen(logits)
         self.new_tokens += 1
         self.begun = time.perf_counter() if self.begun is None else self.begun
-        if token in self.ends.tokens:
+        if token in self.ends.tokens and not self.sampling.ignore_ends:
             self._finish("stop")
             return token
         self.ids.append(token)

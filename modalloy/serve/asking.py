@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,6 +79,7 @@ class _Chat(_Shape):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     n: int | None = None
+    ignore_eos: bool | None = None  # vLLM's
 
 
 class _Item(BaseModel):
@@ -112,6 +113,7 @@ def read_chat(body: bytes) -> Asked:
         raise RefusalError("top_logprobs needs logprobs: true", param="top_logprobs")
     most = given.max_completion_tokens or given.max_tokens
     asked = _asked(given, most, (given.top_logprobs or 0) if given.logprobs else None, given.seed, _stops(given.stop))
+    asked.sampling = replace(asked.sampling, ignore_ends=bool(given.ignore_eos))
     asked.include_usage = bool(given.stream_options and given.stream_options.include_usage)
     for index, turn in enumerate(given.messages):
         if turn.tool_calls:
