@@ -1,6 +1,6 @@
 """What does `modalloy serve` cost and save? The merge of the built-in specialists, asked over HTTP on this machine.
 
-    python benchmarks/serve.py [--rounds 5] [--requests 1000]
+    python benchmarks/serve.py [--rounds 5] [--requests 1000] [--tokens 64]
 
 - batching: tokens a second of 8 clients at once against those of one, both for long answers to text and for every mix of media
 - second turn: seconds to the first token of a second turn against the first's, whose pictures and sounds are new
@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
@@ -278,17 +278,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer, where its length is chosen")
     args = parser.parse_args()
     rounds, requests = args.rounds, args.requests
     with server() as one:
         one.ask(user([picture(1)[0], sound(1), text("What is this?")]), 4)  # decoders are loaded
-        found: dict[str, Any] = {
-            "text": batching(one, stories, rounds, 64),
-            "media": batching(one, mixes, rounds, 64),
-            "second_turn": second_turn(one, rounds),
-            "overhead": overhead(one, rounds, 48),
-            "memory": memory(one, requests),
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "text": lambda: batching(one, stories, rounds, args.tokens),
+            "media": lambda: batching(one, mixes, rounds, args.tokens),
+            "second_turn": lambda: second_turn(one, rounds),
+            "overhead": lambda: overhead(one, rounds, args.tokens),
+            "memory": lambda: memory(one, requests),
         }
+        found: dict[str, Any] = {}
+        for name, measure in parts.items():
+            found[name] = measure()
+            print(f"{name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
     rows = [
         *(
             [
