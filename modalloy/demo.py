@@ -1,6 +1,7 @@
 """`modalloy demo`: merge the built-in specialists and put their answers beside the merged model's."""
 
 import gc
+import hashlib
 import json
 import sys
 import time
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from modalloy import builtin
+from modalloy._version import __version__
 from modalloy.machine import memory
 from modalloy.merging import merge
 from modalloy.recipe import Output, Recipe, SpecialistEntry
+from modalloy.storage.staging import MANIFEST
 
 FOUR_HORSES = {"image": "horse.webp", "audio": "horse.flac", "video": "horse-animated.webp", "point": "horse.npy"}
 # (media by modality, question). No sample was trained on (see builtin/samples/LICENSES.md); they were picked to show what
@@ -46,11 +49,7 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
     """Merge into `out`, ask QUESTIONS, print a table and one JSON line on stdout."""
     from modalloy.model import load_model
 
-    recipe = Recipe(
-        base_model=builtin.BASE,
-        models=tuple(SpecialistEntry(model=builtin.PREFIX + m, modality=m) for m in builtin.specialists()),
-        output=Output(form="omni", dtype="float32"),
-    )
+    recipe = _recipe()
     names = [entry.modality or entry.model for entry in recipe.models]
     report = merge(recipe, out, overwrite=True, on_job=on_job)
     print(f"modalloy · ssam · {len(names)} specialists ({', '.join(names)}) · base SmolLM2-135M-Instruct")
@@ -82,6 +81,27 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
         ],
     }
     print(json.dumps(result))
+
+
+def merged(on_job: Callable[[int, int], None] | None = None) -> Path:
+    """Folder of the merge of the built-in specialists, made once for these specialists and this version."""
+    found = hashlib.sha256(__version__.encode())
+    for modality in builtin.specialists():
+        for path in sorted(builtin.specialist(modality).iterdir()):
+            found.update(path.name.encode() + path.read_bytes())
+    out = builtin.cache() / f"demo-{found.hexdigest()[:16]}"
+    if not (out / MANIFEST).is_file():
+        merge(_recipe(), out, overwrite=True, on_job=on_job)
+    return out
+
+
+def _recipe() -> Recipe:
+    """All built-in specialists, merged."""
+    return Recipe(
+        base_model=builtin.BASE,
+        models=tuple(SpecialistEntry(model=builtin.PREFIX + m, modality=m) for m in builtin.specialists()),
+        output=Output(form="omni", dtype="float32"),
+    )
 
 
 def _files(media: dict[str, str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ FLOORS = [
     {"engines", "outputs", "promise"},
     {"compute", "model", "verify"},
     {"evals", "inspection", "merging"},
-    {"demo", "search"},
+    {"demo", "search", "serve"},
     {"cli"},
 ]
 MAX_LINES, MAX_PARAMETERS = 420, 8

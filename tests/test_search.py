@@ -234,7 +234,7 @@ def test_differences_by_meaning_and_by_teacher_forced_tokens(
     ids = chat.processor.tokenizer.encode(said[probe.id], add_special_tokens=False)
     expected = []
     for end in range(len(ids) + 1):  # one token after the other
-        inputs = chat._inputs([replace(prompt, ids=prompt.ids + ids[:end], owners=prompt.owners + [0] * end)])
+        inputs = chat.inputs([replace(prompt, ids=prompt.ids + ids[:end], owners=prompt.owners + [0] * end)])
         with torch.no_grad():
             expected.append(int(chat.model(**inputs).logits[0, -1].argmax()))
     assert one["predicted"] == expected

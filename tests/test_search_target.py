@@ -228,7 +228,7 @@ def test_images_are_asked_about(folder: Path) -> None:
     alone = [chat.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
     assert chat.generate(prompts, max_new_tokens=3) == alone
     (scores,) = chat.score([prompts[0]], [["dog", "cat dog"]])
-    inputs = chat._inputs([prompts[0]])
+    inputs = chat.inputs([prompts[0]])
     ids = chat.processor.tokenizer.encode("cat dog</s>", add_special_tokens=False)
     total, likeliest = 0.0, []
     for token in ids:

@@ -23,6 +23,7 @@ COMMANDS = (
     "eval-score",
     "eval-compare",
     "search",
+    "serve",
     "demo",
 )
 RUN = "import sys; from modalloy.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"

@@ -7,7 +7,7 @@ import typer
 from typer.main import get_command
 
 from modalloy._version import __version__
-from modalloy.cli import chat, evals, merging, search
+from modalloy.cli import chat, evals, merging, search, serve
 from modalloy.cli.boundary import guarded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -34,6 +34,7 @@ app.command()(merging.inspect)
 app.command()(merging.verify)
 app.command()(merging.methods)
 app.command(cls=chat.InOrder)(chat.chat)
+app.command()(serve.serve)
 app.command("eval")(evals.evaluate)
 app.command()(evals.eval_score)
 app.command()(evals.eval_compare)

@@ -16,6 +16,7 @@ from modalloy.model.opening import opening
 from modalloy.model.processor import PLACEHOLDER, ModalloyProcessor, grouped, too_many
 from modalloy.model.rendering import Message
 from modalloy.names import modality_name
+from modalloy.senses.native import Block
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,14 @@ class ChatModel:
         """Log-likelihood in nats of each option as the whole answer, its end token included."""
         return self.score([self.prompt(messages)], [options])[0]
 
-    def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
+    def prompt(
+        self,
+        messages: list[Message],
+        features: Callable[[str, Any], Tensor] | None = None,
+        blocks: Callable[[str, list[Any]], list[Block]] | None = None,
+    ) -> Prompt:
         """A conversation ready to be answered; `features(modality, medium)` may give what is known of a medium already: its
-        features, or of a native modality the medium in memory.
+        features, or of a native modality the medium in memory. `blocks` then gives what becomes of all of a native modality.
 
         Raises:
             MediaError: a medium cannot be read, or is of a modality that the model lacks.
@@ -114,12 +120,16 @@ class ChatModel:
         for modality, found in grouped(media).items():
             if modality in self.processor.preparers:
                 read = [(features or self.processor.preprocess)(modality, medium) for medium in found]
-                encoded[modality] = list(self.model.encode(modality, self.processor.prepare(modality, read)))
+                encoded[modality] = (blocks or self.blocks)(modality, read)
                 lengths[modality] = list(map(len, encoded[modality]))
             else:
                 encoded[modality] = [(features or self.features)(modality, medium) for medium in found]
         ids, owners = self.processor.tokenize(text, lengths)
         return Prompt(self.processor.shown(text), ids, owners, encoded)
+
+    def blocks(self, modality: str, media: list[Any]) -> list[Block]:
+        """A block for each of a conversation's media of a native modality, read already."""
+        return list(self.model.encode(modality, self.processor.prepare(modality, media)))
 
     def plain_prompt(self, text: str) -> Prompt:
         """A prompt of text without a chat template."""
@@ -179,19 +189,18 @@ class ChatModel:
             self._check_length(len(prompt.ids), max(map(len, own)))
         self._check_tokens(prompts)
         tensors = [[torch.tensor(ids) for ids in own] for own in options]
-        return [scores.tolist() for scores in self.model.score_options(self._inputs(prompts), tensors)]
+        return [scores.tolist() for scores in self.model.score_options(self.inputs(prompts), tensors)]
 
     def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
         for prompt, own in zip(prompts, answers, strict=True):
             self._check_length(len(prompt.ids), len(own))
-        found = self.model.predict(self._inputs(prompts), [torch.tensor(own) for own in answers])
+        found = self.model.predict(self.inputs(prompts), [torch.tensor(own) for own in answers])
         return [ids.tolist() for ids in found]
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
         """Token ids (prompts, tokens) of the padded prompts and their answers."""
-        self._check_length(max(len(prompt.ids) for prompt in prompts), max_new_tokens)
-        self._check_tokens(prompts)
-        inputs = self._inputs(prompts)
+        self.check(prompts, max_new_tokens)
+        inputs = self.inputs(prompts)
         with opening(self.processor.where, "model", "used"):
             ids: Tensor = self.model.generate(
                 **inputs,
@@ -206,7 +215,7 @@ class ChatModel:
             )
         return ids
 
-    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """The model's inputs, on its device, padded on the left."""
         inputs: dict[str, Any] = dict(self.processor.pad([(p.ids, p.owners) for p in prompts]).to(self.model.device))
         found = {modality for prompt in prompts for modality in prompt.features}
@@ -215,6 +224,21 @@ class ChatModel:
             every = [one.to(device) for prompt in prompts for one in prompt.features.get(modality, ())]
             features[modality] = torch.stack(every) if isinstance(every[0], Tensor) else every
         return inputs | {"features": features}
+
+    def check(self, prompts: Sequence[Prompt], new_tokens: int) -> None:
+        """Refuse prompts that leave no room for their answers, or whose tokens the model has not.
+
+        Raises:
+            LengthError: the model's context is shorter.
+            CheckpointError: the tokenizer is not the model's.
+        """
+        self._check_length(max(len(prompt.ids) for prompt in prompts), new_tokens)
+        self._check_tokens(prompts)
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return int(self.model.config.text_config.max_position_embeddings)
 
     def _check_tokens(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a tokenizer whose numbers go beyond the model's vocabulary."""
@@ -227,10 +251,9 @@ class ChatModel:
             )
 
     def _check_length(self, length: int, new_tokens: int) -> None:
-        limit = self.model.config.text_config.max_position_embeddings
-        if length + new_tokens > limit:
+        if length + new_tokens > self.context:
             raise LengthError(
-                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the model's {limit}; "
+                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the model's {self.context}; "
                 "show fewer media, or begin a new conversation"
             )
 

@@ -44,7 +44,9 @@ class HostedModel(ChatModel):
         place = Path(self.processor.where)
         return {one: Preparer(place, one, opened=self.own) for one in modalities_of(type(self.model), self.own)}
 
-    def prompt(self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None) -> Prompt:
+    def prompt(
+        self, messages: list[Message], features: Callable[[str, Any], Tensor] | None = None, blocks: Any = None
+    ) -> Prompt:
         """A conversation ready to be answered.
 
         Raises:
@@ -136,14 +138,14 @@ class HostedModel(ChatModel):
         """Logits (tokens, vocabulary) at every place of an answer, in float32, by one pass over prompt and answer."""
         n = len(answer)
         self._check_length(len(prompt.ids), n)
-        inputs = self._inputs([prompt])
+        inputs = self.inputs([prompt])
         shape = inputs["input_ids"].shape
         longer = {name: pad(given, (0, n)) for name, given in inputs.items() if given.shape == shape}  # kind 0 is text
         longer["input_ids"][0, -n:], longer["attention_mask"][0, -n:] = torch.tensor(answer), 1
         logits: Tensor = self.model(**inputs | longer, logits_to_keep=n + 1).logits
         return logits[0, :-1].float().cpu()
 
-    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         if any(prompt.features for prompt in prompts):
             found = self._processed([prompt.marked for prompt in prompts], [prompt.features for prompt in prompts])
         else:

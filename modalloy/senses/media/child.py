@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from modalloy.errors import MediaError, plain
+from modalloy.senses.media.forks import LATE, Forkers
 from modalloy.senses.media.limits import opened
 
 MEMORY_BYTES = 4_000_000_000  # of addresses, of which the libraries themselves take about 1 GB
 SECONDS = 120
 KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")  # of the environment; no secrets
+PACKAGE = str(Path(__file__).resolve().parents[2])
 REFUSED = 3  # exit code of a child that raised a MediaError
 # the parent's own search path, and the package without its __init__.py, which would import torch
 BEGIN = """
@@ -39,21 +43,32 @@ class Bounds:
 
     memory_bytes: int
     seconds: int
+    forks: bool = False
+    limits: tuple[tuple[str, int], ...] = ()
 
 
 _BOUNDS: ContextVar[Bounds | None] = ContextVar("bounds of decoders", default=None)
 
 
 @contextmanager
-def isolated(on: bool = True, *, memory_bytes: int = MEMORY_BYTES, seconds: int = SECONDS) -> Iterator[None]:
+def isolated(
+    on: bool = True,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    seconds: int = SECONDS,
+    forks: bool = False,
+    smaller: Mapping[str, int] | None = None,
+) -> Iterator[None]:
     """Every medium that is loaded inside the block, in this thread or task, is decoded in a child process of its own.
 
     Args:
         on: False: in this process after all.
         memory_bytes: of addresses that the child may ask for.
         seconds: of CPU, and twice as many by the clock.
+        forks: the child is a fork of a process that stays, for a program that decodes many media.
+        smaller: limits of `modalloy.senses.media.limits` by name, for forks.
     """
-    token = _BOUNDS.set(Bounds(memory_bytes, seconds) if on else None)
+    token = _BOUNDS.set(Bounds(memory_bytes, seconds, forks, tuple((smaller or {}).items())) if on else None)
     try:
         yield
     finally:
@@ -75,24 +90,17 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
     assert bounds is not None
     with opened(path):
         pass  # a regular file, or no child is needed
-    folder = str(Path(__file__).resolve().parent.parent)
     given = [modality, os.fspath(path), str(number), str(bounds.memory_bytes), str(bounds.seconds)]
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
         try:
-            code = subprocess.run(
-                [sys.executable, "-c", BEGIN, "\n".join(sys.path), folder, *given],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                env=environment,
-                timeout=2 * bounds.seconds,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise MediaError(f"{plain(path)}: was not decoded in {error.timeout:.0f} s; give another file") from error
+            if bounds.forks:
+                code = _forkers().run([given, out.name, err.name, dict(bounds.limits)], 2 * bounds.seconds)
+            else:
+                code = _fresh(given, out, err, 2 * bounds.seconds)
         except OSError as error:
             raise MediaError(f"{plain(path)}: no child process can be started for it ({error.strerror})") from error
+        if code == LATE:
+            raise MediaError(f"{plain(path)}: was not decoded in {2 * bounds.seconds} s; give another file")
         err.seek(0)
         said = err.read(1 << 16).decode("utf-8", "replace")
         if code == REFUSED:
@@ -107,6 +115,31 @@ def in_child(modality: str, path: str | Path, number: int = 0) -> np.ndarray:
         out.seek(0)
         found: np.ndarray = np.lib.format.read_array(out, allow_pickle=False)
         return found
+
+
+def _fresh(given: list[str], out: Any, err: Any, seconds: float) -> int:
+    """Exit code of a new interpreter that decodes; below 0 a signal, or LATE."""
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", BEGIN, "\n".join(sys.path), PACKAGE, *given],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=_environment(),
+            timeout=seconds,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return LATE
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in KEPT if name in os.environ} | {"OPENBLAS_NUM_THREADS": "1"}
+
+
+@cache
+def _forkers() -> Forkers:
+    return Forkers(PACKAGE, _environment())
 
 
 def decode(modality: str, path: str, number: str, memory_bytes: str, seconds: str) -> None:

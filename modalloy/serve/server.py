@@ -1,0 +1,64 @@
+"""From folders and options to a server that answers until it is told to stop."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from modalloy.model import load_model
+from modalloy.serve.app import GRACE_SECONDS, application
+from modalloy.serve.metrics import Metrics
+from modalloy.serve.options import Options, is_loopback
+from modalloy.serve.queue import Served, share
+
+MAX_CONNECTIONS = 512
+
+
+def serve(
+    models: Mapping[str, Path], listener: socket.socket, options: Options, on_line: Callable[[str], None]
+) -> None:
+    """Answer requests to these models until SIGTERM or SIGINT, then finish what runs. `on_line` gets what a user is told.
+
+    Raises:
+        ModalloyError: an option is wrong, or a model cannot be loaded.
+    """
+    keys, hosts, metrics = options.keys, options.hosts, Metrics()
+    chats = {}
+    for name, path in models.items():
+        chats[name] = load_model(path, device=options.device, dtype=options.dtype)
+        on_line(f"loaded   {name}: text, {', '.join(chats[name].modalities) or 'nothing else'}")
+    if saved := share(list(chats.values())):
+        on_line(f"shared   {saved / 1e6:.0f} MB of equal weights are held once")
+    served = {
+        name: Served(name, chat, hosts, metrics, max_batch=options.max_batch, max_queue=options.max_queue)
+        for name, chat in chats.items()
+    }
+    app = application(served, metrics, keys=keys, loopback=is_loopback(options.host))
+    settings = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=int(GRACE_SECONDS),
+    )
+    port = listener.getsockname()[1]
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    on_line(f"serving  http://{shown}:{port} ({', '.join(served)})")
+    asyncio.run(Server(settings).serve(sockets=[listener]))
+
+
+class Server(uvicorn.Server):
+    """Ends as a command that did what it was told to, rather than by the signal that told it to stop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The signals are uvicorn's while it serves, and not raised again afterwards."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
