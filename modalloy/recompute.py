@@ -294,5 +294,5 @@ def alike(wanted: Any, told: Any) -> bool:
     if isinstance(wanted, dict):
         return wanted.keys() == told.keys() and all(alike(wanted[key], told[key]) for key in wanted)
     if isinstance(wanted, list):
-        return len(wanted) == len(told) and all(map(_alike, wanted, told))
+        return len(wanted) == len(told) and all(map(alike, wanted, told))
     return bool(abs(wanted - told) <= COMPUTED * abs(wanted))
