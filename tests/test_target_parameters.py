@@ -92,7 +92,10 @@ def write(folder: Path, kind: str, *, fused: bool, targets: tuple[list[str], lis
 def test_full_models_hold_what_peft_adds(tmp_path: Path, kind: str, fused: bool) -> None:
     """Half the sum of both updates, by PEFT in float64: also where the hub's files store each expert's matrices apart."""
     write(tmp_path, kind, fused=fused)
-    merge(recipe(tmp_path, output={"form": "full"}), tmp_path / "out")
+    report = merge(recipe(tmp_path, output={"form": "full"}), tmp_path / "out")
+    stored_apart = not fused and kind != "GptOss"
+    said = "18 of the linear weights are experts'" if stored_apart else "12 experts in 4 tensors merged"
+    assert said in report.plan.summary()
     assert "recomputed" in verify(tmp_path / "out", full=True).summary()
     wanted = {name: tensor.double() for name, tensor in make(kind).state_dict().items()}
     for specialist in ("one", "two"):

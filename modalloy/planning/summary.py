@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from modalloy.methods import METHODS
 from modalloy.planning.kinds import PLURALS
+from modalloy.senses.stored import EXPERT
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
@@ -20,6 +21,8 @@ def one_line(planned: "Plan") -> str:
     how = ", ".join(filter(None, (planned.recipe.merge_method, settings)))
     parts = [f"{planned.merged_weights() - experts} linear weights merged ({how})"]
     parts += [f"{experts} experts in {len(fused)} tensors merged, each as a weight of its own"] if fused else []
+    apart = sum(EXPERT.search(job.name) is not None for job in planned.merges() if not job.rows)
+    parts += [f"{apart} of the linear weights are experts'"] if apart else []
     parts += [f"{count} tensors {fate}" for fate, count in planned.counts().items() if fate != "merged"]
     parts += [f"{label} does not count ({reason})" for label, reason in planned.absent.items()]
     if planned.unchanged:
