@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalloy.errors import CheckpointError, OutputError, RecipeError, nearest
+from modalloy.errors import CheckpointError, OutputError, RecipeError, missing_package, nearest
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.decoder import build_decoder
 from modalloy.model.routing import RoutedLinear, Routes, is_quantised, route_linears
@@ -28,7 +28,7 @@ def quantisation(kind: str, device: str, dtype: torch.dtype | str) -> Any:
 
     Raises:
         RecipeError: there is no such kind, or the device has no kernel for it.
-        ModuleNotFoundError: torchao is not installed.
+        MissingPackageError: torchao is not installed.
     """
     if kind not in KINDS:
         raise RecipeError(f"quantize {kind}: no such kind; {nearest(kind, KINDS)}")
@@ -36,7 +36,10 @@ def quantisation(kind: str, device: str, dtype: torch.dtype | str) -> Any:
         raise RecipeError(
             f"quantize {kind}: weights are laid out for one device; give device cpu or cuda, not {device}"
         )
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    except ModuleNotFoundError as error:
+        raise missing_package(error) or error from error
     from transformers import TorchAoConfig
 
     if kind == "int8":

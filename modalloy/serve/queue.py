@@ -16,7 +16,8 @@ from modalloy.machine.memory import room
 from modalloy.model.alone import answering
 from modalloy.model.answering import Answer, TokenLogprob
 from modalloy.model.chat import ChatModel, Prompt
-from modalloy.model.quantised import is_quantised, parts
+from modalloy.model.quantised import parts
+from modalloy.model.routing import is_quantised
 from modalloy.serve.asking import DEFAULT_TOKENS, Asked
 from modalloy.serve.metrics import Metrics
 from modalloy.serve.preparing import Preparer
