@@ -108,7 +108,7 @@ def forced(chat: ChatModel, answers: list[list[int]]) -> list[Tensor]:
     """Log-probabilities (tokens, vocabulary) at every place of the answers to the demo's questions."""
     found = []
     for (media, question), ids in zip(QUESTIONS, answers, strict=False):
-        prompt = chat.prompt([user_message(question, list(_files(media).items()))])
+        prompt = chat.prompt(user_message(question, list(_files(media).items())))
         logits = chat.model._forced(chat.inputs([prompt]), [[torch.tensor(ids)]])[0]
         found.append(logits[0].float().log_softmax(-1))
     return found
@@ -118,7 +118,7 @@ def answered(chat: ChatModel, count: int) -> list[list[int]]:
     """The greedy answers to the demo's questions as token ids, with the token that ended them."""
     found = []
     for media, question in QUESTIONS[:count]:
-        prompt = chat.prompt([user_message(question, list(_files(media).items()))])
+        prompt = chat.prompt(user_message(question, list(_files(media).items())))
         inputs = chat.inputs([prompt])
         ids = chat.model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
         found.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
@@ -146,14 +146,7 @@ def main() -> None:
     }
     results: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        rows: dict[str, Any] = {}
-        for way in WAYS:
-            usage, printed = run([sys.executable, __file__, "--load", folder, way])
-            rows[way] = json.loads(printed.splitlines()[-1]) | {
-                "peak_bytes": usage.peak_bytes,
-                "load_seconds": round(usage.seconds, 1),
-            }
-            print(name, way, rows[way], file=sys.stderr)
+        rows: dict[str, Any] = {way: {} for way in WAYS}
         chats = {way: opened(folder, way) for way in WAYS}
         times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
         for _ in range(args.rounds):
@@ -173,8 +166,12 @@ def main() -> None:
                 parted = [(w.exp() * (w - g)).sum(-1) for w, g in zip(wanted, got, strict=True)]
                 rows[way] |= {"same_answers": sum(same), "mean_kl_nats": float(torch.cat(parted).mean())}
                 print(way, sum(same), rows[way]["mean_kl_nats"], file=sys.stderr)
+        chats.clear()  # so that there is memory for others
+        for way in WAYS:
+            usage, printed = run([sys.executable, __file__, "--load", folder, way])
+            rows[way] |= json.loads(printed.splitlines()[-1]) | {"peak_bytes": usage.peak_bytes}
+            print(name, way, rows[way], file=sys.stderr)
         results[name] = rows
-        del chats
     shown = [
         [
             name,
