@@ -152,12 +152,16 @@ def _quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before, logging.lastResort = logging.lastResort, logging.NullHandler()
+    of_torch = logging.getLogger("torch.utils._pytree")  # torch brings a handler of its own; torchao makes it speak
+    level = of_torch.level
+    of_torch.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
             logging.lastResort = before
+            of_torch.setLevel(level)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from modalloy.cli.options import DEVICES, DTYPES, Isolated, Json, Media, choice
+from modalloy.cli.options import DEVICES, DTYPES, Isolated, Json, Media, Quantize, check_quantize, choice
 from modalloy.errors import ModalloyError
 from modalloy.names import modality_name
 from modalloy.report.text import is_unicode
@@ -41,6 +41,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
+    quantize: Quantize = None,
     isolated: Isolated = False,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +51,7 @@ def chat(
     """
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
+    check_quantize(quantize)
     if prompt is not None and not prompt.strip() and not any((image, audio, video, point, media)):
         raise ModalloyError("-p: the question is empty; write one, or leave -p out to type a conversation")
     if as_json and prompt is None:
@@ -64,7 +66,7 @@ def chat(
     from modalloy.model.session import Session, typed_lines
     from modalloy.senses import media as decoders
 
-    model = load_model(out, device=resolve_device(device), dtype=dtype)
+    model = load_model(out, device=resolve_device(device), dtype=dtype, quantize=quantize)
     if prompt is None:
         session = Session(model, max_new_tokens)
         with decoders.isolated(isolated):

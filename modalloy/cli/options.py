@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,11 +42,25 @@ Isolated = Annotated[
 Modalities = Annotated[str | None, typer.Option(help="media to show, for example video+audio (default: all)")]
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+Quantize = Annotated[
+    str | None, typer.Option(help="int8 or int4: hold the base's linears in so many bits", show_default=False)
+]
+QUANTIZE = ("int8", "int4")
 
 
 def choice(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ModalloyError(f"{option} {value}: not a {option.strip('-')}; known: {', '.join(known)}")
+
+
+def check_quantize(kind: str | None) -> None:
+    """Refuse another kind of quantising, and one whose library is not there, before torch is imported."""
+    if kind is None:
+        return
+    if kind not in QUANTIZE:
+        raise ModalloyError(f"--quantize {kind}: no such kind; known: {', '.join(QUANTIZE)}")
+    if find_spec("torchao") is None:
+        raise ModuleNotFoundError("no torchao", name="torchao")
 
 
 def parse_size(option: str, text: str) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from modalloy.cli.options import DEVICES, DTYPES, choice
+from modalloy.cli.options import DEVICES, DTYPES, Quantize, check_quantize, choice
 from modalloy.cli.progress import progress
 from modalloy.errors import ModalloyError
 
@@ -33,6 +33,7 @@ def serve(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
+    quantize: Quantize = None,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="requests answered together, for each model")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="requests that wait besides; more get status 429")] = 64,
     allow_media_host: Annotated[
@@ -42,6 +43,7 @@ def serve(
     """Answer OpenAI's chat completions and responses about all modalities, until Ctrl-C."""
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
+    check_quantize(quantize)
     if out is None and not model and not demo:
         raise ModalloyError("no model is named; give a folder that `modalloy chat` opens, or --demo")
     import fastapi  # noqa: F401
@@ -67,6 +69,7 @@ def serve(
         api_key_file=api_key_file,
         no_key=no_key,
         dtype=dtype,
+        quantize=quantize,
         max_batch=max_batch,
         max_queue=max_queue,
         media_hosts=tuple(allow_media_host or ()),

@@ -13,8 +13,7 @@ from torch.nn.functional import pad
 from modalloy.errors import CheckpointError, MediaError
 from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.literal import MARKS, Literals
-from modalloy.model.omni import check_loaded, quiet
-from modalloy.model.opening import opening, set_ends
+from modalloy.model.opening import check_loaded, opening, quiet, set_ends
 from modalloy.model.preparing import ARGUMENTS, PARTS, Preparer, own_processor
 from modalloy.model.processor import ModalloyProcessor, medium_of
 from modalloy.model.rendering import Message, chosen_template, rendered_by

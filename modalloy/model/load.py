@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, RecipeError
 from modalloy.machine.memory import release_memory
 from modalloy.model.chat import ChatModel
 from modalloy.model.config import ModalloyConfig, check_content
@@ -20,6 +20,7 @@ from modalloy.model.hosted import is_hosted, load_hosted
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.opening import check_code, open_tokenizer, opening, set_ends
 from modalloy.model.processor import ModalloyProcessor
+from modalloy.model.quantised import quantisation, report
 from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
 from modalloy.outputs.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
@@ -50,6 +51,7 @@ def load_model(
     dtype: str = "float32",
     fold: bool = False,
     encoder: str | None = None,
+    quantize: str | None = None,
 ) -> ChatModel:
     """A model that answers questions about media, from an `omni` folder or a specialist's folder; or about text only.
 
@@ -63,8 +65,12 @@ def load_model(
         dtype: type of the weights, or "auto" for the base's. On a CPU, 16-bit weights are computed with in float32.
         fold: fold the text adapter into the base weights; what that costs the other paths is printed on stderr.
         encoder: encoder of a specialist, as a recipe names it, where its config names no built-in one.
+        quantize: "int8" or "int4" holds the linears of the base's blocks in that many bits a number, by torchao; updates
+            stay as they are. What it saves is printed on stderr.
 
     Raises:
+        RecipeError: what is asked for does not go together with `quantize`.
+        MissingPackageError: `quantize` without torchao.
         CheckpointError: a file is missing or damaged, or a tensor is unknown or missing.
     """
     from transformers.models.auto import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -82,6 +88,15 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": False}
     if device == "auto":
         options["device_map"] = "auto"
+    if quantize is not None:
+        if fold:
+            raise RecipeError("quantize: the base's weights would lose the folded update; leave out fold or quantize")
+        if is_hosted(content):
+            raise RecipeError(
+                f"quantize: {folder} is a model of transformers' own, which modalloy does not route; load it without quantize"
+            )
+        options["quantization_config"] = quantisation(quantize, device, options["dtype"])
+        options["device_map"] = {"": device}
     if kind == "multimodal":
         specialist = open_specialist(folder)
         config, base_folder = _specialist_config(specialist, base, encoder)
@@ -117,6 +132,8 @@ def load_model(
         )
     if fold:
         _report(model.fold())
+    if quantize is not None:
+        report(model.linears)
     return ChatModel(model if device == "auto" else moved(model, device), processor)
 
 

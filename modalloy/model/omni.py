@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import logging
 
 from modalloy.delta import LowRank, norm
 from modalloy.errors import CheckpointError
 from modalloy.machine.memory import release_memory
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.decoder import build_decoder
+from modalloy.model.opening import check_loaded, quiet
+from modalloy.model.quantised import check_writable, only_the_base, settle
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 from modalloy.model.sequence import Features, blocks_of, by_row, deepstack, masks, seen_together, three_positions
 from modalloy.outputs.omni import write_remote_code
@@ -89,7 +90,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The model of an `omni` folder (whose decoder and encoders may be elsewhere) or of `save_pretrained`'s.
 
-        Takes transformers' options (`dtype`, `device_map`, `config`, …).
+        Takes transformers' options (`dtype`, `device_map`, `config`, …). A `quantization_config` must be a `TorchAoConfig`;
+        it is of the decoder's blocks only, and their updates stay as they are (see `quantised`).
 
         Raises:
             CheckpointError: a tensor is missing, unknown, or of another shape; never filled in.
@@ -107,9 +109,13 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     kwargs.pop(key, None)
                 kwargs |= {"config": config, "state_dict": composed_weights(config, folder)}
                 where = None
+        if kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config"):
+            config = config or ModalloyConfig.from_pretrained(where)
+            kwargs |= {"quantization_config": only_the_base(kwargs.get("quantization_config"), config, named)}
         with quiet():  # what it would report is refused below
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
         check_loaded(named, info)
+        settle(model.linears)
         model.requires_grad_(False)
         release_memory()
         if model.config.base_model is not None:
@@ -123,6 +129,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the whole model, decoder and encoders included, as one checkpoint of transformers."""
+        check_writable(save_directory, self.linears)
         config = self.config
         self.config = config.self_contained()
         try:
@@ -377,27 +384,6 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "use the base that the specialists were trained from"
             )
         return self.linears[slot]
-
-
-def check_loaded(where: Any, info: dict[str, Any]) -> None:
-    """Refuse what transformers' loader reports: a tensor that is missing, unknown, or of another shape."""
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if names := sorted(map(str, info[problem])):
-            raise CheckpointError(
-                f"{where}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
-                "the files do not belong together, or are incomplete: merge or download them again"
-            )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of transformers while the block runs."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 @contextmanager

@@ -170,3 +170,26 @@ def set_ends(model: Any, folder: Path, content: dict[str, Any]) -> None:
     for part in parts:
         ends += [one for one in listed(part.get("eos_token_id")) if one not in ends] if isinstance(part, dict) else []
     model.generation_config.eos_token_id = ends or None
+
+
+def check_loaded(where: Any, info: dict[str, Any]) -> None:
+    """Refuse what transformers' loader reports: a tensor that is missing, unknown, or of another shape."""
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if names := sorted(map(str, info[problem])):
+            raise CheckpointError(
+                f"{where}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
+                "the files do not belong together, or are incomplete: merge or download them again"
+            )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of transformers while the block runs."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -3,21 +3,24 @@
 SSAM section 3 (after DAMC): with h = [h^m, h^t], Q = [h^m W_m, h^t W_t] and likewise for K, V, the output projection
 and the feed-forward network; one softmax attention runs over the whole mixed sequence. Here W_g = W_0 + s_g · up_g @ down_g,
 W_0 stays bit-exact, and each owner's product runs on just its own tokens: a view of them where they are in one run, as a
-medium's are, else a gather.
+medium's are, else a gather. W_0 may be held in codes of 8 or 4 bits (`quantised`); updates never are.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modalloy.delta import LowRank
+from modalloy.errors import RecipeError
 
 TEXT = "text"  # the owner of every token that belongs to no modality, and of all generated tokens
 
 HALF = (torch.float16, torch.bfloat16)
-CAST_ROWS = 1024  # of a weight in half precision, brought to float32 at once: they stay in the cache
+CAST_ROWS = 1024  # of a weight in half precision or in codes, brought to float32 at once: they stay in the cache
+FEW = 16  # rows that torch's kernel for codes of 8 bits multiplies sooner than a product of floats does
 
 Rows = slice | Tensor  # of the flattened batch
 
@@ -92,6 +95,10 @@ class RoutedLinear(nn.Linear):
 
     def fold(self) -> float:
         """Round the text update into the weight; returns the Frobenius norm of what rounding lost."""
+        if is_quantised(self.weight):
+            raise RecipeError(
+                "fold: the base's weights are quantised, and would lose the update; load the model without fold"
+            )
         delta = self.update(TEXT)
         exact = torch.addmm(self.weight.double(), delta.up.double(), delta.down.double())
         self.weight.data.copy_(exact)
@@ -99,8 +106,10 @@ class RoutedLinear(nn.Linear):
         return float((self.weight.double() - exact).norm())
 
     def forward(self, x: Tensor) -> Tensor:
-        in_float32 = x.dtype in HALF and x.device.type == "cpu"
-        if len(self.routes.rows) == 1 and self.weight.dtype == x.dtype and not in_float32:
+        on_cpu = x.device.type == "cpu"
+        in_float32 = x.dtype in HALF and on_cpu
+        in_codes = on_cpu and is_quantised(self.weight)
+        if len(self.routes.rows) == 1 and self.weight.dtype == x.dtype and not (in_float32 or in_codes):
             return self._alone(x, self.routes.rows[0][0])
         flat_x = x.reshape(-1, x.shape[-1]).to(torch.float32 if in_float32 else x.dtype)
         if self.text_weight is None:
@@ -152,6 +161,8 @@ class RoutedLinear(nn.Linear):
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T in the type of `x` (rows, in); a weight of another type is cast a block of rows at a time."""
+    if is_quantised(weight):
+        return _matmul_codes(x, weight)
     if weight.dtype == x.dtype:
         return x @ weight.T
     out = x.new_empty(len(x), len(weight))
@@ -159,6 +170,24 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
         rows = slice(start, start + CAST_ROWS)
         out[:, rows] = x @ weight[rows].to(x.dtype).T
     return out
+
+
+def _matmul_codes(x: Tensor, weight: Any) -> Tensor:
+    """The same with a weight that torchao quantised (`quantised`); in float32 or bfloat16 on a CPU."""
+    if x.device.type != "cpu" or getattr(weight, "act_quant_kwargs", None) is not None:
+        return nn.functional.linear(x, weight)
+    if hasattr(weight, "scale_and_zero"):  # int4: each group's scale and zero are in bfloat16
+        return nn.functional.linear(x.to(weight.scale_and_zero.dtype), weight).to(x.dtype)
+    codes, scales = weight.qdata, weight.scale.flatten()
+    if len(x) <= FEW:
+        ones = scales.new_ones(len(scales), dtype=torch.bfloat16)
+        return torch._weight_int8pack_mm(x.to(torch.bfloat16), codes, ones).to(x.dtype).mul_(scales)
+    return matmul(x, codes).mul_(scales)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight holds codes of torchao's."""
+    return type(weight) not in (nn.Parameter, Tensor)
 
 
 def route_linears(decoder: nn.Module, routes: Routes) -> dict[str, RoutedLinear]:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.errors import CheckpointError, ModalloyError
-from modalloy.model.omni import quiet
-from modalloy.model.opening import open_tokenizer, opening
+from modalloy.model.opening import open_tokenizer, opening, quiet
 from modalloy.storage.locate import locate
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"  # of AdaMMS

@@ -25,6 +25,7 @@ class Options:
     no_key: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    quantize: str | None = None
     max_batch: int = 8
     max_queue: int = 64
     media_hosts: Sequence[str] = ()

@@ -16,6 +16,8 @@ from modalloy.machine.memory import room
 from modalloy.model.alone import answering
 from modalloy.model.answering import Answer, TokenLogprob
 from modalloy.model.chat import ChatModel, Prompt
+from modalloy.model.quantised import parts
+from modalloy.model.routing import is_quantised
 from modalloy.serve.asking import DEFAULT_TOKENS, Asked
 from modalloy.serve.metrics import Metrics
 from modalloy.serve.preparing import Preparer
@@ -215,9 +217,12 @@ def share(chats: Sequence[ChatModel]) -> int:
     saved = 0
     for chat in chats:
         for name, parameter in chat.model.named_parameters():
-            key = (name, parameter.shape, parameter.dtype, parameter.device)
-            known = first.setdefault(key, parameter.data)
-            if known.data_ptr() != parameter.data_ptr() and known.equal(parameter.data):
-                parameter.data = known
-                saved += known.nbytes
+            # what holds codes cannot be compared, but what it is made of can
+            held = parts(parameter) if is_quantised(parameter) else {"data": parameter.data}
+            for part, tensor in held.items():
+                key = (name, part, tensor.shape, tensor.dtype, tensor.device)
+                known = first.setdefault(key, tensor)
+                if known.data_ptr() != tensor.data_ptr() and known.equal(tensor):
+                    setattr(parameter, part, known)
+                    saved += known.nbytes
     return saved

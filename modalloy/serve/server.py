@@ -28,7 +28,7 @@ def serve(
     keys, hosts, metrics = options.keys, options.hosts, Metrics()
     chats = {}
     for name, path in models.items():
-        chats[name] = load_model(path, device=options.device, dtype=options.dtype)
+        chats[name] = load_model(path, device=options.device, dtype=options.dtype, quantize=options.quantize)
         on_line(f"loaded   {name}: text, {', '.join(chats[name].modalities) or 'nothing else'}")
     if saved := share(list(chats.values())):
         on_line(f"shared   {saved / 1e6:.0f} MB of equal weights are held once")
