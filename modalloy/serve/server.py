@@ -36,7 +36,7 @@ def serve(
         name: Served(name, chat, hosts, metrics, max_batch=options.max_batch, max_queue=options.max_queue)
         for name, chat in chats.items()
     }
-    app = application(served, metrics, keys=keys, loopback=is_loopback(options.host))
+    app = application(served, metrics, folders=models, keys=keys, loopback=is_loopback(options.host))
     settings = uvicorn.Config(
         app,
         lifespan="on",
