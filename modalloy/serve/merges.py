@@ -36,13 +36,14 @@ class Merges:
     def facts(self, name: str) -> dict[str, Any]:
         """Manifest, recipe and card of a model; `merge` is None, and `reason` says why, if it is no result of a merge.
 
-        `fates` counts the manifest's tensors by source, fate and detail. `inspection` says whether one can be made.
+        `fates` counts the manifest's tensors by source, fate and why. `inspection` says whether one can be made.
         """
         shown = {"id": name, "object": "modalloy.merge"}
         try:
             folder = self._folder(name)
             manifest = read_manifest(folder)
-            fates = Counter((source, fate, detail) for source, _, fate, detail in manifest["tensors"])
+            # what a tensor went into is another for each
+            fates = Counter((source, fate, why.partition(" into ")[0]) for source, _, fate, why in manifest["tensors"])
             merge = {
                 **{key: value for key, value in manifest.items() if key != "tensors"},
                 "fates": [[*key, count] for key, count in fates.most_common()],

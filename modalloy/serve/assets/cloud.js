@@ -3,6 +3,7 @@
 import { h } from "./dom.js";
 
 const MOST_SHOWN = 200_000;
+const FRAME_MS = 30; // of a cloud that turns by itself
 const PLY_TYPES = {
   char: "i1", uchar: "u1", short: "i2", ushort: "u2", int: "i4", uint: "u4", float: "f4", double: "f8",
   int8: "i1", uint8: "u1", int16: "i2", uint16: "u2", int32: "i4", uint32: "u4", float32: "f4", float64: "f8",
@@ -185,7 +186,7 @@ function draw(canvas, cloud, { yaw, pitch, zoom }) {
     gl.vertexAttribPointer(at[name], 3, gl.FLOAT, false, 0, 0);
   }
   gl.uniform2f(at.turn, yaw, pitch);
-  gl.uniform1f(at.zoom, 2.6 * zoom);
+  gl.uniform1f(at.zoom, 3.1 * zoom);
   gl.uniform1f(at.aspect, width / height);
   gl.uniform1f(at.spot, Math.max(1.5, (cloud.shown < 20_000 ? 0.016 : 0.008) * height * zoom));
   gl.drawArrays(gl.POINTS, 0, cloud.shown);
@@ -199,7 +200,7 @@ export function turntable(cloud, name) {
   const points = `${cloud.count.toLocaleString("en")} points${cloud.shown < cloud.count ? `, ${cloud.shown.toLocaleString("en")} shown` : ""}`;
   if (!theStage()) return h("p", { class: "note", text: `${points}. This browser has no WebGL to show them.` });
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const state = { yaw: 0.6, pitch: 0.35, zoom: 1, turns: !still, from: null, seen: false };
+  const state = { yaw: 0.6, pitch: 0.35, zoom: 1, turns: !still, from: null, seen: false, drawn: -Infinity };
   const canvas = h("canvas", {
     class: "cloud", width: 440, height: 330, tabindex: "0", role: "img",
     "aria-label": `Point cloud ${name}: ${points}. Arrow keys rotate it, plus and minus zoom.`,
@@ -247,9 +248,12 @@ export function turntable(cloud, name) {
     state.seen = entry.isIntersecting;
     if (begins) requestAnimationFrame(tick);
   }).observe(canvas);
-  function tick() {
-    if (state.turns) state.yaw += 0.006;
-    render();
+  function tick(now) {
+    if (now - state.drawn >= FRAME_MS) {
+      if (state.turns) state.yaw += 0.011;
+      state.drawn = now;
+      render();
+    }
     if (state.seen && state.turns && canvas.isConnected) requestAnimationFrame(tick);
   }
   return h("figure", { class: "medium" }, canvas, h("figcaption", { text: `${name} · ${points}` }));
