@@ -52,8 +52,8 @@ class Guard:
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                if scope["path"].startswith(KEYED):
-                    own.append((b"cache-control", b"no-store"))
+                # the page's files are asked for again: those of another version would not fit each other
+                own.append((b"cache-control", b"no-store" if scope["path"].startswith(KEYED) else b"no-cache"))
                 route = getattr(scope.get("route"), "path", "other")  # a stranger's path would be a counter each
                 self.count(route, str(message["status"])).inc()
                 known = {name for name, _ in own}

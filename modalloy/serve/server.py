@@ -49,7 +49,7 @@ def serve(
     )
     port = listener.getsockname()[1]
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    on_line(f"serving  http://{shown}:{port} ({', '.join(served)})")
+    on_line(f"serving  http://{shown}:{port} ({', '.join(served)}): the page is there, the routes under /v1; Ctrl-C ends it")
     asyncio.run(Server(settings).serve(sockets=[listener]))
 
 

@@ -23,8 +23,10 @@ export const settings = {
 
 /** Keep the bytes of a medium. */
 export async function keep(medium) {
-  await done((await media("readwrite")).put({ blob: medium.file, name: medium.name }, medium.id));
+  await done((await media("readwrite")).put({ blob: medium.file }, medium.id));
 }
+
+const kept = async (id) => (await done((await media("readonly")).get(id)))?.blob;
 
 /** Write the turns down; media are named by their ids. Throws when the browser gives no more room. */
 export function save(turns) {
@@ -42,8 +44,8 @@ export async function load() {
   }
   for (const turn of turns) {
     for (const medium of turn.media) {
-      const kept = await done((await media("readonly")).get(medium.id)).catch(() => null);
-      medium.file = kept ? new File([kept.blob], medium.name, { type: medium.type }) : null;
+      const blob = await kept(medium.id).catch(() => null); // of a browser that keeps nothing
+      medium.file = blob ? new File([blob], medium.name, { type: medium.type }) : null;
     }
     for (const answer of Object.values(turn.answers)) if (answer.state === "running") answer.state = "stopped";
   }
