@@ -24,6 +24,7 @@ from modalloy.serve.queue import Piece, Running
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # of one thing that is waited for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -75,7 +76,7 @@ class visit:  # noqa: N801
         # without motion: clouds that turn by themselves would be drawn by the processor all the time
         self.context = browser.new_context(viewport={"width": 1100, "height": 800}, reduced_motion="reduce", **options)
         self.page, self.server = self.context.new_page(), server
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(30_000)
         self.addresses: list[str] = []
         self.wrong: list[str] = []
         self.page.on("request", lambda request: self.addresses.append(request.url))
@@ -122,6 +123,7 @@ def wanted(chat: ChatModel, media: dict[str, Path], tokens: int = 12) -> str:
 
 
 def test_a_first_visit_shows_three_questions_and_answers_one(page: Any) -> None:
+    settings(page, max_tokens="12")
     cards = page.locator(".card")
     expect(cards).to_have_count(3)
     for shown in ("img", "canvas.waveform", "canvas.cloud"):
@@ -347,7 +349,7 @@ def test_how_it_was_merged_is_shown(page: Any, omni: Path) -> None:
     expect(shown).to_contain_text("merged by modalloy without training and without data")
     assert shown.locator(".error").count() == 0
     shown.get_by_role("button", name="Measure the updates").click()
-    expect(shown.locator(".chart")).to_have_count(2, timeout=60_000)
+    expect(shown.locator(".chart")).to_have_count(2, timeout=120_000)
     shown.get_by_role("button", name="plain").click()
     expect(shown).to_contain_text("so it is no result of modalloy merge")
 
