@@ -272,6 +272,24 @@ def test_a_cloud_is_rotated_by_pointer_and_keys(page: Any, tmp_path: Path) -> No
         assert drawn > 500 and red > 150 and blue > 150
 
 
+DROP_AND_PASTE = """() => {
+  for (const kind of ["drop", "paste"]) {
+    const data = new DataTransfer();
+    data.items.add(new File(["no sound"], `${kind}.wav`, { type: "audio/wav" }));
+    const options = { dataTransfer: data, clipboardData: data, bubbles: true };
+    document.body.dispatchEvent(kind === "drop" ? new DragEvent(kind, options) : new ClipboardEvent(kind, options));
+  }
+}"""
+
+
+def test_media_are_dropped_and_pasted_and_taken_away(page: Any) -> None:
+    page.evaluate(DROP_AND_PASTE)
+    for kind in ("drop", "paste"):
+        expect(page.locator("#attachments")).to_contain_text(f"{kind}.wav")
+        page.get_by_role("button", name=f"Take {kind}.wav away").click()
+    expect(page.locator("#attachments > *")).to_have_count(0)
+
+
 def test_what_is_hostile_or_wrong_is_one_line(page: Any, tmp_path: Path) -> None:
     name = "<img src=x onerror=alert(1)>.png"
     (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"no picture at all" * 9)

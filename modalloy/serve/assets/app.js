@@ -174,6 +174,7 @@ async function answer(index, model) {
   running.set(found, controller);
   busy();
   const place = () => document.getElementById(`answer-${index}-${Object.keys(turn.answers).indexOf(model)}`);
+  if (place().contains(document.activeElement)) $("question").focus(); // the button that is replaced
   place().replaceWith(answerElement(index, model));
   const words = place().querySelector(".words");
   say(`${model} is answering.`);
@@ -193,13 +194,13 @@ async function answer(index, model) {
     }
   }
   running.delete(found);
+  busy();
   if (turns[index] !== turn) return; // a new conversation was begun
   const [old, end] = [place(), atEnd()];
   old.replaceWith(answerElement(index, model));
   if (end) window.scrollTo(0, document.body.scrollHeight);
   say(found.error ? `${model}: ${found.error}` : `${model} ${found.state === "done" ? "answered" : "was stopped"}: ${found.text}`);
   save();
-  busy();
 }
 
 const atEnd = () => window.innerHeight + window.scrollY > document.body.scrollHeight - 120;
