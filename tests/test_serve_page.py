@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from conftest import write_omni
@@ -152,6 +153,24 @@ def test_a_medium_is_previewed_asked_about_and_its_tokens_are_shown(page: Any, c
         re.compile(r"12 tokens out · first after [\d.]+ s · [\d.]+ tokens/s")
     )
     assert page.locator("#status").inner_text().startswith("merged answered: ")  # what a screen reader says
+
+
+def test_a_video_is_played_and_may_be_shown_as_its_sound(page: Any, tmp_path: Path) -> None:
+    path = tmp_path / "clip.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for grey in range(0, 250, 25):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), grey, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    add(page, path)
+    video = page.locator("#attachments video")
+    expect(video).to_have_js_property("videoWidth", 64)
+    expect(ask(page).locator(".strip span.tone-video")).to_have_count(1)
+    add(page, path)
+    page.get_by_label("Show clip.webm to the model as").select_option("audio")
+    expect(ask(page).locator(".error")).to_contain_text(re.compile(r"clip\.webm: .*no sound track"))
 
 
 def test_an_answer_streams_and_can_be_stopped_and_made_again(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
