@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= build/senses
 MERGEKIT := build/bench/venv-mergekit/bin/mergekit-yaml
-.PHONY: install demo test check fix docs bench bench-peers data clean
+.PHONY: install demo test browser check fix docs bench bench-peers data clean
 
 install: .venv/installed
 
@@ -16,10 +16,18 @@ install: .venv/installed
 
 demo: install  ## merge the built-in specialists and ask the result about pictures, sounds, videos and shapes
 	$(BIN)/modalloy demo
+	@echo "To talk to it: $(BIN)/modalloy serve --demo, then open http://127.0.0.1:8000 in a browser."
 
-test: install  ## lint, types and all tests
+test: install browser  ## lint, types and all tests
 	$(MAKE) check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # two workers of a thread each do not wait for each other
+
+browser:  ## Chromium, which drives the tests of the page; without it they are skipped
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install chromium >/dev/null && exit 0; \
+	fi; \
+	echo "no Chromium here: the tests of the page (tests/test_serve_page.py) are skipped"
 
 check: install  ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -122,7 +122,7 @@ def verify(out: str | Path, *, full: bool = False) -> Verification:
     places = read_sources(folder, recipe)
     if (gone := places.gone()) is not None:
         return replace(checked, note=f"layers not recomputed: {gone} is gone")
-    planned = settled_plan(_at(recipe, places), allow_base_mismatch=True)
+    planned = settled_plan(recipe_at(recipe, places), allow_base_mismatch=True)
     check_described(manifest, planned, recipe, places, folder)
     _check_config(folder, planned, start_names(recipe, places, manifest))
     found = verify_folder(folder, planned, manifest, rehash=False, full=full, draw=random.SystemRandom())
@@ -352,7 +352,7 @@ def _percent(share: float) -> str:
     return "100 %" if share == 1 else f"{min(100 * share, 99.9):.3g} %"
 
 
-def _at(recipe: Recipe, places: Sources) -> Recipe:
+def recipe_at(recipe: Recipe, places: Sources) -> Recipe:
     """The recipe with places on this machine in place of what it names."""
     from modalloy.planning.models import labels
 

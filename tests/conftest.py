@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modalloy
+from modalloy.names import modality_name
 
 os.environ["MODALLOY_TRACEBACK"] = "1"  # a bug is a traceback in tests, not the command's one line
 
@@ -28,7 +29,12 @@ LINEARS = {
     "mlp.down_proj": (WIDTH, FFN),
 }
 SLOTS = {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in LINEARS.items()}
-ENCODERS = {"vision": ("builtin:efficientnet-lite0", 1280), "audio": ("builtin:whisper-tiny.en", 3840)}
+ENCODERS = {
+    "vision": ("builtin:efficientnet-lite0", 1280),
+    "audio": ("builtin:whisper-tiny.en", 3840),
+    "video": ("builtin:efficientnet-lite0-video", 2560),
+    "point": ("builtin:depth-views", 1280),
+}
 WORDS = "what is this do you hear see are these the same a an dog cat yes no ? : , user assistant".split()  # noqa: SIM905
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }} : {{ m.content }}</s>{% endfor %}"
@@ -166,11 +172,11 @@ def write_recipe(tmp_path: Path, base: Path, specialists: dict[str, Path]) -> Ca
     return write
 
 
-def write_omni(folder: Path, base: Path) -> Path:
-    """A merged model, folder/omni, of an image and an audio specialist of the tiny base."""
+def write_omni(folder: Path, base: Path, disks: Sequence[str] = ("vision", "audio")) -> Path:
+    """A merged model, folder/omni, of specialists of the tiny base: an image and an audio one, if no others are named."""
     models = [
-        {"model": str(write_compose(folder / f"{disk}-damc", disk, seed=seed)), "modality": modality}
-        for seed, (disk, modality) in enumerate({"vision": "image", "audio": "audio"}.items())
+        {"model": str(write_compose(folder / f"{disk}-damc", disk, seed=seed)), "modality": modality_name(disk)}
+        for seed, disk in enumerate(disks)
     ]
     recipe = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": "omni"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

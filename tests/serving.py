@@ -56,14 +56,20 @@ class Site:
 
 @contextmanager
 def site(
-    chats: Mapping[str, ChatModel], *, max_batch: int = 8, max_queue: int = 16, keys: tuple[str, ...] = ()
+    chats: Mapping[str, ChatModel],
+    *,
+    folders: Mapping[str, Path] | None = None,
+    max_batch: int = 8,
+    max_queue: int = 16,
+    keys: tuple[str, ...] = (),
 ) -> Iterator[Site]:
+    """A server of these models, loaded from `folders` where a test asks what is in them."""
     metrics = Metrics()
     served = {
         name: Served(name, chat, Hosts(()), metrics, max_batch=max_batch, max_queue=max_queue)
         for name, chat in chats.items()
     }
-    app = application(served, metrics, keys=keys)
+    app = application(served, metrics, folders=folders or {}, keys=keys)
     with listening("127.0.0.1", 0) as listener:
         server = Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

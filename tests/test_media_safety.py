@@ -332,3 +332,44 @@ def test_no_place_before_the_beginning_of_a_sound_is_sought() -> None:
     """libsndfile asks for such places in damaged files; what a seek raises there is a traceback that nothing catches."""
     file = streams._Within(io.BytesIO(bytes(range(10))))
     assert [file.seek(*to) for to in ((-3,), (4,), (-9, 1), (-20, 2), (-2, 2), (99,))] == [0, 4, 0, 0, 8, 10]
+
+
+def png_rows(rows: int, *, interlaced: bool = False) -> bytes:
+    """A grey PNG of 40 × 40, or as much of it as these rows; interlaced, the first pass has the last of them too few."""
+    kept = zlib.compress(bytes(41 * rows)) if not interlaced else zlib.compress(_passes(rows))
+    head = struct.pack(">IIBBBBB", 40, 40, 8, 0, 0, 0, int(interlaced))
+    parts = [chunk(b"IHDR", head), *(chunk(b"IDAT", kept[at : at + 7]) for at in range(0, len(kept), 7))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def _passes(rows: int) -> bytes:
+    """Data of the seven passes of a grey 40 × 40, but for the last 40 − rows rows of the last pass, which has 20."""
+    columns_rows = [(5, 5), (5, 5), (10, 5), (10, 10), (20, 10), (20, 20), (40, 20 - (40 - rows))]
+    return b"".join(bytes(1 + columns) * count for columns, count in columns_rows)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_png_whose_data_ends_early_is_damaged(interlaced: bool, tmp_path: Path) -> None:
+    """Pillow fills the other rows with black, and says nothing: a zlib stream that ends is no error to it."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png_rows(40, interlaced=interlaced))
+    assert load_image(path).size == (40, 40) and load_video(path, 2).shape == (2, 40, 40, 3)
+    path.write_bytes(png_rows(39, interlaced=interlaced))
+    assert Image.open(path).convert("L").size == (40, 40)  # else our own check is no longer needed
+    for load in (load_image, LOADERS["video"]):
+        with pytest.raises(MediaError, match=r"a\.png: not a readable image \(its data ends before the last row\)"):
+            load(path)
+
+
+def test_a_frame_of_a_png_whose_data_ends_early_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    frames = [Image.fromarray(np.full((30, 30), 60 * index, np.uint8)) for index in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    whole = path.read_bytes()
+    assert load_video(path, 3).shape == (3, 30, 30, 3)
+    at = whole.rindex(b"fdAT") - 4
+    length = int.from_bytes(whole[at : at + 4], "big")
+    cut = whole[at + 8 : at + 12] + zlib.compress(zlib.decompress(whole[at + 12 : at + 8 + length])[:-20])
+    path.write_bytes(whole[:at] + chunk(b"fdAT", cut) + whole[at + 12 + length :])
+    with pytest.raises(MediaError, match="the data of its frame 3 ends before the last row"):
+        load_video(path, 3)

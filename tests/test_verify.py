@@ -174,10 +174,10 @@ def test_every_single_change_of_a_manifest_is_noticed(
 
 
 def at_sources(out: Path) -> Any:
-    from modalloy.verify import _at
+    from modalloy.verify import recipe_at
 
     written = modalloy.load_recipe(out / "recipe.yaml")
-    return _at(written, manifest.read_sources(out, written))
+    return recipe_at(written, manifest.read_sources(out, written))
 
 
 def test_sources_of_other_types_and_places_are_refused_in_one_line(models: Path, tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
-from modalloy import __version__
+from modalloy import __version__, builtin
 from modalloy.errors import nearest, plain
 from modalloy.model.batch import Batch
-from modalloy.serve import answers, guard
+from modalloy.serve import answers
 from modalloy.serve.asking import Asked, read_chat, read_responses
 from modalloy.serve.guard import Bodies, Guard
+from modalloy.serve.merges import Merges
 from modalloy.serve.metrics import Metrics
 from modalloy.serve.queue import Running, Served
 from modalloy.serve.refusal import RefusalError, bug, refusal_of
@@ -35,13 +37,19 @@ Events = Callable[[Running], AsyncIterator[answers.Event]]
 
 
 def application(
-    served: Mapping[str, Served], metrics: Metrics, *, keys: tuple[str, ...] = (), loopback: bool = True
+    served: Mapping[str, Served],
+    metrics: Metrics,
+    *,
+    folders: Mapping[str, Path],
+    keys: tuple[str, ...] = (),
+    loopback: bool = True,
 ) -> Guard:
     """The server of these models.
 
     Args:
         served: by name, the first of them first.
         metrics: that the models count in.
+        folders: what each model was loaded from, by its name.
         keys: any of them is asked for; empty: nobody is.
         loopback: it listens on this machine only, and answers to its names only.
     """
@@ -52,10 +60,8 @@ def application(
         for one in served.values():
             await asyncio.get_running_loop().run_in_executor(None, one.stop)
 
-    app = FastAPI(
-        title="modalloy", version=__version__, openapi_url=None, lifespan=lifespan, max_body_size=guard.MAX_BODY_BYTES
-    )
-    bodies = Bodies()
+    app = FastAPI(title="modalloy", version=__version__, openapi_url=None, lifespan=lifespan)
+    bodies, merges = Bodies(), Merges(folders)
 
     @app.exception_handler(RefusalError)
     async def refuse(_: Request, error: RefusalError) -> Response:
@@ -63,9 +69,12 @@ def application(
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
-        what = "no such route" if error.status_code == 404 else str(error.detail).lower()
-        refusal = RefusalError(f"{request.method} {plain(request.url.path)}: {what}", status=error.status_code)
-        return JSONResponse(refusal.body, error.status_code, error.headers)
+        status, what = error.status_code, str(error.detail).lower()
+        if status == 404:  # by the page's files, which take every path that no route takes whole
+            other = any(route.matches(request.scope)[0] is Match.PARTIAL for route in app.routes)
+            status, what = (405, "method not allowed") if other else (404, "no such route")
+        refusal = RefusalError(f"{request.method} {plain(request.url.path)}: {what}", status=status)
+        return JSONResponse(refusal.body, status, error.headers)
 
     async def ask(request: Request, read: Callable[[bytes], Asked], whole: Whole, events: Events) -> Response:
         arrived = time.perf_counter()
@@ -113,6 +122,17 @@ def application(
     async def model(name: str) -> dict[str, Any]:
         return _model(_chosen(served, name))
 
+    @app.get("/modalloy/models/{name:path}/merge")
+    def merge(name: str) -> dict[str, Any]:
+        return merges.facts(_chosen(served, name).name)
+
+    @app.get("/modalloy/models/{name:path}/inspection")
+    async def inspection(request: Request, name: str) -> Response:
+        try:
+            return JSONResponse(await _unless_gone(request, merges.inspection(_chosen(served, name).name)))
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_GONE)
+
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "models": list(served)}
@@ -121,6 +141,7 @@ def application(
     async def counters() -> Response:
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
+    app.mount("/samples", StaticFiles(directory=builtin.SAMPLES))
     app.mount("/", StaticFiles(directory=ASSETS, html=True))
     return Guard(app, keys=keys, loopback=loopback, count=metrics.requests.labels)
 

@@ -16,8 +16,7 @@ MAX_BODY_BYTES = 64_000_000
 MAX_BODIES_BYTES = 512_000_000  # of all requests whose media are not decoded yet
 PAUSE_SECONDS = 20.0  # between two pieces of a body
 BODY_SECONDS = 120.0  # for all of it
-OPEN = ("/health",)  # routes that need no key, besides the page
-KEYED = ("/v1/", "/metrics")
+KEYED = ("/v1/", "/modalloy/", "/metrics")
 # the page is all our own: nothing from other hosts, nothing in a frame
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
@@ -53,8 +52,8 @@ class Guard:
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                if scope["path"].startswith(KEYED):
-                    own.append((b"cache-control", b"no-store"))
+                # the page's files are asked for again: those of another version would not fit each other
+                own.append((b"cache-control", b"no-store" if scope["path"].startswith(KEYED) else b"no-cache"))
                 route = getattr(scope.get("route"), "path", "other")  # a stranger's path would be a counter each
                 self.count(route, str(message["status"])).inc()
                 known = {name for name, _ in own}
@@ -83,12 +82,8 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             raise RefusalError("pages of other sites are not answered; ask from the server's own page", status=403)
         length = headers.get(b"content-length", "")
-        if (
-            length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES
-        ):  # the framework would refuse it in words of its own
-            raise RefusalError(
-                f"the body has more than {MAX_BODY_BYTES} bytes; send fewer or smaller media", status=413
-            )
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+            raise _too_large()
         if self.keys and scope["path"].startswith(KEYED):
             scheme, _, key = headers.get(b"authorization", "").partition(" ")
             given = key.strip().encode("latin-1")
@@ -101,6 +96,10 @@ class Guard:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
+
+
+def _too_large() -> RefusalError:
+    return RefusalError(f"the body has more than {MAX_BODY_BYTES} bytes; send fewer or smaller media", status=413)
 
 
 def _name(host: str) -> str:
@@ -118,10 +117,10 @@ class Bodies:
         self.held = 0
 
     async def read(self, request: Request) -> bytes:
-        """The body of a request, which is JSON and which the framework bounds. `free` its length when it was used.
+        """The body of a request, which is JSON. `free` its length when it was used.
 
         Raises:
-            RefusalError: it is too slow, or no JSON by its header, or others take all room.
+            RefusalError: it is too long or too slow, or no JSON by its header, or others take all room.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # what a page of another site may send unasked is none
@@ -137,6 +136,8 @@ class Bodies:
                     break
                 body += piece
                 self.held += len(piece)
+                if len(body) > MAX_BODY_BYTES:  # which no Content-Length told
+                    raise _too_large()
                 if self.held > MAX_BODIES_BYTES:
                     raise RefusalError(
                         "too much is being sent at once; ask again later", status=429, headers={"Retry-After": "2"}

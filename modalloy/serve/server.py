@@ -13,6 +13,7 @@ from modalloy.serve.app import GRACE_SECONDS, application
 from modalloy.serve.metrics import Metrics
 from modalloy.serve.options import Options, is_loopback
 from modalloy.serve.queue import Served, share
+from modalloy.storage.locate import locate
 
 MAX_CONNECTIONS = 512
 
@@ -36,7 +37,8 @@ def serve(
         name: Served(name, chat, hosts, metrics, max_batch=options.max_batch, max_queue=options.max_queue)
         for name, chat in chats.items()
     }
-    app = application(served, metrics, keys=keys, loopback=is_loopback(options.host))
+    folders = {name: locate(str(path), whole=True) for name, path in models.items()}  # of the hub: where they are kept
+    app = application(served, metrics, folders=folders, keys=keys, loopback=is_loopback(options.host))
     settings = uvicorn.Config(
         app,
         lifespan="on",
@@ -49,7 +51,9 @@ def serve(
     )
     port = listener.getsockname()[1]
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    on_line(f"serving  http://{shown}:{port} ({', '.join(served)})")
+    on_line(
+        f"serving  http://{shown}:{port} ({', '.join(served)}): the page is there, the routes under /v1; Ctrl-C ends it"
+    )
     asyncio.run(Server(settings).serve(sockets=[listener]))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from modalloy.errors import MediaError, plain
 from modalloy.senses.media import limits
 from modalloy.senses.media.limits import decoding, opened
+from modalloy.senses.media.png import check_rows
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +34,7 @@ def read_picture(path: str | Path) -> "Image":
 
         limit = limits.MAX_WEBP_PIXELS if image.format == "WEBP" else limits.MAX_PIXELS
         limits.check_pixels(path, image.width, image.height, limit)
+        _check_rows(path, image)
         with decoding(path, KIND, REMEDY):
             ImageOps.exif_transpose(image, in_place=True)  # decodes
             return _rgb(image, image.format)
@@ -53,6 +55,7 @@ def read_animation(path: str | Path, n_frames: int) -> np.ndarray:
             count: int = image.n_frames if image.format in ANIMATED else 1
         pixels = image.width * image.height
         limits.check_frames(path, count, count * pixels, limits.MAX_ANIMATION_PIXELS)
+        _check_rows(path, image)
         first = int(getattr(image, "default_image", False))  # a PNG's picture for programs that cannot animate
         wanted = [first + index for index in spaced(count - first, n_frames)]
         result: np.ndarray | None = None
@@ -126,6 +129,15 @@ def _check_tiles(path: str | Path, image: Any) -> None:
         with decoding(path, KIND, REMEDY):
             width, height = int(image.tag_v2.get(TILE_WIDTH, 0)), int(image.tag_v2.get(TILE_LENGTH, 0))
         limits.check_pixels(path, width, height)
+
+
+def _check_rows(path: str | Path, image: Any) -> None:
+    """Refuse a PNG that Pillow would fill up with black rows. The file stands where it stood."""
+    if image.format == "PNG":
+        place = image.fp.tell()
+        with decoding(path, KIND, REMEDY):
+            check_rows(image.fp)
+        image.fp.seek(place)
 
 
 def _rgb(image: "Image", file_format: str | None) -> "Image":
