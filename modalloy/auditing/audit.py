@@ -1,0 +1,201 @@
+"""The whole audit: open, compare headers, fit the common coefficients, judge every weight, say what is wrong."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from modalloy.auditing.beside import beside
+from modalloy.auditing.claim import Claim
+from modalloy.auditing.found import Audit, Finding
+from modalloy.auditing.headers import HEAD, extra_head, headers
+from modalloy.auditing.judge import Common, Judged, judge
+from modalloy.auditing.opened import Opened, Slot, open_all
+from modalloy.auditing.weight import Weight
+from modalloy.auditing.words import SURE, coefficients, findings
+from modalloy.errors import RecipeError
+from modalloy.recipe import Recipe, load_recipe
+from modalloy.recompute import SMALL_BYTES, spread
+from modalloy.storage.locate import locate
+from modalloy.storage.tensors import TensorRef
+
+FITTED = 12  # weights from which the common coefficients are read
+NEAR_ROUND = 0.03  # relative distance of a coefficient from a rounder one that is tried in its stead
+
+
+def audit(
+    merged: str | Path,
+    *,
+    base: str | Path,
+    adapters: Sequence[str | Path] = (),
+    models: Sequence[str | Path] = (),
+    weights: Sequence[float] | None = None,
+    recipe: str | Path | Recipe | None = None,
+    full: bool = False,
+    on_weight: Callable[[int, int], None] | None = None,
+) -> Audit:
+    """Is the model in the folder `merged` what it is said to be: base + Σ wᵢ δᵢ, or what a recipe gives, within rounding?
+
+    It needs no manifest, and may be of any tool: a whole model, or an adapter. An adapter's update is sᵢ Bᵢ Aᵢ with its own
+    α/r (α/√r of rsLoRA), a model's is its difference from the base. Coefficients that are not given are fitted by least
+    squares. Everything is compared in float64, within the rounding of the type that is written.
+
+    Args:
+        merged: folder of the merged model, or its name on the hub.
+        base: the base that it was merged from.
+        adapters: LoRA adapters that were merged. A single one with no models must have the coefficient 1.
+        models: whole models that were merged.
+        weights: what each adapter, then each model, must be multiplied by.
+        recipe: what it must be instead: a recipe, modalloy's or mergekit's. Its models are the sources.
+        full: read every weight; else, of a large model, a sample that is spread over each kind of weight.
+        on_weight: called with the number of weights done and of all.
+
+    Raises:
+        ModalloyError: an input is missing, damaged, quantised or fits not the others.
+    """
+    place, base_folder = (locate(str(one)) for one in (merged, base))
+    chosen = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    if chosen is not None and isinstance(recipe, (str, Path)) and (adapters or models or weights is not None):
+        raise RecipeError("a recipe names its models and their weights; leave out the others, or the recipe")
+    claim = None if chosen is None else Claim(chosen, base_folder.resolve())
+    opened = _opened(place, base_folder, adapters, models, chosen)
+    labels = [source.label for source in opened.sources]
+    wanted = _wanted(opened, weights, chosen)
+    every = list(opened.slots())
+    some = every if full else sampled(every)
+    common = Common(_common(opened, some, wanted))
+    judged: list[Judged] = []
+    for number, slot in enumerate(some):
+        weight = Weight(slot, opened.read, opened.merged.read)
+        judged.append(judge(weight, common, None if claim is None else claim.expected(slot)))
+        if on_weight is not None:
+            on_weight(number + 1, len(some))
+    found = [
+        *headers(opened),
+        *_extra_head(opened),
+        *beside(opened),
+        *findings(judged, common.coefficients, wanted, claim is not None),
+    ]
+    return Audit(
+        str(merged),
+        str(base),
+        tuple(labels),
+        _claim(labels, wanted, chosen),
+        len(every),
+        len(some),
+        full or len(some) == len(every),
+        dict(Counter(str(one.kind) for one in judged)),
+        coefficients(judged, common.coefficients),
+        tuple(sorted(found, key=lambda finding: finding.level != "fault")),
+        tuple(judged),
+    )
+
+
+def _opened(
+    place: Path, base: Path, adapters: Sequence[str | Path], models: Sequence[str | Path], recipe: Recipe | None
+) -> Opened:
+    """Everything opened; a recipe's models are adapters or models as their files tell."""
+    if recipe is None or adapters or models:
+        return open_all(place, base, [str(one) for one in adapters], [str(one) for one in models], Path())
+    from modalloy.planning.models import locate_specialist
+    from modalloy.storage.folder import is_there
+
+    of: dict[bool, list[str]] = {True: [], False: []}
+    for entry in recipe.models:
+        folder = locate_specialist(entry.model, recipe.folder)
+        of[is_there(folder / "adapter_config.json")].append(str(folder.resolve()))
+    base_place = str(base.resolve())
+    return open_all(place, base, of[True], [one for one in of[False] if one != base_place], Path())
+
+
+def _wanted(opened: Opened, weights: Sequence[float] | None, recipe: Recipe | None) -> dict[str, float] | None:
+    """The coefficients that are given, or that go without saying: of one adapter alone, 1."""
+    labels = [source.label for source in opened.sources]
+    if weights is not None:
+        if len(weights) != len(labels):
+            raise RecipeError(f"{len(weights)} weights for {len(labels)} adapters and models; give one each")
+        return dict(zip(labels, map(float, weights), strict=True))
+    alone = len(opened.sources) == 1 and not opened.sources[0].is_whole
+    return {labels[0]: 1.0} if alone and recipe is None else None
+
+
+def sampled(slots: Sequence[Slot]) -> list[Slot]:
+    """All of a small model; of a large one some of each kind of weight, spread evenly: the same each time."""
+    if sum(slot.n_bytes for slot in slots) <= SMALL_BYTES:
+        return list(slots)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, slot in enumerate(slots):
+        groups[slot.pattern].append(index)
+    chosen = sorted(index for group in groups.values() for index in spread(group))
+    return [slots[index] for index in chosen]
+
+
+def _common(opened: Opened, slots: Sequence[Slot], wanted: dict[str, float] | None) -> dict[str, float]:
+    """The coefficients that most weights have: medians of those of a sample, or rounder ones that explain it as well."""
+    labels = [source.label for source in opened.sources]
+    values: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
+    updated = [slot for slot in slots if slot.updates]
+    step = max(1, -(-len(updated) // FITTED))
+    tried: list[Slot] = []
+    for slot in updated[::step]:
+        weight = Weight(slot, opened.read, opened.merged.read)
+        if not weight.is_finite or not weight.dtype.is_floating_point or weight.is_base():
+            continue
+        if (fit := weight.fit()) is None:
+            continue
+        tried.append(slot)
+        for label, value in fit.coefficients.items():
+            values[label].append((value, fit.errors[label]))
+    medians = {label: _median([value for value, _ in some]) for label, some in values.items() if some}
+    if not medians or not tried:
+        return dict(wanted or {})
+    rounder = {label: _rounder(value, values[label], (wanted or {}).get(label)) for label, value in medians.items()}
+    agreeing = []
+    for candidate in (rounder, medians):
+        agree = 0.0
+        for slot in tried[:4]:
+            weight = Weight(slot, opened.read, opened.merged.read)
+            test = weight.test(weight.total(candidate))
+            agree += test.agree if test.holds else test.agree - 1
+        agreeing.append(agree)
+    return rounder if agreeing[0] >= agreeing[1] - 0.01 else medians
+
+
+def _median(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).median())
+
+
+def _rounder(value: float, some: list[tuple[float, float]], wanted: float | None) -> float:
+    """A rounder number near a coefficient: the wanted one, a simple share, or two digits."""
+    error = _median([error for _, error in some])
+    simple = [0.0, 1.0, *(1 / n for n in range(2, 9)), round(value, 1), round(value, 2)]
+    for one in ([] if wanted is None else [wanted]) + simple:
+        if abs(one - value) <= max(NEAR_ROUND * abs(value), SURE * error):
+            return one
+    return value
+
+
+def _extra_head(opened: Opened) -> list[Finding]:
+    """A head that the base ties."""
+    head = next((name for name in opened.extra if name.endswith(HEAD)), None)
+    table = next((ref for name, ref in opened.found.items() if name.endswith("embed_tokens.weight")), None)
+    if head is None or table is None or opened.adapter is not None:
+        return []
+    own: TensorRef = opened.merged.refs[head]
+    same = own.shape == table.shape and torch.equal(opened.merged.read(own), opened.merged.read(table))
+    found = extra_head(opened, same)
+    return [] if found is None else [found]
+
+
+def _claim(labels: Sequence[str], wanted: dict[str, float] | None, recipe: Recipe | None) -> str:
+    """In words, what every weight should be."""
+    if recipe is not None:
+        return f"what the recipe gives by {recipe.merge_method}"
+    if not labels:
+        return "the base's"
+    if wanted is not None:
+        return "base + " + " + ".join(f"{value:g} × {label}" for label, value in wanted.items())
+    return "the base's, or a sum, a mean or a TIES of the sources' updates"
