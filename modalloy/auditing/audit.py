@@ -12,10 +12,10 @@ from modalloy.auditing.beside import beside
 from modalloy.auditing.claim import Claim
 from modalloy.auditing.found import Audit, Finding
 from modalloy.auditing.headers import HEAD, extra_head, headers
-from modalloy.auditing.judge import Common, Judged, judge
+from modalloy.auditing.judge import SAME, Common, Judged, judge
 from modalloy.auditing.opened import Opened, Slot, open_all
 from modalloy.auditing.weight import Weight
-from modalloy.auditing.words import SURE, coefficients, findings
+from modalloy.auditing.words import NONE, SURE, coefficients, findings
 from modalloy.errors import RecipeError
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import SMALL_BYTES, spread
@@ -23,7 +23,11 @@ from modalloy.storage.locate import locate
 from modalloy.storage.tensors import TensorRef
 
 FITTED = 12  # weights from which the common coefficients are read
-NEAR_ROUND = 0.03  # relative distance of a coefficient from a rounder one that is tried in its stead
+COMPARED = 4  # of these, on which rounder ones are compared
+# relative distance of a coefficient from a simple one (rounding biases those of small updates), or one of two digits, that is
+# tried in its stead
+NEAR_SIMPLE, NEAR_ROUND = 0.03, 0.005
+AS_WELL = 0.05  # by how much fewer of the entries may be the nearest value
 
 
 def audit(
@@ -70,7 +74,7 @@ def audit(
     judged: list[Judged] = []
     for number, slot in enumerate(some):
         weight = Weight(slot, opened.read, opened.merged.read)
-        judged.append(judge(weight, common, None if claim is None else claim.expected(slot)))
+        judged.append(judge(weight, common, () if claim is None else claim.expected(slot)))
         if on_weight is not None:
             on_weight(number + 1, len(some))
     found = [
@@ -135,12 +139,10 @@ def sampled(slots: Sequence[Slot]) -> list[Slot]:
 
 def _common(opened: Opened, slots: Sequence[Slot], wanted: dict[str, float] | None) -> dict[str, float]:
     """The coefficients that most weights have: medians of those of a sample, or rounder ones that explain it as well."""
-    labels = [source.label for source in opened.sources]
-    values: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
+    values: dict[str, list[tuple[float, float]]] = {source.label: [] for source in opened.sources}
     updated = [slot for slot in slots if slot.updates]
-    step = max(1, -(-len(updated) // FITTED))
     tried: list[Slot] = []
-    for slot in updated[::step]:
+    for slot in updated[:: max(1, -(-len(updated) // FITTED))]:
         weight = Weight(slot, opened.read, opened.merged.read)
         if not weight.is_finite or not weight.dtype.is_floating_point or weight.is_base():
             continue
@@ -149,30 +151,36 @@ def _common(opened: Opened, slots: Sequence[Slot], wanted: dict[str, float] | No
         tried.append(slot)
         for label, value in fit.coefficients.items():
             values[label].append((value, fit.errors[label]))
-    medians = {label: _median([value for value, _ in some]) for label, some in values.items() if some}
-    if not medians or not tried:
+    medians = {label: _typical(some) for label, some in values.items() if some}
+    if not medians:
         return dict(wanted or {})
-    rounder = {label: _rounder(value, values[label], (wanted or {}).get(label)) for label, value in medians.items()}
+    rounder = {label: _rounder(value, error, (wanted or {}).get(label)) for label, (value, error) in medians.items()}
+    plain = {
+        label: rounder[label] if abs(value - rounder[label]) <= SAME * abs(value) else value
+        for label, (value, _) in medians.items()
+    }
+    seen = tried[:: max(1, len(tried) // COMPARED)]
     agreeing = []
-    for candidate in (rounder, medians):
-        agree = 0.0
-        for slot in tried[:4]:
-            weight = Weight(slot, opened.read, opened.merged.read)
-            test = weight.test(weight.total(candidate))
-            agree += test.agree if test.holds else test.agree - 1
-        agreeing.append(agree)
-    return rounder if agreeing[0] >= agreeing[1] - 0.01 else medians
+    for candidate in (rounder, plain):
+        weights = (Weight(slot, opened.read, opened.merged.read) for slot in seen)
+        agreeing.append(sum(one.test(one.total(candidate)).score for one in weights) / len(seen))
+    return rounder if agreeing[0] >= agreeing[1] - AS_WELL else plain
 
 
-def _median(values: list[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).median())
+def _typical(some: list[tuple[float, float]]) -> tuple[float, float]:
+    """The median coefficient of those that are not 0, and its standard error; a source may be missing in some weights."""
+    own = [(value, error) for value, error in some if abs(value) > max(NONE, SURE * error)] or some
+    value, error = torch.tensor(own, dtype=torch.float64).median(0).values.tolist()
+    return value, error
 
 
-def _rounder(value: float, some: list[tuple[float, float]], wanted: float | None) -> float:
+def _rounder(value: float, error: float, wanted: float | None) -> float:
     """A rounder number near a coefficient: the wanted one, a simple share, or two digits."""
-    error = _median([error for _, error in some])
-    simple = [0.0, 1.0, *(1 / n for n in range(2, 9)), round(value, 1), round(value, 2)]
-    for one in ([] if wanted is None else [wanted]) + simple:
+    simple = [*([] if wanted is None else [wanted]), 0.0, 1.0, *(1 / n for n in range(2, 9))]
+    for one in simple:
+        if abs(one - value) <= max(NEAR_SIMPLE * abs(value), SURE * error):
+            return one
+    for one in (round(value, 1), round(value, 2)):
         if abs(one - value) <= max(NEAR_ROUND * abs(value), SURE * error):
             return one
     return value

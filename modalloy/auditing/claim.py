@@ -46,15 +46,23 @@ class Claim:
         self.by_slot = {promise.slot: promise for promise in self.promises.all()}
         self.surveys = self._surveys()
 
-    def expected(self, slot: Slot) -> Expected | None:
-        """The change of a weight, as a matrix by rows; None where the recipe gives none of this name."""
+    def expected(self, slot: Slot) -> list[Expected]:
+        """The changes of a weight that the recipe allows, as matrices by rows; none where it gives no such weight.
+
+        modalloy means norms and biases and keeps what belongs to tokens; mergekit merges every tensor by the method.
+        """
         whole, _, index = slot.name.removesuffix("]").partition("[")
-        promise = self.by_slot.get(slot.name)
-        part = None
+        promise, part = self.by_slot.get(slot.name), None
         if promise is None and index:
             promise, part = self.by_slot.get(whole), int(index)
         if promise is None:
-            return None
+            return []
+        found = [self._change(slot, promise, part)]
+        if promise.kind != "merged" and part is None and slot.updates and len(slot.base.shape) in (1, 2):
+            found.append(self._change(slot, self.promises.by_method(slot.name), None))
+        return found
+
+    def _change(self, slot: Slot, promise: Promise, part: int | None) -> Expected:
         if promise.is_exact:
             return partial(_zeros, slot)
         inputs = {ref: self.promises.read(ref) for ref in promise.refs}  # rows are asked for block by block

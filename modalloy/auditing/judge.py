@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ NEAR = 0.98  # share of entries that are the nearest value, from which another c
 BETTER = 0.01  # by how much more of them another coefficient must give
 MOVED = 8  # entries that an update would change at least, where it is said to be missing
 ALIKE = 0.02  # relative difference of two coefficients that count as one
+SAME = 1e-4  # of two coefficients that differ by an arithmetic's rounding
 COARSE = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 COMBINES: tuple[Combine, ...] = ("mean", "sum")
 TIES_ENTRIES = 1 << 26  # of a weight up to which a TIES is looked for
@@ -62,8 +63,8 @@ class Common:
     ties: list[dict[str, Any]] = field(default_factory=list)
 
 
-def judge(weight: Weight, common: Common, promised: Expected | None = None) -> Judged:
-    """What a weight is; `promised` is the change that a recipe gives it."""
+def judge(weight: Weight, common: Common, promised: Sequence[Expected] = ()) -> Judged:
+    """What a weight is; `promised` are the changes that a recipe allows."""
     slot = weight.slot
     lora = {label: one for label, one in slot.updates.items() if isinstance(one, StoredLora)}
     about: dict[str, Any] = {
@@ -75,15 +76,15 @@ def judge(weight: Weight, common: Common, promised: Expected | None = None) -> J
     }
     if not weight.is_finite:
         return Judged(**about, kind="unexplained", cause="not_finite")
-    if promised is not None:
-        found = weight.test(promised)
-        if found.holds and not (weight.is_base() and weight.moved(promised) >= MOVED):
-            return Judged(**about, kind="method", worst=found.worst, left=found.left)
     if weight.is_base():
-        wanted = promised or weight.total(common.coefficients)
-        moved = weight.moved(wanted) if weight.terms else 0
+        wanted = promised or [weight.total(common.coefficients)]
+        moved = min(map(weight.moved, wanted)) if weight.terms else 0
         coefficients = dict.fromkeys(weight.terms, 0.0)
         return Judged(**about, kind="base", coefficients=coefficients, moved=moved if moved >= MOVED else 0)
+    for expected in promised:
+        found = weight.test(expected)
+        if found.holds:
+            return Judged(**about, kind="method", worst=found.worst, left=found.left)
     if not weight.dtype.is_floating_point:
         return Judged(**about, kind="unexplained")
     if not weight.terms:
@@ -99,11 +100,18 @@ def _sum(weight: Weight, common: Common, about: dict[str, Any]) -> Judged | None
         return _named(weight, shared, known, about)
     fit = weight.fit()
     own = None if fit is None else weight.test(weight.total(fit.coefficients))
-    if known is not None and known.holds and (own is None or known.agree + BETTER >= own.agree):
+    if known is not None and known.holds and (own is None or fit is None or _as_good(known, shared, own, fit)):
         return _named(weight, shared, known, about)
     if fit is not None and own is not None and own.holds:
         return _named(weight, fit.coefficients, own, about, fit)
     return None
+
+
+def _as_good(known: Test, shared: dict[str, float], own: Test, fit: Fit) -> bool:
+    """Whether coefficients that explain a weight need no others: these are no better, or the same but for rounding."""
+    near = max(SAME, *(abs(value) * SAME for value in shared.values()))
+    same = all(abs(shared[name] - value) <= near for name, value in fit.coefficients.items())
+    return same or known.agree + BETTER >= own.agree
 
 
 def _named(
@@ -133,7 +141,7 @@ def _without_updates(weight: Weight, about: dict[str, Any]) -> Judged:
     return _damaged(weight, about, test)
 
 
-def _other(weight: Weight, common: Common, about: dict[str, Any], promised: Expected | None) -> Judged:
+def _other(weight: Weight, common: Common, about: dict[str, Any], promised: Sequence[Expected]) -> Judged:
     """What is neither a promised change nor a sum of the updates."""
     fit = weight.fit()
     tried = [common.coefficients, *([fit.coefficients] if fit else [])]
@@ -143,8 +151,9 @@ def _other(weight: Weight, common: Common, about: dict[str, Any], promised: Expe
             test = weight.test(total)
             named = _named(weight, {label: coefficients.get(label, 0.0) for label in weight.terms}, test, about)
             return Judged(**vars(named) | {"cause": "precision", "detail": {"dtype": cause}})
-    if promised is not None and (cause := _coarse(weight, promised)) is not None:
-        return Judged(**about, kind="method", cause="precision", detail={"dtype": cause})
+    for expected in promised:
+        if (cause := _coarse(weight, expected)) is not None:
+            return Judged(**about, kind="method", cause="precision", detail={"dtype": cause})
     if (found := _apart(weight, about)) is not None:
         return found
     if (found := _ties(weight, common, about)) is not None:
@@ -213,20 +222,21 @@ def _combined(coefficients: Mapping[str, float], terms: Mapping[str, Expected]) 
 
 def _ties(weight: Weight, common: Common, about: dict[str, Any]) -> Judged | None:
     """λ times a TIES of the updates: that of another weight, or one whose density gives as many entries that are not 0."""
-    entries = weight.n_rows * weight.columns
-    if not TIES_OUTSIDE < (share := _changed(weight)) < 1 or entries > TIES_ENTRIES or len(weight.slot.base.shape) != 2:
+    entries, share = weight.n_rows * weight.columns, _changed(weight)
+    if not 0 < share < 1 or entries > TIES_ENTRIES:
         return None
     deltas = [weight.dense(label) for label in weight.terms]
-    tries = [(one["combine"], one["density"]) for one in common.ties]
-    tries = tries or [(combine, density) for density in _densities(deltas, share) for combine in COMBINES]
-    for combine, density in tries:
+    change = torch.cat([weight.change(rows) for rows in weight.blocks()])
+    known = [(one["combine"], one["density"]) for one in common.ties]
+    own = ((combine, density) for density in _densities(deltas, share) for combine in COMBINES)
+    for combine, density in itertools.chain(known, own):
         merged = ties(deltas, density=density, combine=combine, scale=1.0, shape=tuple(deltas[0].shape)).double()
-        fit = weight.fit({"ties": merged.__getitem__})
-        if fit is None:
+        both = (merged != 0) & (change != 0)
+        if not bool(both.any()):
             continue
-        scale = fit.coefficients["ties"]
+        scale = float((change[both] / merged[both]).median())  # a fit by squares would follow the few that are wrong
         test = weight.test((merged * scale).__getitem__)
-        if test.outside <= TIES_OUTSIDE:
+        if test.outside * entries <= max(len(deltas), TIES_OUTSIDE * entries):
             if not common.ties:
                 common.ties.append({"combine": combine, "density": density})
             detail = {"density": density, "combine": combine, "scale": scale}

@@ -53,6 +53,11 @@ class Test:
         """Whether rounding alone explains the deviation."""
         return self.outside == 0
 
+    @property
+    def score(self) -> float:
+        """What explanations are compared by: `agree`, less 1 where rounding does not explain the deviation."""
+        return self.agree - (not self.holds)
+
 
 class Weight:
     """A slot's tensors, read once."""

@@ -242,6 +242,16 @@ class Promises:
             )
         return kept
 
+    def by_method(self, slot: str) -> Promise:
+        """A matrix or vector merged by the recipe's method, whatever kind of tensor it is: as mergekit merges all."""
+
+        def column(ref: TensorRef) -> TensorRef:
+            return replace(ref, shape=(*ref.shape, 1)) if len(ref.shape) == 1 else ref
+
+        promise = self._merged(slot, column(self.base.refs[slot]))
+        updates = (replace(one, tuned=None if one.tuned is None else column(one.tuned)) for one in promise.updates)
+        return replace(promise, updates=tuple(updates), fishers=tuple(map(column, promise.fishers)))
+
     def _merged(self, slot: str, start: TensorRef) -> Promise:
         """Where a weight is 0 at this depth, its model is absent, but for a method that needs the whole model or the weights."""
         method, parameters = self._method(slot)
