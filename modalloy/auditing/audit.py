@@ -27,7 +27,7 @@ COMPARED = 4  # of these, on which rounder ones are compared
 # relative distance of a coefficient from a simple one (rounding biases those of small updates), or one of two digits, that is
 # tried in its stead
 NEAR_SIMPLE, NEAR_ROUND = 0.03, 0.005
-AS_WELL = 0.05  # by how much fewer of the entries may be the nearest value
+AS_WELL = 0.01  # by how much fewer of the entries may be the nearest value
 
 
 def audit(
@@ -160,11 +160,14 @@ def _common(opened: Opened, slots: Sequence[Slot], wanted: dict[str, float] | No
         for label, (value, _) in medians.items()
     }
     seen = tried[:: max(1, len(tried) // COMPARED)]
-    agreeing = []
-    for candidate in (rounder, plain):
-        weights = (Weight(slot, opened.read, opened.merged.read) for slot in seen)
-        agreeing.append(sum(one.test(one.total(candidate)).score for one in weights) / len(seen))
-    return rounder if agreeing[0] >= agreeing[1] - AS_WELL else plain
+    known = {label: value for label, value in (wanted or {}).items() if label in plain}
+    scores = {}
+    for index, candidate in enumerate((known, rounder, plain)):
+        weights = (Weight(slot, opened.read, opened.merged.read) for slot in seen if candidate)
+        scores[index] = sum(one.test(one.total(candidate)).score for one in weights) / len(seen) if candidate else -1.0
+    best = max(scores.values())
+    chosen = next(index for index, score in scores.items() if score >= best - AS_WELL)
+    return (known, rounder, plain)[chosen]
 
 
 def _typical(some: list[tuple[float, float]]) -> tuple[float, float]:

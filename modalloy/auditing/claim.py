@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from modalloy.promise import Promises
 from modalloy.promise.promise import Promise
 from modalloy.recipe import Recipe
 from modalloy.recompute import exact_update, mean_update, updates_of
+from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import TransposedRef
 
 
@@ -59,7 +61,7 @@ class Claim:
             return []
         found = [self._change(slot, promise, part)]
         if promise.kind != "merged" and part is None and slot.updates and len(slot.base.shape) in (1, 2):
-            found.append(self._change(slot, self.promises.by_method(slot.name), None))
+            found.append(self._change(slot, self._by_method(slot.name), None))
         return found
 
     def _change(self, slot: Slot, promise: Promise, part: int | None) -> Expected:
@@ -77,6 +79,16 @@ class Claim:
         if isinstance(promise.start, TransposedRef):
             return _dense(update(slice(None))).T.__getitem__
         return partial(_rowed, update)
+
+    def _by_method(self, slot: str) -> Promise:
+        """A matrix or vector merged by the recipe's method, whatever kind of tensor it is."""
+
+        def column(ref: TensorRef) -> TensorRef:
+            return replace(ref, shape=(*ref.shape, 1)) if len(ref.shape) == 1 else ref
+
+        promise = self.promises.merged(slot, column(self.promises.base.refs[slot]))
+        updates = (replace(one, tuned=None if one.tuned is None else column(one.tuned)) for one in promise.updates)
+        return replace(promise, updates=tuple(updates), fishers=tuple(map(column, promise.fishers)))
 
     def _surveys(self) -> dict[str, dict[str, object]]:
         """What methods need of the whole model, by group of weights."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ MOVED = 8  # entries that an update would change at least, where it is said to b
 ALIKE = 0.02  # relative difference of two coefficients that count as one
 SAME = 1e-4  # of two coefficients that differ by an arithmetic's rounding
 COARSE = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+IN_VAIN = 3  # weights on which a TIES is looked for without success before it is given up
 COMBINES: tuple[Combine, ...] = ("mean", "sum")
 TIES_ENTRIES = 1 << 26  # of a weight up to which a TIES is looked for
 TIES_OUTSIDE = 1e-3  # tools count and round the entries that are kept each in their way
@@ -60,7 +61,8 @@ class Common:
     """What is tried on every weight: coefficients, and the densities of a TIES that explained one."""
 
     coefficients: dict[str, float] = field(default_factory=dict)
-    ties: list[dict[str, Any]] = field(default_factory=list)
+    ties: list[tuple[Combine, float]] = field(default_factory=list)
+    in_vain: int = 0  # weights of which none was found since
 
 
 def judge(weight: Weight, common: Common, promised: Sequence[Expected] = ()) -> Judged:
@@ -227,18 +229,19 @@ def _ties(weight: Weight, common: Common, about: dict[str, Any]) -> Judged | Non
         return None
     deltas = [weight.dense(label) for label in weight.terms]
     change = torch.cat([weight.change(rows) for rows in weight.blocks()])
-    known = [(one["combine"], one["density"]) for one in common.ties]
-    own = ((combine, density) for density in _densities(deltas, share) for combine in COMBINES)
-    for combine, density in itertools.chain(known, own):
-        merged = ties(deltas, density=density, combine=combine, scale=1.0, shape=tuple(deltas[0].shape)).double()
+    for combine, density in _candidates(common, deltas, share):
+        merged = ties(
+            deltas, density=density, combine=combine, scale=1.0, shape=(weight.n_rows, weight.columns)
+        ).double()
         both = (merged != 0) & (change != 0)
         if not bool(both.any()):
             continue
         scale = float((change[both] / merged[both]).median())  # a fit by squares would follow the few that are wrong
         test = weight.test((merged * scale).__getitem__)
         if test.outside * entries <= max(len(deltas), TIES_OUTSIDE * entries):
-            if not common.ties:
-                common.ties.append({"combine": combine, "density": density})
+            if (combine, density) not in common.ties:
+                common.ties.append((combine, density))
+                common.in_vain = 0
             detail = {"density": density, "combine": combine, "scale": scale}
             return Judged(**about, kind="ties", worst=test.worst, left=test.left, detail=detail)
     return None
@@ -250,12 +253,20 @@ def _changed(weight: Weight) -> float:
     return count / max(1, weight.n_rows * weight.columns)
 
 
+def _candidates(common: Common, deltas: list[torch.Tensor], share: float) -> Iterator[tuple[Combine, float]]:
+    """Those that explained another weight, then what the share of changed entries tells, of few weights if it is in vain."""
+    yield from common.ties
+    if common.in_vain < IN_VAIN:
+        common.in_vain += 1
+        yield from itertools.product(COMBINES, _densities(deltas, share))
+
+
 def _densities(deltas: list[torch.Tensor], share: float) -> list[float]:
     """Densities at which a TIES changes about this share of the entries: round ones first."""
     low, high = 0.0, 1.0
-    for _ in range(14):
+    for _ in range(12):
         middle = (low + high) / 2
-        merged = ties(deltas, density=middle, scale=1.0, shape=tuple(deltas[0].shape))
+        merged = ties(deltas, density=middle, scale=1.0, shape=(len(deltas[0]), deltas[0].shape[1]))
         low, high = (middle, high) if float((merged != 0).float().mean()) < share else (low, middle)
     near = (low + high) / 2
     return [one for one in dict.fromkeys((round(near, 2), round(near, 3), near)) if 0 < one <= 1]

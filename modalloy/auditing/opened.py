@@ -28,6 +28,7 @@ from modalloy.storage.tensors import Checkpoint, TensorRef, checked
 from modalloy.storage.views import one_of
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\[)\d+(?=\])")
+Update = TensorRef | StoredLora  # a tuned copy, or factors
 MOST_OTHER = 0.5  # of the base's tensors that a folder may lack, or have of another shape, and still be a merge of it
 
 
@@ -80,10 +81,10 @@ class Opened:
 
     def slots(self) -> Iterator[Slot]:
         """Every tensor that can be compared, in the base's order; experts of one tensor each by itself."""
-        updates = {source.label: {**source.tuned, **source.text_lora} for source in self.sources}
-        own = None if self.adapter is None else {**self.adapter.tuned, **self.adapter.text_lora}
+        updates = {source.label: _updates(source) for source in self.sources}
+        own = None if self.adapter is None else _updates(self.adapter)
         for name, base in self.base.refs.items():
-            merged = self.found.get(name) if own is None else own.get(name)
+            merged: Update | None = self.found.get(name) if own is None else own.get(name)
             if own is None and (merged is None or name in self.reshaped or name in self.without_scales):
                 continue
             of = {label: table[name] for label, table in updates.items() if name in table}
@@ -99,7 +100,11 @@ class Opened:
                 yield Slot(name, base, merged, of)
 
 
-def _one(update: TensorRef | StoredLora, index: int) -> TensorRef | StoredLora:
+def _updates(source: Specialist) -> dict[str, Update]:
+    return {**source.tuned, **source.text_lora}
+
+
+def _one(update: Update, index: int) -> Update:
     if isinstance(update, StackedLora):
         return update.one(index)
     assert isinstance(update, TensorRef)

@@ -22,6 +22,8 @@ from modalloy.storage.tensors import TensorRef, all_finite
 ARITHMETIC = 8.0  # roundings of the written type that a tool may spend on an update before it is added
 TWICE = 2.0  # a sum in the middle of two neighbours may be rounded to either
 SINGULAR = 1e-10  # relative eigenvalue below which updates are one another's multiples
+FEW_DIGITS = 2.0**-13  # unit of rounding above which it biases a fit
+NEWTON_STEPS, STEP, NEWTON_LEAST, NEWTON_ENDS = 8, 0.05, 1e-3, 1e-3
 Expected = Callable[[slice], Tensor]
 Read = Callable[[TensorRef], Tensor]
 
@@ -160,7 +162,11 @@ class Weight:
         return expected
 
     def fit(self, terms: Mapping[str, Expected] | None = None) -> Fit | None:
-        """The coefficients of the updates, or of other terms, that leave least; None if they are no independent ones."""
+        """The coefficients of the updates, or of other terms, that leave least; None if they are no independent ones.
+
+        Least squares first. A written type of few digits swallows entries of a small update, which biases them; then the
+        moments ⟨δᵢ, W − round(W₀ + Σ wⱼ δⱼ)⟩ are brought to 0 by Newton's method.
+        """
         terms = self.terms if terms is None else terms
         n = len(terms)
         gram, right, square = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), 0.0
@@ -176,11 +182,53 @@ class Weight:
         scaled = gram / (sizes[:, None] * sizes)
         if float(torch.linalg.eigvalsh(scaled)[0]) < SINGULAR * n:
             return None
-        solution = torch.linalg.solve(scaled, right / sizes) / sizes
-        left = max(0.0, square - float(solution @ right))
+        found = torch.linalg.solve(scaled, right / sizes) / sizes
+        left = max(0.0, square - float(found @ right))
+        slopes = gram
+        if self.written is not None and self.unit > FEW_DIGITS:
+            found, slopes, left = self._refined(found, gram, left, list(terms.values()))
+        spread = torch.linalg.pinv(slopes)
         count = max(1, self.n_rows * self.columns - n)
-        errors = (torch.linalg.inv(scaled).diagonal().clamp(min=0) * left / count).sqrt() / sizes
-        return Fit(dict(zip(terms, solution.tolist(), strict=True)), dict(zip(terms, errors.tolist(), strict=True)))
+        errors = ((spread @ gram @ spread.T).diagonal().clamp(min=0) * left / count).sqrt()
+        return Fit(dict(zip(terms, found.tolist(), strict=True)), dict(zip(terms, errors.tolist(), strict=True)))
+
+    def _refined(
+        self, found: Tensor, gram: Tensor, left: float, terms: Sequence[Expected]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Coefficients without rounding's bias, how the moments move with them, and the squares that are left.
+
+        As they were, where that leaves more.
+        """
+        best, slopes, current = (found, gram, left), gram, found
+        for _ in range(NEWTON_STEPS):
+            moments, squares = self._moments(current, terms)
+            if squares <= best[2]:
+                best = current, slopes, squares
+            columns = []
+            for index in range(len(terms)):
+                step = torch.zeros_like(current)
+                step[index] = STEP * max(float(current.abs().max()), NEWTON_LEAST)
+                columns.append((moments - self._moments(current + step, terms)[0]) / step[index])
+            slopes = torch.stack(columns, 1)
+            move = torch.linalg.pinv(slopes) @ moments
+            most = max(float(current.abs().max()), NEWTON_LEAST)
+            current = current + move * min(1.0, most / max(float(move.abs().max()), most))
+            if float(move.abs().max()) < NEWTON_ENDS * most:
+                break
+        squares = self._moments(current, terms)[1]
+        return (current, slopes, squares) if squares <= best[2] else best
+
+    def _moments(self, coefficients: Tensor, terms: Sequence[Expected]) -> tuple[Tensor, float]:
+        """⟨δᵢ, W − round(W₀ + Σ wⱼ δⱼ)⟩ for every i, and the squares of the difference."""
+        assert self.written is not None and self.base is not None
+        found, squares = torch.zeros(len(terms), dtype=torch.float64), 0.0
+        for rows in self.blocks():
+            matrix = torch.stack([term(rows).flatten() for term in terms])
+            exact = self.base[rows].double().flatten() + coefficients @ matrix
+            apart = self.written[rows].double().flatten() - exact.to(self.written.dtype).double()
+            found += matrix @ apart
+            squares += float(apart @ apart)
+        return found, squares
 
     def test(self, expected: Expected, dtype: torch.dtype | None = None) -> Test:
         """What is written beside base + `expected`, within the rounding of its type, or of a coarser one."""
