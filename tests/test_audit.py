@@ -11,6 +11,8 @@ import torch
 import yaml
 from conftest import base_tokenizer
 from safetensors.torch import load_file, save_file
+from test_target_parameters import make as make_experts
+from test_target_parameters import write as write_experts
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -114,7 +116,7 @@ def notes(audit: Audit) -> set[str]:
 # right merges
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", ["one", "rooted"])
 def test_a_merge_of_peft_is_right(base: Path, shelf: Path, tmp_path: Path, adapter: str, dtype: torch.dtype) -> None:
     found = modalloy.audit(
@@ -143,7 +145,8 @@ def test_a_task_arithmetic_of_mergekit_is_a_sum_whose_factors_are_found(
     out = mergekit_merged(config, tmp_path / "out")
     found = modalloy.audit(out, base=base, models=[shelf / "tuned", shelf / "other"])
     assert found.ok and found.kinds == {"sum": found.tensors}, found.findings
-    assert [(one.source, one.value) for one in found.coefficients] == [("tuned", 0.7), ("other", 0.4)]
+    near = 0 if dtype == "float32" else 2e-3  # mergekit's own factor is of the type: 0.6992
+    assert [one.value for one in found.coefficients] == pytest.approx([0.7, 0.4], rel=near)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
     by_recipe = modalloy.audit(out, base=base, recipe=tmp_path / "recipe.yaml")
     assert by_recipe.ok and by_recipe.kinds["method"] == found.tensors, by_recipe.findings
@@ -209,11 +212,10 @@ def test_a_result_of_modalloy_is_what_its_recipe_gives(base: Path, shelf: Path, 
         ("one", {"lora_alpha": 2 * ALPHA}, "it was added twice"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_scale_is_named(
-    base: Path, shelf: Path, tmp_path: Path, adapter: str, changed: dict[str, Any], words: str, dtype: torch.dtype
+    base: Path, shelf: Path, tmp_path: Path, adapter: str, changed: dict[str, Any], words: str
 ) -> None:
-    out = peft_merged(base, shelf / adapter, tmp_path / "out", dtype, **changed)
+    out = peft_merged(base, shelf / adapter, tmp_path / "out", torch.bfloat16, **changed)
     found = modalloy.audit(out, base=base, adapters=[shelf / adapter])
     assert set(codes(found)) == {"scale"} and words in codes(found)["scale"], found.findings
     assert f"in {UPDATED} of" in codes(found)["scale"]
@@ -231,6 +233,28 @@ def test_a_single_weight_of_another_scale_stands_out(base: Path, shelf: Path, tm
     assert fault.code == "coefficient" and fault.tensors == ("model.layers.1.self_attn.q_proj.weight",)
     assert [one.value for one in found.coefficients] == [1.0, 0.5]
     assert modalloy.audit(out, base=base, adapters=[shelf / "one", shelf / "two"], weights=[1, 0.5]).ok is False
+
+
+def test_updates_that_are_smaller_than_the_steps_of_bfloat16_are_read_without_bias(
+    base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    """Most entries of such an update are swallowed by rounding, and least squares give half of the true factor."""
+    coarse = copy_of(base, tmp_path / "base", lambda held: held.update({n: one.bfloat16() for n, one in held.items()}))
+    small = tmp_path / "small"
+    shutil.copytree(shelf / "one", small)
+    held = load_file(small / "adapter_model.safetensors")
+    save_file(
+        {name: one * (0.003 if "lora_B" in name else 1) for name, one in held.items()},
+        small / "adapter_model.safetensors",
+    )
+    right = modalloy.audit(
+        peft_merged(coarse, small, tmp_path / "right", torch.bfloat16), base=coarse, adapters=[small]
+    )
+    assert right.ok and right.kinds["source"] == UPDATED, right.findings
+    rooted = peft_merged(coarse, small, tmp_path / "rooted", torch.bfloat16, use_rslora=True)
+    found = modalloy.audit(rooted, base=coarse, adapters=[small])
+    assert "√r for r = 8" in codes(found)["scale"], found.findings
+    assert "was not applied" in codes(modalloy.audit(coarse, base=coarse, adapters=[small]))["not_applied"]
 
 
 # faults of what was merged
@@ -270,6 +294,27 @@ def test_an_adapter_that_is_missing_on_some_modules_is_named(base: Path, shelf: 
     assert "mlp.up_proj" in fault.message and not any("self_attn" in name for name in fault.tensors)
     found = modalloy.audit(copy_of(base, tmp_path / "none"), base=base, adapters=[shelf / "one"])
     assert "was not applied at all" in codes(found)["not_applied"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fused", [True, False], ids=["one tensor", "hub"])
+def test_an_adapter_that_is_missing_on_some_experts_is_named(tmp_path: Path, fused: bool) -> None:
+    from peft import PeftModel
+
+    write_experts(tmp_path, "Qwen3Moe", fused=fused)
+    model = PeftModel.from_pretrained(make_experts("Qwen3Moe"), tmp_path / "one").merge_and_unload()
+    model.save_pretrained(tmp_path / "out", save_original_format=not fused)
+    found = modalloy.audit(tmp_path / "out", base=tmp_path / "base", adapters=[tmp_path / "one"])
+    matrices = 2 * 3 * (2 if fused else 3)  # layers, experts, matrices of each
+    assert found.ok and found.kinds["source"] == 2 + matrices, found.findings
+    kept, held = load_file(tmp_path / "base" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for name in held:
+        if "experts" in name and "layers.1." in name:
+            held[name] = kept[name]
+    save_file(held, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    found = modalloy.audit(tmp_path / "out", base=tmp_path / "base", adapters=[tmp_path / "one"])
+    message = codes(found)["not_applied"]
+    assert f"is missing in {matrices // 2} of the {2 + matrices} weights" in message and "experts" in message
 
 
 def test_one_of_two_adapters_that_is_missing_somewhere_is_named(base: Path, shelf: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from modalloy.auditing.opened import Opened, Slot, open_all
 from modalloy.auditing.weight import Weight
 from modalloy.auditing.words import NONE, SURE, coefficients, findings
 from modalloy.errors import RecipeError
+from modalloy.planning.models import locate_specialist
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import SMALL_BYTES, spread
 from modalloy.storage.locate import locate
@@ -103,16 +104,10 @@ def _opened(
 ) -> Opened:
     """Everything opened; a recipe's models are adapters or models as their files tell."""
     if recipe is None or adapters or models:
-        return open_all(place, base, [str(one) for one in adapters], [str(one) for one in models], Path())
-    from modalloy.planning.models import locate_specialist
-    from modalloy.storage.folder import is_there
-
-    of: dict[bool, list[str]] = {True: [], False: []}
-    for entry in recipe.models:
-        folder = locate_specialist(entry.model, recipe.folder)
-        of[is_there(folder / "adapter_config.json")].append(str(folder.resolve()))
-    base_place = str(base.resolve())
-    return open_all(place, base, of[True], [one for one in of[False] if one != base_place], Path())
+        named = [*((str(one), False) for one in adapters), *((str(one), True) for one in models)]
+        return open_all(place, base, [(locate_specialist(one, Path()), is_whole) for one, is_whole in named])
+    folders = (locate_specialist(entry.model, recipe.folder) for entry in recipe.models)
+    return open_all(place, base, [(folder, None) for folder in folders if not folder.samefile(base)])
 
 
 def _wanted(opened: Opened, weights: Sequence[float] | None, recipe: Recipe | None) -> dict[str, float] | None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from modalloy.errors import CheckpointError
 from modalloy.planning.checks import check_shapes, place
 from modalloy.planning.kinds import check_numbers
-from modalloy.planning.models import locate_specialist
 from modalloy.specialists.full import decoder_name
 from modalloy.specialists.layouts import open_specialist
 from modalloy.specialists.specialist import Specialist, StoredLora
@@ -111,8 +110,8 @@ def _one(update: Update, index: int) -> Update:
     return one_of(update, index)
 
 
-def open_all(merged: Path, base: Path, adapters: Sequence[str], models: Sequence[str], folder: Path) -> Opened:
-    """Open everything; `folder` is where relative paths of adapters and models start.
+def open_all(merged: Path, base: Path, given: Sequence[tuple[Path, bool | None]]) -> Opened:
+    """Open everything; `given` are the folders of the sources, and whether each must be a whole model (None: either).
 
     Raises:
         CheckpointError: a folder is missing, damaged or quantised, a source fits not the base, or the merged folder is of
@@ -121,12 +120,12 @@ def open_all(merged: Path, base: Path, adapters: Sequence[str], models: Sequence
     opened_base = open_base(base)
     base_config = read_config(base)
     check_numbers("base", base, base_config, opened_base.refs)
-    places = [locate_specialist(one, folder) for one in (*adapters, *models)]
+    places = [folder for folder, _ in given]
     sources = tuple(open_specialist(one, label=label) for one, label in zip(places, _labels(places), strict=True))
-    for index, source in enumerate(sources):
-        if source.is_whole != (index >= len(adapters)):
+    for source, (folder, is_whole) in zip(sources, given, strict=True):
+        if is_whole is not None and source.is_whole != is_whole:
             kind, option = ("a whole model", "--model") if source.is_whole else ("an adapter", "--adapter")
-            raise CheckpointError(f"{places[index]}: is {kind}; give it with {option}")
+            raise CheckpointError(f"{folder}: is {kind}; give it with {option}")
         place(source, opened_base, base_config)
         check_shapes(source, opened_base)
     if not merged.is_dir():
@@ -138,6 +137,10 @@ def open_all(merged: Path, base: Path, adapters: Sequence[str], models: Sequence
         return Opened(opened_base, base_config, merged, adapter.checkpoint, None, adapter, sources)
     whole = open_base(merged)
     config = read_config(merged) if is_there(merged / "config.json") else None
+    if config is not None and config.get("model_type") == "modalloy":
+        raise CheckpointError(
+            f"{merged}: is an omni model, which holds more than its base; run `modalloy verify {merged}`"
+        )
     lone = tuple(name for name, ref in whole.refs.items() if ref.dtype in CODES)
     plain = {name: ref for name, ref in whole.refs.items() if name not in lone}
     check_numbers("merged", merged, {} if lone else config or {}, plain)

@@ -70,7 +70,7 @@ def audit(
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
-        say(text(found))
+        print(text(found))
         if html is not None:
             say(f"wrote    {html}")
     return 0 if found.ok else 1
