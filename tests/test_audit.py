@@ -181,6 +181,13 @@ def test_a_mean_and_a_ties_of_mergekit_are_named(base: Path, shelf: Path, tmp_pa
     assert {round(one.detail["density"], 2) for one in found.weights if one.kind == "ties"} == {0.4}
 
 
+def test_a_base_that_a_recipe_should_have_changed_is_a_fault(base: Path, shelf: Path, tmp_path: Path) -> None:
+    recipe = {"base_model": str(base), "merge_method": "task_arithmetic", "models": [{"model": str(shelf / "one")}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    found = modalloy.audit(copy_of(base, tmp_path / "out"), base=base, recipe=tmp_path / "recipe.yaml")
+    assert f"{UPDATED} weights are the base's, not what the recipe gives" in codes(found)["not_the_recipe"]
+
+
 def test_a_result_of_modalloy_is_what_its_recipe_gives(base: Path, shelf: Path, tmp_path: Path) -> None:
     recipe = {
         "base_model": str(base),
@@ -366,7 +373,16 @@ def test_rows_of_a_table_that_are_shifted_or_overwritten_are_named(base: Path, s
     found = modalloy.audit(copy_of(base, tmp_path / "overwritten", overwritten), base=base)
     assert "3 of its" in codes(found)["rows_overwritten"]
     found = modalloy.audit(copy_of(base, tmp_path / "longer", longer), base=base)
-    assert "the vocabulary was resized" in codes(found)["resized"]
+    assert "was resized, and config.json does not say so" in codes(found)["resized"]
+    height = len(load_file(base / "model.safetensors")[table]) + 2
+    found = modalloy.audit(copy_of(base, tmp_path / "told", longer, vocab_size=height), base=base)
+    assert found.ok and "resized" in notes(found), found.findings
+
+    def both(tensors: dict[str, Tensor]) -> None:
+        tensors[table] = torch.cat([torch.zeros(2, tensors[table].shape[1]), tensors[table]])
+
+    found = modalloy.audit(copy_of(base, tmp_path / "both", both, vocab_size=height), base=base)
+    assert "shifted down by 2, from row 0 on" in codes(found)["rows_shifted"]
 
 
 @pytest.mark.parametrize("coarse", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from modalloy.auditing.beside import beside
 from modalloy.auditing.claim import Claim
 from modalloy.auditing.found import Audit, Finding
 from modalloy.auditing.headers import HEAD, extra_head, headers
-from modalloy.auditing.judge import SAME, Common, Judged, judge
+from modalloy.auditing.judge import SAME, Common, Judged, judge, moved_rows
 from modalloy.auditing.opened import Opened, Slot, open_all
 from modalloy.auditing.weight import Weight
 from modalloy.auditing.words import NONE, SURE, coefficients, findings
@@ -82,7 +82,7 @@ def audit(
         *headers(opened),
         *_extra_head(opened),
         *beside(opened),
-        *findings(judged, common.coefficients, wanted, claim is not None),
+        *findings([*judged, *_resized(opened)], common.coefficients, wanted, claim is not None),
     ]
     return Audit(
         str(merged),
@@ -182,6 +182,17 @@ def _rounder(value: float, error: float, wanted: float | None) -> float:
         if abs(one - value) <= max(NEAR_ROUND * abs(value), SURE * error):
             return one
     return value
+
+
+def _resized(opened: Opened) -> list[Judged]:
+    """Tables of another height than the base's, whose common rows are not the base's."""
+    found = []
+    for name in opened.reshaped:
+        base, written = opened.base.refs[name], opened.found[name]
+        is_table = base.shape[1:] == written.shape[1:] and len(base.shape) == 2 and written.dtype.is_floating_point
+        if is_table and (rows := moved_rows(opened.read(base), opened.merged.read(written))):
+            found.append(Judged(name, name, "unexplained", cause="rows", detail=rows))
+    return found
 
 
 def _extra_head(opened: Opened) -> list[Finding]:

@@ -11,6 +11,7 @@ import torch
 from modalloy.auditing.found import Finding
 from modalloy.auditing.opened import NUMBER, Opened
 from modalloy.planning.kinds import is_of_tokens
+from modalloy.storage.config import NESTED
 
 HEAD = "lm_head.weight"
 SHOWN = 4
@@ -36,8 +37,13 @@ def _tensors(opened: Opened) -> Iterator[Finding]:
         wanted, found = opened.base.refs[name].shape, opened.found[name].shape
         rows = is_of_tokens(name) and wanted[1:] == found[1:]
         what = ": the vocabulary was resized" if rows else ""
+        told = rows and found[0] in _vocabularies(opened)
         yield Finding(
-            "fault", "resized" if rows else "shape", f"{name} is {found}, the base's is {wanted}{what}", (name,)
+            "note" if told else "fault",
+            "resized" if rows else "shape",
+            f"{name} is {found}, the base's is {wanted}{what}"
+            + (", and config.json does not say so" if rows and not told else ""),
+            (name,),
         )
     if opened.without_scales:
         names = opened.without_scales
@@ -48,6 +54,13 @@ def _tensors(opened: Opened) -> Iterator[Finding]:
             "with them, or merge in bfloat16",
             names,
         )
+
+
+def _vocabularies(opened: Opened) -> set[object]:
+    """The sizes of vocabularies that the config tells."""
+    config = opened.config or {}
+    parts = [config, *(config[name] for name in NESTED if isinstance(config.get(name), dict))]
+    return {part.get("vocab_size") for part in parts}
 
 
 def _types(opened: Opened) -> Iterator[Finding]:
@@ -96,7 +109,7 @@ def extra_head(opened: Opened, same: bool) -> Finding | None:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether a config ties the head to the embeddings; where it is silent, its class decides."""
     whole = completed(config)
-    parts = [whole, *(whole[name] for name in ("text_config", "llm_config") if isinstance(whole.get(name), dict))]
+    parts = [whole, *(whole[name] for name in NESTED if isinstance(whole.get(name), dict))]
     told = (part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None)
     return bool(next(told, False))
 

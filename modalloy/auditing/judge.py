@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -285,7 +286,7 @@ def _damaged(weight: Weight, about: dict[str, Any], test: Test, fit: Fit | None 
     base = weight.slot.base
     if isinstance(base, ScaledRef) and weight.written is not None and _is_unscaled(weight, base):
         return Judged(**vars(found) | {"cause": "scales"})
-    if rows := moved_rows(weight):
+    if weight.written is not None and weight.base is not None and (rows := moved_rows(weight.base, weight.written)):
         return Judged(**vars(found) | {"cause": "rows", "detail": rows})
     return found
 
@@ -301,25 +302,25 @@ def _is_unscaled(weight: Weight, base: ScaledRef) -> bool:
     return bool(same_sign > NEAR)
 
 
-def moved_rows(weight: Weight) -> dict[str, Any]:
-    """How the rows of a table are the base's: by how many places most that differ are shifted, or how many were overwritten."""
-    if weight.written is None or weight.base is None or weight.n_rows < 4 or weight.columns < 2:
+def moved_rows(base: torch.Tensor, written: torch.Tensor) -> dict[str, Any]:
+    """How the rows of a table are the base's: by how many places most that differ are shifted, or how many were overwritten.
+
+    Empty where the rows that both have are the same, or all are others.
+    """
+    base, height = base.to(written.dtype), min(len(base), len(written))
+    if height < 4 or written.dim() != 2 or written.shape[1] < 2:
         return {}
-    base, written = weight.base.to(weight.written.dtype), weight.written
-    height = min(len(base), len(written))
     apart = (base[:height] != written[:height]).any(1).nonzero().flatten().tolist()
-    places = {_key(row): index for index, row in enumerate(base)}
-    offsets: dict[int, int] = {}
+    places = {_key(row): index for index, row in enumerate(base)} if apart else {}
+    offsets: Counter[int] = Counter()
     for index in apart:
         place = places.get(_key(written[index]))
         if place is not None:
-            offsets[index - place] = offsets.get(index - place, 0) + 1
-    if offsets:
-        offset, count = max(offsets.items(), key=lambda one: one[1])
-        return {"shift": offset, "rows": count, "apart": len(apart), "of": len(written), "first": apart[0]}
-    if 0 < len(apart) < height:
-        return {"shift": 0, "rows": 0, "apart": len(apart), "of": len(written), "first": apart[0]}
-    return {}
+            offsets[index - place] += 1
+    if not offsets and not 0 < len(apart) < height:
+        return {}
+    shift, rows = offsets.most_common(1)[0] if offsets else (0, 0)
+    return {"shift": shift, "rows": rows, "apart": len(apart), "of": len(written), "first": apart[0]}
 
 
 def _key(row: torch.Tensor) -> bytes:

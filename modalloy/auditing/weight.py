@@ -22,6 +22,7 @@ from modalloy.storage.tensors import TensorRef, all_finite
 ARITHMETIC = 8.0  # roundings of the written type that a tool may spend on an update before it is added
 TWICE = 2.0  # a sum in the middle of two neighbours may be rounded to either
 SINGULAR = 1e-10  # relative eigenvalue below which updates are one another's multiples
+LARGEST = 1e30
 FEW_DIGITS = 2.0**-13  # unit of rounding above which it biases a fit
 NEWTON_STEPS, STEP, NEWTON_LEAST, NEWTON_ENDS = 8, 0.05, 1e-3, 1e-3
 Expected = Callable[[slice], Tensor]
@@ -248,6 +249,7 @@ class Weight:
                 exact = (self.base[rows].double() + wanted).to(self.written.dtype)
                 agreeing += int((exact == self.written[rows]).sum())
         count = max(1, self.n_rows * self.columns)
+        worst = min(worst, LARGEST)  # JSON has no infinity
         return Test(worst, beyond / count, agreeing / count if self.written is not None else 1.0, left / (size or 1.0))
 
     def moved(self, expected: Expected) -> int:

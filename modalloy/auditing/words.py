@@ -31,13 +31,12 @@ def findings(
     judged: Sequence[Judged], common: Mapping[str, float], wanted: Mapping[str, float] | None, has_recipe: bool
 ) -> list[Finding]:
     """What is wrong with the weights. `wanted`: the coefficients that they must have, if these are known."""
-    found = [*_damage(judged), *_missing(judged, common, wanted)]
+    found = list(_damage(judged))
     if has_recipe:
         found += _against_recipe(judged)
-    elif wanted is not None:
-        found += _against_wanted(judged, wanted)
     else:
-        found += _standing_out(judged, common)
+        found += _missing(judged, common, wanted)
+        found += _standing_out(judged, common) if wanted is None else _against_wanted(judged, wanted)
     return [*found, *_unexplained(judged)]
 
 
@@ -207,11 +206,13 @@ def _against_recipe(judged: Sequence[Judged]) -> Iterator[Finding]:
     """Weights that are something else than the recipe gives."""
     by: dict[str, list[Judged]] = defaultdict(list)
     for one in judged:
-        if one.kind in (*SUMS, "ties") and one.has_updates and not one.cause:
+        if (one.kind in (*SUMS, "ties") and one.has_updates and not one.cause) or one.moved:
             by[one.kind].append(one)
     for kind, some in by.items():
         if kind == "ties":
             what = f"a TIES of the updates with density {some[0].detail['density']:g}"
+        elif kind == "base":
+            what = "the base's"
         else:
             labels = dict.fromkeys(label for one in some for label in one.coefficients)
             spans = (
