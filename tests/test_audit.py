@@ -181,6 +181,35 @@ def test_a_mean_and_a_ties_of_mergekit_are_named(base: Path, shelf: Path, tmp_pa
     assert {round(one.detail["density"], 2) for one in found.weights if one.kind == "ties"} == {0.4}
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("ties", {"normalize": False, "density": 0.37, "weight": 0.5}),
+        ("breadcrumbs", {"density": 0.7, "gamma": 0.01, "weight": 1.0}),
+        ("slerp", {"t": 0.3}),
+    ],
+)
+def test_what_mergekit_makes_of_a_recipe_is_what_it_gives(
+    base: Path, shelf: Path, tmp_path: Path, method: str, parameters: dict[str, Any]
+) -> None:
+    names = [base, shelf / "tuned"] if method == "slerp" else [shelf / "tuned", shelf / "other"]
+    config = {
+        "merge_method": method,
+        "base_model": str(base),
+        "dtype": "float32",
+        "parameters": parameters,
+        "models": [{"model": str(name)} for name in names],
+    }
+    out = mergekit_merged(config, tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    found = modalloy.audit(out, base=base, recipe=tmp_path / "recipe.yaml")
+    assert found.ok and found.kinds == {"method": found.tensors}, found.findings
+    if method == "slerp":
+        found = modalloy.audit(out, base=base, models=[shelf / "tuned"])
+        assert found.ok and found.kinds["slerp"] == 1 + 2 * 7, found.findings
+        assert {round(one.detail["t"], 3) for one in found.weights if one.kind == "slerp"} == {0.3}
+
+
 def test_a_base_that_a_recipe_should_have_changed_is_a_fault(base: Path, shelf: Path, tmp_path: Path) -> None:
     recipe = {"base_model": str(base), "merge_method": "task_arithmetic", "models": [{"model": str(shelf / "one")}]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

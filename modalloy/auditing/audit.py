@@ -71,7 +71,7 @@ def audit(
     wanted = _wanted(opened, weights, chosen)
     every = list(opened.slots())
     some = every if full else sampled(every)
-    common = Common(_common(opened, some, wanted))
+    common = Common(_common(opened, some, wanted), picks=claim is not None and claim.picks)
     judged: list[Judged] = []
     for number, slot in enumerate(some):
         weight = Weight(slot, opened.read, opened.merged.read)

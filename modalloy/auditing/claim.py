@@ -46,6 +46,9 @@ class Claim:
         self.promises = Promises(recipe, base, folders, labels(recipe))
         self.double = recipe.dtype == "float64"
         self.by_slot = {promise.slot: promise for promise in self.promises.all()}
+        self.picks = any(
+            p.kind == "merged" and METHODS[p.method].gets(p.parameters) == "dense" for p in self.by_slot.values()
+        )
         self.surveys = self._surveys()
 
     def expected(self, slot: Slot) -> list[Expected]:

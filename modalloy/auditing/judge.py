@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +20,18 @@ from modalloy.methods.ties import Combine, ties
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
 
-Kind = Literal["base", "source", "sum", "mean", "ties", "method", "unexplained"]
+Kind = Literal["base", "source", "sum", "mean", "slerp", "ties", "method", "unexplained"]
 Cause = Literal["", "not_finite", "precision", "apart", "rows", "scales", "base_scaled"]
 NEAR = 0.98  # share of entries that are the nearest value, from which another coefficient need not be tried
 BETTER = 0.01  # by how much more of them another coefficient must give
 MOVED = 8  # entries that an update would change at least, where it is said to be missing
 ALIKE = 0.02  # relative difference of two coefficients that count as one
+SCALED = 2e-3  # from 1, of a factor of the base that is more than rounding
 SAME = 1e-4  # of two coefficients that differ by an arithmetic's rounding
 COARSE = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 IN_VAIN = 3  # weights on which a TIES is looked for without success before it is given up
 COMBINES: tuple[Combine, ...] = ("mean", "sum")
 TIES_ENTRIES = 1 << 26  # of a weight up to which a TIES is looked for
-TIES_OUTSIDE = 1e-3  # tools count and round the entries that are kept each in their way
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Common:
 
     coefficients: dict[str, float] = field(default_factory=dict)
     ties: list[tuple[Combine, float]] = field(default_factory=list)
+    picks: bool = False  # the recipe's method picks single entries
     in_vain: int = 0  # weights of which none was found since
 
 
@@ -86,7 +88,7 @@ def judge(weight: Weight, common: Common, promised: Sequence[Expected] = ()) -> 
         return Judged(**about, kind="base", coefficients=coefficients, moved=moved if moved >= MOVED else 0)
     for expected in promised:
         found = weight.test(expected)
-        if found.holds:
+        if found.holds or (common.picks and weight.may_pick(found.outside)):
             return Judged(**about, kind="method", worst=found.worst, left=found.left)
     if not weight.dtype.is_floating_point:
         return Judged(**about, kind="unexplained")
@@ -213,7 +215,32 @@ def _base_scaled(weight: Weight, about: dict[str, Any]) -> Judged | None:
         return None
     coefficients = {label: fit.coefficients[label] for label in weight.terms}
     detail = {"factor": 1 + fit.coefficients["base"]}
+    if (place := _on_the_arc(weight, fit.coefficients)) is not None:
+        return Judged(**about, kind="slerp", coefficients=coefficients, detail={"t": place})
+    if abs(fit.coefficients["base"]) < SCALED:
+        return None
     return Judged(**about, kind="sum", coefficients=coefficients, cause="base_scaled", detail=detail)
+
+
+def _on_the_arc(weight: Weight, coefficients: Mapping[str, float]) -> float | None:
+    """t of a slerp between the base and the only source, if the factors of both are those of one."""
+    (label, *others) = weight.terms
+    if others or weight.base is None:
+        return None
+    inner = first = second = 0.0
+    for rows in weight.blocks():
+        base = weight.base[rows].double()
+        model = base + weight.terms[label](rows)
+        inner, first = inner + float((base * model).sum()), first + float(base.square().sum())
+        second += float(model.square().sum())
+    angle = math.acos(max(-1.0, min(1.0, inner / math.sqrt(first * second or 1.0))))
+    factor, sine = coefficients[label], math.sin(angle)
+    if sine < SAME or not 0 <= factor * sine <= 1:
+        return None
+    t = math.asin(factor * sine) / angle
+    wanted = math.sin((1 - t) * angle) / sine
+    own = 1 + coefficients["base"] - factor
+    return t if 0 <= t <= 1 and abs(own - wanted) < SCALED else None
 
 
 def _combined(coefficients: Mapping[str, float], terms: Mapping[str, Expected]) -> Expected:
@@ -239,7 +266,7 @@ def _ties(weight: Weight, common: Common, about: dict[str, Any]) -> Judged | Non
             continue
         scale = float((change[both] / merged[both]).median())  # a fit by squares would follow the few that are wrong
         test = weight.test((merged * scale).__getitem__)
-        if test.outside * entries <= max(len(deltas), TIES_OUTSIDE * entries):
+        if weight.may_pick(test.outside):
             if (combine, density) not in common.ties:
                 common.ties.append((combine, density))
                 common.in_vain = 0
@@ -286,7 +313,8 @@ def _damaged(weight: Weight, about: dict[str, Any], test: Test, fit: Fit | None 
     base = weight.slot.base
     if isinstance(base, ScaledRef) and weight.written is not None and _is_unscaled(weight, base):
         return Judged(**vars(found) | {"cause": "scales"})
-    if weight.written is not None and weight.base is not None and (rows := moved_rows(weight.base, weight.written)):
+    rows = {} if weight.written is None or weight.base is None else moved_rows(weight.base, weight.written)
+    if rows and (rows["rows"] or not weight.terms):
         return Judged(**vars(found) | {"cause": "rows", "detail": rows})
     return found
 

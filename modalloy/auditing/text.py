@@ -15,6 +15,7 @@ KINDS = {
     "source": "a source's",
     "sum": "a sum of updates",
     "mean": "the mean",
+    "slerp": "a slerp",
     "ties": "a TIES",
     "method": "what the recipe gives",
     "unexplained": "unexplained",
@@ -54,6 +55,8 @@ def what(one: Judged) -> str:
         return f"{label}'s" if len(one.coefficients) > 1 else f"base + {label}"
     if one.kind == "ties":
         return f"TIES, density {one.detail['density']:.3g}, λ {one.detail['scale']:.3g}"
+    if one.kind == "slerp":
+        return f"slerp, t {one.detail['t']:.3g}"
     return KINDS[one.kind]
 
 

@@ -23,6 +23,7 @@ ARITHMETIC = 8.0  # roundings of the written type that a tool may spend on an up
 TWICE = 2.0  # a sum in the middle of two neighbours may be rounded to either
 SINGULAR = 1e-10  # relative eigenvalue below which updates are one another's multiples
 LARGEST = 1e30
+PICKED, PICKED_COARSE = 1e-3, 2e-2  # share of entries at a cut, in float32 and in types of few digits
 FEW_DIGITS = 2.0**-13  # unit of rounding above which it biases a fit
 NEWTON_STEPS, STEP, NEWTON_LEAST, NEWTON_ENDS = 8, 0.05, 1e-3, 1e-3
 Expected = Callable[[slice], Tensor]
@@ -90,6 +91,7 @@ class Weight:
             self.dtype = merged.codes.dtype
         self.unit = max(torch.finfo(self.dtype).eps / 2, 2.0**-24) if self.dtype.is_floating_point else 0.0
         self.lora: dict[str, tuple[Tensor, Tensor, float]] = {}  # B, A and scale
+        self.tuned: dict[str, Tensor] = {}
         self.terms: dict[str, Expected] = {label: self._term(label, one, read) for label, one in slot.updates.items()}
         rows, self.columns = _flat(slot.base.shape)
         self.n_rows = rows
@@ -102,6 +104,7 @@ class Weight:
             return lambda rows: scale * (up[rows] @ down)
         tuned, base = _rows(read(update)), self.base
         assert base is not None
+        self.tuned[label] = tuned
         return lambda rows: tuned[rows].double() - base[rows].double()
 
     def crossed(self, one: str, other: str) -> Expected:
@@ -263,8 +266,17 @@ class Weight:
         return count
 
     def dense(self, label: str) -> Tensor:
-        """A source's whole update in float32."""
+        """A source's whole update in float32; a model's as tools of few digits take it, which work in the written type."""
+        if label in self.tuned and self.base is not None and self.unit > FEW_DIGITS and not self.coded:
+            tuned, base = (one.to(self.dtype).float() for one in (self.tuned[label], self.base))
+            return (tuned - base).to(self.dtype).float()
         return torch.cat([self.terms[label](rows).float() for rows in self.blocks()])
+
+    def may_pick(self, outside: float) -> bool:
+        """Whether so many entries may be others where a method picks single ones: those at its cut, by count or by rounding."""
+        entries = self.n_rows * self.columns
+        share = PICKED_COARSE if self.unit > FEW_DIGITS else PICKED
+        return outside * entries <= max(len(self.terms), share * entries)
 
 
 def _flat(shape: Sequence[int]) -> tuple[int, int]:

@@ -206,7 +206,7 @@ def _against_recipe(judged: Sequence[Judged]) -> Iterator[Finding]:
     """Weights that are something else than the recipe gives."""
     by: dict[str, list[Judged]] = defaultdict(list)
     for one in judged:
-        if (one.kind in (*SUMS, "ties") and one.has_updates and not one.cause) or one.moved:
+        if (one.kind in (*SUMS, "slerp", "ties") and one.has_updates and not one.cause) or one.moved:
             by[one.kind].append(one)
     for kind, some in by.items():
         if kind == "ties":
