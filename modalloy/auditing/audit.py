@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ from modalloy.auditing.judge import SAME, Common, Judged, judge, moved_rows
 from modalloy.auditing.opened import Opened, Slot, open_all
 from modalloy.auditing.weight import Weight
 from modalloy.auditing.words import NONE, SURE, coefficients, findings
-from modalloy.errors import RecipeError
+from modalloy.builtin import PREFIX
+from modalloy.errors import CheckpointError, RecipeError, cut
 from modalloy.planning.models import locate_specialist
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import SMALL_BYTES, spread
-from modalloy.storage.locate import locate
+from modalloy.storage.folder import reading
+from modalloy.storage.locate import is_hub_id, locate
 from modalloy.storage.tensors import TensorRef
 
 FITTED = 12  # weights from which the common coefficients are read
@@ -61,6 +64,8 @@ def audit(
     Raises:
         ModalloyError: an input is missing, damaged, quantised or fits not the others.
     """
+    for one in (merged, base, *adapters, *models):
+        _check_named(str(one))
     place, base_folder = (locate(str(one)) for one in (merged, base))
     chosen = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     if chosen is not None and isinstance(recipe, (str, Path)) and (adapters or models or weights is not None):
@@ -99,6 +104,17 @@ def audit(
     )
 
 
+def _check_named(name: str) -> None:
+    """Refuse what is no folder here, and no name of the hub or of what is built in."""
+    folder = name.partition("#")[0]
+    if name.startswith(PREFIX) or is_hub_id(folder):
+        return
+    path = Path(folder).expanduser()
+    with reading(path):
+        if not path.exists():
+            raise CheckpointError(f"{cut(name)}: no such folder; correct the path")
+
+
 def _opened(
     place: Path, base: Path, adapters: Sequence[str | Path], models: Sequence[str | Path], recipe: Recipe | None
 ) -> Opened:
@@ -106,7 +122,7 @@ def _opened(
     if recipe is None or adapters or models:
         named = [*((str(one), False) for one in adapters), *((str(one), True) for one in models)]
         return open_all(place, base, [(locate_specialist(one, Path()), is_whole) for one, is_whole in named])
-    folders = (locate_specialist(entry.model, recipe.folder) for entry in recipe.models)
+    folders = dict.fromkeys(locate_specialist(entry.model, recipe.folder).resolve() for entry in recipe.models)
     return open_all(place, base, [(folder, None) for folder in folders if not folder.samefile(base)])
 
 
@@ -116,6 +132,8 @@ def _wanted(opened: Opened, weights: Sequence[float] | None, recipe: Recipe | No
     if weights is not None:
         if len(weights) != len(labels):
             raise RecipeError(f"{len(weights)} weights for {len(labels)} adapters and models; give one each")
+        if odd := [one for one in weights if not math.isfinite(one)]:
+            raise RecipeError(f"the weight {odd[0]} is no number; give one")
         return dict(zip(labels, map(float, weights), strict=True))
     alone = len(opened.sources) == 1 and not opened.sources[0].is_whole
     return {labels[0]: 1.0} if alone and recipe is None else None

@@ -121,6 +121,9 @@ def open_all(merged: Path, base: Path, given: Sequence[tuple[Path, bool | None]]
     base_config = read_config(base)
     check_numbers("base", base, base_config, opened_base.refs)
     places = [folder for folder, _ in given]
+    resolved = [folder.resolve() for folder in places]
+    if twice := [folder for index, folder in enumerate(resolved) if folder in resolved[:index]]:
+        raise CheckpointError(f"{twice[0]}: is given twice; keep one")
     sources = tuple(open_specialist(one, label=label) for one, label in zip(places, _labels(places), strict=True))
     for source, (folder, is_whole) in zip(sources, given, strict=True):
         if is_whole is not None and source.is_whole != is_whole:

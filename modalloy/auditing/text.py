@@ -88,7 +88,7 @@ def page(audit: Audit) -> str:
     named = {name for finding in audit.findings if finding.level == "fault" for name in finding.tensors}
     ordered = sorted(audit.weights, key=lambda one: one.name not in named)
     rows = [_row(one) for one in ordered[:MOST_ROWS]]
-    classes = ["missing" if one.name in named else "" for one in ordered[:MOST_ROWS]]
+    classes = ["fault" if one.name in named else "" for one in ordered[:MOST_ROWS]]
     more = f"<p>{len(ordered) - MOST_ROWS} more are in --json.</p>" if len(ordered) > MOST_ROWS else ""
     head = ["weight", "is", "factors", "worst deviation / rounding", "left of the change"]
     body = f"""<h1>Audit of {html.escape(printable(audit.merged))}</h1>

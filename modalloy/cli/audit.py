@@ -92,7 +92,10 @@ def _recipe(base: str, models: list[str], method: str, settings: list[str], weig
         name, separator, value = one.partition("=")
         if not separator or not name:
             raise RecipeError(f"--set {one}: write NAME=VALUE, for example density=0.5")
-        parameters[name] = parse_yaml(value)
+        try:
+            parameters[name] = parse_yaml(value)
+        except RecipeError:
+            raise RecipeError(f"--set {one}: the value is not valid YAML; write for example density=0.5") from None
     entries = [
         {"model": os.path.abspath(place) if os.path.exists(place) else place}
         | ({} if weights is None else {"parameters": {"weight": weights[index]}})
