@@ -9,6 +9,7 @@ from modalloy._version import __version__
 from modalloy.errors import missing_package
 
 if TYPE_CHECKING:
+    from modalloy.auditing.audit import audit
     from modalloy.delta import LowRank
     from modalloy.merging import merge
     from modalloy.methods.apply import merge_deltas
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from modalloy.recipe import load_recipe
 
 
-__all__ = ["LowRank", "__version__", "load_model", "load_recipe", "merge", "merge_deltas", "plan"]
+__all__ = ["LowRank", "__version__", "audit", "load_model", "load_recipe", "merge", "merge_deltas", "plan"]
 
 # public name → its module, imported when the name is first used: torch takes seconds, which `modalloy --help` has not
 HOMES = {
     "LowRank": "delta",
+    "audit": "auditing.audit",
     "load_model": "model",  # the only one that needs transformers
     "load_recipe": "recipe",
     "merge": "merging",

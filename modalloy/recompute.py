@@ -142,19 +142,23 @@ def weight_error(
 ) -> tuple[float, float]:
     """Relative Frobenius distance of a whole tensor from base plus update, and how large rounding may make it."""
 
+    written, base = torch.atleast_1d(written), torch.atleast_1d(read(promise.start))
+    return _distance(written, base, exact_update(promise, read, surveys, double=double))
+
+
+def exact_update(promise: "Promise", read: Read, surveys: Surveys, *, double: bool) -> Callable[[slice], Delta]:
+    """What a promise adds to its start, by rows: what `verify` and `audit` hold a whole weight to."""
+
     def rowed(ref: TensorRef) -> Tensor:
         return torch.atleast_1d(read(ref))
 
-    written, base = torch.atleast_1d(written), rowed(promise.start)
     if promise.kind == "averaged":
-        return _distance(written, base, lambda rows: mean_update(promise, rowed, rows))
+        return lambda rows: mean_update(promise, rowed, rows)
     full = any(update.tuned is not None for update in promise.updates)
     if METHODS[promise.method].rowwise and full:
-        return _distance(written, base, lambda rows: merged_update(promise, read, surveys, double=double, rows=rows))
+        return lambda rows: merged_update(promise, read, surveys, double=double, rows=rows)
     merged = merged_update(promise, read, surveys, double=double)
-    return _distance(
-        written, base, lambda rows: merged.up[rows] @ merged.down if isinstance(merged, LowRank) else merged[rows]
-    )
+    return lambda rows: merged.up[rows] @ merged.down if isinstance(merged, LowRank) else merged[rows]
 
 
 def codes_error(

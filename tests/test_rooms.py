@@ -20,7 +20,7 @@ FLOORS = [
     {"planning", "updates"},
     {"engines", "outputs", "promise"},
     {"compute", "model", "verify"},
-    {"evals", "inspection", "merging"},
+    {"auditing", "evals", "inspection", "merging"},
     {"demo", "search", "serve"},
     {"cli"},
 ]

@@ -153,7 +153,7 @@ class Promises:
 
     def _of_experts(self, slot: str) -> Iterator[Promise]:
         """Every expert's matrix is a weight of its own. A method that tells its sides apart gets (out, in)."""
-        whole = self._merged(slot, self.base.refs[slot])
+        whole = self.merged(slot, self.base.refs[slot])
         rows, columns = whole.start.shape[1:]
         text = self.config.get("text_config") or self.config
         width, tells = text.get("hidden_size"), METHODS[whole.method].tells_sides(whole.parameters)
@@ -226,7 +226,7 @@ class Promises:
             return kept
         is_low_rank = any(slot in model.factors for model in having)
         if is_low_rank or what == "matrix" or (asked and what in ("rows", "other") and len(start.shape) == 2):
-            return self._merged(slot, start)
+            return self.merged(slot, start)
         if what == "vector" and policy is None and METHODS[self._method(slot)[0]].keeps_vectors:
             return kept
         if what == "vector" or (policy == "average" and what != "numbers"):
@@ -242,7 +242,7 @@ class Promises:
             )
         return kept
 
-    def _merged(self, slot: str, start: TensorRef) -> Promise:
+    def merged(self, slot: str, start: TensorRef) -> Promise:
         """Where a weight is 0 at this depth, its model is absent, but for a method that needs the whole model or the weights."""
         method, parameters = self._method(slot)
         everywhere = METHODS[method].needs_survey(parameters) or METHODS[method].takes("weights")
