@@ -57,6 +57,7 @@ def pages() -> dict[str, str]:
         "results/safety.md": safety(),
         "results/native.md": native(),
         "results/speed.md": speed(),
+        "results/classes.md": classes(),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 
@@ -230,6 +231,33 @@ def native() -> str:
             "",
             f"Two cores, in use by other work (load {trial['load']:.1f}). The rotary base is one for all three here; as far as is",
             "known, the published models' differ, and are refused.",
+            "",
+        ]
+    )
+
+
+def classes() -> str:
+    """What was checked of every multimodal class, from the stored results of its benchmark."""
+    told = json.loads((RESULTS / "vlm_classes.json").read_text())
+    kinds = ("full, hub names", "lora, hub names", "full, own names", "lora, own names")
+    rows = [
+        f"| `{one['class']}` ({name}) | {one['decoder']} | {' | '.join(str(one[kind]) for kind in kinds)} |"
+        for name, one in told["models"].items()
+    ]
+    return "\n".join(
+        [
+            "# Classes of multimodal models, and what was checked\n",
+            f"Tiny models of random weights, transformers {told['transformers']} (`benchmarks/vlm_classes.py`). Two fine-tunes,",
+            "and two all-linear LoRAs of PEFT through decoder, tower and projector, were merged by",
+            f"{', '.join(told['methods'])} into a base in the hub's names, and by task arithmetic into one in the class's",
+            "own names; one of the two was in the hub's names and one in the class's. Every tensor of every result, loaded by",
+            "transformers with no missing and no unexpected key, is what float64 arithmetic on the class's own modules gives. The",
+            "figures are the tensors compared in each merge.\n",
+            "As a specialist beside others in an omni model, each class gives its own logits bit for bit (`tests/test_native.py`).",
+            "Routers and experts: `tests/test_native_experts.py`, `tests/test_target_parameters.py`.\n",
+            "| class | decoder | fine-tunes, hub | LoRAs, hub | fine-tunes, own | LoRAs, own |",
+            "|---|---|---|---|---|---|",
+            *rows,
             "",
         ]
     )
