@@ -118,9 +118,12 @@ def check(name: str, folder: Path, kind: str, methods: list[str], *, hub: bool) 
     return compared
 
 
-@pytest.mark.parametrize("name", MAKERS)
+SOME = list(MAKERS)[::3]  # all are in the benchmark, with every method
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_two_of_a_class_equal_float64(tmp_path: Path, name: str) -> None:
-    """One method and kind for each class, in turn: all of them are in the benchmark."""
-    index = list(MAKERS).index(name)
+    """One method and kind for each class, in turn."""
+    index = SOME.index(name)
     kind, method = ("full", "lora")[index % 2], list(METHODS)[index // 2 % 4]
-    assert check(name, tmp_path, kind, [method], hub=index // 8 % 2 == 0) > 10
+    assert check(name, tmp_path, kind, [method], hub=index // 4 % 2 == 0) > 10
