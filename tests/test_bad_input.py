@@ -114,7 +114,10 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
         models(parameters={"weigth": 1}),
         r"unknown key 'models\.0\.parameters\.weigth'; did you mean 'weight'",
     ),
-    "unknown method": ({"merge_method": "sam"}, r"unknown merge method 'sam'; did you mean 'ssam'\? known: average"),
+    "unknown method": (
+        {"merge_method": "sam"},
+        r"unknown merge method 'sam'; did you mean 'ssam'\? known: arcee_fusion, average",
+    ),
     "unknown parameter": ({"parameters": {"rnak": 4}}, r"method 'ssam' has no parameter 'rnak'; did you mean 'rank'"),
     "parameter of another method": (
         {"merge_method": "average", "parameters": {"rank": 4}},

@@ -705,7 +705,8 @@ def test_vocabulary_of_another_size(untied: Path, tmp_path: Path) -> None:
     edit_config(folder, "config.json", vocab_size=VOCABULARY + 2)
     with refused(
         r"full specialist: its vocabulary has 32 tokens, the base's has 30 \(lm_head\.weight in .*safetensors\); use the base "
-        r"it was trained from, or list lm_head\.weight and model\.embed_tokens\.weight under `ignore:` to keep the base's$"
+        r"it was trained from, write vocabulary: union for the tokens of all, or list lm_head\.weight and "
+        r"model\.embed_tokens\.weight under `ignore:` to keep the base's$"
     ):
         plan_one(untied, folder)
     with refused(r"has 30 \(model\.embed_tokens\.weight in .* list model\.embed_tokens\.weight under"):
