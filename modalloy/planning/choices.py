@@ -101,8 +101,8 @@ class Choices:
         wrong = METHODS[method].wrong_number(len(taking_part)) if any(taking_part) else None
         if wrong is not None:
             raise RecipeError(
-                f"{slot}: {method} {wrong} (the base itself, a weight of 0 and updates of zeros do not count); list as many, or "
-                "choose another method"
+                f"{slot}: {method} {wrong} (the base itself, a weight of 0 and updates of zeros do not count; to go between two "
+                "models, make one of them base_model, as mergekit does); list as many, or choose another method"
             )
 
     def _count(self, slot: str | None) -> int:
