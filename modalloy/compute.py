@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,19 +132,17 @@ def _requantised(job: Job, numbers: Tensor, read: Read) -> Done:
     assert isinstance(ref, ScaledRef) and ref.codes is not None and ref.scales is not None
     codes, scales = read(ref.codes), read(ref.scales)
     before = numbers_of(codes, scales, ref)  # what was read of it holds the merged weight by now
-    if numbers.dim() == 2:
-        places: dict[str, Any] = {job.name: ...}
-    else:
-        places = {f"{job.name}[{index}]": index for index in range(len(numbers))}
+    parts = [(job.name, ref, numbers, before, codes, scales)]
+    if numbers.dim() == 3:
+        of_each = zip(numbers, before, codes, scales, strict=True)
+        parts = [(f"{job.name}[{index}]", ref.one(index), *own) for index, own in enumerate(of_each)]
     lost = {}
-    for name, place in places.items():
-        matrix, like = numbers[place], ref if place is ... else ref.one(place)
-        if torch.equal(matrix, before[place]):
+    for name, like, matrix, old, own_codes, own_scales in parts:
+        if torch.equal(matrix, old):
             continue
-        codes[place], scales[place] = requantised(matrix, like)
-        distance, size = (
-            float(one.norm()) for one in (numbers_of(codes[place], scales[place], like).sub_(matrix), matrix)
-        )
+        for kept, new in zip((own_codes, own_scales), requantised(matrix, like), strict=True):
+            kept.copy_(new)
+        distance, size = float(numbers_of(own_codes, own_scales, like).sub_(matrix).norm()), float(matrix.norm())
         lost[name] = distance / size if size else 0.0
     return Done([codes, scales], lost)
 

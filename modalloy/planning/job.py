@@ -96,10 +96,10 @@ class Job:
         the method asks for it."""
         refs = [ref for piece in self.pieces for ref in piece.reads]
         by_factors = self.kind == "merge" and len(self.outputs) == 2 and not self.has_tuned and not self.takes_base
-        if self.start is not None and not by_factors:
-            refs.append(self.start)
         if self.kind == "requantise" and isinstance(self.start, ScaledRef):
             refs += [ref for ref in (self.start.codes, self.start.scales) if ref is not None]
+        elif self.start is not None and not by_factors:
+            refs.append(self.start)
         for model in self.models:
             refs += [model.a, model.b] if isinstance(model, StoredLora) else [model] if model is not None else []
         return (*refs, *self.fishers)
