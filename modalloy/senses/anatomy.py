@@ -262,25 +262,39 @@ def own_names(found: Anatomy | Any, names: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def renamer(found: Anatomy | Any) -> Callable[[str], str]:
-    """What gives the class's own name of a tensor; see `own_names`."""
+def conversion(model: Any) -> Callable[[str], tuple[str, str | None, Any]]:
+    """transformers' own table, for a model on the meta device: the class's name of a tensor, and where one is made of several or
+    cut into several, which source of which `WeightConverter` the tensor is."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    model, where = (found.model, found.where) if isinstance(found, Anatomy) else (found, "the base")
     table: list[Any] = list(get_model_conversion_mapping(model))
     renamings = [one for one in table if isinstance(one, WeightRenaming)]
     converters = [one for one in table if isinstance(one, WeightConverter)]
     own = model.state_dict()
 
-    def own_name(name: str) -> str:
+    def converted(name: str) -> tuple[str, str | None, Any]:
         new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[:2]
+        if pattern is None:
+            return str(new), None, None
+        return str(new), pattern, next(one for one in converters if pattern in one.source_patterns)
+
+    return converted
+
+
+def renamer(found: Anatomy | Any) -> Callable[[str], str]:
+    """What gives the class's own name of a tensor; see `own_names`."""
+    model, where = (found.model, found.where) if isinstance(found, Anatomy) else (found, "the base")
+    own, converted = model.state_dict(), conversion(model)
+
+    def own_name(name: str) -> str:
+        new, pattern, _ = converted(name)
         if pattern is not None and name not in own:
             raise CheckpointError(
                 f"{where}: {name} is stored in another form than {type(model).__name__}'s, which transformers converts when it "
                 "loads it; load the model with transformers and save it with save_original_format=False"
             )
-        return str(new)
+        return new
 
     return own_name
 

@@ -3,13 +3,15 @@
 Experts are one parameter (experts, ·, ·) of a class, and in most files a matrix each: `experts.3.up_proj.weight`.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from modalloy.errors import CheckpointError
-from modalloy.senses.anatomy import FAULTS, anatomy, check_counts, native_class_name
+from modalloy.senses.anatomy import FAULTS, anatomy, check_counts, conversion, native_class_name
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -30,15 +32,21 @@ def class_model(config: Mapping[str, Any], where: Any) -> Any:
     """
     if native_class_name(config) is not None:
         return anatomy(config, where).model
+    return _language_model(json.dumps(config, sort_keys=True), str(where))
+
+
+@lru_cache(maxsize=16)
+def _language_model(config: str, where: str) -> Any:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.models.auto import CONFIG_MAPPING
 
-    check_counts(dict(config), str(where))
-    kind = config.get("model_type")
+    content = json.loads(config)
+    check_counts(content, where)
+    kind = content.get("model_type")
     try:
-        made = CONFIG_MAPPING[str(kind)].from_dict(dict(config))
+        made = CONFIG_MAPPING[str(kind)].from_dict(content)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
     except (StrictDataclassError, *FAULTS) as error:
@@ -60,30 +68,18 @@ def parts_of_experts(config: Mapping[str, Any], names: Iterable[str], where: Any
 
 def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, Stored]:
     """Where each parameter of experts is stored, by its own name; those that are put together in other ways are left out."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    table: list[Any] = list(get_model_conversion_mapping(model))
-    renamings = [one for one in table if isinstance(one, WeightRenaming)]
-    converters = [one for one in table if isinstance(one, WeightConverter)]
-    own = model.state_dict()
+    converted = conversion(model)
     found: dict[str, Stored] = {}
     for name in names:
         if ".experts." not in name:
             continue
-        new, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[:2]
+        new, pattern, converter = converted(name)
         expert = EXPERT.search(name)
         if expert is None or pattern is None:
-            found[str(new)] = Stored(name)
-            continue
-        converter = next(one for one in converters if pattern in one.source_patterns)
-        if all(isinstance(one, (MergeModulelist, Concatenate)) for one in converter.operations):
-            parts = found.setdefault(str(new), Stored()).parts
+            found[new] = Stored(name)
+        elif all(isinstance(one, (MergeModulelist, Concatenate)) for one in converter.operations):
+            parts = found.setdefault(new, Stored()).parts
             parts[int(expert[1]), converter.source_patterns.index(pattern)] = name
     return found
