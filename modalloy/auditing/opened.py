@@ -24,7 +24,6 @@ from modalloy.storage.folder import is_there
 from modalloy.storage.locate import open_base
 from modalloy.storage.scaled import CODES
 from modalloy.storage.tensors import Checkpoint, TensorRef, checked
-from modalloy.storage.views import one_of
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\[)\d+(?=\])")
 Update = TensorRef | StoredLora  # a tuned copy, or factors
@@ -94,7 +93,7 @@ class Opened:
                 for index in range(base.shape[0]):
                     parts = {label: _one(update, index) for label, update in of.items()}
                     part = None if merged is None else _one(merged, index)
-                    yield Slot(f"{name}[{index}]", one_of(base, index), part, parts)
+                    yield Slot(f"{name}[{index}]", base.one(index), part, parts)
             else:
                 yield Slot(name, base, merged, of)
 
@@ -104,10 +103,8 @@ def _updates(source: Specialist) -> dict[str, Update]:
 
 
 def _one(update: Update, index: int) -> Update:
-    if isinstance(update, StackedLora):
-        return update.one(index)
-    assert isinstance(update, TensorRef)
-    return one_of(update, index)
+    assert isinstance(update, (StackedLora, TensorRef))
+    return update.one(index)
 
 
 def open_all(merged: Path, base: Path, given: Sequence[tuple[Path, bool | None]]) -> Opened:

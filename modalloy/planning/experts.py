@@ -14,7 +14,7 @@ from modalloy.planning.job import Job
 from modalloy.specialists.specialist import StoredLora
 from modalloy.specialists.stacked import StackedLora
 from modalloy.storage.tensors import TensorRef
-from modalloy.storage.views import one_of, transposed
+from modalloy.storage.views import transposed
 
 Sides = Literal["out, in", "in, out"]
 READS_WIDTH = (
@@ -69,7 +69,7 @@ def expert_job(whole: Job, config: Mapping[str, Any]) -> Job:
         outputs = tuple(replace(spec, shape=size) for spec, size in zip(whole.outputs, sizes, strict=True))
 
     def matrix(ref: TensorRef, index: int) -> TensorRef:
-        own = one_of(ref, index)
+        own = ref.one(index)
         return transposed(own) if turned else own
 
     def update(model: StoredLora | TensorRef | None, index: int) -> StoredLora | TensorRef | None:

@@ -38,7 +38,7 @@ from modalloy.specialists.stacked import nested_stems
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
 from modalloy.storage.tensors import ComposedRef, TensorRef, checked
-from modalloy.storage.views import one_of, transposed
+from modalloy.storage.views import transposed
 from modalloy.updates import Model
 
 What = Literal["matrix", "vector", "rows", "numbers", "other"]
@@ -161,7 +161,7 @@ class Promises:
         turned = tells and not whole.method.startswith("dare") and (columns if is_down else rows) == width
 
         def one(ref: TensorRef, index: int) -> TensorRef:
-            found = one_of(ref, index)
+            found = ref.one(index)
             return transposed(found) if turned else found
 
         def own(update: Update, index: int) -> Update:

@@ -28,7 +28,7 @@ from modalloy.storage.config import read_config
 from modalloy.storage.folder import is_there, read_json
 from modalloy.storage.locate import BASE_STEMS, is_hub_id
 from modalloy.storage.tensors import Checkpoint, TensorRef
-from modalloy.storage.views import JoinedRef, first_rows, joined, one_of, rows_of_tensor, sources_of
+from modalloy.storage.views import JoinedRef, first_rows, joined_matrices, rows_of_tensor, sources_of
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 COMPUTED = re.compile(r".*(?:\.rotary_emb\.inv_freq|\.position_ids|\.inv_freq)")  # tables that a class makes itself
@@ -149,7 +149,7 @@ def _experts(found: Anatomy, refs: dict[str, TensorRef]) -> dict[str, TensorRef]
             whole = [[refs[name] for name in one if name is not None] for one in places]
             if any(len(one) != of_each for one in whole):
                 raise CheckpointError(f"{found.where}: lacks matrices of the experts {own}; download the folder again")
-            made[own] = joined(own, whole)
+            made[own] = joined_matrices(own, whole)
     return made
 
 
@@ -261,7 +261,7 @@ def _split(ref: TensorRef, stored: Stored, base: Checkpoint) -> Iterator[tuple[s
         if isinstance(ref, JoinedRef) and part < len(ref.parts[expert]):
             yield name, ref.parts[expert][part]
         else:
-            yield name, rows_of_tensor(ref.name, one_of(ref, expert), ((done, done + height),))
+            yield name, rows_of_tensor(ref.name, ref.one(expert), ((done, done + height),))
         done += height
 
 

@@ -38,12 +38,8 @@ class ScaledRef(ComposedRef):
 
     def one(self, index: int) -> "ScaledRef":
         """One of the matrices of three dimensions."""
-
-        def of(ref: TensorRef | None) -> TensorRef:
-            assert ref is not None
-            return replace(ref, shape=ref.shape[1:], begin=ref.begin + index * ref.n_bytes // ref.shape[0])
-
-        return replace(self, shape=self.shape[1:], codes=of(self.codes), scales=of(self.scales))
+        assert self.codes is not None and self.scales is not None
+        return replace(self, shape=self.shape[1:], codes=self.codes.one(index), scales=self.scales.one(index))
 
 
 def is_scaled(refs: Mapping[str, TensorRef]) -> bool:
@@ -51,7 +47,7 @@ def is_scaled(refs: Mapping[str, TensorRef]) -> bool:
     return any(isinstance(ref, ScaledRef) for ref in refs.values())
 
 
-def joined(refs: Mapping[str, TensorRef], scheme: Any) -> dict[str, TensorRef]:
+def with_scales(refs: Mapping[str, TensorRef], scheme: Any) -> dict[str, TensorRef]:
     """The tensors with codes and their scales as one; codes without a scale stay as they are, and are no weights.
 
     `scheme` is the config's `quantization_config`.

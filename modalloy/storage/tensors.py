@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -58,6 +58,18 @@ class TensorRef:
         for size in self.shape:
             count *= size
         return count * self.dtype.itemsize
+
+    def one(self, index: int) -> "TensorRef":
+        """One of the tensors along its first dimension: of matrices that are stored as one tensor, of their scales.
+
+        Raises:
+            CheckpointError: the tensor is not in one piece.
+        """
+        if self.begin < 0:
+            raise CheckpointError(
+                f"{self.file}: {self.name} holds {self.shape[0]} matrices, but not in one piece; save the model as safetensors"
+            )
+        return replace(self, shape=self.shape[1:], begin=self.begin + index * self.n_bytes // self.shape[0])
 
 
 class ComposedRef(TensorRef):
@@ -213,14 +225,14 @@ class Checkpoint:
         if index is not None:
             self._check_index(index, paths)
         if any(ref.dtype.itemsize == 1 and ref.dtype.is_floating_point for ref in self.refs.values()):
-            from modalloy.storage.scaled import joined
+            from modalloy.storage.scaled import with_scales
 
             scheme = (
                 read_json(folder / "config.json").get("quantization_config")
                 if is_there(folder / "config.json")
                 else None
             )
-            self.codes, self.refs = self.refs, joined(self.refs, scheme)
+            self.codes, self.refs = self.refs, with_scales(self.refs, scheme)
         self._stored = self.refs
 
     def replaced(self, refs: Mapping[str, TensorRef]) -> "Checkpoint":

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError
-from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import ComposedRef, TensorRef
 
 Rows = tuple[tuple[int, int], ...]  # begin and end of stretches of rows, in order
@@ -111,7 +110,7 @@ class JoinedRef(ComposedRef):
         return MappedRef(self.name, self.dtype, self.shape[1:], self.file, -1, tuple(placed))
 
 
-def joined(name: str, parts: Sequence[Sequence[TensorRef]]) -> JoinedRef:
+def joined_matrices(name: str, parts: Sequence[Sequence[TensorRef]]) -> JoinedRef:
     """Matrices, each given by its parts, as one tensor.
 
     Raises:
@@ -140,22 +139,6 @@ def transposed(ref: TensorRef) -> TransposedRef:
     """A stored matrix with its rows and columns exchanged."""
     rows, columns = ref.shape
     return TransposedRef(ref.name, ref.dtype, (columns, rows), ref.file, -1, ref)
-
-
-def one_of(ref: TensorRef, index: int) -> TensorRef:
-    """One of the matrices that are stored in a tensor of three dimensions.
-
-    Raises:
-        CheckpointError: the tensor is not in one piece.
-    """
-    if isinstance(ref, (ScaledRef, JoinedRef)):
-        return ref.one(index)
-    if ref.begin < 0:
-        raise CheckpointError(
-            f"{ref.file}: {ref.name} holds {ref.shape[0]} matrices, but not in one piece; save the model as safetensors"
-        )
-    shape = ref.shape[1:]
-    return replace(ref, shape=shape, begin=ref.begin + index * ref.n_bytes // ref.shape[0])
 
 
 def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
