@@ -5,8 +5,9 @@ would be seen. Every tolerance is one of rounding: of the float32 in which updat
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, norm
 from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
-from modalloy.methods.apply import apply
+from modalloy.methods.apply import apply, survey_model
 from modalloy.storage.scaled import ScaledRef, codes_of, numbers_of, scales_of
 from modalloy.storage.tensors import TensorRef
 
@@ -166,29 +168,25 @@ def codes_error(
 ) -> tuple[float, float, float | None]:
     """The same for a weight that is written as codes and scales, each judged by itself; and what writing it so lost.
 
-    An entry in the middle of two codes may have become either, and a scale may be that of a magnitude one rounding away. What
-    is the base's has the base's codes, whatever scales these have.
+    An entry in the middle of two codes may have become either, and a scale may be that of a magnitude which rounding moved.
+    What is the base's has the base's codes, whatever scales these have.
     """
     base = read(promise.start).to(torch.float64)
-    if promise.kind == "averaged":
-        exact = base + mean_update(promise, read)
-    else:
-        update = merged_update(promise, read, surveys, double=double)
-        exact = base + (update.dense() if isinstance(update, LowRank) else update).to(torch.float64)
+    update = exact_update(promise, read, surveys, double=double)(slice(None))
+    exact = base + (update.dense() if isinstance(update, LowRank) else update).to(torch.float64)
     assert ref.codes is not None and ref.scales is not None
     scales, codes = read_written(ref.scales), read_written(ref.codes)
     same = _ratio(float((exact - base).norm()), float(base.norm())) <= SUMMED
     if same and torch.equal(numbers_of(codes, scales, ref), read(promise.start)):
         return 0.0, SUMMED, None
-    wanted = scales_of(exact, ref)
-    apart = float(((scales.double() - wanted.double()).abs() / wanted.double()).max())
+    low, high = (scales_of(exact * (1 + by * 4 * COMPUTED), ref).double() for by in (-1, 1))
+    beyond = torch.maximum(low - scales.double(), scales.double() - high) / high
+    if not bool((beyond <= 0).all()):
+        return float(beyond.max()), 0.0, None
     near = numbers_of(codes_of(exact, scales, ref), scales, ref).to(torch.float64)
     written = numbers_of(codes, scales, ref).to(torch.float64)
     excess = (written - exact).abs() - (near - exact).abs()
     size = float(exact.norm())
-    step = 2 * torch.finfo(scales.dtype).eps if not ref.of_two else 1.0
-    if not apart <= max(step, 4 * COMPUTED):
-        return apart, step, None
     return _ratio(float(excess.norm()), size), 4 * COMPUTED, _ratio(float((written - exact).norm()), size)
 
 
@@ -270,6 +268,26 @@ def _roundoff(dtype: torch.dtype) -> float:
 
 def _ratio(distance: float, size: float) -> float:
     return distance / size if size else distance
+
+
+def surveyed_groups(promised: Iterable["Promise"]) -> dict[str, list["Promise"]]:
+    """The merged weights whose method must know something of the whole model, by what they share."""
+    groups: dict[str, list[Promise]] = {}
+    for promise in promised:
+        if promise.kind == "merged" and METHODS[promise.method].needs_survey(promise.parameters):
+            groups.setdefault(promise.group, []).append(promise)
+    return groups
+
+
+def survey_of(group: Sequence["Promise"], read: Read, *, double: bool) -> dict[str, Any]:
+    """What the method of a group must know of the whole model; `double` if the recipe computes in float64."""
+    wide = torch.float64 if double else torch.float32
+
+    def slot_and_updates(promise: "Promise") -> tuple[str, list[Delta]]:
+        return promise.slot, updates_of(promise, read, wide, dense=False)
+
+    with one_thread():
+        return survey_model(group[0].method, partial(map, slot_and_updates, group), group[0].parameters) or {}
 
 
 def is_survey(told: dict[str, Any], n: int) -> bool:

@@ -7,20 +7,14 @@ import random
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from modalloy._version import __version__
-from modalloy.delta import Delta, LowRank
+from modalloy.delta import LowRank
 from modalloy.engines import local
 from modalloy.errors import CheckpointError, MethodError, shown
 from modalloy.machine.cores import default_workers
-from modalloy.machine.threads import one_thread
-from modalloy.methods import METHODS
-from modalloy.methods.apply import survey_model
 from modalloy.outputs.manifest import (
     MANIFEST,
     SOURCES,
@@ -48,7 +42,8 @@ from modalloy.recompute import (
     parts_of,
     same_bits,
     spread,
-    updates_of,
+    survey_of,
+    surveyed_groups,
     weight_error,
 )
 from modalloy.storage.folder import file_sha256, read_json, reading
@@ -303,11 +298,7 @@ class _Check:
 
     def _check_surveys(self, full: bool) -> None:
         """What the manifest says of the whole model, by group of weights; with `full` it is counted again."""
-        groups: dict[str, list[Promise]] = {}
-        for promise in self.promised:
-            if promise.kind == "merged" and METHODS[promise.method].needs_survey(promise.parameters):
-                groups.setdefault(promise.group, []).append(promise)
-        told = self.surveys
+        groups, told = surveyed_groups(self.promised), self.surveys
         if told.keys() != groups.keys():
             odd = next(iter(told.keys() ^ groups.keys()))
             raise self._odd(f"surveys: {odd[:200]}", "is there" if odd in told else "is missing")
@@ -315,17 +306,11 @@ class _Check:
             if not is_survey(told[group], len(promised[0].updates)):
                 raise self._odd(f"surveys: {group[:200]}", f"is {told[group]!r:.80}, which no model gives")
             if full:
-                with one_thread():
-                    model = partial(map, self._slot_and_updates, promised)
-                    wanted = survey_model(promised[0].method, model, promised[0].parameters) or {}
+                wanted = survey_of(promised, self.read, double=self.double)
                 if not alike(wanted, told[group]):
                     raise self._odd(
                         f"surveys: {group[:200]}", f"is {told[group]!r:.80}, but the inputs give {wanted!r:.80}"
                     )
-
-    def _slot_and_updates(self, promise: Promise) -> tuple[str, list[Delta]]:
-        wide = torch.float64 if self.double else torch.float32
-        return promise.slot, updates_of(promise, self.read, wide, dense=False)
 
     def _check_cuts(self) -> None:
         coded = self.planned.recipe.output.requantize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,13 +16,12 @@ from modalloy.auditing.weight import Expected
 from modalloy.delta import Delta, LowRank
 from modalloy.errors import MethodError, RecipeError
 from modalloy.methods import METHODS
-from modalloy.methods.apply import survey_model
 from modalloy.planning.models import labels, locate_specialist
 from modalloy.planning.planner import plan
 from modalloy.promise import Promises
 from modalloy.promise.promise import Promise
 from modalloy.recipe import Recipe
-from modalloy.recompute import exact_update, mean_update, updates_of
+from modalloy.recompute import exact_update, mean_update, survey_of, surveyed_groups
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import TransposedRef
 
@@ -49,7 +49,8 @@ class Claim:
         self.picks = any(
             p.kind == "merged" and METHODS[p.method].gets(p.parameters) == "dense" for p in self.by_slot.values()
         )
-        self.surveys = self._surveys()
+        groups = surveyed_groups(self.by_slot.values())
+        self.surveys = {key: survey_of(group, self.promises.read, double=self.double) for key, group in groups.items()}
 
     def expected(self, slot: Slot) -> list[Expected]:
         """The changes of a weight that the recipe allows, as matrices by rows; none where it gives no such weight.
@@ -93,23 +94,6 @@ class Claim:
         updates = (replace(one, tuned=None if one.tuned is None else column(one.tuned)) for one in promise.updates)
         return replace(promise, updates=tuple(updates), fishers=tuple(map(column, promise.fishers)))
 
-    def _surveys(self) -> dict[str, dict[str, object]]:
-        """What methods need of the whole model, by group of weights."""
-        groups: dict[str, list[Promise]] = {}
-        for promise in self.by_slot.values():
-            if promise.kind == "merged" and METHODS[promise.method].needs_survey(promise.parameters):
-                groups.setdefault(promise.group, []).append(promise)
-        wide = torch.float64 if self.double else torch.float32
-        found = {}
-        for group, promised in groups.items():
-            model = partial(map, partial(_slot_and_updates, self.promises.read, wide), promised)
-            found[group] = survey_model(promised[0].method, model, promised[0].parameters) or {}
-        return found
-
-
-def _slot_and_updates(read: Callable[..., Tensor], wide: torch.dtype, promise: Promise) -> tuple[str, list[Delta]]:
-    return promise.slot, updates_of(promise, read, wide, dense=False)
-
 
 def _rowed(update: Callable[[slice], Delta], rows: slice) -> Tensor:
     found = _dense(update(rows))
@@ -122,7 +106,4 @@ def _dense(update: Delta) -> Tensor:
 
 def _zeros(slot: Slot, rows: slice) -> Tensor:
     shape = slot.base.shape or (1,)
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return torch.zeros(len(range(*rows.indices(shape[0]))), columns, dtype=torch.float64)
+    return torch.zeros(len(range(*rows.indices(shape[0]))), math.prod(shape[1:]), dtype=torch.float64)
