@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import CheckpointError
+from modalloy.machine.asking import answer_of
 
 SECONDS = 5  # of CPU, for one template or one text
 WAIT = 120.0  # seconds of wall clock, on a machine that is busy
@@ -61,21 +61,15 @@ class Child:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         process = self._started()
-        assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], WAIT)
-            line = process.stdout.readline() if ready else b""
-        except BrokenPipeError:
-            ready, line = [process.stdout], b""
-        except BaseException:  # an answer that nobody read would be taken for the next one's
+            line = answer_of(process, request, WAIT)
+        except BaseException:
             self._end(process)
             raise
-        if line.endswith(b"\n"):
+        if line is not None and line.endswith(b"\n"):
             found: dict[str, Any] = json.loads(line)
             return found
-        late = not ready
+        late = line is None
         status = self._end(process, kill=late)
         if late or status == -signal.SIGXCPU:
             return {"error": "time", "reason": ""}

@@ -7,7 +7,6 @@ medium is left when the next is decoded, for what decodes is the fork.
 import atexit
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import traceback
 from contextlib import suppress
 from queue import Empty, LifoQueue
 from typing import Any
+
+from modalloy.machine.asking import answer_of
 
 BEGIN = """
 import sys
@@ -43,22 +44,15 @@ class Forker:
             request: arguments of `decode`, the files that take the array and what is said of it, and smaller limits.
             seconds: of the clock.
         """
-        process = self._started()
-        assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], seconds)
-            line = process.stdout.readline() if ready else b""
-        except BrokenPipeError:
-            ready, line = [process.stdout], b""
+            line = answer_of(self._started(), request, seconds)
         except BaseException:
             self.close()
             raise
-        if line.endswith(b"\n"):
+        if line is not None and line.endswith(b"\n"):
             return int(line)
         self.close()
-        return LATE if not ready else -signal.SIGKILL
+        return LATE if line is None else -signal.SIGKILL
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self.process is None or self.process.poll() is not None:
