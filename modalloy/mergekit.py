@@ -11,7 +11,7 @@ from typing import Any
 
 from modalloy.errors import RecipeError, nearest, shown
 from modalloy.methods import METHODS
-from modalloy.settings import is_case, joined
+from modalloy.settings import followed_by, is_case
 
 HALF = ("bfloat16", "float16")
 DTYPES = (*HALF, "float32")
@@ -153,7 +153,7 @@ def _lift(found: dict[str, Any], part: Mapping[str, Any]) -> None:
     if isinstance(own, Mapping):
         outer = outer if isinstance(outer, Mapping) else {}
         before = _listed(own)
-        found["parameters"] = {**outer, **{name: joined(one, outer.get(name)) for name, one in before.items()}}
+        found["parameters"] = {**outer, **{name: followed_by(one, outer.get(name)) for name, one in before.items()}}
 
 
 def _read_slices(found: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ def _share_out(found: dict[str, Any]) -> None:
         for entry in entries:
             own = entry.get("parameters")
             if isinstance(own, Mapping) or own is None:
-                entry["parameters"] = {**(own or {}), "weight": joined((own or {}).get("weight"), weight)}
+                entry["parameters"] = {**(own or {}), "weight": followed_by((own or {}).get("weight"), weight)}
     having = [entry["parameters"] for entry in others if isinstance(entry.get("parameters"), Mapping)]
     if not having or len(having) < len(others):
         return
@@ -247,7 +247,7 @@ def _share_out(found: dict[str, Any]) -> None:
     known = {*METHODS[method].parameters, *PARAMETERS} if isinstance(method, str) and method in METHODS else set()
     for name in [name for name in having[0] if name in known and name not in OWN]:
         if all(name in one and one[name] == having[0][name] for one in having):
-            found["parameters"][name] = joined(having[0][name], found["parameters"].get(name))
+            found["parameters"][name] = followed_by(having[0][name], found["parameters"].get(name))
             for entry in entries:
                 if isinstance(entry.get("parameters"), Mapping):
                     entry["parameters"].pop(name, None)
@@ -310,7 +310,7 @@ def _read_parameters(found: dict[str, Any], theirs: bool) -> None:
         if name in known and name not in parameters and name not in own:
             parameters[name] = value
         elif name in known and (name in parameters or name in own):
-            parameters[name] = joined(parameters.get(name), value)
+            parameters[name] = followed_by(parameters.get(name), value)
     _read_rescale(method, parameters, known, own)
     normalize = parameters.get("normalize", GENERAL[method])
     if "normalize" in known or not isinstance(normalize, bool):

@@ -25,7 +25,7 @@ from modalloy.methods.apply import check_method
 from modalloy.methods.parameters import is_per_model, schema
 from modalloy.names import modality_name
 from modalloy.senses.encoders import modalities
-from modalloy.settings import joined, numbers
+from modalloy.settings import followed_by, numbers
 from modalloy.storage.folder import read_bytes
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
@@ -271,7 +271,7 @@ class Recipe(_Strict):
         """The method's parameters; those that models have of their own as a tuple, one for each model (None: the method's)."""
         names = dict.fromkeys(name for entry in self.models for name in entry.parameters.of_method)
         own = (
-            tuple(joined(e.parameters.of_method.get(name), self.parameters.get(name)) for e in self.models)
+            tuple(followed_by(e.parameters.of_method.get(name), self.parameters.get(name)) for e in self.models)
             for name in names
         )
         return self.parameters | dict(zip(names, own, strict=True))

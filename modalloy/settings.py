@@ -46,7 +46,7 @@ def filters(value: Any) -> Iterator[str]:
             yield case["filter"]
 
 
-def joined(first: Any, then: Any) -> Any:
+def followed_by(first: Any, then: Any) -> Any:
     """`first`, and for names that no filter of it matches `then`."""
     if first is None:
         return then
