@@ -107,7 +107,7 @@ def held(chat: ChatModel) -> dict[str, int]:
 def forced(chat: ChatModel, answers: list[list[int]]) -> list[Tensor]:
     """Log-probabilities (tokens, vocabulary) at every place of the answers to the demo's questions."""
     found = []
-    for (media, question), ids in zip(QUESTIONS, answers, strict=False):
+    for (media, question), ids in zip(QUESTIONS[: len(answers)], answers, strict=True):
         prompt = chat.prompt(user_message(question, list(_files(media).items())))
         logits = chat.model._forced(chat.inputs([prompt]), [[torch.tensor(ids)]])[0]
         found.append(logits[0].float().log_softmax(-1))

@@ -518,6 +518,16 @@ def after_dare(layers: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
     return [reference.dare(layer, 0.8, 42, f"{stem}.weight") for stem, layer in zip(SLOTS, layers, strict=True)]
 
 
+def merged_twice(recipe: Path, folder: Path) -> dict[str, Tensor]:
+    """The weights of a full merge, the same bytes by one worker and by three, and verified as a whole."""
+    for jobs in (1, 3):
+        modalloy.merge(recipe, folder / f"jobs{jobs}", jobs=jobs)
+    weights = [folder / f"jobs{jobs}" / "model.safetensors" for jobs in (1, 3)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert verify(folder / "jobs1").share == 1
+    return load_file(weights[0])
+
+
 @pytest.mark.parametrize(
     ("method", "parameters", "wanted"),
     [
@@ -548,12 +558,7 @@ def test_a_merged_model_is_what_the_reference_gives(
     tmp_path: Path,
 ) -> None:
     recipe = write_recipe(merge_method=method, parameters=parameters, output={"form": "full"})
-    for jobs in (1, 3):
-        modalloy.merge(recipe, tmp_path / f"jobs{jobs}", jobs=jobs)
-    weights = [tmp_path / f"jobs{jobs}" / "model.safetensors" for jobs in (1, 3)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert verify(tmp_path / "jobs1").share == 1
-    original, merged = load_file(base / "model.safetensors"), load_file(weights[0])
+    original, merged = load_file(base / "model.safetensors"), merged_twice(recipe, tmp_path)
     layers = [numpy([dense(delta) for delta in deltas]) for deltas in text_updates(specialists).values()]
     for stem, right in zip(SLOTS, wanted(layers), strict=True):
         assert relative(merged[f"{stem}.weight"].double() - original[f"{stem}.weight"].double(), right) < 1e-6

@@ -10,7 +10,7 @@ import reference
 import torch
 from conftest import SLOTS
 from safetensors.torch import load_file
-from test_method_properties import matrices, numpy, text_updates
+from test_method_properties import matrices, merged_twice, numpy, text_updates
 from test_methods import dense, draw, relative
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from modalloy.errors import RecipeError
 from modalloy.methods.dare import TILE_ROWS, drop
 from modalloy.methods.della import prune, ranks_of
 from modalloy.methods.entries import BLOCK_ENTRIES
-from modalloy.verify import verify
 
 
 def of(method: str, deltas: list[Tensor], **parameters: Any) -> Tensor:
@@ -256,12 +255,7 @@ def test_a_merged_model_is_what_the_reference_gives(
     tmp_path: Path,
 ) -> None:
     recipe = write_recipe(merge_method=method, parameters=parameters, output={"form": "full"})
-    for jobs in (1, 3):
-        modalloy.merge(recipe, tmp_path / f"jobs{jobs}", jobs=jobs)
-    weights = [tmp_path / f"jobs{jobs}" / "model.safetensors" for jobs in (1, 3)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert verify(tmp_path / "jobs1").share == 1
-    original, merged = load_file(base / "model.safetensors"), load_file(weights[0])
+    original, merged = load_file(base / "model.safetensors"), merged_twice(recipe, tmp_path)
     updates = text_updates(specialists)
     for stem in SLOTS:
         slot = f"{stem}.weight"

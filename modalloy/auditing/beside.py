@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modalloy.auditing.found import Finding
+from modalloy.auditing.found import Finding, Level
 from modalloy.auditing.headers import completed
 from modalloy.auditing.opened import Opened
 from modalloy.errors import shown
@@ -63,9 +63,9 @@ def _config(opened: Opened) -> Iterator[Finding]:
         if field in IDLE or (field in OF_SHAPES and opened.reshaped):
             continue
         if field in TOKEN_IDS:
-            level = "note" if field == "pad_token_id" else "fault"
+            level: Level = "note" if field == "pad_token_id" else "fault"
             yield Finding(
-                "fault" if level == "fault" else "note",
+                level,
                 "special_tokens",
                 f"config.json: {path} is {shown(after)}, the base's {shown(before)}"
                 + ("" if level == "note" else ": generation begins or ends at another token"),
@@ -97,8 +97,7 @@ def _differences(
 
 def _tokenizer(opened: Opened) -> Iterator[Finding]:
     base, merged = opened.base.folder, opened.folder
-    theirs = [name for name in companions(merged) if "token" in name or "vocab" in name or name.endswith(".model")]
-    wanted = [name for name in companions(base) if "token" in name or "vocab" in name or name.endswith(".model")]
+    theirs, wanted = _tokenizer_files(merged), _tokenizer_files(base)
     template, own = own_template(base), own_template(merged)
     if not theirs:
         if wanted:
@@ -120,6 +119,10 @@ def _tokenizer(opened: Opened) -> Iterator[Finding]:
     yield from _special(base, merged, [source.folder for source in opened.sources])
 
 
+def _tokenizer_files(folder: Path) -> list[str]:
+    return [name for name in companions(folder) if "token" in name or "vocab" in name or name.endswith(".model")]
+
+
 def _special(base: Path, merged: Path, sources: Sequence[Path]) -> Iterator[Finding]:
     """Special tokens that are lost or are others."""
     before, after = _tokens(base), _tokens(merged)
@@ -127,10 +130,10 @@ def _special(base: Path, merged: Path, sources: Sequence[Path]) -> Iterator[Find
     for name in SPECIAL:
         if before.get(name) != after.get(name) and before.get(name) is not None:
             is_theirs = any(one.get(name) == after.get(name) for one in others if name in one)
-            level = "note" if name == "pad_token" or is_theirs else "fault"
+            level: Level = "note" if name == "pad_token" or is_theirs else "fault"
             what = "is lost" if after.get(name) is None else f"is {shown(after[name])}"
             yield Finding(
-                "fault" if level == "fault" else "note",
+                level,
                 "special_tokens",
                 f"the tokenizer's {name} {what}, the base's is {shown(before[name])}",
             )

@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from modalloy.auditing.judge import Judged
 
+Level = Literal["fault", "note"]
+
 
 @dataclass(frozen=True)
 class Finding:
     """One thing to know: a fault of the merged model, or a note. `code` names its kind, `tensors` where it is."""
 
-    level: Literal["fault", "note"]
+    level: Level
     code: str
     message: str
     tensors: tuple[str, ...] = ()
