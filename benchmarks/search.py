@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
     parser.add_argument("--out", type=Path, default=Path("build/search"), help="folder of probes, models and searches")
     parser.add_argument("--merges", nargs="+", choices=MERGES, default=MERGES, metavar="NAME", help=", ".join(MERGES))
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="NAME", help="scale (λ), rank (k)")
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES), metavar="NAME")
     parser.add_argument("--probes", type=int, default=10, help="of every cell")
     parser.add_argument("--labelled", type=int, default=40, help="others of every cell")
@@ -183,8 +184,9 @@ def of_merge(name: str, recipe: Recipe, args: argparse.Namespace, cache: Feature
 
     own = start(planned, [Axis("scale", ())])["scale"]
     ranks = next(axis for axis in default_axes(planned) if axis.name == "rank")
+    axes = {"scale": Axis("scale", tuple(own * step for step in STEPS)), "rank": ranks}
     document = {}
-    for axis in (Axis("scale", tuple(own * step for step in STEPS)), ranks):
+    for axis in (axes[one] for one in args.axes):
         truth, share = (
             run(questions.labelled, axis, objective="labels", variant=variant).sweeps[0]
             for variant in ("accuracy", "probability")

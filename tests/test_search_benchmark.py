@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from modalloy.evals.benchmark import Sample
 from modalloy.planning.planner import plan
 from modalloy.recipe import load_recipe
+from modalloy.search.comparing import DEFAULT
 from modalloy.search.found import Found, Sweep
 from modalloy.search.space import Axis
 from modalloy.specialists.layouts import open_specialist
@@ -151,9 +152,9 @@ def test_from_questions_to_one_document(
         )
     ]
     monkeypatch.setattr(bench, "samples", lambda source: asked + unseen if source.variant == "validation" else [])
-    objectives = ["consistency, sum", "kl", "option_agreement, weighted", "labels of the probes"]
+    objectives = ["kl", "option_agreement, weighted", "labels of the probes"]
     given = ["--data", folder, "--out", folder / "out", "--recipe", folder / "recipe.yaml", "--embedder", base]
-    given += ["--merges", "recipe", "--probes", 2, "--labelled", 3, "--objectives", *objectives]
+    given += ["--merges", "recipe", "--axes", "scale", "--probes", 2, "--labelled", 3, "--objectives", *objectives]
     monkeypatch.setattr(sys, "argv", ["search.py", *map(str, given)])
     bench.main()
     first = capsys.readouterr().out
@@ -162,9 +163,19 @@ def test_from_questions_to_one_document(
     assert scale["labelled"] == 2 * 3 and scale["default"] == 0.5 and list(scale["objectives"]) == objectives
     assert [value for value, _ in scale["accuracy"]] == [0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
     assert scale["objectives"]["kl"]["cost"]["scored"] == 4 + 7 * 4  # the specialist once, each candidate once
-    assert document["best"] in objectives[:3] and set(document["overall"]) == set(objectives)
+    assert document["best"] in objectives[:2] and set(document["overall"]) == set(objectives)
 
     monkeypatch.setattr("modalloy.search.asking.RoutedBench", None)  # a finished one loads no model
     bench.main()
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["merges"] == document["merges"]
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import search_results
+
+    page = search_results.page(document)
+    kl = scale["objectives"]["kl"]
+    assert f"**{document['best']}** loses least" in page and f"`--objective auto` is `{DEFAULT}`" in page
+    assert f"| kl | {kl['chosen']:.4g} ({kl['in_bootstrap']:.0%}) | {kl['accuracy']:.3f} | {kl['regret']:.3f} (" in page
+    assert page.count("\n| kl |") == page.count("\n| labels of the probes |") == 2 and "## recipe: λ" in page
+    assert {len(line.split(" | ")) for line in page.splitlines() if line.startswith("| kl")} == {6, 7}
