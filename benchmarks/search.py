@@ -46,7 +46,6 @@ from modalloy.search.found import Found, Sweep
 from modalloy.search.objective import grouped, spearman
 from modalloy.search.space import Axis, applied, default_axes, start
 from modalloy.specialists.layouts import open_specialist
-from modalloy.storage.locate import locate
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "senses-ssam.yaml"
 MERGES = ("recipe", "unequal norms", "with a skill", "without one")
@@ -123,7 +122,7 @@ def merge_of(name: str, recipe: Recipe, lora: Path, out: Path) -> Recipe:
             raise ModalloyError(
                 f"{lora}: no such folder; make it with benchmarks/elements.py --rank, or leave the merge out"
             )
-        content["models"][0]["model"] = str(skilled(locate(recipe.models[0].model), lora, out / "skilled").resolve())
+        content["models"][0]["model"] = str(skilled(first.folder, lora, out / "skilled").resolve())
     if name == "without one":
         content["models"] = content["models"][:-1]
     return Recipe(**content, folder=recipe.folder)
