@@ -1,10 +1,11 @@
 """Fine-tunes the built-in decoder on the chemical elements: a donor with a skill of its own for `across.py`.
 
-A plain Llama that sees nothing, all of whose linear weights were trained, without adapters. It learns "What is the atomic
-number of iron?" in three wordings; it is tested in another one, so that what is measured is what it knows, not what it was
-asked. Takes minutes on two CPU cores.
+A plain Llama that sees nothing, all of whose linear weights were trained, without adapters; or with --rank a LoRA of PEFT on
+them, for `search.py`. It learns "What is the atomic number of iron?" in three wordings; it is tested in another one, so that
+what is measured is what it knows, not what it was asked. Takes minutes on two CPU cores.
 
     python benchmarks/elements.py --out build/references/elements
+    python benchmarks/elements.py --rank 8 --out build/references/elements-lora
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,7 +46,7 @@ WORDINGS = (
 )
 TEMPLATE = builtin.specialist("image") / "chat_template.jinja"
 TESTED = "How many protons does an atom of {} have?"
-EPOCHS, BATCH, RATE = 8, 24, 3e-4
+EPOCHS, BATCH, RATE, LORA_RATE = 8, 24, 3e-4, 2e-3
 
 
 def samples() -> list[Sample]:
@@ -73,20 +75,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model, as transformers writes it")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--rank", type=int, help="train a LoRA of this rank instead")
     args = parser.parse_args()
     torch.manual_seed(0)
     folder = locate(builtin.BASE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")  # the specialists'
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trained = [weight for name, weight in model.named_parameters() if name.endswith("_proj.weight")]
-    model.requires_grad_(False)
-    for weight in trained:
-        weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    if args.rank:
+        lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear")
+        adapted: Any = get_peft_model(model, lora)
+    else:
+        adapted = model.requires_grad_(False)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name.endswith("_proj.weight"))
+    trained = [weight for weight in adapted.parameters() if weight.requires_grad]
+    rate = LORA_RATE if args.rank else RATE
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     texts = [(wording.format(name), str(number)) for number, name in enumerate(NAMES, 1) for wording in WORDINGS]
     steps = args.epochs * -(-len(texts) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for step, batch in enumerate(batches(texts, args.epochs)):
         loss = answers_loss(model, tokenizer, batch)
         loss.backward()
@@ -95,6 +103,9 @@ def main() -> None:
         schedule.step()
         if step % 5 == 0:
             print(f"step {step} of {steps}: {loss.item():.3f}", flush=True)
+    if args.rank:
+        adapted.save_pretrained(args.out)
+        return
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(args.out)
     for file in ("tokenizer.json", "tokenizer_config.json"):

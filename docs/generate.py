@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import search_results
 from typer.main import get_command
 
 import modalloy
@@ -58,6 +59,7 @@ def pages() -> dict[str, str]:
         "results/native.md": native(),
         "results/speed.md": speed(),
         "results/classes.md": classes(),
+        **search(),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 
@@ -329,6 +331,12 @@ def speed() -> str:
             "",
         ]
     )
+
+
+def search() -> dict[str, str]:
+    """What searches without labels chose, from the stored results of their benchmark; the page as it is until there are any."""
+    stored = RESULTS / "search.json"
+    return {"results/search.md": search_results.page(json.loads(stored.read_text()))} if stored.is_file() else {}
 
 
 def _text(text: str) -> str:

@@ -1,6 +1,7 @@
 """Searching parameters: axes, what is served in memory, the log, resuming, the files that come out, and mistakes."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -210,6 +211,156 @@ def test_agreement_is_the_likelihood_of_the_parents_words(run: Callable[..., Fou
     assert found.cost["generated"] == 3  # by the image specialist, once
 
 
+MIXED = [
+    {"text": "what is this ?", "media": {"image": "0.png"}, "choices": ["dog", "cat", "a dog"], "gold": "dog"},
+    {"text": "what do you see ?", "media": {"image": "1.png"}},
+    {"text": "what do you hear ?", "gold": "no"},
+]
+SCALED = "scale=0,1,3"
+
+
+@pytest.fixture
+def probed(folder: Path, server: RoutedBench, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Found]:
+    """`search` along the scale with the one model of this file, asked `rows`."""
+    monkeypatch.setattr("modalloy.search.asking.RoutedBench", lambda planned, **options: server)
+
+    def run(out: Path, rows: list[dict[str, Any]], **options: Any) -> Found:
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return search(folder / "recipe.yaml", folder / "rows.jsonl", out, vary=[SCALED], max_new_tokens=3, **options)
+
+    return run
+
+
+def next_tokens(server: RoutedBench, text: str, image: Path, answer: str) -> list[np.ndarray]:
+    """Log-probabilities of every token before each of an answer, its end included, one pass a token, in float64."""
+    chat = server.chat
+    prompt = chat.prompt(user_message(text, [("image", str(image))]))
+    ids = chat.processor.tokenizer.encode(f"{answer}</s>", add_special_tokens=False)
+    found = []
+    for end in range(len(ids)):
+        inputs = chat.inputs([replace(prompt, ids=prompt.ids + ids[:end], owners=prompt.owners + [0] * end)])
+        with torch.no_grad():
+            found.append(chat.model(**inputs).logits[0, -1].double().log_softmax(-1).numpy())
+    return found
+
+
+def test_kl_is_the_divergence_from_the_specialist(
+    probed: Callable[..., Found], folder: Path, server: RoutedBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalloy.search.expected.LIKELIEST", 5)  # of 24 tokens
+    found = probed(tmp_path / "found", MIXED, objective="kl")
+    (sweep,) = found.sweeps
+    assert sweep.loss.shape == (3, 2) and sweep.accuracy is None and not sweep.health
+    assert found.settings["left_out"] == 1 and "1 of 3 probes were not asked" in found.warnings[-1]
+    assert (
+        found.cost["generated"] == 1 and found.cost["scored"] == 2 + 3 * 2
+    )  # the specialist once, each candidate once
+    lines = [json.loads(line) for line in (tmp_path / "found" / "trials.jsonl").read_text().splitlines()[1:]]
+    (said,) = (line["text"] for line in lines if line.get("n_out"))
+
+    def told() -> tuple[np.ndarray, list[np.ndarray]]:
+        message = user_message(MIXED[0]["text"], [("image", str(folder / "0.png"))])
+        nats = np.array(server.chat.score_options(message, MIXED[0]["choices"]))
+        return np.exp(nats) / np.exp(nats).sum(), next_tokens(server, MIXED[1]["text"], folder / "1.png", said)
+
+    server.put_parent(0)
+    options, places = told()
+    for index, scale in enumerate((0.0, 1.0, 3.0)):
+        server.put({"scale": scale})
+        other, theirs = told()
+        wanted = float((options * np.log(options / other)).sum())
+        assert sweep.loss[index, 0] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+        each = []
+        for p, q in zip(places, theirs, strict=True):
+            kept = np.argsort(-p)[:5]
+            p, q = (np.append(np.exp(one[kept]), 1 - np.exp(one[kept]).sum()) for one in (p, q))
+            each.append(float((p * np.log(p / q)).sum()))
+        assert sweep.loss[index, 1] == pytest.approx(np.mean(each), rel=1e-3, abs=1e-6)
+    assert len(np.unique(sweep.loss)) == 6
+    assert "KL(specialist || merged) in nats" in (tmp_path / "found" / "index.html").read_text()
+
+    log = tmp_path / "found" / "trials.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]))
+    assert np.array_equal(probed(tmp_path / "found", MIXED, objective="kl", resume=True).sweeps[0].loss, sweep.loss)
+    cut = [json.dumps(json.loads(line) | {"likelihoods": [0.5]}) for line in log.read_text().splitlines()[-1:]]
+    log.write_text("\n".join(log.read_text().splitlines()[:-1] + cut) + "\n")
+    with pytest.raises(ModalloyError, match="holds another number of likelihoods for the probe 'what do you see"):
+        probed(tmp_path / "found", MIXED, objective="kl", resume=True)
+
+
+def test_option_agreement_counts_the_specialists_choices(
+    probed: Callable[..., Found], folder: Path, server: RoutedBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["dog", "cat", "yes", "no"]
+    asked = [("what is this ?", 0), ("what do you see ?", 0), ("what is this ?", 1), ("what do you see ?", 2)]
+    rows = [{"text": t, "media": {"image": f"{i}.png"}, "choices": words, "gold": "dog"} for t, i in asked]
+    found = probed(tmp_path / "found", rows, objective="option_agreement")
+    (sweep,) = found.sweeps
+
+    def likelihoods() -> np.ndarray:
+        messages = [user_message(row["text"], [("image", str(folder / row["media"]["image"]))]) for row in rows]
+        return np.array([server.chat.score_options(message, words) for message in messages])
+
+    server.put_parent(0)
+    own = likelihoods()
+    sure = np.exp(own.max(1)) / np.exp(own).sum(1)
+    differs, right = [], []
+    for scale in (0.0, 1.0, 3.0):
+        server.put({"scale": scale})
+        chosen = likelihoods().argmax(1)
+        differs.append(chosen != own.argmax(1))
+        right.append(float((chosen == 0).mean()))
+    assert np.array_equal(sweep.loss, differs) and sweep.accuracy == right and 0 < np.mean(differs) < 1
+    assert found.cost["generated"] == 0 and found.cost["scored"] == 4 + 3 * 4
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("other objectives of the same answers load no model")
+
+    monkeypatch.setattr("modalloy.search.asking.RoutedBench", refuse)
+    again = probed(tmp_path / "found", rows, objective="option_agreement", variant="weighted", resume=True)
+    assert again.sweeps[0].losses == pytest.approx(
+        [float((sure * one).sum() / sure.sum()) for one in differs], rel=1e-4
+    )
+    probed(tmp_path / "found", rows, objective="kl", resume=True)
+    (labels,) = probed(tmp_path / "found", rows, objective="labels", resume=True).sweeps
+    assert labels.accuracy == right
+    (shares,) = probed(tmp_path / "found", rows, objective="labels", variant="probability", resume=True).sweeps
+    server.put({"scale": 3.0})
+    last = np.exp(likelihoods())
+    assert shares.losses[-1] == pytest.approx(1 - float((last[:, 0] / last.sum(1)).mean()), rel=1e-4)
+
+
+PICTURE: dict[str, Any] = {"text": "what is this ?", "media": {"image": "0.png"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        (PICTURE, {"objective": "option_agreement"}, "has no choices, which --objective option_agreement compares"),
+        (PICTURE | {"choices": ["dog"]}, {"objective": "kl"}, "has one choice, which leaves --objective kl nothing"),
+        ({"text": "what ?"}, {"objective": "kl"}, "no probe shows one sense alone, which --objective kl asks"),
+        (
+            PICTURE | {"media": {"point": "0.png"}},
+            {"objective": "kl"},
+            "shows point, and the recipe's model takes image",
+        ),
+        (PICTURE, {"objective": "kl", "variant": "sum"}, "--variant sum: --objective kl has none; leave it out"),
+        (PICTURE, {"objective": "labels", "variant": "sum"}, "known: accuracy, probability"),
+        (
+            PICTURE | {"gold": "dog"},
+            {"objective": "labels", "variant": "probability"},
+            "has no choices, whose probability",
+        ),
+    ],
+)
+def test_probes_that_specialists_cannot_be_compared_on(
+    row: dict[str, Any], options: dict[str, Any], message: str, probed: Callable[..., Found], tmp_path: Path
+) -> None:
+    with pytest.raises(ModalloyError, match=re.escape(message)) as refused:
+        probed(tmp_path / "out", [row], **options)
+    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
 def test_differences_by_meaning_and_by_teacher_forced_tokens(
     run: Callable[..., Found], base: Path, server: RoutedBench, tmp_path: Path
 ) -> None:
@@ -314,7 +465,7 @@ def test_bad_probes(
         (("--vary", "scale=1"), "one value leaves nothing to choose"),
         (("--vary", "scale=1,1,2"), "1.0 is given twice"),
         (("--vary", "scale=1,2"), "consistency needs at least 3 values"),
-        (("--vary", "balance=none,updates"), "'none' is no number; use --objective labels or agreement"),
+        (("--vary", "balance=none,updates"), "'none' is no number; use another --objective"),
         (("--strategy", "grid"), "consistency compares neighbours along one axis; use --strategy coordinate"),
         (("--objective", "label"), "did you mean 'labels'?"),
         (("--variant", "product"), "known: one-sided, sum, union"),

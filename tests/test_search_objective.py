@@ -15,8 +15,10 @@ from modalloy.search.objective import (
     choose,
     compared,
     degenerate,
+    divergence,
     health,
     inconsistency,
+    log_shares,
     scripts,
     spearman,
     stability,
@@ -166,3 +168,15 @@ def test_rank_correlation() -> None:
     assert spearman([1, 2, 2, 3], [3, 2, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
     assert spearman([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_divergence_is_kl_of_what_sums_to_one() -> None:
+    own, other = [-1.0, -2.0, -700.0], [-3.0, -2.5, -900.0]
+    p, q = (np.exp(one) / np.exp(one).sum() for one in (own[:2], other[:2]))
+    wanted = float((p * np.log(p / q)).sum())
+    assert divergence(log_shares(own), log_shares(other)) == pytest.approx(wanted, rel=1e-12)
+    assert np.exp(log_shares(own)).sum() == pytest.approx(1)
+    assert divergence(log_shares(own), log_shares([one - 1000 for one in own])) == pytest.approx(0, abs=1e-12)
+    two = divergence(log_shares([*own, *other], 2), log_shares([*other, *other], 2))
+    assert two == pytest.approx(wanted / 2, rel=1e-12)  # the mean over places
+    assert divergence(log_shares([0.0, -math.inf]), log_shares([0.0, -math.inf])) == 0

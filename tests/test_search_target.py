@@ -20,7 +20,7 @@ from torch import Tensor
 
 import modalloy
 from modalloy import cli
-from modalloy.errors import MediaError, RecipeError
+from modalloy.errors import MediaError, ModalloyError, RecipeError
 from modalloy.evals import sanity
 from modalloy.model import ChatModel
 from modalloy.model.chat import user_message
@@ -237,7 +237,8 @@ def test_images_are_asked_about(folder: Path) -> None:
         likeliest.append(int(nats.argmax()))
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    assert scores[1] == pytest.approx(total, abs=1e-4) and chat.predict([prompts[0]], ["cat dog"]) == [likeliest]
+    predicted = chat.expect([prompts[0]], ["cat dog"], [1])[0][0].flatten().tolist()
+    assert scores[1] == pytest.approx(total, abs=1e-4) and predicted == likeliest
     shown = {index: user_message(question, [("image", folder / f"{index}.png")]) for index in range(2)}
     assert chat.score_options(shown[0], ["cat dog"]) == scores[1:] != chat.score_options(shown[1], ["cat dog"])
     assert len(chat.continuations([question], [[" dog", " cat"]])[0]) == 2
@@ -290,6 +291,12 @@ def test_agreement_with_the_target(folder: Path, tmp_path: Path) -> None:
     options = {"objective": "agreement", "vary": ["alpha=0,0.3,0.6"], "load": loader([]), "max_new_tokens": 3}
     found = search(folder / "text.yaml", folder / "text.jsonl", tmp_path / "out", **options)
     assert found.chosen == {"alpha": 0.0} and found.cost["generated"] == len(ASKED)
+
+
+@pytest.mark.parametrize("objective", ["kl", "option_agreement"])
+def test_donors_answer_no_probes(folder: Path, tmp_path: Path, objective: str) -> None:
+    with pytest.raises(ModalloyError, match=f"--objective {objective}: compares candidates with specialists"):
+        search(folder / "text.yaml", folder / "text.jsonl", tmp_path / "out", objective=objective)
 
 
 def test_a_loader_is_of_recipes_with_a_target(folder: Path, tmp_path: Path) -> None:

@@ -21,8 +21,20 @@ def search(
         list[str] | None,
         typer.Option(metavar="NAME=VALUES", help="0.1:1.0:0.1 or 2,4,8, or a YAML file of them; may be repeated"),
     ] = None,
-    objective: Annotated[str, typer.Option(help="consistency (no labels), labels, or agreement")] = "consistency",
-    variant: Annotated[str, typer.Option(help="of consistency: sum, union or one-sided")] = "sum",
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="auto, labels, or without labels: consistency, kl, option_agreement or agreement (the last three ask the "
+            "specialists)"
+        ),
+    ] = "auto",
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            help="of consistency: sum, union or one-sided; of labels: accuracy or probability; of option_agreement: share or "
+            "weighted; the first is the default"
+        ),
+    ] = None,
     match: Annotated[
         str, typer.Option(help="how consistency compares answers: normalised, exact, embedding or top1")
     ] = "normalised",
@@ -59,7 +71,7 @@ def search(
             out,
             vary=vary or (),
             objective=cast(Any, objective),
-            variant=cast(Any, variant),
+            variant=variant,
             match=cast(Any, match),
             embedder=embedder,
             aggregate=cast(Any, aggregate),

@@ -5,8 +5,9 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from modalloy.evals.features import FeatureCache
 from modalloy.evals.files import OUTSIDE, leads_out
 from modalloy.evals.log import Entry, Log, Run, described
 from modalloy.model import ChatModel
-from modalloy.model.chat import Prompt, placed_message
+from modalloy.model.chat import Prompt, Tokens, placed_message
 from modalloy.storage.folder import file_sha256, read_json
 from modalloy.storage.locate import locate
 
 Progress = Callable[[int, int], None]
 Batch = list[tuple[int, Sample, Prompt]]
+NO_TOKENS: Mapping[str, Tokens] = MappingProxyType({})
 LIKE = 16  # tokens by which prompts of one batch may differ in length
 
 
@@ -95,13 +97,13 @@ def answers(
     batch_size: int,
     cache: FeatureCache,
     *,
-    predict: bool = False,
+    tokens: Mapping[str, Tokens] = NO_TOKENS,
     folders: tuple[str, ...] | None = None,
 ) -> Iterator[list[Entry]]:
     """Entries of the samples, batch by batch. The prompts of a batch have the same modalities and are of like length.
 
-    `predict` asks for the likeliest token at every place of a sample's one option, not for its likelihood. Media that lead
-    out of `folders` (None: anywhere) are not read.
+    Of samples whose id is in `tokens`, these tokens are asked for at every place of their one option (see
+    `ChatModel.expect`), not its likelihood. Media that lead out of `folders` (None: anywhere) are not read.
     """
     waiting: dict[str, Batch] = {}
     for index, sample in todo:
@@ -111,30 +113,30 @@ def answers(
         except _UnreadableError as error:
             yield [_entry(index, sample, status="media_error", error=str(error), start=start)]
             continue
-        key = str((sample.plain, bool(sample.options), sorted({m for m, _ in sample.media}), len(prompt.ids) // LIKE))
+        asked = sample.plain, bool(sample.options), sample.id in tokens
+        key = str((*asked, sorted({m for m, _ in sample.media}), len(prompt.ids) // LIKE))
         batch = waiting.setdefault(key, [])
         batch.append((index, sample, prompt))
         if len(batch) == batch_size:
-            yield _answer(chat, waiting.pop(key), max_new_tokens, predict)
+            yield _answer(chat, waiting.pop(key), max_new_tokens, tokens)
     for batch in waiting.values():
-        yield _answer(chat, batch, max_new_tokens, predict)
+        yield _answer(chat, batch, max_new_tokens, tokens)
 
 
-def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int, predict: bool) -> list[Entry]:
+def _answer(chat: ChatModel, batch: Batch, max_new_tokens: int, tokens: Mapping[str, Tokens]) -> list[Entry]:
     """Entries of one batch; a batch that does not fit the memory or the context is asked one by one."""
     start = time.perf_counter()
     prompts = [prompt for _, _, prompt in batch]
     try:
-        if predict:
-            found = chat.predict(prompts, [sample.options[0] for _, sample, _ in batch])
-            given = [(Answer(predicted=tuple(ids)), 0) for ids in found]
+        if batch[0][1].id in tokens:
+            given = [(answer, 0) for answer in _expected(chat, batch, tokens)]
         elif batch[0][1].options:
             given = [(Answer(likelihoods=tuple(found)), 0) for found in _likelihoods(chat, batch)]
         else:
             given = [(Answer(text=text), n) for text, n in chat.generate(prompts, max_new_tokens=max_new_tokens)]
     except (torch.OutOfMemoryError, LengthError) as error:
         if len(batch) > 1:
-            return list(itertools.chain.from_iterable(_answer(chat, [one], max_new_tokens, predict) for one in batch))
+            return list(itertools.chain.from_iterable(_answer(chat, [one], max_new_tokens, tokens) for one in batch))
         index, sample, prompt = batch[0]
         reason, status = str(error).split("\n")[0], "too_long" if isinstance(error, LengthError) else "oom"
         return [_entry(index, sample, status=status, error=reason, start=start, prompt=prompt)]
@@ -151,12 +153,28 @@ def _likelihoods(chat: ChatModel, batch: Batch) -> list[list[float]]:
     else:
         found = chat.score([prompt for _, _, prompt in batch], options)
     for (_, sample, _), nats in zip(batch, found, strict=True):
-        if any(map(math.isnan, nats)):
-            raise ModalloyError(
-                f"{sample.id}: the model gives NaN for the likelihood of an answer; its weights are damaged (see modalloy "
-                "verify), or too large for float16 (choose --dtype float32)"
-            )
+        _check_nats(sample, nats)
     return found
+
+
+def _expected(chat: ChatModel, batch: Batch, tokens: Mapping[str, Tokens]) -> list[Answer]:
+    samples = [sample for _, sample, _ in batch]
+    prompts, options = [prompt for _, _, prompt in batch], [sample.options[0] for sample in samples]
+    answers = []
+    found = chat.expect(prompts, options, [tokens[sample.id] for sample in samples])
+    for sample, (ids, nats) in zip(samples, found, strict=True):
+        answer = Answer(likelihoods=tuple(nats.flatten().tolist()), predicted=tuple(ids.flatten().tolist()))
+        _check_nats(sample, answer.likelihoods)
+        answers.append(answer)
+    return answers
+
+
+def _check_nats(sample: Sample, nats: Sequence[float]) -> None:
+    if any(map(math.isnan, nats)):
+        raise ModalloyError(
+            f"{sample.id}: the model gives NaN for the likelihood of an answer; its weights are damaged (see modalloy "
+            "verify), or too large for float16 (choose --dtype float32)"
+        )
 
 
 def _prompt(chat: ChatModel, sample: Sample, cache: FeatureCache, folders: tuple[str, ...] | None) -> Prompt:

@@ -84,8 +84,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model gave: generated text (stripped, "" if nothing was generated), and nats of each of `Sample.options`, or
-    the token that it finds likeliest at every place of the first of them."""
+    """What a model gave: generated text (stripped, "" if nothing was generated), and nats of each of `Sample.options`, or at
+    every place of the first of them `predicted` tokens and their nats, that of all others together behind each place's."""
 
     text: str = ""
     likelihoods: tuple[float, ...] = ()

@@ -18,6 +18,10 @@ from modalloy.model.rendering import Message
 from modalloy.names import modality_name
 from modalloy.senses.native import Block
 
+Tokens = (
+    int | Sequence[Sequence[int]]
+)  # the so many likeliest at every place of an answer, or these, a row for each place
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -151,9 +155,23 @@ class ChatModel:
         """Log-likelihoods in nats of each prompt's options, each as the whole answer, its end token included."""
         return self._score(prompts, [[self._whole(option) for option in own] for own in options])
 
-    def predict(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
-        """The likeliest token at every place of each prompt's answer, given what comes before it; its end is a place too."""
-        return self._predict(prompts, [self._whole(answer) for answer in answers])
+    def expect(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], tokens: Sequence[Tokens]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each prompt tokens (places, n) at every place of its answer, given what comes before it, and how likely they are:
+        log-likelihoods in nats (places, n + 1), the last that of all other tokens together. The answer's end is a place too.
+        """
+        found = []
+        every = self._next_tokens(prompts, [self._whole(answer) for answer in answers])
+        for logits, wanted in zip(every, tokens, strict=True):
+            nats = logits.log_softmax(-1)
+            if isinstance(wanted, int):
+                ids = nats.topk(min(wanted, nats.shape[-1] - 1)).indices
+            else:
+                ids = torch.tensor(wanted, device=nats.device)
+            others = nats.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+            found.append((ids, torch.cat([nats.gather(-1, ids), others], -1)))
+        return found
 
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
@@ -191,11 +209,12 @@ class ChatModel:
         tensors = [[torch.tensor(ids) for ids in own] for own in options]
         return [scores.tolist() for scores in self.model.score_options(self.inputs(prompts), tensors)]
 
-    def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
+    def _next_tokens(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[Tensor]:
+        """Logits (tokens, vocabulary) at every place of each prompt's answer."""
         for prompt, own in zip(prompts, answers, strict=True):
             self._check_length(len(prompt.ids), len(own))
-        found = self.model.predict(self.inputs(prompts), [torch.tensor(own) for own in answers])
-        return [ids.tolist() for ids in found]
+        found: list[Tensor] = self.model.next_tokens(self.inputs(prompts), [torch.tensor(own) for own in answers])
+        return found
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, streamer: Any) -> Tensor:
         """Token ids (prompts, tokens) of the padded prompts and their answers."""

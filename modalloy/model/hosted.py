@@ -128,9 +128,8 @@ class HostedModel(ChatModel):
             found.append([float(nats.sum()) for nats in picked])
         return found
 
-    def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
-        pairs = zip(prompts, answers, strict=True)
-        return [self._forced(prompt, answer).argmax(-1).tolist() for prompt, answer in pairs]
+    def _next_tokens(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[Tensor]:
+        return [self._forced(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     @torch.no_grad()
     def _forced(self, prompt: Prompt, answer: list[int]) -> Tensor:

@@ -312,10 +312,10 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         picked = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         return list((picked * real).sum(1).split([len(own) for own in options]))
 
-    def predict(self, inputs: dict[str, Any], continuations: list[Tensor]) -> list[Tensor]:
-        """The likeliest token (tokens,) at every place of each prompt's continuation, given what comes before it."""
+    def next_tokens(self, inputs: dict[str, Any], continuations: list[Tensor]) -> list[Tensor]:
+        """Logits (tokens, vocabulary) at every place of each prompt's continuation, given what comes before it."""
         logits, _, real = self._forced(inputs, [[one] for one in continuations])
-        return [row[own] for row, own in zip(logits.argmax(-1), real, strict=True)]
+        return [row[own] for row, own in zip(logits, real, strict=True)]
 
     @torch.no_grad()
     def _forced(self, inputs: dict[str, Any], options: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from modalloy.errors import MediaError, ModalloyError
-from modalloy.evals.ask import answers
+from modalloy.errors import MediaError, ModalloyError, OutputError, shown
+from modalloy.evals.ask import NO_TOKENS, answers
 from modalloy.evals.benchmark import Sample
 from modalloy.evals.features import FeatureCache
+from modalloy.model.chat import Tokens
 from modalloy.planning.plan import Plan
 from modalloy.search.candidates import RoutedBench
 from modalloy.search.space import Axis, Changes, start
@@ -64,39 +65,52 @@ class Asking:
         found: list[float] = self.used[key]["sketch"]
         return found
 
-    def ask(self, changes: Changes, asked: Sequence[Sample], *, predict: bool = False) -> list[Line]:
-        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some, or with
-        `predict` the likeliest token at every place of its option."""
+    def ask(self, changes: Changes, asked: Sequence[Sample], tokens: Mapping[str, Tokens] = NO_TOKENS) -> list[Line]:
+        """Lines of a candidate's answers: generated, or likelihoods of a sample's options where it has some, or of `tokens` at
+        every place of its option (see `answers`)."""
         # the target itself is a parent too, and asked once
         is_target = self.planned.recipe.is_across and not any(self.sketch(changes))
         name = TARGET if is_target else self._key(changes)
-        return self._lines(name, lambda: self._put(changes), asked, predict)
+        return self._lines(name, lambda: self._put(changes), asked, tokens)
+
+    @cached_property
+    def own(self) -> list[Sample]:
+        """The probes of one sense, which its specialist answers."""
+        senses = [specialist.modality for specialist in self.planned.specialists]
+        return [probe for probe in self.probes if any(shows_only(probe, one) for one in senses)]
 
     @cached_property
     def parents(self) -> dict[str, Line]:
         """The answer of the specialist of its sense to every probe of one sense, by the probe's id; or of the target to all."""
+        return self.ask_parents(self.probes)
+
+    def ask_parents(self, asked: Sequence[Sample], tokens: Mapping[str, Tokens] = NO_TOKENS) -> dict[str, Line]:
+        """Lines of the specialist of its sense for every sample of one sense, by the sample's id; or of the target for all."""
         found: dict[str, Line] = {}
         if self.planned.recipe.is_across:
-            lines = self._lines(TARGET, lambda: self._put_parent(0), self.probes)
-            return {probe.id: line for probe, line in zip(self.probes, lines, strict=True)}
+            lines = self._lines(TARGET, lambda: self._put_parent(0), asked, tokens)
+            return {probe.id: line for probe, line in zip(asked, lines, strict=True)}
         for index, specialist in enumerate(self.planned.specialists):
-            own = [probe for probe in self.probes if {m for m, _ in probe.media} == {specialist.modality}]
+            own = [probe for probe in asked if shows_only(probe, specialist.modality)]
             if own:
                 name = f"parent {specialist.modality}"
-                lines = self._lines(name, lambda at=index: self._put_parent(at), own)  # type: ignore[misc]
+                lines = self._lines(name, lambda at=index: self._put_parent(at), own, tokens)  # type: ignore[misc]
                 found |= {probe.id: line for probe, line in zip(own, lines, strict=True)}
         return found
 
     def _lines(
-        self, name: str, serve: Callable[[], None], asked: Sequence[Sample], predict: bool = False
+        self,
+        name: str,
+        serve: Callable[[], None],
+        asked: Sequence[Sample],
+        tokens: Mapping[str, Tokens] = NO_TOKENS,
     ) -> list[Line]:
-        mark = " · top1" if predict else ""
-        keys = [f"{name} · {probe.id} · {json.dumps(probe.options)}{mark}" for probe in asked]
+        keys = [f"{name} · {p.id} · {json.dumps(p.options)}{_mark(tokens.get(p.id))}" for p in asked]
         todo = [(index, probe) for index, probe in enumerate(asked) if keys[index] not in self.log.lines]
         if todo:
             serve()
             size, limit = self.settings.batch_size, self.settings.max_new_tokens
-            for entries in answers(self.bench.chat, todo, limit, size, self.cache, predict=predict):
+            for entries in answers(self.bench.chat, todo, limit, size, self.cache, tokens=tokens):
                 for entry in entries:
                     if entry.status != "ok":
                         kind = MediaError if entry.status == "media_error" else ModalloyError
@@ -105,12 +119,19 @@ class Asking:
                         )
                     line: Line = {"model": name, "probe": entry.sample.id, "text": entry.answer.text}
                     line |= {"likelihoods": list(entry.answer.likelihoods), "n_out": entry.new_tokens}
-                    line |= {"predicted": list(entry.answer.predicted)} if predict else {}
+                    line |= {"predicted": list(entry.answer.predicted)} if entry.sample.id in tokens else {}
                     self.log.add(keys[entry.index], line | {"seconds": round(entry.seconds, 4)})
                 self._progress()
-        self.used |= {key: self.log.lines[key] for key in keys}
+        lines = [self.log.lines[key] for key in keys]
+        for probe, line in zip(asked, lines, strict=True):
+            if not _fits(line, probe, tokens.get(probe.id)):
+                raise OutputError(
+                    f"{self.log.path}: holds another number of likelihoods for the probe {shown(probe.text)} than it has options; "
+                    "choose another folder"
+                )
+        self.used |= dict(zip(keys, lines, strict=True))
         self._progress()
-        return [self.log.lines[key] for key in keys]
+        return lines
 
     def _put(self, changes: Changes) -> None:
         key = f"served {self._key(changes)}"
@@ -163,3 +184,23 @@ class Asking:
                 "seconds_estimate": round(len(served) * each + serving_s, 2),
             },
         }
+
+
+def shows_only(probe: Sample, modality: str | None) -> bool:
+    """Whether media of this modality, and no others, are shown."""
+    return {m for m, _ in probe.media} == {modality}
+
+
+def _mark(tokens: Tokens | None) -> str:
+    """What a key of the log says of tokens: of a specialist how many are asked for, of a candidate how many of its."""
+    return "" if tokens is None else f" · top{tokens if isinstance(tokens, int) else len(tokens[0])}"
+
+
+def _fits(line: Line, probe: Sample, tokens: Tokens | None) -> bool:
+    """Whether a line of the log holds as many likelihoods as were asked for."""
+    n, predicted = len(line["likelihoods"]), len(line.get("predicted", ()))
+    if tokens is None:
+        return n == len(probe.options)
+    if isinstance(tokens, int):
+        return predicted > 0 and (tokens == 1 or (n > predicted and predicted % (n - predicted) == 0))
+    return n == sum(len(row) + 1 for row in tokens)

@@ -11,17 +11,12 @@ from modalloy.planning.differences import settled_plan
 from modalloy.planning.kinship import check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe, load_recipe
-from modalloy.search.asking import Asking
-from modalloy.search.comparing import OBJECTIVES, Compare
+from modalloy.search.asking import Asking, shows_only
+from modalloy.search.comparing import DEFAULT, OBJECTIVES, OF_SPECIALISTS, Compare
 from modalloy.search.embedding import Embedder
 from modalloy.search.folder import check_out, write
 from modalloy.search.found import Found
-from modalloy.search.objective import (
-    Aggregate,
-    Match,
-    Variant,
-    grouped,
-)
+from modalloy.search.objective import VARIANTS, Aggregate, Match, grouped
 from modalloy.search.probes import read_probes
 from modalloy.search.settings import Settings
 from modalloy.search.space import default_axes, parse_axes, start
@@ -53,7 +48,7 @@ def search(
     probes = read_probes(Path(probe))
     planned = settled_plan(recipe, allow_base_mismatch=given.allow_base_mismatch)
     axes = parse_axes(given.vary, recipe) or default_axes(planned)
-    _check_known(given)
+    given = _settled(given, recipe)
     given = replace(given, strategy=chosen_strategy(given, axes))
     _check_probes(probes, planned, given)
     if not given.allow_base_mismatch:
@@ -70,11 +65,13 @@ def search(
             "method": recipe.merge_method,
             **({"target": planned.target_name} if recipe.is_across else {}),
             "objective": given.objective,
-            **({"variant": given.variant, "match": given.match} if given.objective == "consistency" else {}),
+            **({"variant": given.variant} if given.variant else {}),
+            **({"match": given.match} if given.objective == "consistency" else {}),
             **({"embedder": given.embedder} if given.compares_meaning else {}),
             "aggregate": given.aggregate,
             "strategy": given.strategy,
             "probes": len(probes),
+            **({"left_out": compare.left_out} if compare.left_out else {}),
             "senses": {name: len(own) for name, own in grouped([p.group["senses"] for p in probes]).items()},
             "axes": {axis.name: list(axis.values) for axis in axes},
         }
@@ -83,16 +80,25 @@ def search(
     return found
 
 
-def _check_known(given: Settings) -> None:
+def _settled(given: Settings, recipe: Recipe) -> Settings:
+    """The settings with objective and variant chosen where they are open, all of known names."""
+    objective = given.objective
+    if objective == "auto":
+        objective = "consistency" if recipe.is_across else DEFAULT
+    variants = VARIANTS.get(objective, ())
+    if given.variant is not None and objective in OBJECTIVES and not variants:
+        raise ModalloyError(f"--variant {given.variant}: --objective {objective} has none; leave it out")
+    given = replace(given, objective=objective, variant=given.variant or next(iter(variants), None))
     for option, value, known in (
-        ("--objective", given.objective, OBJECTIVES),
+        ("--objective", objective, OBJECTIVES),
         ("--strategy", given.strategy, STRATEGIES),
-        ("--variant", given.variant, get_args(Variant)),
+        *((("--variant", given.variant, variants),) if given.variant else ()),
         ("--match", given.match, get_args(Match)),
         ("--aggregate", given.aggregate, get_args(Aggregate)),
     ):
         if value not in known:
             raise ModalloyError(f"{option} {value}: there is none of that name; {nearest(value, known)}")
+    return given
 
 
 def _check_recipe(recipe: Recipe, load: Loader | None) -> None:
@@ -119,17 +125,41 @@ def _check_probes(probes: list[Sample], planned: Plan, given: Settings) -> None:
             raise ModalloyError(
                 f"the probe {shown(probe.text)} has no gold answer, which --objective labels needs; add it"
             )
+        if given.objective == "labels" and given.variant == "probability" and not probe.choices:
+            raise ModalloyError(
+                f"the probe {shown(probe.text)} has no choices, whose probability --variant probability measures; add them, or "
+                "use --variant accuracy"
+            )
         if given.objective == "labels" and probe.choices and not golds_are_options(probe):
             known = LETTERS[: len(probe.choices)]
             if not set(probe.golds) & set(known):
                 raise ModalloyError(
                     f"the probe {shown(probe.text)}: its gold {shown(probe.golds[0])} is none of its choices; correct it"
                 )
-    if (
-        given.objective == "agreement"
-        and not across
-        and not any(len({m for m, _ in probe.media}) == 1 for probe in probes)
-    ):
+    own = [probe for probe in probes if any(shows_only(probe, one) for one in able or ())]
+    if given.objective in OF_SPECIALISTS and not across and not own:
         raise ModalloyError(
-            "no probe shows one sense alone, which --objective agreement asks the specialists about; add some"
+            f"no probe shows one sense alone, which --objective {given.objective} asks the specialists about; add some"
         )
+    if given.objective in ("kl", "option_agreement"):
+        _check_options(own, given.objective, across=across)
+
+
+def _check_options(own: list[Sample], objective: str, *, across: bool) -> None:
+    """Refuse probes of one sense whose options cannot be compared."""
+    if across:
+        raise ModalloyError(
+            f"--objective {objective}: compares candidates with specialists that answer the probes, and a recipe with a "
+            "target has donors, which do not; use consistency or labels"
+        )
+    for probe in own:
+        if len(probe.choices) == 1:
+            raise ModalloyError(
+                f"the probe {shown(probe.text)} has one choice, which leaves --objective {objective} nothing to compare; give "
+                "two or more"
+            )
+        if objective == "option_agreement" and not probe.choices:
+            raise ModalloyError(
+                f"the probe {shown(probe.text)} has no choices, which --objective option_agreement compares; add them, or use "
+                "--objective kl"
+            )

@@ -154,6 +154,11 @@ class Found:
     def warnings(self) -> list[str]:
         """What is worth a look, in words."""
         found = [warning for sweep in self.sweeps for warning in sweep.warnings()]
+        if left := self.settings.get("left_out"):
+            found.append(
+                f"{left} of {self.settings['probes']} probes were not asked: no specialist answers them, as they show no sense or "
+                "several, or it says nothing"
+            )
         return (
             found
             if self.settled

@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,11 @@ from modalloy.evals.sanity import is_repetitive
 from modalloy.evals.scoring import parse_letter, vqa_normalize
 
 Variant = Literal["sum", "union", "one-sided"]
+VARIANTS: dict[str, tuple[str, ...]] = {  # by objective, the first where none is named
+    "consistency": get_args(Variant),
+    "labels": ("accuracy", "probability"),
+    "option_agreement": ("share", "weighted"),
+}
 Match = Literal["normalised", "exact", "embedding", "top1"]
 Aggregate = Literal["probes", "senses", "minimax"]
 Table = NDArray[np.float64]  # (candidates, probes)
@@ -64,6 +69,18 @@ def inconsistency(changed: Table, variant: Variant, steps: Sequence[float] | Non
     else:
         loss[1:-1] = np.maximum(changed[:-1], changed[1:]) / ((weights[:-1] + weights[1:]) / 2)[:, None]
     return loss
+
+
+def log_shares(nats: Sequence[float], places: int = 1) -> Table:
+    """Log-probabilities (places, n) of what may stand at each place, from log-likelihoods in nats: all of a place's sum to 1."""
+    table = np.reshape(np.asarray(nats, dtype=np.float64), (places, -1))
+    return np.asarray(table - np.logaddexp.reduce(table, axis=1, keepdims=True))
+
+
+def divergence(specialist: Table, merged: Table) -> float:
+    """KL(specialist || merged) in nats from log-probabilities (places, n) of both, its mean over the places."""
+    gaps = np.subtract(specialist, merged, out=np.zeros_like(specialist), where=specialist > -np.inf)
+    return max(0.0, float((np.exp(specialist) * gaps).sum(1).mean()))  # below 0 by rounding only
 
 
 def totals(loss: Table, groups: Sequence[str], aggregate: Aggregate, resamples: int = 0) -> Table:

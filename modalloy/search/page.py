@@ -9,13 +9,17 @@ from modalloy.report.html import shell, table
 from modalloy.report.text import printable_lines
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 52, 52, 14, 34
-LOSSES = {
+LOSSES = {  # by variant, match or objective, the first that is here
     "normalised": "share of answers that differ from the neighbours'",
     "exact": "share of answers that differ from the neighbours'",
     "embedding": "1 − cosine of the answers and the neighbours'",
     "top1": "share of tokens for which the neighbours expect others",
     "labels": "share of wrong answers",
+    "probability": "1 − probability of the gold options",
     "agreement": "nats a token of the specialists' own answers",
+    "kl": "KL(specialist || merged) in nats",
+    "option_agreement": "share of probes whose likeliest option is not the specialist's",
+    "weighted": "the same share, weighted by the specialist's probability of its option",
 }
 AGGREGATES = {
     "senses": ", mean over the senses' groups in units of a group's own mean",
@@ -112,14 +116,16 @@ def cost_words(cost: dict[str, Any]) -> str:
 
 
 def _objective(found: dict[str, Any]) -> str:
-    how = [found["variant"], f"{found['match']} match"] if "variant" in found else []
+    how = [found["variant"]] if "variant" in found else []
+    how += [f"{found['match']} match"] if "match" in found else []
     how += {"senses": ["mean over senses"], "minimax": ["worst of the senses"]}.get(found["aggregate"], [])
     return found["objective"] + (f" ({', '.join(how)})" if how else "")
 
 
 def _loss(found: dict[str, Any]) -> str:
     """What the loss is, in words."""
-    return LOSSES[found.get("match", found["objective"])] + AGGREGATES.get(found["aggregate"], "")
+    what = found.get("match", found["objective"])
+    return LOSSES.get(found.get("variant", what), LOSSES[what]) + AGGREGATES.get(found["aggregate"], "")
 
 
 def _cells(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

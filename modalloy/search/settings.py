@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from modalloy.evals.features import FeatureCache
 from modalloy.search.comparing import Objective
 from modalloy.search.embedding import EMBEDDER
-from modalloy.search.objective import Aggregate, Match, Variant
+from modalloy.search.objective import Aggregate, Match
 from modalloy.search.target import Loader
 
 
@@ -18,9 +18,14 @@ class Settings:
     Attributes:
         vary: axes as `NAME=VALUES` (see `parse_axes`); without any, λ and k of ssam, or α of linear.
         objective: "consistency" chooses the candidate whose answers differ least from its neighbours' (AdaMMS 3.3), with
-            no labels; "labels" the most accurate; "agreement" the one to which the specialists' own answers to probes of
-            one sense are likeliest (mean nats a token, teacher-forced).
-        variant: of consistency, see `objective.inconsistency`.
+            no labels; "labels" the most accurate. Three ask each specialist the probes of its own sense, without labels:
+            "agreement" chooses the candidate to which the specialists' own answers are likeliest (mean nats a token,
+            teacher-forced), "kl" the one of least KL(specialist || merged) (see `expected.Expected`), "option_agreement" the
+            one whose likeliest option is the specialist's most often. "auto" is `comparing.DEFAULT`, and with a target
+            "consistency".
+        variant: of consistency, see `objective.inconsistency`; of labels "accuracy" or "probability" (of the gold options
+            among all); of option_agreement "share" of the probes, or "weighted" by the probability that the specialist gives
+            its option. None is the first of `objective.VARIANTS`.
         match: how consistency compares answers: "normalised" or "exact" (see `objective.compared`), "embedding" (1 − cosine
             of the embeddings of the answers), or "top1", for which nothing but the recipe's own answers is generated: the
             share of their tokens before which neighbours expect another next one, teacher-forced.
@@ -42,8 +47,8 @@ class Settings:
     """
 
     vary: Iterable[str] = ()
-    objective: Objective = "consistency"
-    variant: Variant = "sum"
+    objective: Objective | Literal["auto"] = "auto"
+    variant: str | None = None
     match: Match = "normalised"
     embedder: str = EMBEDDER
     aggregate: Aggregate = "probes"

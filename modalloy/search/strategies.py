@@ -101,7 +101,7 @@ def chosen_strategy(settings: "Settings", axes: list[Axis]) -> str:
         if not axis.ordered:
             raise RecipeError(
                 f"--vary {axis.name}: consistency compares neighbouring values, and {shown(axis.values[0])} is no number; use "
-                "--objective labels or agreement"
+                "another --objective"
             )
         if len(axis.values) < least:
             raise RecipeError(
