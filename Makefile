@@ -16,7 +16,7 @@ install: .venv/installed
 
 demo: install  ## merge the built-in specialists and ask the result about pictures, sounds, videos and shapes
 	$(BIN)/modalloy demo
-	@echo "To talk to it: $(BIN)/modalloy serve --demo, then open http://127.0.0.1:8000 in a browser."
+	@echo "To talk to it: $(BIN)/modalloy serve --demo opens http://127.0.0.1:8000 in a browser."
 
 test: install browser  ## lint, types and all tests
 	$(MAKE) check

@@ -15,6 +15,7 @@ import torch
 from modalloy.machine.memory import room
 from modalloy.model.alone import answering
 from modalloy.model.answering import Answer, TokenLogprob
+from modalloy.model.batch import Batch
 from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.quantised import parts
 from modalloy.model.routing import is_quantised
@@ -191,6 +192,8 @@ class Served:
                 self.metrics.answered(self.name, self.chat.processor.owners, running)
                 running.tell(None)
         self.metrics.running.labels(self.name).set(len(self._running))
+        if isinstance(self.engine, Batch):
+            self.metrics.kept.labels(self.name).set(self.engine.kept.bytes)
 
     def _fail(self, error: BaseException, lost: Sequence[Running]) -> None:
         """Tell those who lose their answers; the rest goes on."""

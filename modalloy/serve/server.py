@@ -11,7 +11,7 @@ import uvicorn
 from modalloy.model import load_model
 from modalloy.serve.app import GRACE_SECONDS, application
 from modalloy.serve.metrics import Metrics
-from modalloy.serve.options import Options, is_loopback
+from modalloy.serve.options import Options, address, is_loopback, reached
 from modalloy.serve.queue import Served, share
 from modalloy.storage.locate import locate
 
@@ -19,9 +19,20 @@ MAX_CONNECTIONS = 512
 
 
 def serve(
-    models: Mapping[str, Path], listener: socket.socket, options: Options, on_line: Callable[[str], None]
+    models: Mapping[str, Path],
+    listener: socket.socket,
+    options: Options,
+    on_line: Callable[[str], None],
+    on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Answer requests to these models until SIGTERM or SIGINT, then finish what runs. `on_line` gets what a user is told.
+    """Answer requests to these models until SIGTERM or SIGINT, then finish what runs.
+
+    Args:
+        models: by name, their folders.
+        listener: bound to the address.
+        options: what else was said.
+        on_line: gets what a user is told.
+        on_ready: gets the page's address once it can be asked for.
 
     Raises:
         ModalloyError: an option is wrong, or a model cannot be loaded.
@@ -49,16 +60,28 @@ def serve(
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=int(GRACE_SECONDS),
     )
-    port = listener.getsockname()[1]
-    shown = f"[{options.host}]" if ":" in options.host else options.host
-    on_line(
-        f"serving  http://{shown}:{port} ({', '.join(served)}): the page is there, the routes under /v1; Ctrl-C ends it"
-    )
-    asyncio.run(Server(settings).serve(sockets=[listener]))
+
+    def ready() -> None:
+        port = listener.getsockname()[1]
+        url = f"http://{address(options.host)}:{port}"
+        on_line(f"serving  {url} ({', '.join(served)}): the page is there, the routes under /v1; Ctrl-C ends it")
+        on_ready(f"http://{address(reached(options.host))}:{port}")
+
+    asyncio.run(Server(settings, ready).serve(sockets=[listener]))
 
 
 class Server(uvicorn.Server):
-    """Ends as a command that did what it was told to, rather than by the signal that told it to stop."""
+    """Says when it can be asked, and ends as a command that did what it was told to, not by the signal that told it to."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] = lambda: None) -> None:
+        super().__init__(config)
+        self.on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
