@@ -5,8 +5,11 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modalloy.model import load_model
 from modalloy.serve.app import GRACE_SECONDS, application
@@ -16,6 +19,7 @@ from modalloy.serve.queue import Served, share
 from modalloy.storage.locate import locate
 
 MAX_CONNECTIONS = 512
+HEAD_SECONDS = 20.0  # for the head of a request, from the connection or its first byte
 
 
 def serve(
@@ -50,16 +54,6 @@ def serve(
     }
     folders = {name: locate(str(path), whole=True) for name, path in models.items()}  # of the hub: where they are kept
     app = application(served, metrics, folders=folders, keys=keys, loopback=is_loopback(options.host))
-    settings = uvicorn.Config(
-        app,
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=int(GRACE_SECONDS),
-    )
 
     def ready() -> None:
         port = listener.getsockname()[1]
@@ -67,7 +61,56 @@ def serve(
         on_line(f"serving  {url} ({', '.join(served)}): the page is there, the routes under /v1; Ctrl-C ends it")
         on_ready(f"http://{address(reached(options.host))}:{port}")
 
-    asyncio.run(Server(settings, ready).serve(sockets=[listener]))
+    asyncio.run(Server(settings(app), ready).serve(sockets=[listener]))
+
+
+def settings(app: Any) -> uvicorn.Config:
+    """How uvicorn serves the application: no logs of requests, no WebSockets, bounded in connections and time."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",  # a warning for each request that is no HTTP would be a stranger's
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=int(GRACE_SECONDS),
+    )
+
+
+class Protocol(H11Protocol):
+    """Ends a connection on which the head of a request does not arrive in time, however slowly its bytes come."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes, and wait on while they are no whole head."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._end_wait()
+        elif self.late is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._end_wait()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self.late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _end_wait(self) -> None:
+        if self.late is not None:
+            self.late.cancel()
+            self.late = None
 
 
 class Server(uvicorn.Server):
