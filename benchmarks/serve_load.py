@@ -38,7 +38,7 @@ from serve import Parts, Server, picture, server, sound, text, url, user
 
 from modalloy import builtin, load_model
 from modalloy.demo import FOUR_HORSES, merged
-from modalloy.model.chat import user_message
+from modalloy.model.chat import ChatModel, user_message
 
 CLIENTS = 16
 TOKENS = 8  # of an answer
@@ -173,15 +173,14 @@ def hostile(one: Server, name: str) -> tuple[int, int]:
     return int(one.ask(None, 1, body())["status"]), wanted
 
 
-def expected() -> dict[tuple[tuple[str, ...], str], str]:
+def replies(chat: ChatModel, questions: int = len(QUESTIONS)) -> dict[tuple[tuple[str, ...], str], str]:
     """Greedy answers of `ChatModel.reply` to each question about each mix."""
-    chat = load_model(merged())
     return {
         (mix, question): chat.reply(
             user_message(question, [(name, file_of(name)) for name in mix]), max_new_tokens=TOKENS
         ).answer
         for mix in MIXES
-        for question in QUESTIONS
+        for question in QUESTIONS[:questions]
     }
 
 
@@ -302,7 +301,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--long", type=int, default=1000)
     args = parser.parse_args()
-    answers = expected()
+    answers = replies(load_model(merged()))
     with server() as one:
         found = {"faults": faults(one, args.requests, answers)}
         print(json.dumps(found), file=sys.stderr, flush=True)

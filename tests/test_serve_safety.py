@@ -1,28 +1,27 @@
 """What strangers send `modalloy serve`: each is one line of refusal, and the next request is answered."""
 
+import asyncio
 import io
-import json
 import socket
 import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpcore2
-import numpy as np
 import pytest
 from conftest import write_omni
-from serving import CHAT, OTHER, PICTURE, RESPONSES, SOUND, Site, body, encoded, image, site, sound, text, until
+from serving import CHAT, OTHER, PICTURE, RESPONSES, SOUND, Site, body, encoded, image, site, sound, text
 
 from modalloy import cli
 from modalloy.errors import MediaError, ModalloyError
-from modalloy.model.chat import ChatModel, user_message
+from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_model
-from modalloy.serve import guard, preparing, remote
+from modalloy.serve import app, guard, preparing, remote
 from modalloy.serve import server as server_module
 from modalloy.serve.options import listening, read_keys
 from modalloy.serve.remote import Hosts, is_public, public_address
@@ -33,7 +32,7 @@ ASK = body(text("what is this ?"))
 
 @pytest.fixture(scope="module")
 def chat(base: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
-    return load_model(write_omni(tmp_path_factory.mktemp("safe"), base))
+    return load_model(write_omni(tmp_path_factory.mktemp("safe"), base, ("vision", "audio", "video", "point")))
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +58,6 @@ def wav(seconds: int) -> bytes:
         "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + seconds, b"WAVE", b"fmt ", 16, 1, 1, 1, 1, 1, 8, b"data", seconds
     )
     return head + bytes(seconds)
-
-
-def npz(points: int) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, points=np.zeros((points, 3), np.float32))
-    return file.getvalue()
-
-
-def pickle_npy() -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
-    return file.getvalue()
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -135,21 +122,6 @@ def test_a_wrong_request_is_one_line(server: Site, name: str) -> None:
     assert re.search(told, error["message"]) and "\n" not in error["message"]
     assert "/tmp" not in error["message"] and "modalloy-serve" not in error["message"]
     assert headers["content-security-policy"].startswith("default-src 'none'")
-
-
-def test_points_are_bounded_and_never_unpickled(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model that takes points there is none so small: the reader itself, as the server calls it."""
-    from modalloy.senses.media import isolated, load_points
-
-    folder = Path(chat.processor.where).parent
-    for data, told in ((npz(2_100_000), "at most 2,000,000"), (pickle_npy(), "not a readable point cloud|object")):
-        path = folder / "points"
-        path.write_bytes(data)
-        with (
-            isolated(seconds=20, memory_bytes=preparing.MEMORY_BYTES, forks=True, smaller=preparing.SMALLER),
-            pytest.raises(MediaError, match=told),
-        ):
-            load_points(path)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +245,23 @@ def test_heads_are_bounded(chat: ChatModel, monkeypatch: pytest.MonkeyPatch, cap
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_client_that_takes_no_more_of_a_stream_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    freed: list[bool] = []
+    running = SimpleNamespace(answer=SimpleNamespace(cancelled=False))
+
+    async def events() -> AsyncIterator[dict[str, str]]:
+        yield {"data": "x"}
+
+    async def stuck(message: Any = None) -> Any:
+        if message is None or message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    stream = app.Stream(events(), running, SimpleNamespace(free_place=lambda: freed.append(True)))
+    asyncio.run(stream({"type": "http", "method": "POST"}, stuck, stuck))
+    assert freed == [True] and running.answer.cancelled
+
+
 def raw(server: Site, headers: bytes, content: bytes, *, wait: bool = True) -> bytes:
     """What the server answers to what is no whole request, as far as the end of its error."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
@@ -294,38 +283,20 @@ def test_a_decoder_that_is_late_is_killed_and_the_next_picture_read(
     assert server.chat(image(OTHER), text("x"))[0] == 200
 
 
-def test_a_third_of_the_requests_is_hostile_and_the_rest_is_right(server: Site, chat: ChatModel) -> None:
-    """Every mix from 8 clients, with bombs, lies and clients that go away; figures of more are in benchmarks/serve.py."""
-    good = [
-        ((), {}),
-        ((image(PICTURE),), {"image": PICTURE}),
-        ((image(OTHER), sound(SOUND)), {"image": OTHER, "audio": SOUND}),
-    ]
-    question = "do you see a dog ?"
-    wants = [chat.reply(user_message(question, media.items()), max_new_tokens=12).answer for _, media in good]
-    bad: list[Callable[[], Any]] = [
-        lambda: server.chat(image(png(30_000, 30_000))),
-        lambda: server.chat(sound(PICTURE)),
-        lambda: server.ask(CHAT, b"{"),
-        lambda: raw(server, b"Content-Length: 5000\r\n", b"{", wait=False),
-        lambda: raw(server, f"Content-Length: {len(LONG)}\r\n".encode(), LONG, wait=False),
-    ]
+def test_a_third_of_the_requests_is_hostile_and_the_rest_is_right(
+    chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mix of media and every kind of hostile request, of 16 clients: what benchmarks/serve_load.py does to a real model."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import serve
+    import serve_load
 
-    def ask(index: int) -> bool:
-        if index % 3 == 0:
-            bad[index // 3 % len(bad)]()
-            return True
-        parts, _ = good[index % len(good)]
-        status, _, found = server.chat(*parts, text(question))
-        return status == 200 and found["choices"][0]["message"]["content"] == wants[index % len(good)]
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(ask, range(45)))
-    until(lambda: server.figure("modalloy_requests_under_way") == 0 and server.figure("modalloy_rows") == 0)
-    assert server.figure('modalloy_requests_total{route="/v1/chat/completions",status="500"}') == 0
-
-
-LONG = json.dumps(body(text("what ?"), stream=True, max_tokens=400)).encode()
+    with site({"demo": chat}) as server:
+        one = serve.Server(None, server.port)
+        found = serve_load.faults(one, 3 * len(serve_load.HOSTILE), serve_load.replies(chat, questions=1))
+        assert server.figure('modalloy_requests_total{route="/v1/chat/completions",status="500"}') == 0
+    assert not found["wrong"] and found["hostile"] == len(serve_load.HOSTILE) and found["under_way_after"] == 0
+    assert found["statuses"]["200"] == found["well_formed"] == 2 * found["hostile"]
 
 
 def test_hosts_that_media_may_come_from() -> None:
