@@ -1,6 +1,6 @@
 """Does `modalloy serve` stand what strangers send? The merge of the built-in specialists, asked over the loopback.
 
-    python benchmarks/serve_load.py [--requests 200] [--long 1000]
+    python benchmarks/serve_load.py [--requests 200] [--questions 2] [--long 1000]
 
 - faults: `--requests` requests of 16 clients at once, a third of them hostile (HOSTILE: bombs, lies in headers, wrong types,
   oversize, half-sent bodies, clients that go away in mid-answer). The others ask about every mix of media; each answer must be
@@ -299,21 +299,26 @@ def cloud(seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="about each mix of media")
     parser.add_argument("--long", type=int, default=1000)
     args = parser.parse_args()
-    answers = replies(load_model(merged()))
+    answers = replies(load_model(merged()), args.questions)
     with server() as one:
         found = {"faults": faults(one, args.requests, answers)}
         print(json.dumps(found), file=sys.stderr, flush=True)
-        found["memory"] = memory(one, args.long)
+        if args.long:
+            found["memory"] = memory(one, args.long)
         alive = one.process.poll() is None
-    faulty, long = found["faults"], found["memory"]
+    faulty = found["faults"]
     rows = [
         ["server", "alive" if alive else "ended"],
         [f"{faulty['well_formed']} well-formed, {faulty['hostile']} hostile", f"{len(faulty['wrong'])} answered wrong"],
-        [f"memory over {long['requests']}", f"{long['ratio']:.3f} × of that after four fifths"],
-        ["", f"{long['ratio_without_kept']:.3f} × of that after a tenth, without what is kept on purpose"],
     ]
+    if long := found.get("memory"):
+        rows += [
+            [f"memory over {long['requests']}", f"{long['ratio']:.3f} × of that after four fifths"],
+            ["", f"{long['ratio_without_kept']:.3f} × of that after a tenth, without what is kept on purpose"],
+        ]
     print(table(["", "measured"], rows))
     print(json.dumps({"benchmark": "serve_load", "alive": alive} | found | {"machine": machine()}))
     sys.exit(int(bool(faulty["wrong"]) or not alive))
