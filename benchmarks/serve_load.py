@@ -6,7 +6,7 @@
   oversize, half-sent bodies, clients that go away in mid-answer). The others ask about every mix of media; each answer must be
   the greedy one of `ChatModel.reply`, alone, in another process. Each hostile one must get the status that is expected.
 - memory: `--long` requests of the same kinds with new media, and the server's memory, open files, threads and children after
-  each tenth. Keys and values of earlier turns are kept on purpose, up to a limit, and counted apart.
+  each tenth; `--long 0` leaves it out. Keys and values of earlier turns are kept on purpose, up to a limit, and counted apart.
 
 Prints a table, then one JSON document as its last line.
 """
