@@ -4,6 +4,7 @@ python docs/screenshots.py [--out docs]
 """
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from modalloy import builtin
@@ -74,7 +76,8 @@ def main() -> None:
 
         def shoot(page: Any, name: str) -> None:
             page.wait_for_timeout(1500)
-            page.screenshot(path=out / f"serve-{name}.png")
+            picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            picture.quantize(256).save(out / f"serve-{name}.png", optimize=True)
             print(name, file=sys.stderr)
 
         page = visit("light", WIDE)
