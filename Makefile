@@ -60,6 +60,9 @@ bench: install  ## measure merges and models of 7B size (80 GB of disk, two hour
 	$(BIN)/python benchmarks/optmerge.py --full
 	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/omni7b.py
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve_load.py
+	PYTHONPATH=$(QUANTIZE) $(BIN)/python benchmarks/quantized.py
 	$(BIN)/python benchmarks/senses.py --data $(DATA)
 
 bench-peers: install $(MERGEKIT)  ## the same merges in mergekit, which gets a venv of its own
