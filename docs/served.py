@@ -38,7 +38,7 @@ def speed(found: dict[str, Any]) -> str:
         one = found[kind]
         rows.append(
             f"| 8 clients at once, {what} | {one['clients_tokens_per_s']:.1f} tokens/s | one client: "
-            f"{one['one_client_tokens_per_s']:.1f} tokens/s | {one['ratio']:.2f} × (for each second of CPU: {one['cpu_ratio']:.2f} ×) | "
+            f"{one['one_client_tokens_per_s']:.1f} tokens/s | {one['ratio']:.2f} × (of CPU: {one['cpu_ratio']:.2f} ×) | "
             f"{_aim(one['ratio'], least=3)} |"
         )
     rows.append(
