@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= build/senses
+QUANTIZE := .venv/torchao# apart: transformers imports it, where it finds it, with every model, which takes seconds
 MERGEKIT := build/bench/venv-mergekit/bin/mergekit-yaml
 .PHONY: install demo test browser check fix docs bench bench-peers data clean
 
@@ -12,15 +13,17 @@ install: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,serve,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt --upgrade --target $(QUANTIZE) torchao
 	touch $@
 
 demo: install  ## merge the built-in specialists and ask the result about pictures, sounds, videos and shapes
 	$(BIN)/modalloy demo
-	@echo "To talk to it: $(BIN)/modalloy serve --demo, then open http://127.0.0.1:8000 in a browser."
+	@echo "To talk to it: $(BIN)/modalloy serve --demo opens http://127.0.0.1:8000 in a browser."
 
 test: install browser  ## lint, types and all tests
 	$(MAKE) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal  # two workers of a thread each do not wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_quantized.py  # a thread each: no worker waits
+	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTIZE) $(BIN)/python -m pytest tests/test_quantized.py
 
 browser:  ## Chromium, which drives the tests of the page; without it they are skipped
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -57,6 +60,9 @@ bench: install  ## measure merges and models of 7B size (80 GB of disk, two hour
 	$(BIN)/python benchmarks/optmerge.py --full
 	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/omni7b.py
+	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/serve_load.py
+	PYTHONPATH=$(QUANTIZE) $(BIN)/python benchmarks/quantized.py
 	$(BIN)/python benchmarks/senses.py --data $(DATA)
 
 bench-peers: install $(MERGEKIT)  ## the same merges in mergekit, which gets a venv of its own

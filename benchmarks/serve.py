@@ -1,14 +1,13 @@
 """What does `modalloy serve` cost and save? The merge of the built-in specialists, asked over HTTP on this machine.
 
-    python benchmarks/serve.py [--rounds 5] [--requests 1000] [--tokens 64]
+    python benchmarks/serve.py [--rounds 5] [--tokens 64]
 
 - batching: tokens a second of 8 clients at once against those of one, both for long answers to text and for every mix of media
 - second turn: seconds to the first token of a second turn against the first's, whose pictures and sounds are new
 - overhead: seconds of whole answers over those of `ChatModel.reply` in a process of its own, no conversation seen before
 - both also in seconds of CPU, which other programs on the machine do not change
-- memory: resident bytes of the server over 1,000 requests of every mix, all new, a third of them hostile, from 16 clients: at the
-  end against four fifths of them
 
+Memory over many requests, and strangers', are in serve_load.py.
 Figures are medians of rounds in which the variants alternate. Prints a table, then one JSON document as its last line.
 """
 
@@ -26,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from modalloy.demo import merged
 
 CLIENTS = 8
 TOPICS = "sea forest desert city moon river island mountain castle garden train harbour winter market library volcano".split()  # noqa: SIM905
-AIMS = {"batching": 3.0, "second turn": 0.3, "overhead": 1.05, "memory": 1.05}
+AIMS = {"batching": 3.0, "second turn": 0.3, "overhead": 1.05}
 Parts = list[dict[str, Any]]
 
 
@@ -80,7 +79,7 @@ class Server:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    command = [sys.executable, "-m", "modalloy.cli", "serve", "--demo", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "modalloy.cli", "serve", "--demo", "--no-open", "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
@@ -240,47 +239,12 @@ def overhead(one: Server, rounds: int, tokens: int) -> dict[str, float]:
     )
 
 
-def memory(one: Server, requests: int) -> dict[str, Any]:
-    """Resident bytes before and after many requests, and what was answered."""
-    hostile = [b"{", b"[" * 10_000, json.dumps({"model": "demo", "messages": user([url("image_url", b"no")])}).encode()]
-    statuses: dict[int, int] = {}
-
-    def ask(index: int) -> int:
-        if index % 3 == 0:
-            return int(one.ask(None, 1, hostile[index // 3 % len(hostile)])["status"])
-        if index % 50 == 1:  # sent in half
-            connection = HTTPConnection("127.0.0.1", one.port)
-            connection.putrequest("POST", "/v1/chat/completions")
-            for name, value in (("Content-Type", "application/json"), ("Content-Length", "500")):
-                connection.putheader(name, value)
-            connection.endheaders(b"{")
-            connection.close()
-            return 0
-        try:
-            return int(one.ask(user(mixes(5000 + index)[index % CLIENTS]), 4)["status"])
-        except (HTTPException, OSError):
-            return -1
-
-    marks = []
-    with ThreadPoolExecutor(16) as pool:
-        for begin in range(0, requests, requests // 5):
-            for status in pool.map(ask, range(begin, begin + requests // 5)):
-                statuses[status] = statuses.get(status, 0) + 1
-            marks.append(one.resident_bytes)
-    return {
-        "resident_bytes": marks,
-        "ratio": marks[-1] / marks[-2],
-        "statuses": {str(status): count for status, count in sorted(statuses.items())},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer, where its length is chosen")
     args = parser.parse_args()
-    rounds, requests = args.rounds, args.requests
+    rounds = args.rounds
     with server() as one:
         one.ask(user([picture(1)[0], sound(1), text("What is this?")]), 4)  # decoders are loaded
         parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -288,7 +252,6 @@ def main() -> None:
             "media": lambda: batching(one, mixes, rounds, args.tokens),
             "second_turn": lambda: second_turn(one, rounds),
             "overhead": lambda: overhead(one, rounds, args.tokens),
-            "memory": lambda: memory(one, requests),
         }
         found: dict[str, Any] = {}
         for name, measure in parts.items():
@@ -318,14 +281,9 @@ def main() -> None:
             f"{found['overhead']['picture_ratio']:.3f} × chat's seconds ({found['overhead']['picture_cpu_ratio']:.3f} × its CPU s)",
             f"≤ {AIMS['overhead']}",
         ],
-        [
-            "memory",
-            f"{found['memory']['ratio']:.3f} × after {requests} requests, of {requests * 4 // 5}",
-            f"≤ {AIMS['memory']}",
-        ],
     ]
     print(table(["", "measured", "aim"], rows))
-    print(json.dumps(found | {"machine": machine()}))
+    print(json.dumps({"benchmark": "serve"} | found | {"machine": machine()}))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import search_results
+import served
 from typer.main import get_command
 
 import modalloy
@@ -60,6 +61,7 @@ def pages() -> dict[str, str]:
         "results/speed.md": speed(),
         "results/classes.md": classes(),
         **search(),
+        "results/serve.md": served.page(RESULTS),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 

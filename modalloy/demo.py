@@ -13,6 +13,7 @@ from modalloy import builtin
 from modalloy._version import __version__
 from modalloy.machine import memory
 from modalloy.merging import merge
+from modalloy.outputs.manifest import read_sources
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 from modalloy.storage.staging import MANIFEST
 
@@ -84,14 +85,16 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
 
 
 def merged(on_job: Callable[[int, int], None] | None = None) -> Path:
-    """Folder of the merge of the built-in specialists, made once for these specialists and this version."""
+    """Folder of the merge of the built-in specialists, made once for these specialists and this version, where they are now."""
     found = hashlib.sha256(__version__.encode())
     for modality in builtin.specialists():
         for path in sorted(builtin.specialist(modality).iterdir()):
             found.update(path.name.encode() + path.read_bytes())
     out = builtin.cache() / f"demo-{found.hexdigest()[:16]}"
-    if not (out / MANIFEST).is_file():
-        merge(_recipe(), out, overwrite=True, on_job=on_job)
+    recipe = _recipe()
+    # another installation may have made it, and be gone: what it was made from could not be inspected any more
+    if not (out / MANIFEST).is_file() or read_sources(out, recipe).gone() is not None:
+        merge(recipe, out, overwrite=True, on_job=on_job)
     return out
 
 

@@ -10,8 +10,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from modalloy import builtin
 from modalloy.model.chat import ChatModel
 from modalloy.serve.app import application
@@ -19,7 +17,7 @@ from modalloy.serve.metrics import Metrics
 from modalloy.serve.options import listening
 from modalloy.serve.queue import Served
 from modalloy.serve.remote import Hosts
-from modalloy.serve.server import Server
+from modalloy.serve.server import Server, settings
 
 PICTURE, OTHER, SOUND = (builtin.SAMPLES / name for name in ("horse.webp", "cow.webp", "dog.flac"))
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
@@ -71,7 +69,7 @@ def site(
     }
     app = application(served, metrics, folders=folders or {}, keys=keys)
     with listening("127.0.0.1", 0) as listener:
-        server = Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
+        server = Server(settings(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         until(lambda: server.started)

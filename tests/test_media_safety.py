@@ -18,7 +18,7 @@ from PIL import Image
 
 from modalloy import builtin
 from modalloy.errors import MediaError
-from modalloy.senses.media import child, limits, load_audio, load_image, load_points, load_video, streams
+from modalloy.senses.media import child, jpeg, limits, load_audio, load_image, load_points, load_video, streams
 
 LOADERS: dict[str, Callable[[Any], Any]] = {
     "image": load_image,
@@ -373,3 +373,39 @@ def test_a_frame_of_a_png_whose_data_ends_early_is_damaged(tmp_path: Path) -> No
     path.write_bytes(whole[:at] + chunk(b"fdAT", cut) + whole[at + 12 + length :])
     with pytest.raises(MediaError, match="the data of its frame 3 ends before the last row"):
         load_video(path, 3)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "grey", "cmyk", "restarts", "MPO"])
+def test_a_jpeg_whose_data_ends_early_is_damaged(kind: str, tmp_path: Path) -> None:
+    """An end marker in the midst of a scan: libjpeg warns, and Pillow gives the picture with the rest of it grey."""
+    path = tmp_path / "a.jpg"
+    mode, options = {
+        "progressive": ("RGB", {"progressive": True}),
+        "grey": ("L", {}),
+        "cmyk": ("CMYK", {}),
+        "restarts": ("RGB", {"restart_marker_rows": 1}),
+    }.get(kind, ("RGB", {}))
+    noise = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    image.save(path, "MPO" if kind == "MPO" else "JPEG", exif=b"Exif\0\0\xff\xc9\xff\xd9", **options)
+    whole = path.read_bytes()
+    assert load_image(path).size == (128, 96) and load_video(path, 2).shape == (2, 96, 128, 3)
+    path.write_bytes(whole + b"more")  # after the end; photographs have such
+    load_image(path)
+    scan = whole.rindex(b"\xff\xda")
+    end = whole.index(b"\xff\xd9", scan)
+    for share in (0.2, 0.7, 0.95):
+        early = whole[: scan + int(share * (end - scan))].rstrip(b"\xff") + b"\xff\xd9"
+        path.write_bytes(early)
+        assert Image.open(path).convert("RGB").size == (128, 96)  # else our own check is no longer needed
+        for load in (load_image, LOADERS["video"]):
+            with pytest.raises(MediaError, match=r"a\.jpg: not a readable image \(its data is damaged, or ends before"):
+                load(path)
+
+
+def test_a_jpeg_that_ffmpeg_does_not_know_is_left_to_pillow(tmp_path: Path) -> None:
+    """Arithmetic coding, and markers that stand before it."""
+    data = b"\xff\xd8\xff\xe0\x00\x04\xff\xc0\xff\xff\xfe\x00\x04hi" + b"\xff\xc9\x00\x0b"
+    assert jpeg._frame_marker(data) == 0xC9 not in jpeg.HUFFMAN
+    assert jpeg._frame_marker(b"\xff\xd8\xff") is None and jpeg._frame_marker(data[:6]) is None
+    jpeg.check_scans(io.BytesIO(data))

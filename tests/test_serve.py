@@ -22,6 +22,7 @@ from PIL import Image
 from serving import CHAT, OTHER, PICTURE, SOUND, Site, body, encoded, image, site, sound, text, until
 
 from modalloy import merge
+from modalloy.cli.serve import shows_pages
 from modalloy.model.chat import ChatModel, user_message
 from modalloy.model.load import load_model
 from modalloy.serve.queue import share
@@ -279,33 +280,47 @@ def test_metrics_count_what_was_answered(chat: ChatModel) -> None:
         assert server.ask("/health", method="GET")[2] == {"status": "ok", "models": ["merged"]}
 
 
-def _stream(server: Site, tokens: int, streamed: bool = True) -> tuple[HTTPConnection, Any]:
+def _stream(server: Site, tokens: int, streamed: bool = True, model: str = "merged") -> tuple[HTTPConnection, Any]:
     """A connection on which an answer of many tokens comes."""
     import json
 
     connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
-    asked = body(text(QUESTION), max_tokens=tokens, stream=streamed, ignore_eos=True)
+    asked = body(text(QUESTION), model=model, max_tokens=tokens, stream=streamed, ignore_eos=True)
     connection.request("POST", CHAT, json.dumps(asked), {"Content-Type": "application/json"})
     return connection, connection.getresponse() if streamed else None
 
 
-def test_the_command_finishes_what_runs_and_ends(omni: Path) -> None:
-    command = [sys.executable, "-m", "modalloy.cli", "serve", "--model", f"merged={omni}", "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+# the command, whose built-in merge is a tiny one
+DEMO = """
+import sys, pathlib, modalloy.demo
+folder = pathlib.Path(sys.argv.pop())
+modalloy.demo.merged = lambda on_job: folder
+from modalloy.cli import main
+main()
+"""
+
+
+def test_the_command_opens_the_page_finishes_what_runs_and_ends(omni: Path, tmp_path: Path) -> None:
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f"#!/bin/sh\necho $1 > {opened}.part && mv {opened}.part {opened}\n")
+    browser.chmod(0o755)
+    command = [sys.executable, "-c", DEMO, "serve", "--demo", "--port", "0", "--device", "cpu", str(omni)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BROWSER": f"{browser} %s"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     try:
         lines: list[str] = []
         for line in process.stderr:
             lines.append(line)
-            if found := re.match(r"serving  http://127\.0\.0\.1:(\d+) \(merged\)", line):
+            if found := re.match(r"serving  (http://127\.0\.0\.1:(\d+)) \(demo\)", line):
                 break
         assert found, lines
-        server = Site(int(found[1]), {}, None)
-        until(lambda: _is_up(server))
+        server = Site(int(found[2]), {}, None)
+        assert server.ask("/health", method="GET")[0] == 200  # once it says so, it listens
+        until(opened.exists)
+        assert opened.read_text() == f"{found[1]}\n"
         read: list[bytes] = []
-        connection, response = _stream(server, 460)
+        connection, response = _stream(server, 460, model="demo")
         thread = threading.Thread(target=lambda: read.append(response.read()))
         thread.start()
         process.send_signal(signal.SIGTERM)
@@ -320,11 +335,19 @@ def test_the_command_finishes_what_runs_and_ends(omni: Path) -> None:
         process.stderr.close()
 
 
-def _is_up(server: Site) -> bool:
-    try:
-        return server.ask("/health", method="GET")[0] == 200
-    except ConnectionRefusedError:
-        return False
+@pytest.mark.parametrize(
+    ("named", "shows"),
+    [({}, False), ({"BROWSER": "firefox"}, True), ({"DISPLAY": ":0"}, True), ({"DISPLAY": ""}, False)],
+)
+def test_the_page_is_opened_where_it_can_be_seen(
+    named: dict[str, str], shows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert shows_pages() is shows
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Answers in a batch are those of each prompt alone: with media of every kind, joining late, leaving early, known in part."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import write_omni
 from native_models import MAKERS, VOCABULARY
+from serving import until
 from test_native import blocks_of, prompt, write_base, write_recipe, write_specialist
 
 from modalloy import builtin, merge
@@ -18,6 +20,7 @@ from modalloy.model.batch import Batch, Row, is_batchable
 from modalloy.model.chat import ChatModel, Prompt, user_message
 from modalloy.model.kept import Kept, Marked
 from modalloy.model.load import load_model
+from modalloy.serve.turns import Turns
 
 N = 12
 PICTURE, OTHER, SOUND = (builtin.SAMPLES / name for name in ("horse.webp", "cow.webp", "dog.flac"))
@@ -140,6 +143,25 @@ def test_a_client_that_goes_away_frees_its_row(chat: ChatModel) -> None:
     assert engine.room == 1 and pairs[0][0].finished is None
     finish(engine)
     assert pairs[1][0].ids == alone(chat, chat.prompt(QUESTIONS[1]), 100)
+
+
+def test_turns_go_to_those_who_came_first() -> None:
+    turns, order = Turns(), []
+
+    def take(index: int) -> None:
+        with turns:
+            order.append(index)
+
+    with turns:
+        threads = [threading.Thread(target=take, args=(index,)) for index in range(4)]
+        for index, thread in enumerate(threads):
+            thread.start()
+            until(lambda index=index: turns.asked == 2 + index)
+        assert order == []
+    take(4)  # whoever gives it back and asks again comes last
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3, 4]
 
 
 def test_what_is_kept_stays_within_its_bytes() -> None:

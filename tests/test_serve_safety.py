@@ -1,28 +1,28 @@
 """What strangers send `modalloy serve`: each is one line of refusal, and the next request is answered."""
 
+import asyncio
 import io
-import json
 import socket
 import struct
-import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpcore2
-import numpy as np
 import pytest
 from conftest import write_omni
-from serving import CHAT, OTHER, PICTURE, RESPONSES, SOUND, Site, body, encoded, image, site, sound, text, until
+from serving import CHAT, OTHER, PICTURE, RESPONSES, SOUND, Site, body, encoded, image, site, sound, text
 
+from modalloy import cli
 from modalloy.errors import MediaError, ModalloyError
-from modalloy.model.chat import ChatModel, user_message
+from modalloy.model.chat import ChatModel
 from modalloy.model.load import load_model
-from modalloy.serve import guard, preparing, remote
+from modalloy.serve import app, guard, preparing, remote
+from modalloy.serve import server as server_module
 from modalloy.serve.options import listening, read_keys
 from modalloy.serve.remote import Hosts, is_public, public_address
 
@@ -32,7 +32,7 @@ ASK = body(text("what is this ?"))
 
 @pytest.fixture(scope="module")
 def chat(base: Path, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
-    return load_model(write_omni(tmp_path_factory.mktemp("safe"), base))
+    return load_model(write_omni(tmp_path_factory.mktemp("safe"), base, ("vision", "audio", "video", "point")))
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +60,13 @@ def wav(seconds: int) -> bytes:
     return head + bytes(seconds)
 
 
-def npz(points: int) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, points=np.zeros((points, 3), np.float32))
-    return file.getvalue()
-
-
-def pickle_npy() -> bytes:
-    file = io.BytesIO()
-    np.save(file, np.array([{"a": 1}], object), allow_pickle=True)
-    return file.getvalue()
-
-
 WRONG: dict[str, tuple[Any, str]] = {
     "no json": (b"{", "no JSON"),
     "not utf-8": (b'{"model": "\xff"}', "no JSON"),
     "a list": ([], "valid dictionary"),
     "deep": (b"[" * 100_000, "no JSON"),
+    "very deep": (b'{"model": ' + b"[" * 1_000_000, "no JSON"),
+    "a number without end": (b'{"model": "merged", "seed": ' + b"9" * 1_000_000 + b"}", "no JSON|seed"),
     "infinite": (b'{"model": "merged", "temperature": Infinity, "messages": []}', "no JSON"),
     "no model": ({"messages": [{"role": "user", "content": "x"}]}, "model: Field required"),
     "no messages": ({"model": "merged"}, "messages: Field required"),
@@ -134,21 +124,6 @@ def test_a_wrong_request_is_one_line(server: Site, name: str) -> None:
     assert headers["content-security-policy"].startswith("default-src 'none'")
 
 
-def test_points_are_bounded_and_never_unpickled(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model that takes points there is none so small: the reader itself, as the server calls it."""
-    from modalloy.senses.media import isolated, load_points
-
-    folder = Path(chat.processor.where).parent
-    for data, told in ((npz(2_100_000), "at most 2,000,000"), (pickle_npy(), "not a readable point cloud|object")):
-        path = folder / "points"
-        path.write_bytes(data)
-        with (
-            isolated(seconds=20, memory_bytes=preparing.MEMORY_BYTES, forks=True, smaller=preparing.SMALLER),
-            pytest.raises(MediaError, match=told),
-        ):
-            load_points(path)
-
-
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -170,6 +145,16 @@ def test_routes_hosts_and_pages_of_others(server: Site) -> None:
     assert status == 405 and found["error"]["message"] == f"GET {CHAT}: method not allowed"
     assert server.ask("/v1/nothing", method="GET")[0] == 404 and server.ask("/", ASK)[0] == 405
     assert server.ask("/docs", method="GET")[0] == server.ask("/openapi.json", method="GET")[0] == 404
+    for path in (
+        "/%00",
+        "/samples/%00",
+        "/v1/models/%00",
+        "//etc/passwd",
+        "/samples/%2e%2e/__init__.py",
+        "/" + "x" * 5000,
+    ):
+        assert server.ask(path, method="GET")[0] == 404, path
+    assert server.ask(CHAT, ASK, headers={"Origin": "http://["})[0] == 403
     for host in ("evil.example:8000", "127.0.0.1.evil.example", "", "[::1"):
         status, _, found = server.ask(CHAT, ASK, headers={"Host": host})
         assert status == 403 and "Host" in found["error"]["message"]
@@ -233,13 +218,57 @@ def test_bodies_are_bounded(chat: ChatModel, monkeypatch: pytest.MonkeyPatch) ->
         assert status == 429 and headers["retry-after"] == "2"
 
 
+def test_heads_are_bounded(chat: ChatModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 1.0)
+    with site({"merged": chat}) as server:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode()
+        slow = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+        with slow, pytest.raises(OSError):  # the connection is ended under it
+            for byte in head * 9:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.02)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as silent:
+            assert silent.recv(1) == b""
+        assert b"400" in raw(server, b"X: " + b"x" * 100_000 + b"\r\n", b"")[:20]
+        both = raw(server, b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\n")
+        assert b"400" in both and b"exclude each other" in both
+        for wrong in (b"Content-Length: 2\r\nContent-Length: 3\r\n", b"Transfer-Encoding: gzip, chunked\r\n"):
+            assert raw(server, wrong, b"{}")[9:12] in (b"400", b"501"), wrong
+        upgrade = {
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Key": "x",
+            "Sec-WebSocket-Version": "13",
+        }
+        assert server.ask("/", method="GET", headers=upgrade)[0] == 200  # what is asked for is not, and the page is
+        assert server.ask(CHAT, ASK)[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_client_that_takes_no_more_of_a_stream_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    freed: list[bool] = []
+    running = SimpleNamespace(answer=SimpleNamespace(cancelled=False))
+
+    async def events() -> AsyncIterator[dict[str, str]]:
+        yield {"data": "x"}
+
+    async def stuck(message: Any = None) -> Any:
+        if message is None or message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    stream = app.Stream(events(), running, SimpleNamespace(free_place=lambda: freed.append(True)))
+    asyncio.run(stream({"type": "http", "method": "POST"}, stuck, stuck))
+    assert freed == [True] and running.answer.cancelled
+
+
 def raw(server: Site, headers: bytes, content: bytes, *, wait: bool = True) -> bytes:
     """What the server answers to what is no whole request, as far as the end of its error."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         begin = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n".encode()
         connection.sendall(begin + headers + b"\r\n" + content)
         found = b""
-        while wait and b"}}" not in found and (piece := connection.recv(4096)):
+        while wait and b"}}" not in found and b"Invalid" not in found and (piece := connection.recv(4096)):
             found += piece
         return found
 
@@ -254,38 +283,20 @@ def test_a_decoder_that_is_late_is_killed_and_the_next_picture_read(
     assert server.chat(image(OTHER), text("x"))[0] == 200
 
 
-def test_a_third_of_the_requests_is_hostile_and_the_rest_is_right(server: Site, chat: ChatModel) -> None:
-    """Every mix from 8 clients, with bombs, lies and clients that go away; figures of more are in benchmarks/serve.py."""
-    good = [
-        ((), {}),
-        ((image(PICTURE),), {"image": PICTURE}),
-        ((image(OTHER), sound(SOUND)), {"image": OTHER, "audio": SOUND}),
-    ]
-    question = "do you see a dog ?"
-    wants = [chat.reply(user_message(question, media.items()), max_new_tokens=12).answer for _, media in good]
-    bad: list[Callable[[], Any]] = [
-        lambda: server.chat(image(png(30_000, 30_000))),
-        lambda: server.chat(sound(PICTURE)),
-        lambda: server.ask(CHAT, b"{"),
-        lambda: raw(server, b"Content-Length: 5000\r\n", b"{", wait=False),
-        lambda: raw(server, f"Content-Length: {len(LONG)}\r\n".encode(), LONG, wait=False),
-    ]
+def test_a_third_of_the_requests_is_hostile_and_the_rest_is_right(
+    chat: ChatModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mix of media and every kind of hostile request, of 16 clients: what benchmarks/serve_load.py does to a real model."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import serve
+    import serve_load
 
-    def ask(index: int) -> bool:
-        if index % 3 == 0:
-            bad[index // 3 % len(bad)]()
-            return True
-        parts, _ = good[index % len(good)]
-        status, _, found = server.chat(*parts, text(question))
-        return status == 200 and found["choices"][0]["message"]["content"] == wants[index % len(good)]
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(ask, range(45)))
-    until(lambda: server.figure("modalloy_requests_under_way") == 0 and server.figure("modalloy_rows") == 0)
-    assert server.figure('modalloy_requests_total{route="/v1/chat/completions",status="500"}') == 0
-
-
-LONG = json.dumps(body(text("what ?"), stream=True, max_tokens=400)).encode()
+    with site({"demo": chat}) as server:
+        one = serve.Server(None, server.port)
+        found = serve_load.faults(one, 3 * len(serve_load.HOSTILE), serve_load.replies(chat, questions=1))
+        assert server.figure('modalloy_requests_total{route="/v1/chat/completions",status="500"}') == 0
+    assert not found["wrong"] and found["hostile"] == len(serve_load.HOSTILE) and found["under_way_after"] == 0
+    assert found["statuses"]["200"] == found["well_formed"] == 2 * found["hostile"]
 
 
 def test_hosts_that_media_may_come_from() -> None:
@@ -366,20 +377,26 @@ def test_what_a_host_answers(monkeypatch: pytest.MonkeyPatch, answer: bytes, tol
         (["x", "--allow-media-host", "https://a"], "is no host"),
     ],
 )
-def test_the_command_refuses_in_one_line(arguments: list[str], told: str) -> None:
-    command = [sys.executable, "-m", "modalloy.cli", "serve", *arguments, "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and told in done.stderr, done.stderr
+def test_the_command_refuses_in_one_line(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["modalloy", "serve", *arguments, "--port", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and told in said, said
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "sse_starlette"])
-def test_a_missing_extra_is_one_line(missing: str) -> None:
-    hide = f"import sys; sys.modules[{missing!r}] = None; from modalloy.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", hide, "serve", "x"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (
-        2,
-        f'error: {missing} is not installed, and this needs it; run pip install "modalloy[serve]"\n',
-    )
+def test_a_missing_extra_is_one_line(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    monkeypatch.setattr(sys, "argv", ["modalloy", "serve", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = f'error: {missing} is not installed, and this needs it; run pip install "modalloy[serve]"\n'
+    assert capfd.readouterr().err == said
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(server: Site) -> None:

@@ -1,5 +1,7 @@
 """The command that answers over HTTP."""
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +23,10 @@ def serve(
         list[str] | None, typer.Option(metavar="NAME=OUT", help="a model under a name of its own; may be repeated")
     ] = None,
     demo: Annotated[
-        bool, typer.Option("--demo", help="serve the merge of the built-in specialists, made if needed")
+        bool,
+        typer.Option("--demo", help="serve the merge of the built-in specialists, made if needed, and open the page"),
     ] = False,
+    no_open: Annotated[bool, typer.Option("--no-open", help="open no browser")] = False,
     host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
     api_key_file: Annotated[
@@ -87,4 +91,20 @@ def serve(
 
             with progress("merge") as on_job:
                 models = {DEMO: merged(on_job)} | models
-        run(models, listener, replace(options, device=resolve_device(device)), to_stderr)
+        opens = demo and not no_open and shows_pages()
+        settled = replace(options, device=resolve_device(device))
+        run(models, listener, settled, to_stderr, open_page if opens else lambda url: None)
+
+
+def shows_pages() -> bool:
+    """Whether this machine has a screen, or its user named what opens pages (BROWSER)."""
+    named = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in named)
+
+
+def open_page(url: str) -> None:
+    """Open a page in the user's browser, for which nobody waits."""
+    import threading
+    import webbrowser
+
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()

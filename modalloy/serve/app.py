@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -30,6 +31,7 @@ from modalloy.serve.refusal import RefusalError, bug, refusal_of
 
 ASSETS = Path(__file__).with_name("assets")  # the page at /
 CLIENT_GONE = 499  # in metrics: nobody reads such an answer
+SEND_SECONDS = 60.0  # in which a client must take a piece of a stream
 GRACE_SECONDS = 600.0  # that streams have to end in once the server stops
 
 Whole = Callable[[Running], Awaitable[dict[str, Any]]]
@@ -188,15 +190,16 @@ async def _gone(request: Request) -> None:
 
 
 class Stream(EventSourceResponse):
-    """An answer as it grows. Its place is freed when it ends, or its client goes away."""
+    """An answer as it grows. Its place is freed when it ends, or its client goes away or takes no more of it."""
 
     def __init__(self, events: AsyncIterator[answers.Event], running: Running, model: Served) -> None:
-        super().__init__(events, shutdown_grace_period=GRACE_SECONDS, sep="\n")
+        super().__init__(events, shutdown_grace_period=GRACE_SECONDS, send_timeout=SEND_SECONDS, sep="\n")
         self.running, self.model = running, model
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with suppress(SendTimeoutError):
+                await super().__call__(scope, receive, send)
         finally:
             self.running.answer.cancelled = True
             self.model.free_place()

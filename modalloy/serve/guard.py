@@ -1,5 +1,6 @@
 """What stands before every request: keys, hosts, the sizes of bodies, and headers of every answer."""
 
+import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -42,7 +43,7 @@ class Guard:
         self, app: Any, *, count: Callable[[str, str], Any], keys: tuple[str, ...] = (), loopback: bool = True
     ) -> None:
         self.app, self.loopback, self.count = app, loopback, count
-        self.keys = tuple(key.encode() for key in keys)
+        self.keys = tuple(map(_digest, keys))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,7 +72,7 @@ class Guard:
         """Refuse a request from a page of another site, and one without a key where there are keys.
 
         Raises:
-            RefusalError: with status 401, 403 or 413.
+            RefusalError: with status 400, 401, 403 or 413.
         """
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
@@ -79,15 +80,17 @@ class Guard:
             # a page of another site, whose name was made to lead to this machine, cannot read what is answered here
             raise RefusalError("the Host header is none of this machine; ask 127.0.0.1 or localhost", status=403)
         origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             raise RefusalError("pages of other sites are not answered; ask from the server's own page", status=403)
         length = headers.get(b"content-length", "")
+        if length and b"transfer-encoding" in headers:  # whoever stands in between may go by the other (RFC 9112, 6.3)
+            raise RefusalError("Content-Length and Transfer-Encoding exclude each other; send one of them")
         if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
             raise _too_large()
         if self.keys and scope["path"].startswith(KEYED):
             scheme, _, key = headers.get(b"authorization", "").partition(" ")
-            given = key.strip().encode("latin-1")
-            # all are compared, each in constant time
+            given = _digest(key.strip())
+            # all are compared, each in constant time, whatever its length
             right = [hmac.compare_digest(given, one) for one in self.keys]
             if scheme.lower() != "bearer" or not any(right):
                 raise RefusalError(
@@ -100,6 +103,18 @@ class Guard:
 
 def _too_large() -> RefusalError:
     return RefusalError(f"the body has more than {MAX_BODY_BYTES} bytes; send fewer or smaller media", status=413)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _place(origin: str) -> str:
+    """Host and port of an Origin header."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _name(host: str) -> str:

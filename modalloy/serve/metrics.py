@@ -22,6 +22,9 @@ class Metrics:
             "modalloy_requests_under_way", "Requests read, waiting or being answered.", ["model"], registry=kept
         )
         self.running = Gauge("modalloy_rows", "Requests whose tokens are being made.", ["model"], registry=kept)
+        self.kept = Gauge(
+            "modalloy_kept_bytes", "Keys and values of earlier turns that are kept.", ["model"], registry=kept
+        )
         self.tokens = Counter(
             "modalloy_tokens",
             "Tokens of prompts by modality, and of answers.",

@@ -86,6 +86,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def address(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
+
+
+def reached(host: str) -> str:
+    """The name by which this machine reaches what listens at a host."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket at this address, had before models are loaded: a port that is taken is told at once.

@@ -20,6 +20,7 @@ from modalloy.senses.native import Block
 from modalloy.serve.asking import Asked, Medium
 from modalloy.serve.refusal import RefusalError, refusal_of
 from modalloy.serve.remote import Hosts
+from modalloy.serve.turns import TURNS
 
 SECONDS = 20  # of CPU for one medium
 MEMORY_BYTES = 2_500_000_000  # of addresses, of which the libraries take about 1 GB
@@ -67,7 +68,7 @@ class Preparer:
     def __init__(self, name: str, chat: ChatModel, hosts: Hosts, *, known_bytes: int) -> None:
         self.name, self.chat, self.hosts = name, chat, hosts
         self.known = Known(known_bytes)
-        self._encoding = threading.Lock()
+        self._composing = threading.Lock()
 
     @property
     def hidden(self) -> dict[str, str]:
@@ -85,7 +86,7 @@ class Preparer:
             turns: list[Message] = [
                 turn | {"content": self._parts(turn["content"], Path(folder))} for turn in asked.turns
             ]
-            with self._encoding:
+            with self._composing:
                 try:
                     return self.chat.prompt(turns, features=self._features, blocks=self._blocks)
                 except Exception as error:
@@ -134,7 +135,7 @@ class Preparer:
             found = decoded(sense)
             if isinstance(self.chat, HostedModel) or sense in self.chat.processor.preparers:
                 return found
-            with self._encoding:
+            with TURNS:
                 return self.chat.model.encode(sense, found[None])[0]
 
         return self.known.get((sense, key), make)
@@ -144,7 +145,12 @@ class Preparer:
 
     def _blocks(self, sense: str, media: list[Any]) -> list[Block]:
         """Blocks of all of a conversation's media of a native modality, which are made together."""
-        return list(self.known.get((sense, *map(_digest, media)), lambda: self.chat.blocks(sense, media)))
+
+        def make() -> list[Block]:
+            with TURNS:
+                return self.chat.blocks(sense, media)
+
+        return list(self.known.get((sense, *map(_digest, media)), make))
 
 
 class _Shown:

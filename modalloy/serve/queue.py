@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from modalloy.machine.memory import room
 from modalloy.model.alone import answering
 from modalloy.model.answering import Answer, TokenLogprob
+from modalloy.model.batch import Batch
 from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.quantised import parts
 from modalloy.model.routing import is_quantised
@@ -23,6 +25,7 @@ from modalloy.serve.metrics import Metrics
 from modalloy.serve.preparing import Preparer
 from modalloy.serve.refusal import RefusalError, bug, refusal_of
 from modalloy.serve.remote import Hosts
+from modalloy.serve.turns import TURNS
 
 KEPT_BYTES = 1_000_000_000  # at most, for keys and values of earlier turns, for each model;
 KEPT_SHARE = 8  # and at most one part in so many of the memory that is free
@@ -89,6 +92,8 @@ class Served:
         self.preparer = Preparer(name, chat, hosts, known_bytes=KNOWN_BYTES)
         kept = min(KEPT_BYTES, free_bytes(chat.model.device) // KEPT_SHARE)
         self.engine = answering(chat, max_rows=max_batch, kept_bytes=kept)
+        # the step of another engine than a batch is a whole answer, which nobody else should wait for
+        self._turn: Any = TURNS if isinstance(self.engine, Batch) else nullcontext()
         _ = chat.ends  # worked out now rather than for the first who asks
         self.created = int(time.time())
         self._preparing = ThreadPoolExecutor(DECODING, thread_name_prefix=f"prepare {name}")
@@ -160,14 +165,15 @@ class Served:
                 arriving: list[Running] = []
                 while self._waiting and self.engine.room > len(arriving):
                     arriving.append(self._waiting.popleft())
-            for running in arriving:
-                self._add(running)
-            try:
-                if not self.engine.idle:
-                    self.engine.step()
-            except Exception as error:
-                self.engine.clear()
-                self._fail(error, list(self._running))
+            with self._turn:
+                for running in arriving:
+                    self._add(running)
+                try:
+                    if not self.engine.idle:
+                        self.engine.step()
+                except Exception as error:
+                    self.engine.clear()
+                    self._fail(error, list(self._running))
             self._tell()
 
     def _add(self, running: Running) -> None:
@@ -191,6 +197,8 @@ class Served:
                 self.metrics.answered(self.name, self.chat.processor.owners, running)
                 running.tell(None)
         self.metrics.running.labels(self.name).set(len(self._running))
+        if isinstance(self.engine, Batch):
+            self.metrics.kept.labels(self.name).set(self.engine.kept.bytes)
 
     def _fail(self, error: BaseException, lost: Sequence[Running]) -> None:
         """Tell those who lose their answers; the rest goes on."""

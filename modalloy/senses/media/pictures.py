@@ -10,6 +10,7 @@ import numpy as np
 
 from modalloy.errors import MediaError, plain
 from modalloy.senses.media import limits
+from modalloy.senses.media.jpeg import check_scans
 from modalloy.senses.media.limits import decoding, opened
 from modalloy.senses.media.png import check_rows
 
@@ -21,6 +22,7 @@ ANIMATED = ("GIF", "PNG", "WEBP")  # the formats whose further pictures are fram
 KIND, REMEDY = "readable image", "give a PNG, JPEG, WebP, GIF, BMP or TIFF file"
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
 SCAN = b"\xff\xda"  # begins a scan of a JPEG, and stands nowhere inside one
+CHECKS = {"PNG": check_rows, "JPEG": check_scans, "MPO": check_scans}  # of formats that Pillow would fill up
 
 
 class NoPictureError(MediaError):
@@ -34,7 +36,7 @@ def read_picture(path: str | Path) -> "Image":
 
         limit = limits.MAX_WEBP_PIXELS if image.format == "WEBP" else limits.MAX_PIXELS
         limits.check_pixels(path, image.width, image.height, limit)
-        _check_rows(path, image)
+        _check_whole(path, image)
         with decoding(path, KIND, REMEDY):
             ImageOps.exif_transpose(image, in_place=True)  # decodes
             return _rgb(image, image.format)
@@ -55,7 +57,7 @@ def read_animation(path: str | Path, n_frames: int) -> np.ndarray:
             count: int = image.n_frames if image.format in ANIMATED else 1
         pixels = image.width * image.height
         limits.check_frames(path, count, count * pixels, limits.MAX_ANIMATION_PIXELS)
-        _check_rows(path, image)
+        _check_whole(path, image)
         first = int(getattr(image, "default_image", False))  # a PNG's picture for programs that cannot animate
         wanted = [first + index for index in spaced(count - first, n_frames)]
         result: np.ndarray | None = None
@@ -131,12 +133,12 @@ def _check_tiles(path: str | Path, image: Any) -> None:
         limits.check_pixels(path, width, height)
 
 
-def _check_rows(path: str | Path, image: Any) -> None:
-    """Refuse a PNG that Pillow would fill up with black rows. The file stands where it stood."""
-    if image.format == "PNG":
+def _check_whole(path: str | Path, image: Any) -> None:
+    """Refuse a picture that ends early, which Pillow would fill up. The file stands where it stood."""
+    if check := CHECKS.get(image.format):
         place = image.fp.tell()
         with decoding(path, KIND, REMEDY):
-            check_rows(image.fp)
+            check(image.fp)
         image.fp.seek(place)
 
 

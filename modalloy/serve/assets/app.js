@@ -203,7 +203,7 @@ async function answer(index, model) {
   save();
 }
 
-const atEnd = () => window.innerHeight + window.scrollY > document.body.scrollHeight - 120;
+const atEnd = () => window.innerHeight + window.scrollY > document.body.scrollHeight - 200;
 
 function busy() {
   $("send").hidden = running.size > 0;

@@ -6,7 +6,7 @@ const NAMED = ["text", "image", "audio", "video", "point"];
 const MOST_CELLS = 400; // beyond, single tokens are not told apart
 
 /** The class that colours what uses these weights. */
-const tone = (weights) => `tone-${NAMED.includes(weights) ? weights : "other"}`;
+export const tone = (weights) => `tone-${NAMED.includes(weights) ? weights : "other"}`;
 
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
@@ -42,6 +42,6 @@ export function strip(facts, usage) {
     facts.tokens_per_s === null ? null : `${facts.tokens_per_s.toFixed(1)} tokens/s`,
     facts.reused_tokens ? `${facts.reused_tokens.toLocaleString("en")} known from before` : null,
   ];
-  return h("div", { class: "facts" }, bar, h("ul", { class: "legend", "aria-label": "Tokens by modality" }, ...legend),
+  return h("div", { class: "facts" }, h("h4", { text: "Where the tokens went" }), bar, h("ul", { class: "legend", "aria-label": "Tokens by modality" }, ...legend),
     h("p", { class: "figures", text: figures.filter(Boolean).join(" · ") }));
 }

@@ -3,6 +3,7 @@
 import { sample } from "./api.js";
 import { $, h, refuse } from "./dom.js";
 import { preview } from "./media.js";
+import { tone } from "./strip.js";
 
 const QUESTIONS = [
   { media: { image: "camera.webp" }, text: "Which is it: a ship, a camera, an owl or a hammer?" },
@@ -39,7 +40,8 @@ export async function welcome(able, begun, onAsk) {
   });
   place.replaceChildren(
     h("h2", { text: "Ask about anything that can be seen or heard" }),
-    h("p", { class: "note", text: `These models take text${able.length ? `, ${able.join(", ")}` : " only"}. Drop files anywhere, paste a picture, record a sound; or begin with one of these.` }),
+    h("ul", { class: "senses", "aria-label": "What these models take" }, ...["text", ...able].map((name) => h("li", { class: tone(name), text: name }))),
+    h("p", { class: "note", text: able.length ? "Drop files anywhere, paste a picture, record a sound; or begin with one of these." : "Ask below, or begin with one of these." }),
     h("div", { class: "cards" }, ...cards),
   );
 }
