@@ -196,9 +196,9 @@ def _placed(slot: Slot, update: Tensor) -> Expected:
 def _down(value: float | Sequence[float], shape: Sequence[int]) -> float | tuple[float, ...]:
     """A share of entries that is counted down, of one update or of each."""
     entries = math.prod(shape)
-    if isinstance(value, (tuple, list)):
-        return tuple(math.floor(one * entries) / entries for one in value)
-    return math.floor(value * entries) / entries
+    if isinstance(value, (int, float)):
+        return math.floor(value * entries) / entries
+    return tuple(math.floor(one * entries) / entries for one in value)
 
 
 def _rowed(update: Callable[[slice], Delta], rows: slice) -> Tensor:

@@ -173,6 +173,13 @@ class ChatModel:
             found.append((ids, torch.cat([nats.gather(-1, ids), others], -1)))
         return found
 
+    def distributions(self, prompt: Prompt, answer: str) -> tuple[list[int], Tensor]:
+        """An answer's tokens and its end, and the log-probabilities (tokens, vocabulary) of all tokens in each one's place."""
+        ids = self._whole(answer)
+        self._check_length(len(prompt.ids), len(ids))
+        (found,) = self.model.distributions(self.inputs([prompt]), [torch.tensor(ids)])
+        return ids, found
+
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
 

@@ -52,7 +52,7 @@ class Manifest(BaseModel):
     outputs: dict[str, Sha256]
     surveys: dict[str, dict[str, Any]] = Field(default_factory=dict)
     compression: dict[str, Share] = Field(default_factory=dict)
-    sanity: dict[str, dict[str, float]] = Field(default_factory=dict)  # what `--sanity` measured
+    check: dict[str, Any] = Field(default_factory=dict)  # what `modalloy check` found
     tensors: list[Fate]
 
 
