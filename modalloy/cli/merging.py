@@ -173,13 +173,33 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="recompute every tensor, not a sample of a large result")
     ] = False,
+    signature: Annotated[
+        bool, typer.Option("--signature", help="check the signature first; exit code 1 if it fails")
+    ] = False,
+    key: Annotated[Path | None, typer.Option(help="public key (PEM) of the signature", show_default=False)] = None,
+    identity: Annotated[str | None, typer.Option(help="who signed with sigstore, such as an address")] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="who vouches for that identity")] = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Check a result: hashes, shapes, finite values, what its manifest says, and its tensors against recipe and inputs."""
+    from modalloy.signing import SignatureError, verify_signature
     from modalloy.verify import verify as run
 
+    if not signature and (key or identity or issuer):
+        raise ModalloyError("--key, --identity and --issuer are of a signature; add --signature, or leave them out")
+    try:
+        signed = verify_signature(out, key=key, identity=identity, issuer=issuer) if signature else None
+    except SignatureError as reason:
+        say(json.dumps({"ok": False, "fault": str(reason)}) if as_json else f"fault    {reason}")
+        return 1
     checked = run(out, full=full)
-    say(json.dumps(checked.to_dict()) if as_json else checked.summary())
+    if as_json:
+        print(json.dumps(checked.to_dict() | ({} if signed is None else {"signature": signed.to_dict()})))
+        return 0
+    for line in [] if signed is None else signed.summary():
+        say(line)
+    say(checked.summary())
+    return 0
 
 
 def methods(as_json: Json = False) -> None:

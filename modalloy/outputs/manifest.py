@@ -27,10 +27,11 @@ from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import file_sha256, present, read_json, reading
 from modalloy.storage.locate import hub_commit, is_hub_id, is_portable_name
 from modalloy.storage.staging import MANIFEST as MANIFEST
+from modalloy.storage.staging import SIGNATURE as SIGNATURE
 from modalloy.storage.staging import SOURCES as SOURCES
 from modalloy.storage.tensors import Checkpoint, WeightFile
 
-NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine
+NOT_HASHED = (MANIFEST, SOURCES, SIGNATURE)  # of these `sources.json` says where the inputs were on this machine
 MAX_PATH = 4096  # bytes of a path that a system takes
 START_CONFIGS = ("config.json",)  # of a base or target: its sizes, and what its weights are
 

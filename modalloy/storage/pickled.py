@@ -6,6 +6,7 @@ that torch writes since 1.6 is read, and the row of pickles that it wrote before
 
 import io
 import mmap
+import os
 import pickletools
 import struct
 import zipfile
@@ -24,6 +25,7 @@ from modalloy.storage.folder import MAX_DEPTH, open_file, reading
 from modalloy.storage.small_reads import SmallReads
 
 ENDINGS = (".bin", ".pt", ".pth")
+SAFETENSORS_ONLY = "MODALLOY_SAFETENSORS_ONLY"  # an environment variable, which child processes inherit
 MAX_PICKLE_BYTES = 32 << 20  # of what is no tensor's data; that of a large model takes less than 1 MiB
 MAX_STEPS = 2_000_000  # of the machine; a tensor takes about 30
 MAX_DIMS, MAX_ELEMENTS = 64, 2**62  # of a tensor
@@ -127,6 +129,7 @@ class PickledFile:
 
     def __init__(self, path: Path, opaque: Collection[tuple[str, str]] = ()) -> None:
         """Read all but the tensors' data; objects of the classes in `opaque` (module, name) are passed over."""
+        refuse_pickle(path)
         self.path, self._opaque = path, opaque
         self._begins: dict[str, int] = {}
         self.content: Any = None
@@ -348,6 +351,16 @@ class PickledFile:
                 "save it again after .contiguous()"
             )
         return StoredTensor(storage, offset, shape, steps)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a pickle where none may be read: `modalloy --safetensors-only`, or its environment variable.
+
+    Raises:
+        CheckpointError: none may.
+    """
+    if os.environ.get(SAFETENSORS_ONLY, "") not in ("", "0"):
+        raise CheckpointError(f"{path}: is a pickle, which --safetensors-only refuses; ask its author for safetensors")
 
 
 def checked_count(shape: Sequence[int]) -> int:
