@@ -31,7 +31,7 @@ def _common(
 ) -> None:
     """Options of modalloy itself, which come before the command."""
     if safetensors_only:
-        from modalloy.storage.pickled import SAFETENSORS_ONLY
+        from modalloy.storage.folder import SAFETENSORS_ONLY
 
         os.environ[SAFETENSORS_ONLY] = "1"  # which child processes inherit
 

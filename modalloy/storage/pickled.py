@@ -6,7 +6,6 @@ that torch writes since 1.6 is read, and the row of pickles that it wrote before
 
 import io
 import mmap
-import os
 import pickletools
 import struct
 import zipfile
@@ -21,11 +20,10 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError, shown
-from modalloy.storage.folder import MAX_DEPTH, open_file, reading
+from modalloy.storage.folder import MAX_DEPTH, open_file, reading, refuse_pickle
 from modalloy.storage.small_reads import SmallReads
 
 ENDINGS = (".bin", ".pt", ".pth")
-SAFETENSORS_ONLY = "MODALLOY_SAFETENSORS_ONLY"  # an environment variable, which child processes inherit
 MAX_PICKLE_BYTES = 32 << 20  # of what is no tensor's data; that of a large model takes less than 1 MiB
 MAX_STEPS = 2_000_000  # of the machine; a tensor takes about 30
 MAX_DIMS, MAX_ELEMENTS = 64, 2**62  # of a tensor
@@ -351,16 +349,6 @@ class PickledFile:
                 "save it again after .contiguous()"
             )
         return StoredTensor(storage, offset, shape, steps)
-
-
-def refuse_pickle(path: Path) -> None:
-    """Refuse a pickle where none may be read: `modalloy --safetensors-only`, or its environment variable.
-
-    Raises:
-        CheckpointError: none may.
-    """
-    if os.environ.get(SAFETENSORS_ONLY, "") not in ("", "0"):
-        raise CheckpointError(f"{path}: is a pickle, which --safetensors-only refuses; ask its author for safetensors")
 
 
 def checked_count(shape: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modalloy.senses.encoders import Encoder
 from modalloy.senses.media import load_image
-from modalloy.storage.pickled import refuse_pickle
+from modalloy.storage.folder import refuse_pickle
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
