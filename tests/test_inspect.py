@@ -330,7 +330,9 @@ def test_a_model_that_changes_only_its_embeddings_is_found(
         changed = {key: one + 0.01 if part in key else one for key, one in tensors.items()}
         save_file(changed, folders[name] / "model.safetensors", {"format": "pt"})
     models = [{"model": str(folder)} for folder in folders.values()]
-    found = codes(inspect(write_recipe(models=models, merge_method="task_arithmetic", parameters={})))
+    found = codes(
+        inspect(write_recipe(models=models, merge_method="task_arithmetic", parameters={}, output={"form": "full"}))
+    )
     assert found["only_tokens"].specialists == ("table",)
     assert found["only_tokens"].slots == ("model.embed_tokens.weight",)
 

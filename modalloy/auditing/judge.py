@@ -86,8 +86,8 @@ def judge(weight: Weight, common: Common, stated: Iterable[Stated] = ()) -> Judg
         if _is_stated(weight, one):
             test = weight.test(one.change, one.dtype, one.whole)
             return Judged(**about, kind="base" if weight.is_base() else "method", worst=test.worst, left=test.left)
-    if (open_ := next((one for one in seen if one.untold and possible(weight, one)), None)) is not None:
-        return Judged(**about, kind="untold", detail={"why": open_.untold})
+    if (one_of := next((one for one in seen if one.untold and possible(weight, one)), None)) is not None:
+        return Judged(**about, kind="untold", detail={"why": one_of.untold})
     promised = [one.change for one in seen]
     if weight.is_base():
         wanted = promised or [weight.total(common.coefficients)]

@@ -71,9 +71,10 @@ def explained(weight: Weight, stated: Stated) -> bool:
 
 
 def possible(weight: Weight, stated: Stated) -> bool:
-    """Whether every entry is the base's or that of the only source, where the choice cannot be worked out again."""
+    """Whether a choice that cannot be worked out again may have given a weight: of every entry the base's or the only source's,
+    or, of sums of several, anything but the base."""
     if stated.either is None:
-        return True
+        return not weight.is_base()
     kept = weight.beyond(lambda rows: torch.zeros_like(weight.change(rows)), stated.dtype)
     return not bool((kept & weight.beyond(stated.either, stated.dtype)).any())
 
