@@ -139,7 +139,7 @@ def check(
     places = read_sources(out, recipe)
     if (gone := places.gone()) is not None:
         raise CheckpointError(f"{gone}: is gone, with which {out} is to be compared; bring it back, or merge again")
-    starts = {"base": places.starts.get("base_model"), "target": places.starts.get("target")}
+    starts = {"target": places.starts.get("target"), "base": places.starts.get("base_model")}
     parents: list[tuple[str, Path | None, str | None]] = [
         (label, None, str(place)) for label, place in starts.items() if place is not None
     ]

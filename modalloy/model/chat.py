@@ -176,9 +176,8 @@ class ChatModel:
     def distributions(self, prompt: Prompt, answer: str) -> tuple[list[int], Tensor]:
         """An answer's tokens and its end, and the log-probabilities (tokens, vocabulary) of all tokens in each one's place."""
         ids = self._whole(answer)
-        self._check_length(len(prompt.ids), len(ids))
-        (found,) = self.model.distributions(self.inputs([prompt]), [torch.tensor(ids)])
-        return ids, found
+        (logits,) = self._next_tokens([prompt], [ids])
+        return ids, logits.log_softmax(-1)
 
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.

@@ -317,11 +317,6 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits, _, real = self._forced(inputs, [[one] for one in continuations])
         return [row[own] for row, own in zip(logits, real, strict=True)]
 
-    def distributions(self, inputs: dict[str, Any], continuations: list[Tensor]) -> list[Tensor]:
-        """Log-probabilities (tokens, vocabulary) at every place of each prompt's continuation, given what comes before it."""
-        logits, _, real = self._forced(inputs, [[one] for one in continuations])
-        return [row[own].log_softmax(-1) for row, own in zip(logits, real, strict=True)]
-
     @torch.no_grad()
     def _forced(self, inputs: dict[str, Any], options: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (all options, tokens, vocabulary) at every place of the options, the ids there, and which are no padding."""
