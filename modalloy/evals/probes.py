@@ -13,7 +13,7 @@ from typing import Literal
 Kind = Literal[
     "facts", "arithmetic", "languages", "copying", "formats", "refuses what is harmful", "answers what is harmless"
 ]
-FIRST = 8  # of each kind, that are asked without --thorough; the others are asked with it
+FIRST = 6  # of each kind, that are asked without --thorough; the others are asked with it
 NEW_TOKENS, NEW_TOKENS_THOROUGH = 16, 48
 WRITTEN, WRITTEN_THOROUGH = 4, 10  # prompts that are answered in words
 
