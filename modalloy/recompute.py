@@ -106,9 +106,18 @@ def _update(update: "Update", start: TensorRef, read: Read, wide: torch.dtype, r
 
 
 def merged_update(
-    promise: "Promise", read: Read, surveys: Surveys, *, double: bool, rows: slice = slice(None)
+    promise: "Promise",
+    read: Read,
+    surveys: Surveys,
+    *,
+    double: bool,
+    rows: slice = slice(None),
+    alter: Callable[[list[Delta]], list[Delta]] | None = None,
 ) -> Delta:
-    """The method's merge of a weight's updates, or of some rows of them; `double` if the recipe computes in float64."""
+    """The method's merge of a weight's updates, or of some rows of them; `double` if the recipe computes in float64.
+
+    `alter` makes others of the updates first: `audit` asks what small changes of them would give.
+    """
     method, shape = promise.method, promise.start.shape
     if all(update.weight == 0 for update in promise.updates):
         return LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
@@ -118,9 +127,10 @@ def merged_update(
     dense = literal and not METHODS[method].one_rank  # which has no form on full matrices
     wide = torch.float64 if literal or double else torch.float32
     base = read(promise.start)[rows].to(wide) if promise.takes_base else None
+    updates = updates_of(promise, read, wide, dense=dense, rows=rows, weigh=not METHODS[method].takes("weights"))
     return apply(
         method,
-        updates_of(promise, read, wide, dense=dense, rows=rows, weigh=not METHODS[method].takes("weights")),
+        updates if alter is None else alter(updates),
         promise.parameters,
         (shape[0], shape[1]),
         slot=promise.slot,

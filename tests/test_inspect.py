@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from modalloy.inspection import measure as module
 from modalloy.inspection.figures import Finding, Inspection
 from modalloy.inspection.findings import findings
 from modalloy.inspection.measure import inspect
+from modalloy.inspection.outliers import outliers
 
 WriteRecipe = Callable[..., Path]
 Run = Callable[..., str]
@@ -298,6 +300,41 @@ def test_uneven_layers(write_recipe: WriteRecipe, specialists: dict[str, Path]) 
     far = replace(layers[0], updates=tuple(replace(u, norm=u.norm / 11) for u in layers[0].updates))
     found = findings(facts, [far, *layers[1:]], projects=True)
     assert [f.code for f in found] == ["uneven_layers"] * 2 and found[0].slots == (layers[0].name,)
+
+
+def test_what_is_unlike_a_training_is_found(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
+    inspection = inspect(write_recipe(parameters={"rank": 6}))
+    facts, slots = inspection.specialists, list(inspection.slots)
+    assert outliers(facts, slots) == []
+    large = replace(slots[3], updates=tuple(replace(u, norm=20 * u.norm) for u in slots[3].updates))
+    found = outliers(facts, [*slots[:3], large, *slots[4:]])
+    assert [one.code for one in found] == ["single_weight"] * 2 and found[0].slots == (slots[3].name,)
+    broad = [replace(s, updates=tuple(replace(u, stable_rank=3.0) for u in s.updates)) for s in slots]
+    sharp = replace(broad[0], updates=(replace(broad[0].updates[0], stable_rank=1.05), *broad[0].updates[1:]))
+    (one,) = outliers(facts, [sharp, *broad[1:]])
+    assert one.code == "single_direction" and one.specialists == (facts[0].label,) and "95%" in one.message
+    edges = [replace(s, updates=tuple(replace(u, stable_rank=1.0) for u in s.updates)) for s in slots]
+    assert outliers(facts, edges) == []  # of rank 1 by design
+    three = (*facts, replace(facts[0], label="third", norm=facts[0].norm / 9))
+    assert [one.code for one in outliers(three, slots)] == ["faint"]
+
+
+def test_a_model_that_changes_only_its_embeddings_is_found(
+    base: Path, tmp_path: Path, write_recipe: WriteRecipe
+) -> None:
+    folders = {}
+    for name, part in {"table": "embed_tokens", "tuned": "proj"}.items():
+        folders[name] = tmp_path / name
+        shutil.copytree(base, folders[name])
+        tensors = load_file(base / "model.safetensors")
+        changed = {key: one + 0.01 if part in key else one for key, one in tensors.items()}
+        save_file(changed, folders[name] / "model.safetensors", {"format": "pt"})
+    models = [{"model": str(folder)} for folder in folders.values()]
+    found = codes(
+        inspect(write_recipe(models=models, merge_method="task_arithmetic", parameters={}, output={"form": "full"}))
+    )
+    assert found["only_tokens"].specialists == ("table",)
+    assert found["only_tokens"].slots == ("model.embed_tokens.weight",)
 
 
 def test_one_specialist(write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:

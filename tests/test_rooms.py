@@ -20,7 +20,7 @@ FLOORS = [
     {"planning", "updates"},
     {"engines", "outputs", "promise"},
     {"compute", "model", "verify"},
-    {"auditing", "evals", "inspection", "merging"},
+    {"auditing", "bom", "evals", "inspection", "merging", "signing"},
     {"demo", "search", "serve"},
     {"cli"},
 ]

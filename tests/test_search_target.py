@@ -21,7 +21,8 @@ from torch import Tensor
 import modalloy
 from modalloy import cli
 from modalloy.errors import MediaError, ModalloyError, RecipeError
-from modalloy.evals import sanity
+from modalloy.evals import probes
+from modalloy.evals.check import _examined, check
 from modalloy.model import ChatModel
 from modalloy.model.chat import user_message
 from modalloy.model.hosted import HostedModel, places
@@ -343,16 +344,12 @@ def test_refusals(
 
 
 @pytest.mark.parametrize("donor", ["donor", "lora"])
-def test_sanity_asks_a_target_of_transformers_and_its_parents(
+def test_a_check_asks_a_target_of_transformers_and_its_parents(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, donor: str
 ) -> None:
     """A LLaVA answers about text; an adapter is asked on the base that it updates, not on the target."""
-    for name in ("PROMPTS", "HARMFUL"):
-        monkeypatch.setattr(sanity, name, getattr(sanity, name)[:1])
-    monkeypatch.setattr(sanity, "TEXT", "do you hear a dog ?")
-    monkeypatch.setattr(sanity, "NEW_TOKENS", 2)
-    capitals = sanity.capital_samples()[:2]
-    monkeypatch.setattr(sanity, "capital_samples", lambda: capitals)
+    for name, value in {"FIRST": 1, "WRITTEN": 1, "NEW_TOKENS": 2, "TEXT": "do you hear a dog ?"}.items():
+        monkeypatch.setattr(probes, name, value)
     content = yaml.safe_load((folder / "ties.yaml").read_text())
     places = {key: str(folder / content[key]) for key in ("target", "base_model")}
     place = folder / "donor"
@@ -366,13 +363,14 @@ def test_sanity_asks_a_target_of_transformers_and_its_parents(
         (place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     recipe = Recipe(**content | places | {"models": [{"model": str(place)}], "missing": "zero"})
     modalloy.merge(recipe, tmp_path / "out", jobs=1)
-    found = sanity.sanity(tmp_path / "out")
+    found = check(tmp_path / "out").rows
     assert list(found) == ["merged", "target", "base", donor]
     text = modalloy.load_model(folder / "base", dtype="auto")
-    assert found["base"].perplexity == pytest.approx(sanity.examine(text).perplexity)
+    assert found["base"]["perplexity"].value == pytest.approx(_examined(text, False)["perplexity"].value)
     if donor == "lora":
         text.model.decoder.model.layers[0].self_attn.q_proj.weight.data += 2 / 81
-        assert found["lora"].perplexity == pytest.approx(sanity.examine(text).perplexity, rel=1e-4)
+        own = _examined(text, False)["perplexity"].value
+        assert found["lora"]["perplexity"].value == pytest.approx(own, rel=1e-4)
 
 
 def test_sanity_of_what_cannot_be_asked_is_refused_before_the_merge(

@@ -13,10 +13,10 @@ from modalloy.auditing.beside import beside
 from modalloy.auditing.claim import Claim
 from modalloy.auditing.found import Audit, Finding
 from modalloy.auditing.headers import HEAD, extra_head, headers
-from modalloy.auditing.judge import SAME, Common, Judged, judge, moved_rows
+from modalloy.auditing.judge import SAME, SURE, Common, Judged, judge, moved_rows
 from modalloy.auditing.opened import Opened, Slot, open_all
 from modalloy.auditing.weight import Weight
-from modalloy.auditing.words import NONE, SURE, coefficients, findings
+from modalloy.auditing.words import NONE, coefficients, findings
 from modalloy.builtin import PREFIX
 from modalloy.errors import CheckpointError, RecipeError, cut
 from modalloy.planning.models import locate_specialist
@@ -76,7 +76,7 @@ def audit(
     wanted = _wanted(opened, weights, chosen)
     every = list(opened.slots())
     some = every if full else sampled(every)
-    common = Common(_common(opened, some, wanted), picks=claim is not None and claim.picks)
+    common = Common(_common(opened, some, wanted))
     judged: list[Judged] = []
     for number, slot in enumerate(some):
         weight = Weight(slot, opened.read, opened.merged.read)

@@ -37,7 +37,7 @@ class Audit:
 
     `tensors` counts the base's weights (experts of one tensor singly) that the merged folder has, `checked` those whose data
     were read. `kinds` counts these by what they are: the base's, a source's, a sum or mean of the updates, a TIES of them,
-    what the recipe's method gives, unexplained.
+    what the recipe's method gives, what cannot be told, unexplained.
     """
 
     merged: str
@@ -54,8 +54,13 @@ class Audit:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether nothing is wrong. What cannot be told is not wrong: see `untold`."""
         return not any(finding.level == "fault" for finding in self.findings)
+
+    @property
+    def untold(self) -> int:
+        """Weights that could be neither confirmed nor refuted; a finding says why."""
+        return len({name for finding in self.findings if finding.code == "cannot_tell" for name in finding.tensors})
 
     @property
     def verdict(self) -> str:
@@ -65,8 +70,10 @@ class Audit:
         rest = "" if self.checked == self.tensors else "; --full reads all"
         if faults:
             return f"{faults} {'faults' if faults > 1 else 'fault'} found ({seen}{rest})"
+        if self.untold:
+            return f"nothing wrong was found, but {self.untold} weights cannot be told ({seen}{rest})"
         return f"ok: every weight is {self.claim} within rounding ({seen}{rest})"
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return asdict(self) | {"ok": self.ok, "verdict": self.verdict}
+        return asdict(self) | {"ok": self.ok, "untold": self.untold, "verdict": self.verdict}

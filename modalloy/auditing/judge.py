@@ -9,29 +9,30 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from modalloy.auditing.weight import Expected, Fit, Test, Weight
-from modalloy.methods.ties import Combine, ties
+from modalloy.auditing.picked import Stated, explained, possible, unit_of
+from modalloy.auditing.trims import Trims
+from modalloy.auditing.weight import TWICE, Expected, Fit, Test, Weight
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
 
-Kind = Literal["base", "source", "sum", "mean", "slerp", "ties", "method", "unexplained"]
+Kind = Literal["base", "source", "sum", "mean", "slerp", "ties", "method", "untold", "unexplained"]
 Cause = Literal["", "not_finite", "precision", "apart", "rows", "scales", "base_scaled"]
 NEAR = 0.98  # share of entries that are the nearest value, from which another coefficient need not be tried
 BETTER = 0.01  # by how much more of them another coefficient must give
+BETTER_LEAST = 3  # and of how many
 MOVED = 8  # entries that an update would change at least, where it is said to be missing
 ALIKE = 0.02  # relative difference of two coefficients that count as one
 SCALED = 2e-3  # from 1, of a factor of the base that is more than rounding
+FACTOR = 16.0  # roundings of a factor that inner products in the written type give
+SURE = 6.0  # standard errors
 SAME = 1e-4  # of two coefficients that differ by an arithmetic's rounding
 COARSE = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-IN_VAIN = 3  # weights on which a TIES is looked for without success before it is given up
-COMBINES: tuple[Combine, ...] = ("mean", "sum")
-TIES_ENTRIES = 1 << 26  # of a weight up to which a TIES is looked for
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,14 @@ class Judged:
 
 @dataclass
 class Common:
-    """What is tried on every weight: coefficients, and the densities of a TIES that explained one."""
+    """What is tried on every weight: coefficients, and a TIES."""
 
     coefficients: dict[str, float] = field(default_factory=dict)
-    ties: list[tuple[Combine, float]] = field(default_factory=list)
-    picks: bool = False  # the recipe's method picks single entries
-    in_vain: int = 0  # weights of which none was found since
+    trims: Trims = field(default_factory=Trims)
 
 
-def judge(weight: Weight, common: Common, promised: Sequence[Expected] = ()) -> Judged:
-    """What a weight is; `promised` are the changes that a recipe allows."""
+def judge(weight: Weight, common: Common, stated: Iterable[Stated] = ()) -> Judged:
+    """What a weight is; `stated` are the changes that a recipe allows."""
     slot = weight.slot
     lora = {label: one for label, one in slot.updates.items() if isinstance(one, StoredLora)}
     about: dict[str, Any] = {
@@ -81,20 +80,66 @@ def judge(weight: Weight, common: Common, promised: Sequence[Expected] = ()) -> 
     }
     if not weight.is_finite:
         return Judged(**about, kind="unexplained", cause="not_finite")
+    seen: list[Stated] = []
+    for one in stated:
+        seen.append(one)
+        if _is_stated(weight, one):
+            test = weight.test(one.change, one.dtype, one.whole)
+            return Judged(**about, kind="base" if weight.is_base() else "method", worst=test.worst, left=test.left)
+    if (one_of := next((one for one in seen if one.untold and possible(weight, one)), None)) is not None:
+        return Judged(**about, kind="untold", detail={"why": one_of.untold})
+    promised = [one.change for one in seen]
     if weight.is_base():
         wanted = promised or [weight.total(common.coefficients)]
         moved = min(map(weight.moved, wanted)) if weight.terms else 0
         coefficients = dict.fromkeys(weight.terms, 0.0)
         return Judged(**about, kind="base", coefficients=coefficients, moved=moved if moved >= MOVED else 0)
-    for expected in promised:
-        found = weight.test(expected)
-        if found.holds or (common.picks and weight.may_pick(found.outside)):
-            return Judged(**about, kind="method", worst=found.worst, left=found.left)
     if not weight.dtype.is_floating_point:
         return Judged(**about, kind="unexplained")
     if not weight.terms:
         return _without_updates(weight, about)
     return _sum(weight, common, about) or _other(weight, common, about, promised)
+
+
+def _is_stated(weight: Weight, stated: Stated) -> bool:
+    """Whether a weight is what a recipe gives, within rounding: of the sum, of entries at a method's cut, of factors."""
+    if weight.is_base() and weight.moved(stated.change) < MOVED:
+        return True
+    test = weight.test(stated.change, stated.dtype, stated.whole)
+    if test.holds or explained(weight, stated):
+        return test.agree >= NEAR or _is_whole(weight, stated.change, test)
+    return stated.by_factors and _has_factors(weight, stated)
+
+
+def _is_whole(weight: Weight, expected: Expected, test: Test) -> bool:
+    """Whether a change is there once, where single entries are too small to tell: no other multiple explains more of them."""
+    fit = weight.fit({"it": expected})
+    if fit is None or abs(fit.coefficients["it"] - 1) <= max(ALIKE, SURE * fit.errors["it"]):
+        return True
+    own = weight.test(_combined(fit.coefficients, {"it": expected}))
+    entries = weight.n_rows * weight.columns
+    return (own.agree - test.agree) * entries <= max(BETTER * entries, BETTER_LEAST)
+
+
+def _has_factors(weight: Weight, stated: Stated) -> bool:
+    """Whether a weight is a sum of base and updates with a recipe's factors, as near as a tool knows them.
+
+    A tool that works in the written type rounds the inner products that give the factors; those of the models may be off by as
+    much. What multiplies the base is 1 less a share, or a share of each, and not off but by its own rounding.
+    """
+    base = weight.base
+    if base is None or weight.written is None:
+        return False
+    terms = {"base": lambda rows: base[rows].double(), **weight.terms}
+    own, wanted = weight.fit(terms), weight.fit(terms, of=stated.change)
+    if own is None or wanted is None:
+        return False
+    unit = max(unit_of(stated.dtype or weight.dtype), weight.unit)
+    for name, value in own.coefficients.items():
+        allowed = unit * (TWICE if name == "base" else FACTOR)
+        if abs(value - wanted.coefficients[name]) > allowed + SURE * own.errors[name]:
+            return False
+    return weight.test(_combined(own.coefficients, terms), stated.dtype, whole=True).holds
 
 
 def _sum(weight: Weight, common: Common, about: dict[str, Any]) -> Judged | None:
@@ -161,8 +206,9 @@ def _other(weight: Weight, common: Common, about: dict[str, Any], promised: Sequ
             return Judged(**about, kind="method", cause="precision", detail={"dtype": cause})
     if (found := _apart(weight, about)) is not None:
         return found
-    if (found := _ties(weight, common, about)) is not None:
-        return found
+    if (detail := common.trims.of(weight)) is not None:
+        scaled = weight.test(detail.pop("change"))
+        return Judged(**about, kind="ties", worst=scaled.worst, left=scaled.left, detail=detail)
     if (found := _base_scaled(weight, about)) is not None:
         return found
     test = weight.test(weight.total(fit.coefficients if fit else {}))
@@ -248,56 +294,6 @@ def _combined(coefficients: Mapping[str, float], terms: Mapping[str, Expected]) 
         return torch.stack([coefficients[name] * terms[name](rows) for name in terms]).sum(0)
 
     return expected
-
-
-def _ties(weight: Weight, common: Common, about: dict[str, Any]) -> Judged | None:
-    """λ times a TIES of the updates: that of another weight, or one whose density gives as many entries that are not 0."""
-    entries, share = weight.n_rows * weight.columns, _changed(weight)
-    if not 0 < share < 1 or entries > TIES_ENTRIES:
-        return None
-    deltas = [weight.dense(label) for label in weight.terms]
-    change = torch.cat([weight.change(rows) for rows in weight.blocks()])
-    for combine, density in _candidates(common, deltas, share):
-        merged = ties(
-            deltas, density=density, combine=combine, scale=1.0, shape=(weight.n_rows, weight.columns)
-        ).double()
-        both = (merged != 0) & (change != 0)
-        if not bool(both.any()):
-            continue
-        scale = float((change[both] / merged[both]).median())  # a fit by squares would follow the few that are wrong
-        test = weight.test((merged * scale).__getitem__)
-        if weight.may_pick(test.outside):
-            if (combine, density) not in common.ties:
-                common.ties.append((combine, density))
-                common.in_vain = 0
-            detail = {"density": density, "combine": combine, "scale": scale}
-            return Judged(**about, kind="ties", worst=test.worst, left=test.left, detail=detail)
-    return None
-
-
-def _changed(weight: Weight) -> float:
-    """Share of the entries that are not the base's."""
-    count = sum(int((weight.change(rows) != 0).sum()) for rows in weight.blocks())
-    return count / max(1, weight.n_rows * weight.columns)
-
-
-def _candidates(common: Common, deltas: list[torch.Tensor], share: float) -> Iterator[tuple[Combine, float]]:
-    """Those that explained another weight, then what the share of changed entries tells, of few weights if it is in vain."""
-    yield from common.ties
-    if common.in_vain < IN_VAIN:
-        common.in_vain += 1
-        yield from itertools.product(COMBINES, _densities(deltas, share))
-
-
-def _densities(deltas: list[torch.Tensor], share: float) -> list[float]:
-    """Densities at which a TIES changes about this share of the entries: round ones first."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        middle = (low + high) / 2
-        merged = ties(deltas, density=middle, scale=1.0, shape=(len(deltas[0]), deltas[0].shape[1]))
-        low, high = (middle, high) if float((merged != 0).float().mean()) < share else (low, middle)
-    near = (low + high) / 2
-    return [one for one in dict.fromkeys((round(near, 2), round(near, 3), near)) if 0 < one <= 1]
 
 
 def _damaged(weight: Weight, about: dict[str, Any], test: Test, fit: Fit | None = None) -> Judged:

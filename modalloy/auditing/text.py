@@ -18,6 +18,7 @@ KINDS = {
     "slerp": "a slerp",
     "ties": "a TIES",
     "method": "what the recipe gives",
+    "untold": "cannot be told",
     "unexplained": "unexplained",
 }
 MOST_ROWS = 2000  # weights that a page lists one by one: those in faults first

@@ -23,7 +23,7 @@ ARITHMETIC = 8.0  # roundings of the written type that a tool may spend on an up
 TWICE = 2.0  # a sum in the middle of two neighbours may be rounded to either
 SINGULAR = 1e-10  # relative eigenvalue below which updates are one another's multiples
 LARGEST = 1e30
-PICKED, PICKED_COARSE = 1e-3, 2e-2  # share of entries at a cut, in float32 and in types of few digits
+WHOLE = 3.0  # roundings of the weight itself by a tool that multiplies the base too
 FEW_DIGITS = 2.0**-13  # unit of rounding above which it biases a fit
 NEWTON_STEPS, STEP, NEWTON_LEAST, NEWTON_ENDS = 8, 0.05, 1e-3, 1e-3
 Expected = Callable[[slice], Tensor]
@@ -165,17 +165,17 @@ class Weight:
 
         return expected
 
-    def fit(self, terms: Mapping[str, Expected] | None = None) -> Fit | None:
+    def fit(self, terms: Mapping[str, Expected] | None = None, of: Expected | None = None) -> Fit | None:
         """The coefficients of the updates, or of other terms, that leave least; None if they are no independent ones.
 
-        Least squares first. A written type of few digits swallows entries of a small update, which biases them; then the
-        moments ⟨δᵢ, W − round(W₀ + Σ wⱼ δⱼ)⟩ are brought to 0 by Newton's method.
+        `of` is another change than the weight's, of which least squares are all. A written type of few digits swallows entries
+        of a small update, which biases them; then the moments ⟨δᵢ, W − round(W₀ + Σ wⱼ δⱼ)⟩ are brought to 0 by Newton's method.
         """
         terms = self.terms if terms is None else terms
         n = len(terms)
         gram, right, square = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), 0.0
         for rows in self.blocks():
-            change = self.change(rows).flatten()
+            change = (of or self.change)(rows).flatten()
             matrix = torch.stack([term(rows).flatten() for term in terms.values()])
             gram += matrix @ matrix.T
             right += matrix @ change
@@ -189,7 +189,7 @@ class Weight:
         found = torch.linalg.solve(scaled, right / sizes) / sizes
         left = max(0.0, square - float(found @ right))
         slopes = gram
-        if self.written is not None and self.unit > FEW_DIGITS:
+        if self.written is not None and self.unit > FEW_DIGITS and of is None:
             found, slopes, left = self._refined(found, gram, left, list(terms.values()))
         spread = torch.linalg.pinv(slopes)
         count = max(1, self.n_rows * self.columns - n)
@@ -234,26 +234,39 @@ class Weight:
             squares += float(apart @ apart)
         return found, squares
 
-    def test(self, expected: Expected, dtype: torch.dtype | None = None) -> Test:
-        """What is written beside base + `expected`, within the rounding of its type, or of a coarser one."""
-        coarse = dtype or self.dtype
-        unit = max(torch.finfo(coarse).eps / 2, self.unit)
+    def test(self, expected: Expected, dtype: torch.dtype | None = None, whole: bool = False) -> Test:
+        """What is written beside base + `expected`, within the rounding of its type, or of a coarser one.
+
+        `whole`: the tool multiplied the base too, and rounded the products.
+        """
         worst, beyond, agreeing, left, size = 0.0, 0, 0, 0.0, 0.0
         for rows in self.blocks():
             wanted, change = expected(rows), self.change(rows)
-            apart = (change - wanted).abs()
-            near = float(wanted.square().mean().sqrt()) if wanted.numel() else 0.0
-            allowed = TWICE * (self.rounding(rows, coarse) + ARITHMETIC * unit * (wanted.abs() + near))
-            ratio = torch.where(apart == 0, 0.0, apart / allowed)
+            ratio = self._ratio(rows, wanted, change, dtype or self.dtype, whole)
             worst = max(worst, float(ratio.max()) if ratio.numel() else 0.0)
             beyond += int((ratio > 1).sum())
-            left, size = math.hypot(left, float(apart.norm())), math.hypot(size, float(change.norm()))
+            left, size = math.hypot(left, float((change - wanted).norm())), math.hypot(size, float(change.norm()))
             if self.written is not None and self.base is not None:
                 exact = (self.base[rows].double() + wanted).to(self.written.dtype)
                 agreeing += int((exact == self.written[rows]).sum())
         count = max(1, self.n_rows * self.columns)
         worst = min(worst, LARGEST)  # JSON has no infinity
         return Test(worst, beyond / count, agreeing / count if self.written is not None else 1.0, left / (size or 1.0))
+
+    def beyond(self, expected: Expected, dtype: torch.dtype | None = None) -> Tensor:
+        """Which entries are farther from base + `expected` than rounding allows: (rows, columns)."""
+        coarse = dtype or self.dtype
+        ratios = (self._ratio(rows, expected(rows), self.change(rows), coarse, False) for rows in self.blocks())
+        return torch.cat([ratio > 1 for ratio in ratios])
+
+    def _ratio(self, rows: slice, wanted: Tensor, change: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
+        """The deviation of every entry over what rounding allows."""
+        unit = max(torch.finfo(dtype).eps / 2, self.unit)
+        apart = (change - wanted).abs()
+        near = float(wanted.square().mean().sqrt()) if wanted.numel() else 0.0
+        rounding = self.rounding(rows, dtype) * (WHOLE if whole else 1.0)
+        allowed = TWICE * (rounding + ARITHMETIC * unit * (wanted.abs() + near))
+        return torch.where(apart == 0, 0.0, apart / allowed)
 
     def moved(self, expected: Expected) -> int:
         """How many entries of the base the expected update would change in the type that is written."""
@@ -271,12 +284,6 @@ class Weight:
             tuned, base = (one.to(self.dtype).float() for one in (self.tuned[label], self.base))
             return (tuned - base).to(self.dtype).float()
         return torch.cat([self.terms[label](rows).float() for rows in self.blocks()])
-
-    def may_pick(self, outside: float) -> bool:
-        """Whether so many entries may be others where a method picks single ones: those at its cut, by count or by rounding."""
-        entries = self.n_rows * self.columns
-        share = PICKED_COARSE if self.unit > FEW_DIGITS else PICKED
-        return outside * entries <= max(len(self.terms), share * entries)
 
 
 def _flat(shape: Sequence[int]) -> tuple[int, int]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from modalloy.auditing.found import Coefficient, Finding
 from modalloy.auditing.headers import listed
-from modalloy.auditing.judge import ALIKE, Judged
+from modalloy.auditing.judge import ALIKE, SURE, Judged
 
 MOST = 0.5  # share of weights from which something is said of the whole, not of single weights
 FEW = 0.25  # share of weights with coefficients of their own up to which they stand out
-SURE = 6.0  # standard errors
 SUMS = ("sum", "mean", "source")
+UNTOLD = "cannot_tell"  # code of a finding
 NONE = 1e-3  # of a coefficient that counts as 0
 
 
@@ -37,7 +37,7 @@ def findings(
     else:
         found += _missing(judged, common, wanted)
         found += _standing_out(judged, common) if wanted is None else _against_wanted(judged, wanted)
-    return [*found, *_unexplained(judged)]
+    return [*found, *_unexplained(judged, is_open=wanted is None and not has_recipe), *_untold(judged)]
 
 
 def _damage(judged: Sequence[Judged]) -> Iterator[Finding]:
@@ -225,8 +225,11 @@ def _against_recipe(judged: Sequence[Judged]) -> Iterator[Finding]:
         )
 
 
-def _unexplained(judged: Sequence[Judged]) -> Iterator[Finding]:
-    """Weights that nothing explains; where most are, it is the base that is another."""
+def _unexplained(judged: Sequence[Judged], is_open: bool) -> Iterator[Finding]:
+    """Weights that nothing explains; where most are, it is the base that is another, or, if `is_open`, the method.
+
+    `is_open`: nobody said what the weights must be, so that they may be right by a method that is not looked for.
+    """
     some = [one for one in judged if one.kind == "unexplained" and not one.cause]
     if not some:
         return
@@ -240,6 +243,18 @@ def _unexplained(judged: Sequence[Judged]) -> Iterator[Finding]:
             strange,
         )
         some = [one for one in some if one.has_updates]
+    of_sums = sum(one.kind in (*SUMS, "slerp") and one.has_updates for one in judged)
+    if is_open and of_sums < len([one for one in some if one.has_updates]):
+        some, other = [one for one in some if not one.has_updates], [one for one in some if one.has_updates]
+        if other:
+            yield Finding(
+                "note",
+                UNTOLD,
+                f"{len(other)} weights are no sum, mean, slerp or TIES of base and sources: of their change "
+                f"{_percent([one.left for one in other])} remains after the best sum, so that they are another method's, or wrong: "
+                f"{_names(other)}; give --method or --recipe",
+                _tuple(other),
+            )
     if some:
         left = [one.left for one in some]
         yield _fault(
@@ -248,6 +263,16 @@ def _unexplained(judged: Sequence[Judged]) -> Iterator[Finding]:
             f"the best sum: {_names(some)}",
             some,
         )
+
+
+def _untold(judged: Sequence[Judged]) -> Iterator[Finding]:
+    """Weights of which it cannot be worked out what the recipe gives, by the reason."""
+    by: dict[str, list[Judged]] = defaultdict(list)
+    for one in judged:
+        if one.kind == "untold":
+            by[one.detail["why"]].append(one)
+    for why, some in by.items():
+        yield Finding("note", UNTOLD, f"{len(some)} weights cannot be told: {why}: {_names(some)}", _tuple(some))
 
 
 def _alike(value: float, wanted: float, error: float) -> bool:

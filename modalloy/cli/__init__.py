@@ -1,5 +1,6 @@
 """The `modalloy` command: every subcommand parses its options, calls one library function and prints the result."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 from typer.main import get_command
 
 from modalloy._version import __version__
-from modalloy.cli import audit, chat, evals, merging, search, serve
+from modalloy.cli import audit, chat, evals, merging, search, serve, trust
 from modalloy.cli.boundary import guarded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -24,15 +25,25 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="show the version and exit")
     ] = False,
+    safetensors_only: Annotated[
+        bool, typer.Option("--safetensors-only", help="refuse pickles (.bin, .pt, .pth) altogether, also safe ones")
+    ] = False,
 ) -> None:
     """Options of modalloy itself, which come before the command."""
+    if safetensors_only:
+        from modalloy.storage.folder import SAFETENSORS_ONLY
+
+        os.environ[SAFETENSORS_ONLY] = "1"  # which child processes inherit
 
 
 app.command()(merging.merge)
 app.command()(merging.plan)
 app.command()(merging.inspect)
 app.command()(merging.verify)
+app.command()(trust.sign)
+app.command()(trust.bom)
 app.command()(audit.audit)
+app.command()(merging.check)
 app.command()(merging.methods)
 app.command(cls=chat.InOrder)(chat.chat)
 app.command()(serve.serve)

@@ -1,7 +1,7 @@
 """The command's outermost boundary: whatever goes wrong is one line on stderr, and an exit code.
 
 0    done; a result that is whole in its folder but could not be printed is done too
-1    eval-doctor found media missing or broken
+1    audit found a fault, check something clearly worse, verify a signature that does not hold, eval-doctor broken media
 2    a mistake that the user can fix, or something that the system refused: a full disk, missing memory
 70   a bug of modalloy: the line says where the traceback was written; MODALLOY_TRACEBACK=1 shows it instead
 130  stopped by Ctrl-C

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from modalloy.cli.terminal import say
 from modalloy.errors import ModalloyError
 
 if TYPE_CHECKING:
-    from modalloy.evals.sanity import Sanity
+    from modalloy.evals.check import Checked
 
 RECEIVES = {
     "core": "exact, on small cores",
@@ -36,7 +35,7 @@ def merge(
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
     max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
     sanity: Annotated[
-        bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
+        bool, typer.Option("--sanity", help="check the result beside its base and parents; add it to the card")
     ] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="upload the result as OWNER/NAME")] = None,
     private: Annotated[bool, typer.Option("--private", help="make that repository private")] = False,
@@ -54,7 +53,7 @@ def merge(
         plan(recipe, allow_base_mismatch, as_json)
         return None
     if sanity:
-        from modalloy.evals.sanity import check_askable
+        from modalloy.evals.check import check_askable
         from modalloy.recipe import load_recipe
 
         check_askable(load_recipe(recipe))
@@ -74,10 +73,10 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
-    checked = _sanity(out, device) if sanity else None
+    checked = checked_result(out, device) if sanity else None
     url = None if push_to_hub is None else push(out, push_to_hub, private=private)
     if as_json:
-        more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
+        more = {"check": checked.to_dict()} if checked else {}
         print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
         return out
     say(f"plan     {report.plan.summary()}")
@@ -102,9 +101,7 @@ def merge(
         print(f"cut      to rank {report.plan.rank}, worst relative error of an update {report.compression_error:.3f}")
     say(f"verify   {report.verification.summary()}")
     if checked:
-        from modalloy.evals.sanity import findings
-
-        say(f"sanity   {'; '.join(findings(checked)) or 'nothing stands out'} (README.md has the table)")
+        say(f"check    {checked.verdict} (README.md has the table)")
     say(f"wrote    {out}")
     if url is not None:
         say(f"pushed   {url}")
@@ -176,13 +173,33 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="recompute every tensor, not a sample of a large result")
     ] = False,
+    signature: Annotated[
+        bool, typer.Option("--signature", help="check the signature first; exit code 1 if it fails")
+    ] = False,
+    key: Annotated[Path | None, typer.Option(help="public key (PEM) of the signature", show_default=False)] = None,
+    identity: Annotated[str | None, typer.Option(help="who signed with sigstore, such as an address")] = None,
+    issuer: Annotated[str | None, typer.Option(metavar="URL", help="who vouches for that identity")] = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Check a result: hashes, shapes, finite values, what its manifest says, and its tensors against recipe and inputs."""
+    from modalloy.signing import SignatureError, verify_signature
     from modalloy.verify import verify as run
 
+    if not signature and (key or identity or issuer):
+        raise ModalloyError("--key, --identity and --issuer are of a signature; add --signature, or leave them out")
+    try:
+        signed = verify_signature(out, key=key, identity=identity, issuer=issuer) if signature else None
+    except SignatureError as reason:
+        say(json.dumps({"ok": False, "fault": str(reason)}) if as_json else f"fault    {reason}")
+        return 1
     checked = run(out, full=full)
-    say(json.dumps(checked.to_dict()) if as_json else checked.summary())
+    if as_json:
+        print(json.dumps(checked.to_dict() | ({} if signed is None else {"signature": signed.to_dict()})))
+        return 0
+    for line in [] if signed is None else signed.summary():
+        say(line)
+    say(checked.summary())
+    return 0
 
 
 def methods(as_json: Json = False) -> None:
@@ -213,12 +230,30 @@ def demo(
     return out
 
 
-def _sanity(out: Path, device: str) -> "dict[str, Sanity]":
-    """The text-only examination of a result, which its card then has."""
-    from modalloy.evals.sanity import add_to_card, sanity
+def check(
+    out: OutFolder,
+    thorough: Annotated[bool, typer.Option("--thorough", help="all probes, longer answers, every sample")] = False,
+    card: Annotated[bool, typer.Option("--card", help="put the table into the result's README.md")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Json = False,
+) -> int:
+    """What did merging do to the model? Result, base and parents on short probes; exit code 1 if something is clearly worse."""
+    choice("--device", device, DEVICES)
+    from modalloy.evals.check_card import text
+
+    found = checked_result(out, device, thorough=thorough, card=card)
+    say(json.dumps(found.to_dict()) if as_json else text(found))
+    return 0 if found.ok else 1
+
+
+def checked_result(out: Path, device: str, *, thorough: bool = False, card: bool = True) -> "Checked":
+    """The check of a result, which its card then has."""
+    from modalloy.evals.check import check as run
+    from modalloy.evals.check_card import add_to_card
     from modalloy.merging import resolve_device
 
-    with progress("sanity") as on_model:
-        found = sanity(out, device=resolve_device(device), on_model=on_model)
-    add_to_card(out, found)
+    with progress("check") as on_model:
+        found = run(out, thorough=thorough, device=resolve_device(device), on_model=on_model)
+    if card:
+        add_to_card(out, found)
     return found

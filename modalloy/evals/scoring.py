@@ -1,6 +1,7 @@
 """Rules that several benchmarks share: the VQA normaliser, a parser for option letters, and what is built on them."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from modalloy.evals.benchmark import LETTERS, Answer, Sample, Verdict, letter
@@ -156,3 +157,10 @@ def _lists(rest: str) -> bool:
 def _is_article(found: str, rest: str, *, after_is: bool) -> bool:
     """Whether the letter is the article of the word after it; a capital within a sentence is none."""
     return (found == "a" or (found == "A" and not after_is)) and re.match(r"\s+[a-z]", rest) is not None
+
+
+def is_repetitive(text: str, words: int = 4, times: int = 3) -> bool:
+    """Whether four words in a row come three times."""
+    parts = re.findall(r"\w+", text.lower())
+    runs = Counter(tuple(parts[i : i + words]) for i in range(len(parts) - words + 1))
+    return max(runs.values(), default=0) >= times

@@ -32,6 +32,7 @@ from modalloy.inspection.figures import (
     place_in_layer,
 )
 from modalloy.inspection.findings import findings
+from modalloy.inspection.outliers import only_tokens, outliers
 from modalloy.linalg import Basis, gram, top_eigenvectors
 from modalloy.machine.cores import default_workers
 from modalloy.methods import METHODS
@@ -102,6 +103,8 @@ def inspect(
         if s.label not in planned.absent
     )
     found = findings(facts, slots, projects=projects, balance=planned.parameters.get("balance", "none"))
+    found += [*outliers(facts, slots), *only_tokens(planned, slots, planned.inputs.read)]
+    found.sort(key=lambda finding: finding.level != "warning")
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
     return Inspection(
         recipe.merge_method, planned.parameters, planned.base_name, k_of, facts, tuple(slots), tuple(found)

@@ -26,15 +26,18 @@ def arcee_fusion(deltas: list[Tensor], *, base: Tensor, shape: tuple[int, int]) 
     (delta,) = deltas
     importance = torch.empty_like(delta)
     for rows in row_blocks(delta):
-        before = base[rows].to(torch.float64)
-        change = delta[rows].to(torch.float64)
-        p, q = ((before + one).softmax(1) + FLOOR for one in (change, 0))
-        divergence = (p * (p / q).log()).sum(1, keepdim=True).clamp(min=0)
-        importance[rows] = change.abs() * divergence
+        importance[rows] = delta[rows].to(torch.float64).abs() * divergences(delta[rows], base[rows])
     count = importance.numel()
     low, median, high = (_ordered(importance, int(quarter * (count - 1))) for quarter in QUARTERS)
     cut = median + 1.5 * (high - low)
     return torch.where(importance >= cut, delta, 0)
+
+
+def divergences(delta: Tensor, base: Tensor) -> Tensor:
+    """How far the softmax of every row moves, (out, 1) in float64: the Kullback-Leibler divergence of after from before."""
+    before = base.to(torch.float64)
+    p, q = ((before + one).softmax(1) + FLOOR for one in (delta.to(torch.float64), 0))
+    return (p * (p / q).log()).sum(1, keepdim=True).clamp(min=0)
 
 
 def _ordered(importance: Tensor, index: int) -> float:

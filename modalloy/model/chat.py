@@ -173,6 +173,12 @@ class ChatModel:
             found.append((ids, torch.cat([nats.gather(-1, ids), others], -1)))
         return found
 
+    def distributions(self, prompt: Prompt, answer: str) -> tuple[list[int], Tensor]:
+        """An answer's tokens and its end, and the log-probabilities (tokens, vocabulary) of all tokens in each one's place."""
+        ids = self._whole(answer)
+        (logits,) = self._next_tokens([prompt], [ids])
+        return ids, logits.log_softmax(-1)
+
     def continuations(self, texts: Sequence[str], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Log-likelihoods in nats of each text's options, each as its continuation, without a chat template.
 

@@ -19,6 +19,7 @@ from modalloy.model.processor import ModalloyProcessor, medium_of
 from modalloy.model.rendering import Message, chosen_template, rendered_by
 from modalloy.names import modality_name
 from modalloy.senses.anatomy import native_class_name
+from modalloy.storage.folder import refuse_pickles
 
 IMAGE = "image"
 
@@ -227,6 +228,7 @@ def load_hosted(folder: Path, content: dict[str, Any], **options: Any) -> Hosted
 
     kind = getattr(transformers, str(native_class_name(content)))
     processor = open_processor(folder)
+    refuse_pickles(folder)
     with opening(folder, "model"), quiet():
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(folder, info)

@@ -27,10 +27,11 @@ from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import file_sha256, present, read_json, reading
 from modalloy.storage.locate import hub_commit, is_hub_id, is_portable_name
 from modalloy.storage.staging import MANIFEST as MANIFEST
+from modalloy.storage.staging import SIGNATURE as SIGNATURE
 from modalloy.storage.staging import SOURCES as SOURCES
 from modalloy.storage.tensors import Checkpoint, WeightFile
 
-NOT_HASHED = (MANIFEST, SOURCES)  # the latter says where the inputs were on this machine
+NOT_HASHED = (MANIFEST, SOURCES, SIGNATURE)  # of these `sources.json` says where the inputs were on this machine
 MAX_PATH = 4096  # bytes of a path that a system takes
 START_CONFIGS = ("config.json",)  # of a base or target: its sizes, and what its weights are
 
@@ -52,7 +53,7 @@ class Manifest(BaseModel):
     outputs: dict[str, Sha256]
     surveys: dict[str, dict[str, Any]] = Field(default_factory=dict)
     compression: dict[str, Share] = Field(default_factory=dict)
-    sanity: dict[str, dict[str, float]] = Field(default_factory=dict)  # what `--sanity` measured
+    check: dict[str, Any] = Field(default_factory=dict)  # what `modalloy check` found
     tensors: list[Fate]
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from modalloy.errors import CheckpointError, ModalloyError
 from modalloy.model.opening import open_tokenizer, opening, quiet
+from modalloy.storage.folder import refuse_pickles
 from modalloy.storage.locate import locate
 
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"  # of AdaMMS
@@ -34,6 +35,7 @@ class Embedder:
             raise CheckpointError(f"--embedder {location}: has no config.json; give the folder or hub id of a model")
         try:
             self.tokenizer = open_tokenizer(folder)
+            refuse_pickles(folder)
             with opening(folder, "model"), quiet():  # what it would report is refused below
                 model, loading = AutoModel.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False

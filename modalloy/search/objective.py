@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modalloy.evals.benchmark import Sample
-from modalloy.evals.sanity import is_repetitive
-from modalloy.evals.scoring import parse_letter, vqa_normalize
+from modalloy.evals.scoring import is_repetitive, parse_letter, vqa_normalize
 
 Variant = Literal["sum", "union", "one-sided"]
 VARIANTS: dict[str, tuple[str, ...]] = {  # by objective, the first where none is named

@@ -16,6 +16,7 @@ from modalloy.errors import CheckpointError, shown
 
 MAX_TEXT_BYTES = 100_000_000  # of a config, tokenizer, index or header: the limit of the safetensors format
 MAX_PARSED_BYTES = 600_000_000  # memory of what a text holds; the largest tokenizer known takes two thirds of it
+SAFETENSORS_ONLY = "MODALLOY_SAFETENSORS_ONLY"  # an environment variable, which child processes inherit
 MAX_DEPTH = 64  # lists in lists of JSON
 # bytes that a text can take once it is parsed, for each of these characters
 PARSED_BYTES = {b"{": 280, b"[": 100, b",": 200}
@@ -190,3 +191,20 @@ def _check_link(path: Path) -> None:
     in_cache = place.parent.name == "blobs" and place.parent.parent.name.startswith(("models--", "datasets--"))
     if not in_cache and not place.is_relative_to(path.parent.resolve()):
         raise CheckpointError(f"{path}: is a link out of the model's folder, to {place}; put the file itself there")
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse a pickle where none may be read: `modalloy --safetensors-only`, or its environment variable.
+
+    Raises:
+        CheckpointError: none may.
+    """
+    if os.environ.get(SAFETENSORS_ONLY, "") not in ("", "0"):
+        raise CheckpointError(f"{path}: is a pickle, which --safetensors-only refuses; ask its author for safetensors")
+
+
+def refuse_pickles(folder: Path) -> None:
+    """The same for a folder that a library opens: pickled weights, where there are no safetensors that it takes first."""
+    if not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("*.bin")):
+            refuse_pickle(path)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError, shown
-from modalloy.storage.folder import MAX_DEPTH, open_file, reading
+from modalloy.storage.folder import MAX_DEPTH, open_file, reading, refuse_pickle
 from modalloy.storage.small_reads import SmallReads
 
 ENDINGS = (".bin", ".pt", ".pth")
@@ -127,6 +127,7 @@ class PickledFile:
 
     def __init__(self, path: Path, opaque: Collection[tuple[str, str]] = ()) -> None:
         """Read all but the tensors' data; objects of the classes in `opaque` (module, name) are passed over."""
+        refuse_pickle(path)
         self.path, self._opaque = path, opaque
         self._begins: dict[str, int] = {}
         self.content: Any = None

@@ -18,6 +18,7 @@ from modalloy.storage.folder import read_json, reading
 
 HEAD = b'{"modalloy merge": '  # how every log of ours begins
 LOG_BYTES = 64 << 20
+SIGNATURE = "model.sig"
 MANIFEST, SOURCES = "manifest.json", "sources.json"  # what a result has beside the files that the manifest lists
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -359,7 +360,7 @@ def _own_files(folder: Path) -> list[Path]:
         return []
     names = {name for name, sha256 in listed.items() if re.fullmatch("[0-9a-f]{64}", str(sha256))}
     found = (path for path in _all_below(folder) if is_file(path))
-    return [path for path in found if path.relative_to(folder).as_posix() in names | {MANIFEST, SOURCES}]
+    return [path for path in found if path.relative_to(folder).as_posix() in names | {MANIFEST, SOURCES, SIGNATURE}]
 
 
 def _strangers(out: Path) -> Iterator[str]:

