@@ -259,9 +259,14 @@ class ChatModel:
         """How many tokens a prompt and its answer may have together."""
         return int(self.model.config.text_config.max_position_embeddings)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the decoder knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def _check_tokens(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a tokenizer whose numbers go beyond the model's vocabulary."""
-        rows, highest = self.model.get_input_embeddings().weight.shape[0], max(max(prompt.ids) for prompt in prompts)
+        rows, highest = self.vocabulary, max(max(prompt.ids) for prompt in prompts)
         if highest >= rows:
             token = self.processor.tokenizer.convert_ids_to_tokens(highest)
             raise CheckpointError(
