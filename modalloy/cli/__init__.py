@@ -7,7 +7,7 @@ import typer
 from typer.main import get_command
 
 from modalloy._version import __version__
-from modalloy.cli import audit, chat, evals, merging, search, serve
+from modalloy.cli import audit, chat, evals, export, merging, search, serve
 from modalloy.cli.boundary import guarded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -36,6 +36,7 @@ app.command()(audit.audit)
 app.command()(merging.methods)
 app.command(cls=chat.InOrder)(chat.chat)
 app.command()(serve.serve)
+app.command()(export.export)
 app.command("eval")(evals.evaluate)
 app.command()(evals.eval_score)
 app.command()(evals.eval_compare)

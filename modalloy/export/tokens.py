@@ -93,7 +93,7 @@ def _write_sentencepiece(writer: Any, folder: Path, tokenizer: Any, size: int) -
     found += [(f"[PAD{number}]".encode(), -1000.0, UNUSED) for number in range(len(found), size)]
     for number, token in tokenizer.added_tokens_decoder.items():
         if number < size:
-            text, score, _ = found[number]
+            _, score, _ = found[number]
             found[number] = (str(token).encode(), score, CONTROL if token.special else USER_DEFINED)
     tokens, scores, kinds = zip(*found[:size], strict=True)
     writer.add_tokenizer_model("llama")

@@ -203,7 +203,7 @@ def check_base(path: Path, geometry: Geometry, weights: Mapping[str, Stored]) ->
     if named != geometry.architecture:
         raise CheckpointError(other.format(f"it is of the architecture {named}, not {geometry.architecture}"))
     wanted = {geometry.stored(name): (name, one) for name, one in weights.items()}
-    for stored, (name, one) in wanted.items():
+    for stored, (_, one) in wanted.items():
         if stored not in found:
             if stored == "output.weight":
                 continue  # tied

@@ -177,7 +177,13 @@ def _senses(folder: Path, content: dict[str, Any]) -> ModalloyForConditionalGene
         name: Stored(partial(checkpoint.read, ref), ref.dtype, ref.shape) for name, ref in checkpoint.refs.items()
     }
     with opening(folder, "config.json", "used"):
-        text = dict(content["text_config"]) | {"num_hidden_layers": 0, "layer_types": None, "pad_token_id": None}
+        text = dict(content["text_config"]) | {
+            "num_hidden_layers": 0,
+            "layer_types": None,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
         text |= {"tie_word_embeddings": True, "vocab_size": weights[TABLE].shape[0] if TABLE in weights else 1}
         config = ModalloyConfig(text, content["modalities"])
         with torch.device("meta"):

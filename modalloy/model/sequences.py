@@ -121,7 +121,7 @@ class Sequences:
 
     def forced(self, prompt: Prompt, options: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Logits (tokens, vocabulary) at every place of each option, token ids, given the prompt and what comes before."""
-        marks, place, reused = self._placed(prompt)
+        marks, place, _ = self._placed(prompt)
         try:
             for other in self.places:
                 if other is not place:
