@@ -103,6 +103,9 @@ def _written(source: Source, replaced: Mapping[str, str]) -> str:
         parts.append("import sys\n")
     wanted = source.needed
     for one in source.body:
+        if isinstance(one, ast.ImportFrom) and one.module == "__future__":
+            parts.insert(1, ast.unparse(one))
+            continue
         if not wanted & set(_names(one)):
             continue
         if isinstance(one, ast.ImportFrom) and (one.module or "").startswith(PACKAGE):

@@ -1,4 +1,4 @@
-"""`--to llama.cpp`: the base and an adapter for each owner of tokens as GGUF; encoders, projectors and the processor beside them."""
+"""`--to llama.cpp`: the base and an adapter for each owner of tokens as GGUF, with all that makes tokens of media beside them."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,8 @@ def export(source: str | Path, out: Path, *, kind: str = "f16", gguf: Path | Non
         adapters = _write_adapters(merged, geometry, folder)
         entry = {"base": base, "adapters": adapters, "context": geometry.context}
         _write_senses(merged, folder, entry)
-    return {"out": str(out), "base": base, "adapters": adapters}
+    lines = [f"base     {base}", *(f"{owner:8} {name or 'the base alone'}" for owner, name in adapters.items()), f"wrote    {out}"]
+    return {"out": str(out), "base": base, "adapters": adapters, "lines": lines}
 
 
 def _write_adapters(merged: Merged, geometry: Geometry, folder: Path) -> dict[str, str | None]:

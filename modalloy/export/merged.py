@@ -94,7 +94,7 @@ def check_routable(merged: Merged, target: str) -> None:
     for owner, update in config.updates.items():
         if update["rank"] == 0:
             raise CheckpointError(
-                f"{where}: the update of {owner} has rank 0, of which there is no adapter for {target}; merge again with k of 1 or more"
+                f"{where}: the update of {owner} has rank 0, which no adapter of {target} has; merge again with k of 1 or more"
             )
     if config.folded:
         raise CheckpointError(

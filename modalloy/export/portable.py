@@ -348,7 +348,7 @@ class RoutedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tokens = torch.cat(parts, 1)
         if int(own.sum()) != tokens.shape[0] * tokens.shape[1]:
             raise ValueError(
-                f"{int(own.sum())} tokens belong to {name}, but {len(values)} media of {tokens.shape[1]} tokens are given; use the processor"
+                f"{int(own.sum())} tokens belong to {name}, but {len(values)} media of {tokens.shape[1]} are given; use the processor"
             )
         return embeddings.masked_scatter(own.unsqueeze(-1), tokens.flatten(0, 1).to(embeddings))
 

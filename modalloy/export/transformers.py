@@ -99,7 +99,7 @@ def check(merged: Merged) -> None:
     where, config = merged.folder, merged.config
     if type(config.text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
-            f"{where}: its decoder ({config.text_config.model_type}) is the text part of a multimodal class, which has no model of "
+            f"{where}: its decoder ({config.text_config.model_type}) is a part of a multimodal class, which has no model of "
             "its own in transformers; load it with modalloy"
         )
     if config.folded:

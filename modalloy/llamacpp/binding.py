@@ -71,7 +71,7 @@ class ContextParams(c.Structure):
 
 
 class Batch(c.Structure):
-    """llama_batch: `token` (n,) or `embd` (n, width), and for each of them its position, sequences, and whether logits are wanted."""
+    """llama_batch: `token` (n,) or `embd` (n, width), and of each its position, sequences, and whether logits are wanted."""
 
     _fields_ = (("n_tokens", I32), *((name, P) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")))
 
