@@ -145,7 +145,7 @@ def main() -> None:
     del reference, chats
     for way, folder in folders.items():
         usage, _ = run([sys.executable, __file__, "--load", folder, way])
-        own = [one for one in found.get(way, ())]
+        own = found.get(way, [])
         odd = [one["margin"] for one in own if not one["same"]]
         rows[way] = {
             "questions": len(own),

@@ -73,7 +73,7 @@ def bundle(root: str, replaced: Mapping[str, str]) -> dict[str, str]:
             )
         return sources[name]
 
-    left = [(root, None)]  # (module, one of its names, or None for all)
+    left: list[tuple[str, str | None]] = [(root, None)]  # (module, one of its names, or None for all)
     while left:
         module, name = left.pop()
         source = opened(module)

@@ -71,7 +71,11 @@ def export(source: str | Path, out: Path, *, kind: str = "f16", gguf: Path | Non
         adapters = _write_adapters(merged, geometry, folder)
         entry = {"base": base, "adapters": adapters, "context": geometry.context}
         _write_senses(merged, folder, entry)
-    lines = [f"base     {base}", *(f"{owner:8} {name or 'the base alone'}" for owner, name in adapters.items()), f"wrote    {out}"]
+    lines = [
+        f"base     {base}",
+        *(f"{owner:8} {name or 'the base alone'}" for owner, name in adapters.items()),
+        f"wrote    {out}",
+    ]
     return {"out": str(out), "base": base, "adapters": adapters, "lines": lines}
 
 

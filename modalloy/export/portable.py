@@ -320,7 +320,8 @@ class RoutedForConditionalGeneration(PreTrainedModel, GenerationMixin):
             table = self.get_input_embeddings()
             inputs_embeds = table(input_ids if owners is None else input_ids.masked_fill(owners > 0, 0))
             for name, values in media.items():
-                inputs_embeds = self._placed(inputs_embeds, owners == self.config.owners.index(name), name, values)
+                own = input_ids == self.config.modalities[name]["token_id"]
+                inputs_embeds = self._placed(inputs_embeds, own, name, values)
         with self.routes.use(self._paths(owners), self.config.owners):
             output: CausalLMOutputWithPast = self.decoder(
                 attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -348,15 +349,18 @@ class RoutedForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tokens = torch.cat(parts, 1)
         if int(own.sum()) != tokens.shape[0] * tokens.shape[1]:
             raise ValueError(
-                f"{int(own.sum())} tokens belong to {name}, but {len(values)} media of {tokens.shape[1]} are given; use the processor"
+                f"{int(own.sum())} tokens belong to {name}, but {len(values)} media of {tokens.shape[1]} are given; use the "
+                "processor"
             )
         return embeddings.masked_scatter(own.unsqueeze(-1), tokens.flatten(0, 1).to(embeddings))
 
     def _paths(self, owners: Tensor | None) -> Tensor | None:
         """Owners by the weights they use: a modality without an update of its own uses the text path."""
-        for index, name in enumerate(self.config.owners) if owners is not None else ():
-            if index and not self.config.modalities[name]["update"]:
-                owners = owners.masked_fill(owners == index, 0)  # type: ignore[union-attr]
+        if owners is None:
+            return None
+        shared = [index for index, name in enumerate(self.config.owners) if index and name not in self.config.updates]
+        for index in shared:
+            owners = owners.masked_fill(owners.eq(index), 0)
         return owners
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

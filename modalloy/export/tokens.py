@@ -9,10 +9,11 @@ from modalloy.llamacpp import binding
 from modalloy.storage.folder import read_json
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS, REST = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of the rules that split a text before merges, by the expression in tokenizer.json
 SPLITS = {
-    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-    rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    rf"{CONTRACTIONS}|{WORDS}|\p{{N}}|{REST}": "qwen2",
+    rf"{CONTRACTIONS}|{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
 }
 AWKWARD = (
     "What is this?",
@@ -85,7 +86,7 @@ def _write_sentencepiece(writer: Any, folder: Path, tokenizer: Any, size: int) -
     import gguf
 
     try:
-        found = list(gguf.SentencePieceVocab(folder).all_tokens())
+        found = [(text, score, int(kind)) for text, score, kind in gguf.SentencePieceVocab(folder).all_tokens()]
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{folder / 'tokenizer.model'}: cannot be read ({error}); give the base's GGUF: --gguf BASE.gguf"
@@ -100,7 +101,7 @@ def _write_sentencepiece(writer: Any, folder: Path, tokenizer: Any, size: int) -
     writer.add_tokenizer_pre("default")
     writer.add_token_list(list(tokens))
     writer.add_token_scores(list(scores))
-    writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_token_types(list(kinds))
 
 
 def _rules(folder: Path) -> str:
@@ -117,7 +118,7 @@ def _rules(folder: Path) -> str:
         elif kinds == ["Digits", "ByteLevel"] and uses_regex and parts[0].get("individual_digits"):
             found = "smollm"
         elif kinds == ["Split", "ByteLevel"] and not uses_regex and parts[0].get("behavior") == "Isolated":
-            found = SPLITS.get((parts[0].get("pattern") or {}).get("Regex"))
+            found = SPLITS.get(str((parts[0].get("pattern") or {}).get("Regex")))
     if found is None:
         raise CheckpointError(
             f"{folder}: llama.cpp's rules for its tokenizer are not known here; give the base's GGUF that its makers published: "

@@ -52,8 +52,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 processor = AutoProcessor.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-`transformers serve path/to/this/folder --trust-remote-code` serves it, and `pipeline("any-to-any", …)` asks it. Its code is in the `*.py`
-files here: read them before you trust them. In the prompt a token stands at each position of a medium:
+`transformers serve path/to/this/folder --trust-remote-code` serves it, and `pipeline("any-to-any", …)` asks it.
+Its code is in the `*.py` files here: read them before you trust them. In the prompt a token stands at each position of a medium:
 
 {rows}
 """

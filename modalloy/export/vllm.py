@@ -116,7 +116,7 @@ def _check_whole(folder: Path, path: str) -> None:
     ]
     if any(".lora_" in str(row[1]) for row in left):
         raise CheckpointError(
-            f"{folder}: {len(left)} tensors of the modalities' own were left out of this merge ({left[0][1]}), so that media would use "
+            f"{folder}: {len(left)} tensors of the modalities' own were left out of this merge ({left[0][1]}): media would use "
             f"{path} weights; merge with form: omni, and export that --to llama.cpp or --to transformers"
         )
 
@@ -131,7 +131,7 @@ def _lost(config: dict[str, Any]) -> str:
     )
     if own:
         return (
-            f"the tokens of {', '.join(own)} use weights of their own, and vLLM gives one LoRA to all tokens of a request, and none to "
-            "one with two modalities: routing would be lost"
+            f"the tokens of {', '.join(own)} use weights of their own, and vLLM gives one LoRA to all tokens of a request, "
+            "and none to one with two modalities: routing would be lost"
         )
     return "its encoders are parts of no architecture that vLLM has"

@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modalloy.errors import CheckpointError, nearest
+from modalloy.errors import CheckpointError, nearest, shown
 from modalloy.model.load import Stored
+from modalloy.model.opening import reason
 
 TYPES = ("f16", "q8_0", "f32")
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type: llama.cpp's
 PAIRED = ("llama",)  # whose rows of queries and keys llama.cpp keeps as pairs, where transformers has halves
 BLOCK = 32  # numbers of a row that share a scale in q8_0
-SAME_NORM = 0.01  # of a norm's largest weight: what bfloat16 or float16 rounds is less
+SAME_VECTOR = 0.01  # of a norm's or bias's largest number: what bfloat16 or float16 rounds is less
 SAME_WEIGHT = 0.9  # cosine with a weight that was quantised, to 2 bits or more
-ROWS = 64  # of a weight, that are compared
+COMPARED, ROWS = (
+    ("token_embd.weight", "output.weight", "blk.0.attn_q.weight"),
+    64,
+)  # weights, and how many of their rows
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def write_adapter(path: Path, geometry: Geometry, factors: Mapping[str, tuple[Te
 
 
 def check_base(path: Path, geometry: Geometry, weights: Mapping[str, Stored]) -> None:
-    """Refuse a GGUF that is not that of the decoder: its sizes, all its norms, and a part of two weights are compared.
+    """Refuse a GGUF that is not that of the decoder: its sizes, all its norms, and parts of two weights are compared.
 
     Raises:
         CheckpointError: it is another's, or damaged.
@@ -192,46 +196,53 @@ def check_base(path: Path, geometry: Geometry, weights: Mapping[str, Stored]) ->
 
     try:
         reader = gguf.GGUFReader(path)
-        architecture = reader.get_field("general.architecture")
-        named = architecture.contents() if architecture is not None else None
+        said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         found = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # whatever a damaged file makes the library raise
-        raise CheckpointError(
-            f"{path}: is no GGUF that can be read ({type(error).__name__}: {error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path}: is no GGUF that can be read ({reason(error)}); download it again") from error
     other = f"{path}: is not the base of this merge: {{}}; give the GGUF of that base"
-    if named != geometry.architecture:
-        raise CheckpointError(other.format(f"it is of the architecture {named}, not {geometry.architecture}"))
-    wanted = {geometry.stored(name): (name, one) for name, one in weights.items()}
+    config, name = geometry.config, geometry.architecture
+    for key, value in (
+        ("general.architecture", name),
+        (f"{name}.block_count", config.num_hidden_layers),
+        (f"{name}.attention.head_count", config.num_attention_heads),
+        (f"{name}.attention.head_count_kv", config.num_key_value_heads),
+        (f"{name}.rope.freq_base", geometry.rope["rope_theta"]),
+    ):
+        if said.get(key) != value:
+            raise CheckpointError(other.format(f"its {key} is {shown(said.get(key))}, not {shown(value)}"))
+    wanted = {geometry.stored(own): (own, one) for own, one in weights.items()}
+    wanted.setdefault("output.weight", wanted["token_embd.weight"])  # tied
     for stored, (_, one) in wanted.items():
+        if stored == "output.weight" and config.tie_word_embeddings and stored not in found:
+            continue
         if stored not in found:
-            if stored == "output.weight":
-                continue  # tied
             raise CheckpointError(other.format(f"it has no {stored}"))
         shape = tuple(int(n) for n in reversed(found[stored].shape))
         if shape != one.shape:
             raise CheckpointError(other.format(f"{stored} is of shape {shape}, not {one.shape}"))
-    compared = [stored for stored, (_, one) in wanted.items() if len(one.shape) == 1]
-    for stored in [*compared, "token_embd.weight", "blk.0.attn_q.weight"]:
-        name, one = wanted[stored]
-        exact = geometry.rows(name, one[...].float().numpy())[:ROWS].astype(np.float64).ravel()
+        is_vector = len(one.shape) == 1
+        if not is_vector and stored not in COMPARED:
+            continue
+        exact = geometry.rows(wanted[stored][0], one[...].float().numpy())
+        exact = (exact if is_vector else exact[:ROWS]).astype(np.float64).ravel()
         tensor = found[stored]
         try:
-            given = gguf.dequantize(
-                tensor.data[: len(tensor.data) if len(one.shape) == 1 else ROWS], tensor.tensor_type
-            )
+            values = gguf.dequantize(tensor.data if is_vector else tensor.data[:ROWS], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: {stored} is of type {tensor.tensor_type.name}, which is not read here ({error}); give another GGUF"
+                f"{path}: {stored} is of type {tensor.tensor_type.name}, which cannot be compared; give another GGUF"
             ) from error
-        given = given[:ROWS].astype(np.float64).ravel()
-        if len(one.shape) == 1:
-            differs = np.abs(given - exact).max() > SAME_NORM * np.abs(exact).max()
+        given = values.astype(np.float64).ravel()
+        if is_vector:
+            differs = np.abs(given - exact).max() > SAME_VECTOR * np.abs(exact).max()
         else:
             differs = given @ exact < SAME_WEIGHT * np.linalg.norm(given) * np.linalg.norm(exact)
         if differs:
             raise CheckpointError(
-                other.format(f"{stored} has other values (which a merge that averages norms has for all tokens, too)")
+                other.format(
+                    f"{stored} has other values (as after a merge that averages norms, which is for all tokens)"
+                )
             )
 
 

@@ -111,10 +111,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _SAID: list[str] = []  # the last errors in llama.cpp's log
 
 
-@c.CFUNCTYPE(None, c.c_int, c.c_char_p, P)
-def _keep(level: int, text: bytes, _: Any) -> None:
+def _listen(level: int, text: bytes, _: Any) -> None:
     if level == ERROR:
         _SAID[:] = [*_SAID[-4:], text.decode(errors="replace").strip()]
+
+
+_LISTENER = c.CFUNCTYPE(None, c.c_int, c.c_char_p, P)(_listen)
 
 
 def said() -> str:
@@ -149,7 +151,7 @@ def load() -> Any:
         for field, value in wanted.items():
             if getattr(found, field) != value:
                 raise CheckpointError(wrong.format(f"{name} gives {field} = {getattr(found, field)}, not {value}"))
-    library.llama_log_set(c.cast(_keep, P), None)
+    library.llama_log_set(c.cast(_LISTENER, P), None)
     library.llama_backend_init()
     return library
 
@@ -165,7 +167,12 @@ def _library() -> Path:
         raise CheckpointError(
             f"{PACKAGE} {found} is installed, and this version of modalloy is for {VERSION}, whose structures it knows; {_remedy()}"
         )
-    return next(Path(spec.origin).parent.glob(f"{PACKAGE}*.so"))
+    found = next(Path(spec.origin).parent.glob(f"{PACKAGE}*.so"), None)
+    if found is None:
+        raise CheckpointError(
+            f"{PACKAGE} has no library that can be called on this system; name a libllama in ${LIBRARY}"
+        )
+    return found
 
 
 def _remedy() -> str:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class ChatModel:
 
     model: ModalloyForConditionalGeneration
     processor: ModalloyProcessor
+    holder: ClassVar[str] = "model"  # what says how long a conversation may be
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -277,7 +278,7 @@ class ChatModel:
     def _check_length(self, length: int, new_tokens: int) -> None:
         if length + new_tokens > self.context:
             raise LengthError(
-                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the model's {self.context}; "
+                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the {self.holder}'s {self.context}; "
                 "show fewer media, or begin a new conversation"
             )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,6 +34,7 @@ class LlamaChat(ChatModel):
     """`model` has encoders and projectors, and a decoder without blocks; `decoder` decodes."""
 
     decoder: Decoder = field(kw_only=True)
+    holder: ClassVar[str] = "cache"
 
     @cached_property
     def sequences(self) -> Sequences:
