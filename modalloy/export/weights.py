@@ -209,8 +209,8 @@ def check_base(path: Path, geometry: Geometry, weights: Mapping[str, Stored]) ->
         (f"{name}.attention.head_count_kv", config.num_key_value_heads),
         (f"{name}.rope.freq_base", geometry.rope["rope_theta"]),
     ):
-        if said.get(key) != value:
-            raise CheckpointError(other.format(f"its {key} is {shown(said.get(key))}, not {shown(value)}"))
+        if key in said and said[key] != value:  # old files leave out what is usual
+            raise CheckpointError(other.format(f"its {key} is {shown(said[key])}, not {shown(value)}"))
     wanted = {geometry.stored(own): (own, one) for own, one in weights.items()}
     wanted.setdefault("output.weight", wanted["token_embd.weight"])  # tied
     for stored, (_, one) in wanted.items():

@@ -278,7 +278,8 @@ class ChatModel:
     def _check_length(self, length: int, new_tokens: int) -> None:
         if length + new_tokens > self.context:
             raise LengthError(
-                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the {self.holder}'s {self.context}; "
+                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the {self.holder}'s "
+                f"{self.context}; "
                 "show fewer media, or begin a new conversation"
             )
 
