@@ -65,8 +65,8 @@ def chat(
     """
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
-    check_quantize(quantize)
     check_engine(engine, context, device=device, dtype=dtype, quantize=quantize)
+    check_quantize(quantize)
     if prompt is not None and not prompt.strip() and not any((image, audio, video, point, media)):
         raise ModalloyError("-p: the question is empty; write one, or leave -p out to type a conversation")
     if as_json and prompt is None:
@@ -81,7 +81,7 @@ def chat(
     from modalloy.model.session import Session, typed_lines
     from modalloy.senses import media as decoders
 
-    options = {"device": resolve_device(device), "dtype": dtype, "quantize": quantize}
+    options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "quantize": quantize}
     model = load_by(engine, out, context=context, **options)
     if prompt is None:
         session = Session(model, max_new_tokens)

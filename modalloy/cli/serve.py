@@ -45,8 +45,8 @@ def serve(
     """Answer OpenAI's chat completions and responses about all modalities, until Ctrl-C."""
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
-    check_quantize(quantize)
     check_engine(engine, context, device=device, dtype=dtype, quantize=quantize)
+    check_quantize(quantize)
     if demo and engine != "torch":
         raise ModalloyError(
             "--demo: is a merge as it was written; export it, and serve that folder with --engine llama.cpp"

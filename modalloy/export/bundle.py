@@ -79,7 +79,7 @@ def bundle(root: str, replaced: Mapping[str, str]) -> dict[str, str]:
         source = opened(module)
         if name is None:
             source.is_whole = True
-            left += [(module, one) for one in source.definitions if one not in source.needed and one != "__all__"]
+            left += [(module, one) for one in source.definitions if one != "__all__"]
             continue
         if name in source.needed or name not in source.definitions:
             continue
@@ -106,7 +106,8 @@ def _written(source: Source, replaced: Mapping[str, str]) -> str:
         if isinstance(one, ast.ImportFrom) and one.module == "__future__":
             parts.insert(1, ast.unparse(one))
             continue
-        if not wanted & set(_names(one)):
+        names = set(_names(one))
+        if not (wanted & names or (source.is_whole and not names and isinstance(one, ast.If))):
             continue
         if isinstance(one, ast.ImportFrom) and (one.module or "").startswith(PACKAGE):
             for alias in one.names:
@@ -148,7 +149,8 @@ def _names(statement: Statement) -> Iterator[str]:
         yield from (alias.asname or alias.name.partition(".")[0] for alias in statement.names)
     elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        yield from (one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name))
+        names = (one for target in targets for one in ast.walk(target) if isinstance(one, ast.Name))
+        yield from (one.id for one in names if isinstance(one.ctx, ast.Store))
 
 
 def _imports(statement: Statement, name: str) -> Iterator[tuple[str, str]]:

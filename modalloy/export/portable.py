@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -428,7 +427,7 @@ def _listed(found: Any) -> list[Any]:
     return [one for item in found for one in (item if isinstance(item, (list, tuple)) else [item])]
 
 
-# programs of transformers look a class up by these names (`transformers serve`, pipelines)
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[RoutedConfig.model_type] = RoutedForConditionalGeneration.__name__
-for _one in (RoutedConfig, RoutedProcessor, RoutedForConditionalGeneration):
-    setattr(transformers, _one.__name__, _one)
+if not __name__.startswith(
+    "modalloy."
+):  # beside a checkpoint: `transformers serve` and pipelines look the class up there
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[RoutedConfig.model_type] = RoutedForConditionalGeneration.__name__

@@ -188,7 +188,8 @@ def _write_weights(merged: Merged, folder: Path) -> None:
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
-    count, index = len(names), {}
+    count = len(names)
+    index: dict[str, str] = {}
     for number, own in enumerate(names):
         file = "model.safetensors" if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
         (folder / f"part-{number}.safetensors").rename(folder / file)

@@ -163,9 +163,9 @@ def _library() -> Path:
     if spec is None or spec.origin is None:
         error = ModuleNotFoundError(f"no {PACKAGE}", name=PACKAGE)
         raise missing_package(error) or error
-    if (found := version(PACKAGE)) != VERSION:
+    if (installed := version(PACKAGE)) != VERSION:
         raise CheckpointError(
-            f"{PACKAGE} {found} is installed, and this version of modalloy is for {VERSION}, whose structures it knows; {_remedy()}"
+            f"{PACKAGE} {installed} is installed, and this version of modalloy is for {VERSION}, whose structures it knows; {_remedy()}"
         )
     found = next(Path(spec.origin).parent.glob(f"{PACKAGE}*.so"), None)
     if found is None:

@@ -93,15 +93,14 @@ class Sequences:
 
     def step(self) -> None:
         """A chunk of one prompt that waits, then one more token for every row; rows that ended leave."""
-        for row in [row for row in (*self.waiting, *self.rows) if row.answer.cancelled]:
-            self._leave(row)
-        if (row := next(iter(self.waiting), None)) is not None and self._fits(row):
-            if (logits := self._prompt(row)) is not None:
+        for gone in [one for one in (*self.waiting, *self.rows) if one.answer.cancelled]:
+            self._leave(gone)
+        if self.waiting and self._fits(self.waiting[0]):
+            row = self.waiting[0]
+            if (first := self._prompt(row)) is not None:
                 self.waiting.remove(row)
                 self.rows.append(row)
-                self._take(row, logits)
-        elif not self.rows:
-            return
+                self._take(row, first)
         if rows := list(self.rows):
             positions = [len(row.place.numbers) for row in rows]
             ids, sequences = [row.last for row in rows], [row.place.sequence for row in rows]
