@@ -165,7 +165,7 @@ def _library() -> Path:
         raise missing_package(error) or error
     if (installed := version(PACKAGE)) != VERSION:
         raise CheckpointError(
-            f"{PACKAGE} {installed} is installed, and this version of modalloy is for {VERSION}, whose structures it knows; {_remedy()}"
+            f"{PACKAGE} {installed} is installed, and this version of modalloy is for {VERSION}; {_remedy()}"
         )
     found = next(Path(spec.origin).parent.glob(f"{PACKAGE}*.so"), None)
     if found is None:
