@@ -1,6 +1,6 @@
 """Does a merge say the same in llama.cpp? The built-in merge, asked the demo's questions and some of the senses benchmark's.
 
-    python benchmarks/export.py --data DIR [--questions 100] [--out build/bench/export]
+    python benchmarks/export.py --data DIR [--questions 100] [--minutes 60] [--out build/bench/export]
 
 PyTorch in float32 answers each question greedily; each export then gets the same prompt and that answer, token by token.
 `same` counts questions at which it would choose every one of these tokens; where it would not, the first place that differs is
@@ -48,11 +48,11 @@ ANSWER, STEPS, TIE = 12, 32, 0.05
 
 
 def asked(data: Path | None, count: int) -> list[tuple[str, list[Message]]]:
-    """Where each question is from, and itself: the demo's, and `count` of the senses benchmark's, evenly spaced."""
+    """Where each question is from, and itself: the demo's, and `count` of the senses benchmark's, drawn at random."""
     found = [("demo", user_message(question, list(_files(media).items()))) for media, question in QUESTIONS]
     if data is not None:
         samples = [one for one in questions(find_benchmark("senses"), Source(data)) if one.media]
-        chosen = np.linspace(0, len(samples) - 1, count).astype(int)
+        chosen = np.random.default_rng(0).choice(len(samples), count, replace=False)
         able = ("audio", "image", "point", "video")
         found += [("senses", placed_message(samples[i].text, samples[i].media, able)) for i in chosen]
     return found
@@ -60,9 +60,15 @@ def asked(data: Path | None, count: int) -> list[tuple[str, list[Message]]]:
 
 def answered(chat: ChatModel, prompt: Prompt) -> tuple[list[int], np.ndarray]:
     """PyTorch's greedy answer, its end included, and its logits (tokens, vocabulary) at each of its places."""
-    ids = chat._generate([prompt], ANSWER, None)[0, len(prompt.ids) :].tolist()
-    logits = chat.model._forced(chat.inputs([prompt]), [[torch.tensor(ids)]])[0][0]
-    return ids, logits.float().numpy()
+    made = chat.model.generate(
+        **chat.inputs([prompt]),
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        eos_token_id=list(chat.ends.tokens),
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return made.sequences[0, len(prompt.ids) :].tolist(), torch.cat(made.logits).numpy()
 
 
 def compared(ids: list[int], wanted: np.ndarray, got: np.ndarray) -> dict[str, float]:
@@ -113,6 +119,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=60, help="ask no more questions after so long")
+    parser.add_argument("--keep", action="store_true", help="take exports that an earlier run left")
     parser.add_argument("--out", type=Path, default=Path("build/bench/export"))
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -125,13 +133,17 @@ def main() -> None:
     folders: dict[str, Path] = {"torch": source}
     for way, options in WAYS.items():
         folders[way] = args.out / way
-        shutil.rmtree(folders[way], ignore_errors=True)
         args.out.mkdir(parents=True, exist_ok=True)
-        export(source, folders[way], **options)
+        if not (args.keep and folders[way].is_dir()):
+            shutil.rmtree(folders[way], ignore_errors=True)
+            export(source, folders[way], **options)
     reference = load_model(source)
     chats = {way: opened(str(folders[way]), way) for way in WAYS}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    start = time.monotonic()
     for number, (origin, message) in enumerate(asked(args.data, args.questions)):
+        if time.monotonic() - start > 60 * args.minutes:
+            break
         prompt = reference.prompt(message)
         ids, wanted = answered(reference, prompt)
         for way, chat in chats.items():
@@ -149,6 +161,7 @@ def main() -> None:
         odd = [one["margin"] for one in own if not one["same"]]
         rows[way] = {
             "questions": len(own),
+            "of_senses": sum(one["from"] == "senses" for one in own),
             "same": int(sum(one["same"] for one in own)),
             "ties": sum(margin < TIE for margin in odd),
             "largest_margin_of_others_nats": max((margin for margin in odd if margin >= TIE), default=0.0),
