@@ -11,7 +11,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,serve,sign,docs,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,serve,sign,llamacpp,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt --upgrade --target $(QUANTIZE) torchao
 	touch $@

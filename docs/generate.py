@@ -62,6 +62,7 @@ def pages() -> dict[str, str]:
         "results/classes.md": classes(),
         **search(),
         "results/serve.md": served.page(RESULTS),
+        **export(),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 
@@ -262,6 +263,49 @@ def classes() -> str:
             "| class | decoder | fine-tunes, hub | LoRAs, hub | fine-tunes, own | LoRAs, own |",
             "|---|---|---|---|---|---|",
             *rows,
+            "",
+        ]
+    )
+
+
+def export() -> dict[str, str]:
+    """What the built-in merge says in llama.cpp beside PyTorch, from the stored results of the benchmark, once there are any."""
+    stored = RESULTS / "export.json"
+    return {"results/export.md": _export(json.loads(stored.read_text()))} if stored.is_file() else {}
+
+
+def _export(told: dict[str, Any]) -> str:
+    names = {"torch": "PyTorch, float32", "f32": "f32, exact", "q4_1": "Q4_1 (`--gguf`, the base's published file)"}
+    rows = []
+    for way, one in told["rows"].items():
+        asked = way != "torch"
+        margin = one["largest_margin_of_others_nats"]
+        cells = [
+            names.get(way, way),
+            f"{one['same']} of {one['questions']}" if asked else "–",
+            (f"{one['questions'] - one['same']}, {one['ties']} of them ties" if asked else "–"),
+            f"{margin:.2f}" if margin else "–",
+            f"{one['logits']:.2g}" if asked else "–",
+            f"{one['nats']:.2g}" if asked else "–",
+            f"{one['kl']:.1e}" if asked else "–",
+            f"{one['tokens_per_s']:.1f}",
+            f"{one['peak_bytes'] / 1e9:.2f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            "# The built-in merge in llama.cpp\n",
+            f"`benchmarks/export.py` on {told['cores']} core(s), load {told['load']:.0f}: speeds are of a busy machine.",
+            f"PyTorch answers {told['rows']['f16']['questions']} questions greedily (the demo's, the others of `senses`), in at",
+            f"most {told['answer_tokens']} tokens; each export gets the same prompts, and these answers token by token.",
+            "An answer is the same if each of its tokens is the export's likeliest, too; a tie is a place where PyTorch's own two",
+            f"likeliest are within {told['tie_nats']} nats. The other columns are the largest along these answers, KL the mean.\n",
+            "| base | same answers | others | their largest margin, nats | logits | nats a token | KL, nats | tokens/s | peak GB |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "“exact” keeps keys and values in float32 and uses no flash attention; the others are as `--engine llama.cpp` runs.",
+            "Peak memory is of a process that loads the model and answers one question with a picture: encoders are in each.",
             "",
         ]
     )

@@ -37,7 +37,7 @@ EXTRAS = {
     **dict.fromkeys(("resvg_py", "scipy", "zstandard"), "data"),
     **dict.fromkeys(("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "httpcore2", "starlette"), "serve"),
     **dict.fromkeys(("model_signing", "sigstore", "cyclonedx"), "sign"),
-    **{"lm_eval": "evals", "plotly": "report", "optuna": "search", "torchao": "quantize"},
+    **{"lm_eval": "evals", "plotly": "report", "optuna": "search", "torchao": "quantize", "xllamacpp": "llamacpp"},
 }
 MAX_PLAIN = 200  # characters of a name or a reason in a message
 

@@ -204,6 +204,28 @@ def test_two_specialists_answer_about_a_picture_and_a_sound(pair: Path) -> None:
     assert "".join(words).strip() == streamed.answer == reply.answer
 
 
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not installed (extra llamacpp)")
+def test_llama_cpp_answers_about_both_as_pytorch_does(pair: Path, tmp_path: Path) -> None:
+    """Native senses run here, with the merged model's table; norms that were averaged are the base's of the export."""
+    from modalloy.export.llama_cpp import export
+    from modalloy.export.merged import open_merged
+    from modalloy.export.weights import Geometry, write_base
+    from modalloy.model.llama_cpp import load_exported
+
+    merged = open_merged(pair / "out")
+    geometry = Geometry(merged.config.text_config)
+    base = tmp_path / "base.gguf"
+    write_base(base, geometry, merged.decoder, "f32", lambda writer: writer.add_tokenizer_model("none"))
+    export(pair / "out", tmp_path / "out", gguf=base)
+    ours, theirs = load_exported(tmp_path / "out", exact=True), load_model(pair / "out")
+    for parts in ([], [("image", pair / "a.png")], [("image", pair / "a.png"), ("audio", pair / "a.wav")]):
+        messages = asked(*parts)
+        assert ours.reply(messages, max_new_tokens=5) == theirs.reply(messages, max_new_tokens=5)
+        options = ["w5 w6", "w7"]
+        wanted = theirs.score_options(messages, options)
+        assert ours.score_options(messages, options) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_prompts_of_a_batch_answer_as_alone(pair: Path) -> None:
     chat = load_model(pair / "out")
     prompts = [

@@ -12,7 +12,7 @@ import modalloy
 PACKAGE = Path(modalloy.__file__).parent
 FLOORS = [
     {"_moved", "_version", "errors", "names", "machine", "report"},
-    {"files", "forms", "linalg", "settings", "yaml_text"},
+    {"files", "forms", "linalg", "llamacpp", "settings", "yaml_text"},
     {"builtin", "delta"},
     {"methods", "storage"},
     {"families", "mergekit", "recompute", "senses"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"planning", "updates"},
     {"engines", "outputs", "promise"},
     {"compute", "model", "verify"},
-    {"auditing", "bom", "evals", "inspection", "merging", "signing"},
+    {"auditing", "bom", "evals", "export", "inspection", "merging", "signing"},
     {"demo", "search", "serve"},
     {"cli"},
 ]

@@ -24,6 +24,7 @@ COMMANDS = (
     "eval-compare",
     "search",
     "serve",
+    "export",
     "demo",
 )
 RUN = "import sys; from modalloy.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"

@@ -8,7 +8,7 @@ import typer
 from typer.main import get_command
 
 from modalloy._version import __version__
-from modalloy.cli import audit, chat, evals, merging, search, serve, trust
+from modalloy.cli import audit, chat, evals, export, merging, search, serve, trust
 from modalloy.cli.boundary import guarded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -47,6 +47,7 @@ app.command()(merging.check)
 app.command()(merging.methods)
 app.command(cls=chat.InOrder)(chat.chat)
 app.command()(serve.serve)
+app.command()(export.export)
 app.command("eval")(evals.evaluate)
 app.command()(evals.eval_score)
 app.command()(evals.eval_compare)

@@ -10,7 +10,19 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from modalloy.cli.options import DEVICES, DTYPES, Isolated, Json, Media, Quantize, check_quantize, choice
+from modalloy.cli.options import (
+    DEVICES,
+    DTYPES,
+    Context,
+    Engine,
+    Isolated,
+    Json,
+    Media,
+    Quantize,
+    check_engine,
+    check_quantize,
+    choice,
+)
 from modalloy.errors import ModalloyError
 from modalloy.names import modality_name
 from modalloy.report.text import is_unicode
@@ -42,6 +54,8 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
     quantize: Quantize = None,
+    engine: Engine = "torch",
+    context: Context = None,
     isolated: Isolated = False,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +65,7 @@ def chat(
     """
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
+    check_engine(engine, context, device=device, dtype=dtype, quantize=quantize)
     check_quantize(quantize)
     if prompt is not None and not prompt.strip() and not any((image, audio, video, point, media)):
         raise ModalloyError("-p: the question is empty; write one, or leave -p out to type a conversation")
@@ -61,12 +76,13 @@ def chat(
     given = {"image": image, "audio": audio, "video": video, "point": point, "media": media}
     files = _in_order(ctx.meta[InOrder.__name__], given)
     from modalloy.merging import resolve_device
-    from modalloy.model import load_model
     from modalloy.model.chat import user_message
+    from modalloy.model.llama_cpp import load_by
     from modalloy.model.session import Session, typed_lines
     from modalloy.senses import media as decoders
 
-    model = load_model(out, device=resolve_device(device), dtype=dtype, quantize=quantize)
+    options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "quantize": quantize}
+    model = load_by(engine, out, context=context, **options)
     if prompt is None:
         session = Session(model, max_new_tokens)
         with decoders.isolated(isolated):

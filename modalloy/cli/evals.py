@@ -9,13 +9,16 @@ import typer
 from modalloy.cli.options import (
     DEVICES,
     DTYPES,
+    Context,
     DataFolder,
+    Engine,
     Isolated,
     Json,
     MediaRoot,
     Modalities,
     Task,
     Variant,
+    check_engine,
     choice,
     kept,
     source_of,
@@ -45,6 +48,8 @@ def evaluate(
     download: Annotated[bool, typer.Option("--download", help="fetch the benchmark's files from the hub")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
+    engine: Engine = "torch",
+    context: Context = None,
     base: Annotated[str | None, typer.Option(help="base of a specialist that records none")] = None,
     encoder: Annotated[str | None, typer.Option(help="encoder of a specialist that records none")] = None,
     isolated: Isolated = False,
@@ -64,19 +69,22 @@ def evaluate(
         )
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
+    check_engine(engine, context, device=device, dtype=dtype)
     benchmark = find_benchmark(task)
     source = source_of(data_folder(benchmark, data, download=download), media_root, variant, modalities)
     from modalloy.evals.ask import evaluate as run_on
     from modalloy.evals.ask import identify
     from modalloy.evals.features import FeatureCache
     from modalloy.merging import resolve_device
-    from modalloy.model import load_model
+    from modalloy.model.llama_cpp import load_by
     from modalloy.senses import media
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
+    if engine != "torch":
+        options = {"engine": engine, "context": context}
     with progress(task) as on_sample, kept(run), media.isolated(isolated):
         finished = run_on(
-            lambda: load_model(out, **options),
+            lambda: load_by(options.get("engine", "torch"), out, **{k: v for k, v in options.items() if k != "engine"}),
             identify(out, **options),
             benchmark,
             source,

@@ -46,6 +46,16 @@ Quantize = Annotated[
     str | None, typer.Option(help="int8 or int4: hold the base's linears in so many bits", show_default=False)
 ]
 QUANTIZE = ("int8", "int4")
+ENGINES = ("torch", "llama.cpp")
+Engine = Annotated[
+    str, typer.Option(help="torch, or llama.cpp for a folder that `modalloy export --to llama.cpp` wrote")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=16, help="llama.cpp: tokens that its cache holds (default: the model's, at most 8192)", show_default=False
+    ),
+]
 
 
 def choice(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -61,6 +71,23 @@ def check_quantize(kind: str | None) -> None:
         raise ModalloyError(f"--quantize {kind}: no such kind; known: {', '.join(QUANTIZE)}")
     if find_spec("torchao") is None:
         raise ModuleNotFoundError("no torchao", name="torchao")
+
+
+def check_engine(engine: str, context: int | None, *, device: str, dtype: str, quantize: str | None = None) -> None:
+    """Refuse another engine, options that it has not, and one that is not there, before torch is imported."""
+    choice("--engine", engine, ENGINES)
+    if engine == "torch":
+        if context is not None:
+            raise ModalloyError("--context: is of llama.cpp's cache; add --engine llama.cpp, or leave it out")
+        return
+    if device == "cuda" or dtype != "float32" or quantize is not None:
+        given = "--quantize" if quantize is not None else "--dtype" if dtype != "float32" else "--device cuda"
+        raise ModalloyError(
+            f"{given}: llama.cpp runs on the CPU here, with the types of the exported files; leave it out, and choose with "
+            "modalloy export --type or --gguf"
+        )
+    if find_spec("xllamacpp") is None:
+        raise ModuleNotFoundError("no xllamacpp", name="xllamacpp")
 
 
 def parse_size(option: str, text: str) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from modalloy.cli.options import DEVICES, DTYPES, Quantize, check_quantize, choice
+from modalloy.cli.options import DEVICES, DTYPES, Context, Engine, Quantize, check_engine, check_quantize, choice
 from modalloy.cli.progress import progress
 from modalloy.errors import ModalloyError
 
@@ -38,6 +38,8 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's")] = "float32",
     quantize: Quantize = None,
+    engine: Engine = "torch",
+    context: Context = None,
     max_batch: Annotated[int, typer.Option(min=1, max=1024, help="requests answered together, for each model")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="requests that wait besides; more get status 429")] = 64,
     allow_media_host: Annotated[
@@ -47,7 +49,12 @@ def serve(
     """Answer OpenAI's chat completions and responses about all modalities, until Ctrl-C."""
     choice("--device", device, DEVICES)
     choice("--dtype", dtype, DTYPES)
+    check_engine(engine, context, device=device, dtype=dtype, quantize=quantize)
     check_quantize(quantize)
+    if demo and engine != "torch":
+        raise ModalloyError(
+            "--demo: is a merge as it was written; export it, and serve that folder with --engine llama.cpp"
+        )
     if out is None and not model and not demo:
         raise ModalloyError("no model is named; give a folder that `modalloy chat` opens, or --demo")
     import fastapi  # noqa: F401
@@ -74,6 +81,8 @@ def serve(
         no_key=no_key,
         dtype=dtype,
         quantize=quantize,
+        engine=engine,
+        context=context,
         max_batch=max_batch,
         max_queue=max_queue,
         media_hosts=tuple(allow_media_host or ()),

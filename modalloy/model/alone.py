@@ -10,7 +10,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from modalloy.model.answering import Answer
 from modalloy.model.batch import Batch, Row, is_batchable
 from modalloy.model.chat import ChatModel
+from modalloy.model.llama_cpp import LlamaChat
 from modalloy.model.opening import opening
+from modalloy.model.sequences import Sequences
 
 
 class Alone:
@@ -84,8 +86,10 @@ class _Ended(StoppingCriteria):
         return torch.full((len(input_ids),), over, device=input_ids.device)
 
 
-def answering(chat: ChatModel, *, max_rows: int, kept_bytes: int) -> Batch | Alone:
+def answering(chat: ChatModel, *, max_rows: int, kept_bytes: int) -> Batch | Alone | Sequences:
     """What answers a model's prompts: together where it can be done, else one after another."""
+    if isinstance(chat, LlamaChat):
+        return chat.sequences
     if is_batchable(chat):
         return Batch(chat, max_rows=max_rows, kept_bytes=kept_bytes)
     return Alone(chat, max_rows=max_rows)

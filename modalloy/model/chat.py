@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class ChatModel:
 
     model: ModalloyForConditionalGeneration
     processor: ModalloyProcessor
+    holder: ClassVar[str] = "model"  # what says how long a conversation may be
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -265,9 +266,14 @@ class ChatModel:
         """How many tokens a prompt and its answer may have together."""
         return int(self.model.config.text_config.max_position_embeddings)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the decoder knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     def _check_tokens(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a tokenizer whose numbers go beyond the model's vocabulary."""
-        rows, highest = self.model.get_input_embeddings().weight.shape[0], max(max(prompt.ids) for prompt in prompts)
+        rows, highest = self.vocabulary, max(max(prompt.ids) for prompt in prompts)
         if highest >= rows:
             token = self.processor.tokenizer.convert_ids_to_tokens(highest)
             raise CheckpointError(
@@ -278,7 +284,8 @@ class ChatModel:
     def _check_length(self, length: int, new_tokens: int) -> None:
         if length + new_tokens > self.context:
             raise LengthError(
-                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the model's {self.context}; "
+                f"the conversation takes {length} tokens and the answer up to {new_tokens}, more than the {self.holder}'s "
+                f"{self.context}; "
                 "show fewer media, or begin a new conversation"
             )
 

@@ -13,6 +13,9 @@ from modalloy.model.routing import TEXT
 from modalloy.outputs.omni import AUTO_MAP
 from modalloy.senses.anatomy import check_counts, native_class_name
 
+LLAMA_CPP = (
+    "modalloy_llama_cpp"  # `model_type` of a folder that `modalloy export --to llama.cpp` wrote, and its own key
+)
 MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
 
 

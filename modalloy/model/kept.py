@@ -67,13 +67,9 @@ class Kept:
 
     def longest(self, prompt: Marked) -> tuple[int, Layers]:
         """How many of a prompt's first tokens are known, all but its last at most and no part of a medium; and their layers."""
-        best, found = 0, None
-        for key, (numbers, _) in self._entries.items():
-            shared = _shared(numbers, prompt.numbers)
-            if shared > best:
-                best, found = shared, key
-        best = min(best, len(prompt.numbers) - 1)
-        best = next((begin for begin, end in prompt.media if begin < best < end), best)
+        lengths = {key: shared(numbers, prompt) for key, (numbers, _) in self._entries.items()}
+        found = max(lengths, key=lambda key: lengths[key], default=None)
+        best = 0 if found is None else lengths[found]
         if found is None or best <= 0:
             return 0, []
         self._entries.move_to_end(found)
@@ -85,11 +81,11 @@ class Kept:
         if size > self.limit:
             return
         for key, (known, _) in list(self._entries.items()):
-            shared = _shared(known, numbers)
-            if shared == len(numbers):
+            common = _common(known, numbers)
+            if common == len(numbers):
                 self._entries.move_to_end(key)
                 return
-            if shared == len(known):
+            if common == len(known):
                 self._remove(key)
         self._entries[self._next] = (numbers, layers)
         self._next += 1
@@ -101,7 +97,13 @@ class Kept:
         self.bytes -= _size(self._entries.pop(key)[1])
 
 
-def _shared(one: np.ndarray, other: np.ndarray) -> int:
+def shared(numbers: np.ndarray, prompt: Marked) -> int:
+    """How many of a prompt's first tokens known ones begin with: all but its last at most, and no part of a medium."""
+    best = min(_common(numbers, prompt.numbers), len(prompt.numbers) - 1)
+    return next((begin for begin, end in prompt.media if begin < best < end), best)
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
     """How many numbers two rows begin with in common."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])

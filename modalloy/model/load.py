@@ -15,7 +15,7 @@ from torch import Tensor
 from modalloy.errors import CheckpointError, RecipeError
 from modalloy.machine.memory import release_memory
 from modalloy.model.chat import ChatModel
-from modalloy.model.config import ModalloyConfig, check_content
+from modalloy.model.config import LLAMA_CPP, ModalloyConfig, check_content
 from modalloy.model.hosted import is_hosted, load_hosted
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.opening import check_code, open_tokenizer, opening, set_ends
@@ -109,6 +109,8 @@ def load_model(
         labels = tokenizer.chat_template is None  # as in `omni`: ModelCompose's prompt where nobody has another
         tokenizer.chat_template = tokenizer.chat_template or VICUNA_V1
         processor = ModalloyProcessor(tokenizer, config.modalities, labels)
+    elif kind == LLAMA_CPP:
+        raise CheckpointError(f"{folder}: is an export for llama.cpp; open it with --engine llama.cpp")
     elif kind == "modalloy":
         check_content(content, folder / "config.json")
         with opening(folder, "model"):
@@ -244,8 +246,13 @@ def local_folder(where: Any, options: dict[str, Any]) -> Path:
 
 
 def composed_weights(config: ModalloyConfig, folder: Path) -> dict[str, "Stored"]:
-    """Every tensor of an `omni` folder's model by the model's own names, to be read when it is wanted."""
-    assert config.base_model is not None
+    """Every tensor of an `omni` folder's model by the model's own names, to be read when it is wanted.
+
+    A folder that `save_pretrained` wrote has them under these names itself.
+    """
+    if config.base_model is None:
+        checkpoint = open_base(folder)
+        return {name: _stored(checkpoint, ref) for name, ref in checkpoint.refs.items()}
     base = locate(config.base_model, folder)
     return _base_weights(base) | _omni_weights(folder, config) | _encoders(config, folder)
 
@@ -253,8 +260,8 @@ def composed_weights(config: ModalloyConfig, folder: Path) -> dict[str, "Stored"
 class Stored:
     """A tensor in a file, read at `[...]`: what transformers' loader takes in place of one."""
 
-    def __init__(self, read: Callable[[], Tensor], dtype: torch.dtype) -> None:
-        self.read, self.dtype = read, dtype
+    def __init__(self, read: Callable[[], Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.read, self.dtype, self.shape = read, dtype, shape
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.read()
@@ -297,7 +304,7 @@ def _base_weights(folder: Path) -> dict[str, Stored]:
 
 
 def _stored(checkpoint: Checkpoint, ref: Any) -> Stored:
-    return Stored(partial(checkpoint.read, ref), ref.dtype)
+    return Stored(partial(checkpoint.read, ref), ref.dtype, ref.shape)
 
 
 def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
@@ -321,7 +328,7 @@ def _owned(read: Read, refs: dict[str, TensorRef], config: ModalloyConfig) -> di
             raise CheckpointError(
                 f"{ref.file}: {name} belongs to no modality of config.json; the folder mixes two models"
             )
-        found[own] = Stored(partial(read, ref), ref.dtype)
+        found[own] = Stored(partial(read, ref), ref.dtype, ref.shape)
     return found
 
 
@@ -365,7 +372,7 @@ def _encoders(config: ModalloyConfig, folder: Path) -> dict[str, Stored]:
         built = build(name, sizes["encoder"]["settings"], meta=True).state_dict()
         weights = _EncoderWeights(name, path, set(built))
         for key, tensor in built.items():
-            found[f"encoders.{modality}.{key}"] = Stored(partial(weights.take, key), tensor.dtype)
+            found[f"encoders.{modality}.{key}"] = Stored(partial(weights.take, key), tensor.dtype, tuple(tensor.shape))
     return found
 
 

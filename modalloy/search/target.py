@@ -96,7 +96,7 @@ class LoadedTarget:
             return tensors[index]
 
         tensors = {
-            spec.name: Stored(partial(read, job, index), spec.dtype)
+            spec.name: Stored(partial(read, job, index), spec.dtype, spec.shape)
             for job in planned.jobs
             for index, spec in enumerate(job.outputs)
         }
@@ -109,7 +109,7 @@ class LoadedTarget:
         """Load the target itself."""
         if not self.is_target:
             read, refs = self.planned.inputs.read, self.planned.target.refs
-            stored = {name: Stored(partial(read, ref), ref.dtype) for name, ref in refs.items()}
+            stored = {name: Stored(partial(read, ref), ref.dtype, ref.shape) for name, ref in refs.items()}
             self._load(self.planned, stored, is_target=True)
 
     def _load(self, planned: Plan, tensors: dict[str, Stored], *, is_target: bool) -> None:

@@ -20,7 +20,7 @@ from starlette.routing import Match
 
 from modalloy import __version__, builtin
 from modalloy.errors import nearest, plain
-from modalloy.model.batch import Batch
+from modalloy.model.alone import Alone
 from modalloy.serve import answers
 from modalloy.serve.asking import Asked, read_chat, read_responses
 from modalloy.serve.guard import Bodies, Guard
@@ -164,7 +164,7 @@ def _model(one: Served) -> dict[str, Any]:
         "owned_by": "modalloy",
         "modalities": ["text", *one.chat.modalities],
         "context_length": one.chat.context,
-        "batched": isinstance(one.engine, Batch),
+        "batched": not isinstance(one.engine, Alone),
     }
 
 

@@ -26,6 +26,8 @@ class Options:
     device: str = "cpu"
     dtype: str = "float32"
     quantize: str | None = None
+    engine: str = "torch"
+    context: int | None = None  # of llama.cpp's cache
     max_batch: int = 8
     max_queue: int = 64
     media_hosts: Sequence[str] = ()

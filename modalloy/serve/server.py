@@ -11,7 +11,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from modalloy.model import load_model
+from modalloy.model.llama_cpp import load_by
 from modalloy.serve.app import GRACE_SECONDS, application
 from modalloy.serve.metrics import Metrics
 from modalloy.serve.options import Options, address, is_loopback, reached
@@ -44,7 +44,8 @@ def serve(
     keys, hosts, metrics = options.keys, options.hosts, Metrics()
     chats = {}
     for name, path in models.items():
-        chats[name] = load_model(path, device=options.device, dtype=options.dtype, quantize=options.quantize)
+        given = {"device": options.device, "dtype": options.dtype, "quantize": options.quantize}
+        chats[name] = load_by(options.engine, path, context=options.context, sequences=options.max_batch, **given)
         on_line(f"loaded   {name}: text, {', '.join(chats[name].modalities) or 'nothing else'}")
     if saved := share(list(chats.values())):
         on_line(f"shared   {saved / 1e6:.0f} MB of equal weights are held once")
