@@ -47,6 +47,8 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
         return Done([_interpolated(job, read)])
     if job.kind == "average":
         return Done([_averaged(job, read)])
+    if job.kind == "reuse":
+        return Done([read(ref) for ref in job.reads], job.parameters)
     assert job.start is not None
     return Done([_fitted(read(job.start), job.outputs[0])])
 

@@ -19,10 +19,12 @@ from modalloy.machine import memory
 from modalloy.machine.cores import default_workers
 from modalloy.outputs import WRITERS
 from modalloy.outputs.card import model_card
+from modalloy.outputs.earlier import Earlier, records
 from modalloy.outputs.manifest import SOURCES, build_manifest
+from modalloy.outputs.streamed import StreamedWeights
 from modalloy.planning import cost
 from modalloy.planning.differences import settle
-from modalloy.planning.job import Run
+from modalloy.planning.job import Job, Run
 from modalloy.planning.kinship import Kinship, check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
@@ -30,7 +32,6 @@ from modalloy.recipe import Recipe, load_recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import read_json
 from modalloy.storage.staging import MANIFEST, Staging, check_apart
-from modalloy.storage.writer import WeightWriter
 from modalloy.verify import Verification, verify, verify_folder
 
 
@@ -47,6 +48,7 @@ class MergeReport:
     budget: cost.Budget
     compression: Mapping[str, float] = field(default_factory=dict)  # relative Frobenius error of updates cut to a rank
     kinship: Mapping[str, Kinship] = field(default_factory=dict)  # of models of other architectures with the target
+    n_reused: int = 0  # jobs whose tensors are an earlier result's
 
     @property
     def compression_error(self) -> float | None:
@@ -66,6 +68,7 @@ class MergeReport:
             "predicted_peak_bytes": self.budget.predicted_bytes,
             "workers": self.budget.n_workers,
             "compression_error": self.compression_error,
+            "reused": self.n_reused,
             "verify": self.verification.to_dict(),
         }
 
@@ -79,6 +82,7 @@ def merge(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    earlier: str | Path | None = None,
     max_memory: int | None = None,
     allow_base_mismatch: bool = False,
     on_job: Callable[[int, int], None] | None = None,
@@ -92,6 +96,8 @@ def merge(
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         overwrite: replace an earlier result at `out`.
         resume: go on with a merge into `out` that was killed; its finished shards are kept.
+        earlier: an earlier result whose tensors are taken over where the same inputs and numbers made them; the bytes
+            written are those of a merge without it.
         max_memory: bytes that the process may hold, by default what there is room for. Fewer jobs are in flight together
             where that is needed, or fewer workers; refused before anything is merged if one weight at a time needs more.
             Unless it is ample, freed memory is returned at once (`memory.return_freed_memory`, for good), which takes time.
@@ -107,6 +113,7 @@ def merge(
     start = time.perf_counter()
     chosen_device = resolve_device(device)
     n_workers = 1 if chosen_device == "cuda" else jobs or default_workers()
+    before = None if earlier is None else Earlier(Path(earlier), chosen_device)
     held = memory.peak_bytes()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     check_apart(out, _inputs(planned, file))
@@ -128,18 +135,12 @@ def merge(
         begin = time.perf_counter()
         there = sum(path.stat().st_size for path in folder.iterdir())
         _check_disk(out, cost.disk_bytes(planned) - there)
-        run = _write_weights(planned, staging, budget, chosen_device, on_job)
+        weights = StreamedWeights(planned, staging)
+        run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job)
         merge_s = time.perf_counter() - begin
-        WRITERS[planned.form.name].write(planned, folder)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-        write_text(folder / "README.md", model_card(planned))
-        manifest = build_manifest(planned, run, folder)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        sources = _sources(planned) | {"fingerprint": fingerprint}
-        write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
-        verification = verify_folder(folder, planned, manifest, rehash=False, budget=budget)
+        verification = write_beside(planned, recipe, run, staging, budget, chosen_device)
     total_s, peak = time.perf_counter() - start, memory.peak_bytes()
-    return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship)
+    return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship, n_reused)
 
 
 def resolve_device(device: str) -> str:
@@ -169,40 +170,55 @@ def _check_disk(out: Path, needed: int) -> None:
 
 
 def _write_weights(
-    planned: Plan, staging: Staging, budget: cost.Budget, device: str, on_job: Callable[[int, int], None] | None
-) -> Run:
-    """Run all jobs and stream their tensors to disk."""
+    planned: Plan,
+    weights: StreamedWeights,
+    budget: cost.Budget,
+    device: str,
+    before: Earlier | None,
+    on_job: Callable[[int, int], None] | None,
+) -> tuple[Run, int]:
+    """Run all jobs and stream their tensors to disk; how many of them an earlier result had done."""
     surveys = survey(planned.merges(), planned.inputs.read)
-    specs = [spec for job in planned.jobs for spec in job.outputs]
-    limit = planned.recipe.output.max_shard_size if planned.form.has_shards else None
-    writer = WeightWriter(staging.folder, planned.form.stem, specs, limit)
-    kept = writer.keep(staging.finished)
-    compression = dict(staging.facts) if kept else {}
-    remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
+    inputs, todo = planned.inputs, weights.remaining
+    reused: dict[str, Job] = {}
+    if before is not None:
+        reused = before.reused(planned, surveys)
+        inputs = inputs.joined("earlier result", before.taken)
+        todo = [reused.get(job.outputs[0].name, job) for job in todo]
     for file in planned.hashed_files():
         file.hash_reads()
     work = partial(compute, surveys=surveys, device=device)
-    results = ENGINES["local"](
-        remaining, planned.inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample
-    )
-    n_done = len(planned.jobs) - len(remaining)
+    results = ENGINES["local"](todo, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    n_done = len(planned.jobs) - len(todo)
     try:
         for job, done in results:
-            compression |= done.compression
-            for spec, tensor in zip(job.outputs, done.tensors, strict=True):
-                if spec.name in kept:  # of a job whose other tensors are in a later shard
-                    continue
-                if finished := writer.add(spec.name, tensor):
-                    staging.note(finished, writer.sha256[finished], compression)
-            del done, tensor  # or they are held until the next result is there
+            weights.add(job, done)
+            del done  # or its tensors are held until the next result is there
             n_done += 1
             if on_job is not None:
                 on_job(n_done, len(planned.jobs))
-        writer.close()
+        run = weights.close(surveys)
     finally:
         results.close()
-        writer.abort()
-    return Run(surveys, compression, writer.sha256)
+        weights.abort()
+    if before is not None:
+        before.check()
+    return run, len(reused)
+
+
+def write_beside(
+    planned: Plan, recipe: Recipe, run: Run, staging: Staging, budget: cost.Budget, device: str
+) -> Verification:
+    """Write what stands beside the weights, and check the whole."""
+    folder = staging.folder
+    WRITERS[planned.form.name].write(planned, folder)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "README.md", model_card(planned))
+    manifest = build_manifest(planned, run, folder)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sources = _sources(planned) | {"fingerprint": staging.fingerprint} | records(planned, run.surveys, device)
+    write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
+    return verify_folder(folder, planned, manifest, rehash=False, budget=budget)
 
 
 def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:

@@ -34,6 +34,9 @@ def merge(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
+    earlier: Annotated[
+        Path | None, typer.Option("--from", help="an earlier result: recompute only what changed", show_default=False)
+    ] = None,
     max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
@@ -70,6 +73,7 @@ def merge(
             device=device,
             overwrite=overwrite,
             resume=resume,
+            earlier=earlier,
             max_memory=limit,
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
@@ -90,6 +94,8 @@ def merge(
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
+    if earlier is not None:
+        say(f"reused   {report.n_reused} of {len(report.plan.jobs)} pieces of work from {earlier}")
     if report.budget.n_bytes is not None:
         print(
             f"memory   kept within what there is: {report.budget.n_workers} workers, as many weights at a time as fit"

@@ -41,9 +41,10 @@ class Job:
     - own: the update of one model, cut to the two factors that its own tokens use
     - keep: the tensor `start`, unchanged
     - carry: a specialist's tensor `start`, bit for bit
+    - reuse: what an earlier result has of the same job, `models`; what was measured then is in `parameters`
     """
 
-    kind: Literal["merge", "average", "interpolate", "fuse", "requantise", "own", "keep", "carry"]
+    kind: Literal["merge", "average", "interpolate", "fuse", "requantise", "own", "keep", "carry", "reuse"]
     name: str  # the target's tensor, or one linear weight inside a fused one
     outputs: tuple[TensorSpec, ...]
     start: TensorRef | None = None  # what the updates are added to; only a fused tensor has none of its own

@@ -18,6 +18,12 @@ class Inputs:
             for file in files:
                 self.files.setdefault(file.path, (file, owner))
 
+    def joined(self, owner: str, files: Iterable[WeightFile]) -> "Inputs":
+        """These inputs and some more files."""
+        both = Inputs(())
+        both.files = self.files | {file.path: (file, owner) for file in files}
+        return both
+
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of a tensor, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long).
 

@@ -29,10 +29,12 @@ class Source:
         self.path = path
         found = path.stat()
         self.size, self.changed_ns = found.st_size, found.st_mtime_ns
+        self.stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         self.lock = threading.Lock()
         self.digest = hashlib.sha256()
         self.hashed = 0
         self.hashes_reads = False
+        self.known: str | None = None  # its hash, where an earlier merge took it
 
     def read_into(self, target: memoryview, begin: int, what: str) -> None:
         """Fill `target` with the bytes from `begin` on."""
@@ -43,7 +45,7 @@ class Source:
                 if not count:
                     raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
                 done += count
-            if not self.hashes_reads:
+            if not self.hashes_reads or self.known is not None:
                 return
             with self.lock:
                 if begin <= self.hashed < begin + len(target):
@@ -54,6 +56,8 @@ class Source:
 
     def sha256(self) -> str:
         """Hash of the whole file."""
+        if self.known is not None:
+            return self.known
         with self._opened() as file, self.lock:
             self._catch_up(file, self.size)
             return self.digest.hexdigest()

@@ -113,6 +113,20 @@ class WeightFile:
         with reading(self.path):
             return self._source.sha256()
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return self._source.size
+
+    @property
+    def stamp(self) -> list[int]:
+        """What every change of the file changes: size, times of change of data and of inode in ns, inode."""
+        return self._source.stamp
+
+    def trust(self, sha256: str) -> None:
+        """Take this for the file's hash: it was taken when the file had the same stamp."""
+        self._source.known = sha256
+
     def _safetensors_refs(self) -> dict[str, TensorRef]:
         size = self._source.size
         with open_file(self.path) as file:
