@@ -36,7 +36,8 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "gguf"), "builtin"),
     **dict.fromkeys(("resvg_py", "scipy", "zstandard"), "data"),
     **dict.fromkeys(("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "httpcore2", "starlette"), "serve"),
-    **{"lm_eval": "evals", "plotly": "report", "optuna": "search", "torchao": "quantize"},
+    **dict.fromkeys(("s3fs", "gcsfs", "aiohttp"), "remote"),
+    **{"ray": "ray", "lm_eval": "evals", "plotly": "report", "optuna": "search", "torchao": "quantize"},
 }
 MAX_PLAIN = 200  # characters of a name or a reason in a message
 

@@ -116,9 +116,9 @@ def merge(
     before = None if earlier is None else Earlier(Path(earlier), chosen_device)
     held = memory.peak_bytes()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
-    check_apart(out, _inputs(planned, file))
+    check_apart(out, inputs_of(planned, file))
     if not resume:
-        _check_disk(out, cost.disk_bytes(planned))
+        check_disk(out, cost.disk_bytes(planned))
     planned = settle(planned, allow_base_mismatch=allow_base_mismatch)
     memory.release_memory()
     planning = memory.peak_bytes() if memory.peak_bytes() > held else 0
@@ -134,11 +134,12 @@ def merge(
     with staging.begin(fingerprint) as folder, disk_errors(out):
         begin = time.perf_counter()
         there = sum(path.stat().st_size for path in folder.iterdir())
-        _check_disk(out, cost.disk_bytes(planned) - there)
+        check_disk(out, cost.disk_bytes(planned) - there)
         weights = StreamedWeights(planned, staging)
         run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job)
         merge_s = time.perf_counter() - begin
         verification = write_beside(planned, recipe, run, staging, budget, chosen_device)
+    planned.inputs.forget()
     total_s, peak = time.perf_counter() - start, memory.peak_bytes()
     return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship, n_reused)
 
@@ -159,7 +160,8 @@ def _finished_before(out: Path, fingerprint: str) -> Verification:
     return verify(out)
 
 
-def _check_disk(out: Path, needed: int) -> None:
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse what the disk has no room for."""
     with disk_errors(out):
         free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
     if free < needed:
@@ -185,6 +187,7 @@ def _write_weights(
         reused = before.reused(planned, surveys)
         inputs = inputs.joined("earlier result", before.taken)
         todo = [reused.get(job.outputs[0].name, job) for job in todo]
+    planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
     for file in planned.hashed_files():
         file.hash_reads()
     work = partial(compute, surveys=surveys, device=device)
@@ -221,7 +224,7 @@ def write_beside(
     return verify_folder(folder, planned, manifest, rehash=False, budget=budget)
 
 
-def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
+def inputs_of(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
     """Every file or folder that a merge reads, as a message calls it."""
     if recipe is not None:
         yield "the recipe", recipe

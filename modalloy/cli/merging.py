@@ -28,7 +28,9 @@ RECEIVES = {
 
 def merge(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder to make", show_default=False)],
+    out: Annotated[
+        str, typer.Option("-o", "--out", help="folder to make, here or in an object store (s3://…)", show_default=False)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -49,8 +51,10 @@ def merge(
     """Merge specialists into one model."""
     check_exists(recipe)
     from modalloy.merging import merge as run
-    from modalloy.outputs.push import check_target, push
+    from modalloy.outputs.push import check_target, push, upload, uploaded_from
+    from modalloy.storage.remote import is_remote
 
+    elsewhere, folder = (out, uploaded_from(out)) if is_remote(out) else (None, Path(out))
     choice("--device", device, DEVICES)
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     if dry_run:
@@ -68,7 +72,7 @@ def merge(
     with progress("merge") as on_job:
         report = run(
             recipe,
-            out,
+            folder,
             jobs=jobs,
             device=device,
             overwrite=overwrite,
@@ -78,12 +82,15 @@ def merge(
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
-    checked = _sanity(out, device) if sanity else None
-    url = None if push_to_hub is None else push(out, push_to_hub, private=private)
+    checked = _sanity(folder, device) if sanity else None
+    url = None if push_to_hub is None else push(folder, push_to_hub, private=private)
+    if elsewhere is not None:
+        upload(folder, elsewhere)
     if as_json:
         more = {"sanity": {name: asdict(one) for name, one in checked.items()}} if checked else {}
-        print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
-        return out
+        told = {"out": out} | ({} if url is None else {"pushed": url})
+        print(json.dumps(report.to_dict() | more | told))
+        return folder
     say(f"plan     {report.plan.summary()}")
     for notice in report.plan.notices:
         say(f"note     {notice}")
@@ -114,7 +121,7 @@ def merge(
     say(f"wrote    {out}")
     if url is not None:
         say(f"pushed   {url}")
-    return out
+    return folder
 
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:

@@ -25,7 +25,7 @@ from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import file_sha256, present, read_json, reading
-from modalloy.storage.locate import hub_commit, is_hub_id, is_portable_name
+from modalloy.storage.locate import hub_commit, hub_id, is_hub_id, is_portable_name
 from modalloy.storage.staging import MANIFEST as MANIFEST
 from modalloy.storage.staging import SOURCES as SOURCES
 from modalloy.storage.tensors import Checkpoint, WeightFile
@@ -185,7 +185,7 @@ def start_names(written: Recipe, places: Sources, manifest: dict[str, Any]) -> d
     found = {}
     for key, place in places.starts.items():
         label = "target" if key == "target" else "base"
-        location = str(getattr(written, key))
+        location = hub_id(str(getattr(written, key)))
         said = manifest["inputs"].get(label, {}).get("name")
         portable = location.startswith(PREFIX) or (
             is_hub_id(location) and (hub_commit(place) is not None or said == location)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from modalloy.files import create, is_file, write_text
 from modalloy.storage.folder import file_sha256, reading
+from modalloy.storage.remote import record_of
 from modalloy.storage.source import BLOCK_BYTES, PAGE_BYTES, aligned_block
-from modalloy.storage.tensors import CODES
+from modalloy.storage.tensors import CODES, WeightFile
 
 DIRECT_BYTES = 64 << 20  # files from this size on are written past the page cache
 
@@ -227,6 +228,10 @@ def _header(specs: list[TensorSpec]) -> bytes:
 
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file to a new one at `path`; a CheckpointError names the source where it cannot be read."""
+    if record_of(source) is not None:  # the header of a file that is elsewhere
+        with os.fdopen(create(path), "wb") as out:
+            WeightFile(source).copy_to(out.write)
+        return
     with reading(source):
         file = source.open("rb")
     with file, os.fdopen(create(path), "wb") as out:
