@@ -3,16 +3,18 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modalloy.compute import compute, survey
-from modalloy.engines import ENGINES
+from modalloy.engines import ENGINES, NAMES
+from modalloy.engines.local import Compute
 from modalloy.errors import OutputError, memory_errors
 from modalloy.files import disk_errors, write_text
 from modalloy.machine import memory
@@ -24,15 +26,19 @@ from modalloy.outputs.manifest import SOURCES, build_manifest
 from modalloy.outputs.streamed import StreamedWeights
 from modalloy.planning import cost
 from modalloy.planning.differences import settle
-from modalloy.planning.job import Job, Run
+from modalloy.planning.job import Job, Run, Survey
 from modalloy.planning.kinship import Kinship, check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import read_json
+from modalloy.storage.inputs import Inputs
 from modalloy.storage.staging import MANIFEST, Staging, check_apart
 from modalloy.verify import Verification, verify, verify_folder
+
+if TYPE_CHECKING:
+    from modalloy.engines.ray import Cluster
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def merge(
     resume: bool = False,
     earlier: str | Path | None = None,
     max_memory: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     allow_base_mismatch: bool = False,
     on_job: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -101,6 +109,9 @@ def merge(
         max_memory: bytes that the process may hold, by default what there is room for. Fewer jobs are in flight together
             where that is needed, or fewer workers; refused before anything is merged if one weight at a time needs more.
             Unless it is ample, freed memory is returned at once (`memory.return_freed_memory`, for good), which takes time.
+        engine: "local" (threads of this process), or "ray" (see `engines/ray.py`): `jobs` are then tasks at once, and
+            `max_memory` is that of one.
+        ray_address: of a cluster that is there; by default that of RAY_ADDRESS, else one of this machine.
         allow_base_mismatch: merge specialists that record another base than the recipe's.
         on_job: called with (jobs done, jobs in all).
 
@@ -122,7 +133,7 @@ def merge(
     planned = settle(planned, allow_base_mismatch=allow_base_mismatch)
     memory.release_memory()
     planning = memory.peak_bytes() if memory.peak_bytes() > held else 0
-    budget = cost.budget(planned, n_workers, max_memory, planning)
+    budget = cost.budget(planned, n_workers, None if engine == "ray" else max_memory, planning)
     if budget.n_bytes is not None:
         memory.return_freed_memory()
     fingerprint = planned.fingerprint
@@ -136,7 +147,8 @@ def merge(
         there = sum(path.stat().st_size for path in folder.iterdir())
         check_disk(out, cost.disk_bytes(planned) - there)
         weights = StreamedWeights(planned, staging)
-        run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job)
+        with _cluster(engine, ray_address, jobs, max_memory) as cluster:
+            run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job, cluster)
         merge_s = time.perf_counter() - begin
         verification = write_beside(planned, recipe, run, staging, budget, chosen_device)
     planned.inputs.forget()
@@ -171,6 +183,22 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def _cluster(engine: str, address: str | None, jobs: int | None, max_memory: int | None) -> "Iterator[Cluster | None]":
+    """The cluster that an engine needs."""
+    if engine not in NAMES:
+        raise OutputError(f"--engine {engine}: not an engine; known: {', '.join(NAMES)}")
+    if engine == "local":
+        if address is not None:
+            raise OutputError("--ray-address is of --engine ray: add it, or leave the address out")
+        yield None
+        return
+    from modalloy.engines.ray import Cluster, connected
+
+    with connected(address):
+        yield Cluster(jobs, max_memory)
+
+
 def _write_weights(
     planned: Plan,
     weights: StreamedWeights,
@@ -178,26 +206,27 @@ def _write_weights(
     device: str,
     before: Earlier | None,
     on_job: Callable[[int, int], None] | None,
+    cluster: "Cluster | None",
 ) -> tuple[Run, int]:
     """Run all jobs and stream their tensors to disk; how many of them an earlier result had done."""
-    surveys = survey(planned.merges(), planned.inputs.read)
     inputs, todo = planned.inputs, weights.remaining
+    if cluster is not None:
+        cluster.check(inputs, weights.staging.folder)
+    surveys = _surveys(planned, cluster)
     reused: dict[str, Job] = {}
     if before is not None:
         reused = before.reused(planned, surveys)
         inputs = inputs.joined("earlier result", before.taken)
         todo = [reused.get(job.outputs[0].name, job) for job in todo]
-    planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
-    for file in planned.hashed_files():
-        file.hash_reads()
     work = partial(compute, surveys=surveys, device=device)
-    results = ENGINES["local"](todo, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    if cluster is None:
+        results = _run_here(planned, weights, todo, inputs, work, budget)
+    else:
+        results = _run_there(planned, weights, todo, inputs, work, cluster)
     n_done = len(planned.jobs) - len(todo)
     try:
-        for job, done in results:
-            weights.add(job, done)
-            del done  # or its tensors are held until the next result is there
-            n_done += 1
+        for count in results:
+            n_done += count
             if on_job is not None:
                 on_job(n_done, len(planned.jobs))
         run = weights.close(surveys)
@@ -207,6 +236,58 @@ def _write_weights(
     if before is not None:
         before.check()
     return run, len(reused)
+
+
+def _surveys(planned: Plan, cluster: "Cluster | None") -> dict[str, Survey]:
+    """What methods must know of the whole model before its first weight."""
+    if cluster is None or not planned.surveyed():
+        return survey(planned.merges(), planned.inputs.read)
+    found: dict[str, Survey] = cluster.call(partial(_surveyed, planned.merges()), planned.inputs)
+    return found
+
+
+def _surveyed(jobs: list[Job], inputs: Inputs) -> dict[str, Survey]:
+    return survey(jobs, inputs.read)
+
+
+def _run_here(
+    planned: Plan, weights: StreamedWeights, jobs: list[Job], inputs: Inputs, work: Compute, budget: cost.Budget
+) -> Generator[int, None, None]:
+    """Runs jobs in threads of this process and writes what they give; yields how many are done."""
+    planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
+    for file in planned.hashed_files():
+        file.hash_reads()
+    results = ENGINES["local"](jobs, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    with closing(results):
+        for job, done in results:
+            weights.add(job, done)
+            del done  # or its tensors are held until the next result is there
+            yield 1
+
+
+def _run_there(
+    planned: Plan, weights: StreamedWeights, jobs: list[Job], inputs: Inputs, work: Compute, cluster: "Cluster"
+) -> Generator[int, None, None]:
+    """The same on a cluster, whose workers write the shards, where the form has any, and hash the inputs."""
+    from modalloy.engines.ray import LEFT, Shard
+
+    if planned.form.has_shards:
+        shards = [Shard(*parts) for parts in weights.shards(jobs)]
+        counts = {shard.index: len(shard.jobs) for shard in shards}
+        with closing(cluster.write(shards, inputs, work, weights.staging.folder)) as written:
+            for one in written:
+                weights.adopt(one.index, one.path, one.sha256, one.compression)
+                yield counts[one.index]
+        for left in weights.staging.folder.glob(f"{LEFT}*"):
+            shutil.rmtree(left)
+    else:
+        with closing(cluster.run(jobs, inputs, work)) as results:
+            for job, done in results:
+                weights.add(job, done)
+                yield 1
+    files = planned.hashed_files()
+    for file, sha256 in zip(files, cluster.hashes(planned.inputs, [file.path for file in files]), strict=True):
+        file.trust(sha256)
 
 
 def write_beside(

@@ -117,7 +117,7 @@ def test_all_results_or_none(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     """A value that does not fit the written type fails the whole sweep, in the middle of it."""
     recipe = write_recipe(output=FULL | {"dtype": "float16"})
     with pytest.raises(ModalloyError, match="do not fit"):
-        sweep(recipe, tmp_path / "out", ["scale=0.1,1.0e20"])
+        sweep(recipe, tmp_path / "out", ["scale=0.1,1.0e+20"])
     assert not (tmp_path / "out").exists()
 
 

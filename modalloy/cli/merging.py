@@ -40,6 +40,10 @@ def merge(
         Path | None, typer.Option("--from", help="an earlier result: recompute only what changed", show_default=False)
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the machines of a cluster")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster (default: RAY_ADDRESS, else one started here)")
+    ] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="ask the result, its base and parents; add it to the card")
     ] = False,
@@ -79,6 +83,8 @@ def merge(
             resume=resume,
             earlier=earlier,
             max_memory=limit,
+            engine=engine,
+            ray_address=ray_address,
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )

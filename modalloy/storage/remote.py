@@ -190,12 +190,12 @@ class Store:
             options["headers"] = {"If-Match": file.tag}
 
         def get() -> bytes:
-            if self.scheme == "hf":  # whose `cat_file` reads ahead
-                with self.fs.open(file.url, "rb", cache_type="none", size=file.size) as opened:
+            if self.scheme in ("s3", "gs"):
+                data: bytes = self.fs.cat_file(file.url, start=begin, end=end)
+            else:  # whose `cat_file` reads ahead, or takes a whole file for a range of it
+                with self.fs.open(file.url, "rb", 1, cache_type="none", size=file.size, **options) as opened:
                     opened.seek(begin)
-                    data: bytes = opened.read(end - begin)
-            else:
-                data = self.fs.cat_file(file.url, start=begin, end=end, **options)
+                    data = opened.read(end - begin)
             if len(data) != end - begin:
                 raise OSError(f"{len(data)} bytes came where {end - begin} were asked for")
             return data
@@ -217,9 +217,18 @@ class Store:
                     "no such file" if isinstance(error, FileNotFoundError) else f"access is denied: {_reason(error)}"
                 )
                 raise CheckpointError(f"{cut(url)}: {reason}; correct the address, or give your credentials") from error
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{cut(url)}: cannot be read by ranges ({_reason(error)}); download the model and give its folder"
+                ) from error
             except Exception as error:  # of as many kinds as there are stores and their clients
                 last = error
-                if getattr(error, "status", None) == 412 or "PreconditionFailed" in type(error).__name__:
+                status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", 0)
+                if status in (401, 403, 404):
+                    raise CheckpointError(
+                        f"{cut(url)}: {_reason(error)}; correct the address, or give your credentials"
+                    ) from error
+                if status == 412 or "PreconditionFailed" in type(error).__name__:
                     raise ObjectChangedError(f"{cut(url)}: was changed while being read; start again") from error
                 if "Credentials" in type(error).__name__:
                     raise CheckpointError(f"{cut(url)}: {_reason(error)}; give your credentials") from error
@@ -270,8 +279,6 @@ class Store:
         told = self.tried(url, info)
         if told is None:
             return None
-        if name.endswith((".safetensors", ".bin")) and not told.get("partial"):
-            raise CheckpointError(f"{url}: its server gives no ranges of files; download the model and give its folder")
         return RemoteFile(url, *_told(told))
 
     def _named(self, found: Iterable[tuple[str, Mapping[str, Any]]], is_pinned: bool = False) -> dict[str, RemoteFile]:

@@ -82,6 +82,14 @@ class WeightWriter:
         self._expected = [(index, spec) for index, spec in self._expected if spec.name not in kept]
         return kept
 
+    def adopt(self, index: int, path: Path, sha256: str) -> str:
+        """Take a file that another process wrote as one of the shards; returns its name."""
+        name = self._name(index)
+        path.replace(self.folder / name)
+        self.sha256[name] = sha256
+        self._expected = [(shard, spec) for shard, spec in self._expected if shard != index]
+        return name
+
     def add(self, name: str, tensor: Tensor) -> str | None:
         """Write the next tensor; its name, type and shape must be those announced. Returns the file's name once it is whole."""
         index, spec = self._expected.pop(0)
