@@ -7,11 +7,11 @@ MERGEKIT := build/bench/venv-mergekit/bin/mergekit-yaml
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt
+.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt requirements-scale.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,serve,docs,dev]"
-	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt -r requirements-scale.txt
 	touch $@
 
 demo: install  ## merge the built-in specialists and ask the result about pictures, sounds, videos and shapes
