@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import measuring
 import torch
@@ -146,7 +147,7 @@ def planned_merge(data: Path, shard_bytes: int) -> Plan:
         if not folder.exists():
             write_headers(folder)
     base, *models = map(str, folders)
-    content = {
+    content: dict[str, Any] = {
         "base_model": base,
         "merge_method": "task_arithmetic",
         "parameters": {"scale": 0.5},
@@ -302,8 +303,8 @@ def main() -> None:
         )
     )
     checks = checked((1, 2, 4)) if args.check else []
-    for one in checks:
-        print(f"{one['workers']} workers: {one['real_s']:.1f} s on Ray, {one['simulated_s']:.1f} s simulated")
+    for check in checks:
+        print(f"{check['workers']} workers: {check['real_s']:.1f} s on Ray, {check['simulated_s']:.1f} s simulated")
     document = {
         "parameters": count,
         "tensors": len(planned.jobs),

@@ -73,7 +73,9 @@ class Cluster:
         given = self._given(inputs, compute)
         yield from self._in_order(jobs, lambda job: self._remote(_compute).remote(given, job))
 
-    def write(self, shards: Sequence[Shard], inputs: Inputs, compute: Compute, folder: Path) -> Iterator[WrittenShard]:
+    def write(
+        self, shards: Sequence[Shard], inputs: Inputs, compute: Compute, folder: Path
+    ) -> Generator[WrittenShard, None, None]:
         """Yields every shard as soon as a worker has written it; it is then to be moved to its place."""
         given, place = self._given(inputs, compute), str(folder.absolute())
         left, waiting = deque(shards), list[Any]()

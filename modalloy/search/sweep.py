@@ -111,6 +111,7 @@ def sweep(
             run = stream.close(told)
             checked = write_beside(planned, planned.recipe, run, staging, budget, chosen)
             results.append(Result(staging.out, changes, checked))
+    plans[0].inputs.forget()
     return SweepReport(tuple(results), merge_s, time.perf_counter() - start, memory.peak_bytes())
 
 
@@ -194,6 +195,7 @@ def _write_weights(
     """Run the jobs of all plans at once, and stream each one's tensors to its own folder."""
     inputs = plans[0].inputs
     surveys = _surveys(plans)
+    inputs.keep(ref for one in cost.sample(plans[0]) for ref in (one.start, *one.reads) if ref is not None)
     for file in plans[0].hashed_files():
         file.hash_reads()
     results = ENGINES["local"](
