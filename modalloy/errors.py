@@ -7,6 +7,7 @@ ModalloyError
 ├── OutputError       the result cannot be written where or how it was asked for
 ├── OutOfMemoryError  what was asked for needs more memory than there is
 ├── MediaError        an image, sound, video or point cloud cannot be read
+├── PassingError      a network or a cluster failed: what is finished is kept, and --resume goes on
 ├── LengthError       a conversation does not fit the model's context
 └── MissingPackageError   a package of an optional extra is not installed (an ImportError too)
 """
@@ -60,6 +61,10 @@ class MethodError(ModalloyError):
 
 class OutputError(ModalloyError):
     """The result cannot be written."""
+
+
+class PassingError(ModalloyError):
+    """Something failed that may work again: what a merge finished is kept, and `--resume` goes on."""
 
 
 class OutOfMemoryError(ModalloyError):

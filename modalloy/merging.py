@@ -142,13 +142,16 @@ def merge(
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
     kinship = {} if allow_base_mismatch else check_kinship(planned)
-    with staging.begin(fingerprint) as folder, disk_errors(out):
+    with (
+        _cluster(engine, ray_address, jobs, max_memory) as cluster,
+        staging.begin(fingerprint) as folder,
+        disk_errors(out),
+    ):
         begin = time.perf_counter()
         there = sum(path.stat().st_size for path in folder.iterdir())
         check_disk(out, cost.disk_bytes(planned) - there)
         weights = StreamedWeights(planned, staging)
-        with _cluster(engine, ray_address, jobs, max_memory) as cluster:
-            run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job, cluster)
+        run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job, cluster)
         merge_s = time.perf_counter() - begin
         verification = write_beside(planned, recipe, run, staging, budget, chosen_device)
     planned.inputs.forget()

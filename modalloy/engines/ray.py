@@ -21,7 +21,7 @@ import torch
 
 from modalloy._version import __version__
 from modalloy.engines import local
-from modalloy.errors import ModalloyError, OutputError, plain
+from modalloy.errors import ModalloyError, OutputError, PassingError, plain
 from modalloy.machine.cores import AHEAD
 from modalloy.machine.threads import one_thread
 from modalloy.planning.job import Done, Job
@@ -33,6 +33,10 @@ RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
 Compute = local.Compute
 Given = tuple[Any, ...]  # a token, the inputs' files by owner, and `compute`
+
+
+class LostTaskError(OutputError, PassingError):
+    """The cluster lost a task again and again."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Cluster:
                 raise error.cause from None
             raise
         except exceptions.RayError as error:
-            raise OutputError(
+            raise LostTaskError(
                 f"the cluster lost a task {RETRIES + 1} times ({plain(error)}); see to its machines, then go on with --resume"
             ) from error
 

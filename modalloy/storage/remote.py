@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from modalloy.errors import CheckpointError, OutputError, cut, shown
+from modalloy.errors import CheckpointError, OutputError, PassingError, cut, shown
 from modalloy.files import create
 from modalloy.storage.folder import MAX_TEXT_BYTES, parse_json
 
@@ -55,6 +55,10 @@ class RemoteFile:
 
 class ObjectChangedError(CheckpointError):
     """An object is not the one that was listed."""
+
+
+class NetworkError(CheckpointError, PassingError):
+    """A store cannot be reached, even when tried again."""
 
 
 def is_remote(location: str) -> bool:
@@ -135,7 +139,7 @@ class Store:
         if self.scheme in ("http", "https"):
             return self._web_files()
         found = self.tried(self.location, lambda: self.fs.ls(self.location, detail=True))
-        return self._named((one["name"], one) for one in found if one["type"] == "file")
+        return self._named((f"{self.scheme}://{one['name']}", one) for one in found if one["type"] == "file")
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file, in parts where it is large; what arrived must be as long."""
@@ -236,7 +240,7 @@ class Store:
                 time.sleep(FIRST_WAIT_S * 2**attempt)
                 if file is not None:
                     self.check(file)
-        raise CheckpointError(
+        raise NetworkError(
             f"{cut(url)}: cannot be read ({_reason(last)}, {TRIES} times); check the network, then go on with --resume"
         ) from last
 
