@@ -38,9 +38,13 @@ def sent(server: FileServer) -> int:
 def measured(case: dict[str, Any], server: FileServer, data: Path, out: Path) -> dict[str, Any]:
     """What one recipe moves, planned and merged."""
     models = [data / f"m-{case['models']}{index}" for index in (1, 2)]
-    recipe = {"merge_method": "task_arithmetic", "parameters": {"scale": 0.5}, "output": {"form": case["form"]}}
-    places = {"base_model": str(data / "m"), "models": [{"model": str(model)} for model in models]}
-    urls = {
+    recipe: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "parameters": {"scale": 0.5},
+        "output": {"form": case["form"]},
+    }
+    places: dict[str, Any] = {"base_model": str(data / "m"), "models": [{"model": str(model)} for model in models]}
+    urls: dict[str, Any] = {
         "base_model": server.add(data / "m", "m"),
         "models": [{"model": server.add(one, one.name)} for one in models],
     }
