@@ -122,7 +122,9 @@ def merge(
     out = Path(out)
     staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
-    chosen_device = resolve_device(device)
+    if engine == "ray" and device == "cuda":
+        raise OutputError("--engine ray: its tasks run on processors; use --device cpu")
+    chosen_device = resolve_device("cpu" if engine == "ray" else device)
     n_workers = 1 if chosen_device == "cuda" else jobs or default_workers()
     before = None if earlier is None else Earlier(Path(earlier), chosen_device)
     held = memory.peak_bytes()

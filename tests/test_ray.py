@@ -195,6 +195,7 @@ def test_without_ray_the_extra_is_named(
     [
         ({"engine": "spark"}, "--engine spark: not an engine; known: local, ray"),
         ({"ray_address": "auto"}, "--ray-address is of --engine ray"),
+        ({"engine": "ray", "device": "cuda"}, "--engine ray: its tasks run on processors; use --device cpu"),
     ],
 )
 def test_options_that_do_not_fit(
