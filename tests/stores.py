@@ -24,8 +24,17 @@ class FileServer:
     sent: Counter[str] = field(default_factory=Counter)  # bytes of bodies, by path
     asked: Counter[str] = field(default_factory=Counter)  # ranges and files
     fault: Fault = lambda path, count: None
+    tags: dict[int, tuple[bytes, str]] = field(default_factory=dict)
     url: str = ""
     gives_ranges: bool = True
+
+    def tag(self, data: bytes) -> str:
+        """The etag of a content, hashed once."""
+        known, tag = self.tags.get(id(data), (b"", ""))
+        if known is not data:
+            tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+            self.tags[id(data)] = data, tag
+        return tag
 
     def add(self, folder: Path, name: str) -> str:
         """Serve a folder's files below `name`; returns the address."""
@@ -109,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._empty(404)
             return
-        tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+        tag = self.store.tag(data)
         if self.headers.get("If-Match") not in (None, tag):
             self._empty(412)
             return
