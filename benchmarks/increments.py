@@ -1,9 +1,9 @@
 """What does `--from` save, and what does `sweep`, beside merges from scratch? Shapes of 7B, fewer layers.
 
-    python benchmarks/increments.py [--layers N] [--data DIR]
+    python benchmarks/increments.py [--layers N] [--data DIR] [--cases fifth rule sweep]
 
 Four adapters of rank 128 (`vicuna7b.py`) merged into a full checkpoint, then a fifth that updates q_proj and v_proj added
-(task arithmetic with a given λ); a rule for one layer changed (SSAM, adapter form); and six values of λ and k by one sweep beside
+(task arithmetic with a given λ); a rule for q_proj changed (SSAM, adapter form); and six values of λ and k by one sweep beside
 six merges. Each pair is made in one process: seconds of the clock and of the processor (which other processes do not change),
 their ratios, and whether the bytes are equal, as they must be. Prints a table, then one JSON document as its last line.
 """
@@ -87,25 +87,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--data", type=Path, default=Path("build/bench"), help="where inputs and results go")
+    parser.add_argument("--cases", nargs="+", default=["fifth", "rule", "sweep"])
     args = parser.parse_args()
     size = vicuna7b.Size(args.layers, 4096)
     base, adapters = vicuna7b.base(args.data, size), vicuna7b.adapters(args.data, size)
     fifth = small_adapter(adapters[0], args.data / f"fifth-{args.layers}")
     models = [{"model": str(folder.resolve())} for folder in adapters]
-    common = {"base_model": str(base.resolve()), "models": models}
+    common: dict[str, Any] = {"base_model": str(base.resolve()), "models": models}
     sums = common | {"merge_method": "task_arithmetic", "parameters": {"scale": 0.3}, "missing": "zero"}
     full = sums | {"output": {"form": "full"}}
     ssam = common | {"merge_method": "ssam", "parameters": {"rank": 128}, "output": {"form": "adapter"}}
-    rule = {"model.layers.0.*": {"parameters": {"scale": 0.5}}}
+    rule = {"*.q_proj.weight": {"parameters": {"scale": 0.5}}}
     place = args.data / "increments"
     place.mkdir(parents=True, exist_ok=True)
-    cases = [
-        pair(
-            "a fifth specialist", Recipe(**full), Recipe(**full | {"models": [*models, {"model": str(fifth)}]}), place
-        ),
-        pair("a rule for one layer", Recipe(**ssam), Recipe(**ssam | {"modules": rule}), place),
-        sweep_pair(Recipe(**ssam), place),
-    ]
+    more = full | {"models": [*models, {"model": str(fifth.resolve())}]}
+    known: dict[str, Callable[[], dict[str, Any]]] = {
+        "fifth": lambda: pair("a fifth specialist", Recipe(**full), Recipe(**more), place),
+        "rule": lambda: pair("a rule for q_proj", Recipe(**ssam), Recipe(**ssam | {"modules": rule}), place),
+        "sweep": lambda: sweep_pair(Recipe(**ssam), place),
+    }
+    cases = [known[name]() for name in args.cases]
     rows = []
     for one in cases:
         ratios = {key: one["part"][key] / one["whole"][key] for key in ("seconds", "cpu_seconds")}
