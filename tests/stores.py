@@ -146,6 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "cut":
             self.wfile.write(part[: len(part) // 2])
+            self.store.sent[path] += len(part) // 2
             self.close_connection = True
             self.connection.close()
             return
