@@ -8,11 +8,11 @@ MERGEKIT := build/bench/venv-mergekit/bin/mergekit-yaml
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt
+.venv/installed: pyproject.toml constraints.txt requirements-builtin.txt requirements-data.txt requirements-oracles.txt requirements-scale.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[model,builtin,data,report,serve,sign,llamacpp,docs,dev]"
-	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-builtin.txt -r requirements-data.txt -r requirements-oracles.txt -r requirements-scale.txt
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt --upgrade --target $(QUANTIZE) torchao
 	touch $@
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import scale_results
 import search_results
 import served
 from typer.main import get_command
@@ -63,6 +64,7 @@ def pages() -> dict[str, str]:
         **search(),
         "results/serve.md": served.page(RESULTS),
         **export(),
+        "results/scale.md": scale_results.page(RESULTS),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 

@@ -1,13 +1,13 @@
 """One job to its tensors: base plus merged update, means, interpolations, and what is carried as it is. Pure: no files, no plan."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, compressed
+from modalloy.delta import Delta, LowRank, compressed, once, sharing
 from modalloy.errors import MethodError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.machine.threads import one_thread
@@ -47,8 +47,39 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
         return Done([_interpolated(job, read)])
     if job.kind == "average":
         return Done([_averaged(job, read)])
+    if job.kind == "reuse":
+        return Done([read(ref) for ref in job.reads], job.parameters)
     assert job.start is not None
     return Done([_fitted(read(job.start), job.outputs[0])])
+
+
+def compute_several(job: Job, read: Read, *, surveys: Sequence[Surveys], device: str = "cpu") -> Done:
+    """What every piece of several merges gives, as `parts`; equal ones, and what others have in common, are worked out once.
+
+    `surveys`: those of each merge.
+    """
+    given: list[Done] = []
+    with sharing():
+        for index, (piece, told) in enumerate(zip(job.pieces, surveys, strict=True)):
+            same = (before for before in range(index) if (job.pieces[before], surveys[before]) == (piece, told))
+            if (before := next(same, None)) is not None:
+                given.append(given[before])
+                continue
+            copied = {ref for one in (piece, *piece.merges) for ref in _overwritten(one)}
+            given.append(compute(piece, partial(_copied, read, copied), surveys=told, device=device))
+    return Done([], parts=tuple(given))
+
+
+def _copied(read: Read, refs: set[TensorRef], ref: TensorRef) -> Tensor:
+    return read(ref).clone() if ref in refs else read(ref)
+
+
+def _overwritten(job: Job) -> Iterator[TensorRef]:
+    """The inputs in whose memory a job may write."""
+    if isinstance(job.start, ScaledRef) and job.kind == "requantise":
+        yield from (ref for ref in (job.start.codes, job.start.scales) if ref is not None)
+    if job.start is not None:
+        yield job.start
 
 
 def survey(jobs: Iterable[Job], read: Read) -> dict[str, Survey]:
@@ -100,8 +131,12 @@ def weighted_updates(
     deltas: list[Delta] = []
     for model, weight in zip(job.models, job.weights if weigh else [1.0] * len(job.models), strict=True):
         if isinstance(model, StoredLora):
-            stored = model.delta(read)
-            deltas.append(weight * LowRank(stored.up[rows].to(device, job.wide), stored.down.to(device, job.wide)))
+            deltas.append(
+                once(
+                    (model, weight, device, job.wide, rows.start, rows.stop),
+                    partial(_update, model, weight, read, device, job.wide, rows),
+                )
+            )
         elif model is not None:
             tuned, base = read(model)[rows], read(job.start)[rows]
             difference = tuned.to(device, job.wide, copy=True).sub_(base.to(device, job.wide))
@@ -112,6 +147,11 @@ def weighted_updates(
                 LowRank(torch.zeros(n_rows, 0, device=device)[rows], torch.zeros(0, n_columns, device=device))
             )
     return deltas
+
+
+def _update(model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice) -> LowRank:
+    stored = model.delta(read)
+    return weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
 
 
 def _factors(job: Job, merged: Delta) -> Done:

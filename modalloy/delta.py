@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,6 +73,42 @@ class LowRank:
 
 
 Delta = LowRank | Tensor
+Value = TypeVar("Value")
+
+
+class _Kept(threading.local):
+    values: dict[Hashable, Any] | None = None  # what was worked out within `sharing`
+
+
+_kept = _Kept()
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Within it, and in this thread, what is worked out of the same low-rank updates is worked out once: their cores, the
+    subspaces that they share. Nothing else changes, not a bit."""
+    _kept.values = {}
+    try:
+        yield
+    finally:
+        _kept.values = None
+
+
+def once(key: Hashable, make: Callable[[], Value]) -> Value:
+    """What `make` gives; within `sharing`, what it gave for the same key."""
+    if _kept.values is None:
+        return make()
+    if key not in _kept.values:
+        _kept.values[key] = make()
+    return _kept.values[key]
+
+
+def _once_of(name: str, deltas: list[LowRank], make: Callable[[], Value]) -> Value:
+    """The same for what is made of updates, which are told by the memory of their factors: it is held as long."""
+    factors = [factor for delta in deltas for factor in (delta.up, delta.down)]
+    places = tuple((one.data_ptr(), one.device, one.dtype, one.shape, one.stride()) for one in factors)
+    return once((name, places), lambda: (make(), deltas))[0]
+
 
 Restore = Callable[["LowRank | Tensor", torch.dtype], "LowRank"]
 
@@ -80,6 +119,10 @@ def lift(deltas: list[LowRank]) -> tuple[list[LowRank], Restore]:
     Q_B and Q_A are orthonormal bases of the stacked up and down factors, so p, q ≤ Σ rank_i: a method that only
     rotates with its inputs gives exactly the same on the cores as on the full matrices. O((out + in) R²), R = Σ rank_i.
     """
+    return _once_of("lift", deltas, lambda: _lift(deltas))
+
+
+def _lift(deltas: list[LowRank]) -> tuple[list[LowRank], Restore]:
     rows = Basis(torch.cat([delta.up for delta in deltas], 1))
     columns = Basis(torch.cat([delta.down for delta in deltas], 0).T)
     splits = [delta.rank for delta in deltas]
@@ -100,6 +143,10 @@ def lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
 
     For methods that only rotate with their inputs on the left. O((out + in) R²), R = Σ rank_i; p ≤ R.
     """
+    return _once_of("lift_left", deltas, lambda: _lift_left(deltas))
+
+
+def _lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
     rows = Basis(torch.cat([delta.up for delta in deltas], 1))
     lefts = rows.triangle.split([delta.rank for delta in deltas], 1)
     for delta in deltas:
@@ -133,7 +180,14 @@ def shared_subspace(deltas: Sequence[Delta], rank: int) -> Tensor:
     dense = [delta for delta in deltas if isinstance(delta, Tensor)]
     if len(dense) == len(deltas):
         return top_subspace(dense, rank)
-    return top_eigenvectors(second_moment([delta.T for delta in deltas]), rank)
+
+    def vectors() -> Tensor:
+        moment = second_moment([delta.T for delta in deltas])
+        return top_eigenvectors(moment, len(moment))
+
+    factored = [delta for delta in deltas if isinstance(delta, LowRank)]
+    every = _once_of("subspace", factored, vectors) if not dense else vectors()
+    return every[:, :rank]
 
 
 def thin_svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:

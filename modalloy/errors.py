@@ -7,6 +7,7 @@ ModalloyError
 ├── OutputError       the result cannot be written where or how it was asked for
 ├── OutOfMemoryError  what was asked for needs more memory than there is
 ├── MediaError        an image, sound, video or point cloud cannot be read
+├── PassingError      a network or a cluster failed: what is finished is kept, and --resume goes on
 ├── LengthError       a conversation does not fit the model's context
 └── MissingPackageError   a package of an optional extra is not installed (an ImportError too)
 """
@@ -37,7 +38,15 @@ EXTRAS = {
     **dict.fromkeys(("resvg_py", "scipy", "zstandard"), "data"),
     **dict.fromkeys(("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "httpcore2", "starlette"), "serve"),
     **dict.fromkeys(("model_signing", "sigstore", "cyclonedx"), "sign"),
-    **{"lm_eval": "evals", "plotly": "report", "optuna": "search", "torchao": "quantize", "xllamacpp": "llamacpp"},
+    **dict.fromkeys(("s3fs", "gcsfs", "aiohttp"), "remote"),
+    **{
+        "lm_eval": "evals",
+        "plotly": "report",
+        "optuna": "search",
+        "torchao": "quantize",
+        "xllamacpp": "llamacpp",
+        "ray": "ray",
+    },
 }
 MAX_PLAIN = 200  # characters of a name or a reason in a message
 
@@ -60,6 +69,10 @@ class MethodError(ModalloyError):
 
 class OutputError(ModalloyError):
     """The result cannot be written."""
+
+
+class PassingError(ModalloyError):
+    """Something failed that may work again: what a merge finished is kept, and `--resume` goes on."""
 
 
 class OutOfMemoryError(ModalloyError):

@@ -3,35 +3,42 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modalloy.compute import compute, survey
-from modalloy.engines import ENGINES
+from modalloy.engines import ENGINES, NAMES
+from modalloy.engines.local import Compute
 from modalloy.errors import OutputError, memory_errors
 from modalloy.files import disk_errors, write_text
 from modalloy.machine import memory
 from modalloy.machine.cores import default_workers
 from modalloy.outputs import WRITERS
 from modalloy.outputs.card import model_card
+from modalloy.outputs.earlier import Earlier, records
 from modalloy.outputs.manifest import SOURCES, build_manifest
+from modalloy.outputs.streamed import StreamedWeights
 from modalloy.planning import cost
 from modalloy.planning.differences import settle
-from modalloy.planning.job import Run
+from modalloy.planning.job import Job, Run, Survey
 from modalloy.planning.kinship import Kinship, check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import read_json
+from modalloy.storage.inputs import Inputs
 from modalloy.storage.staging import MANIFEST, Staging, check_apart
-from modalloy.storage.writer import WeightWriter
 from modalloy.verify import Verification, verify, verify_folder
+
+if TYPE_CHECKING:
+    from modalloy.engines.ray import Cluster
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class MergeReport:
     budget: cost.Budget
     compression: Mapping[str, float] = field(default_factory=dict)  # relative Frobenius error of updates cut to a rank
     kinship: Mapping[str, Kinship] = field(default_factory=dict)  # of models of other architectures with the target
+    n_reused: int = 0  # jobs whose tensors are an earlier result's
 
     @property
     def compression_error(self) -> float | None:
@@ -66,6 +74,7 @@ class MergeReport:
             "predicted_peak_bytes": self.budget.predicted_bytes,
             "workers": self.budget.n_workers,
             "compression_error": self.compression_error,
+            "reused": self.n_reused,
             "verify": self.verification.to_dict(),
         }
 
@@ -79,7 +88,10 @@ def merge(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
+    earlier: str | Path | None = None,
     max_memory: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     allow_base_mismatch: bool = False,
     on_job: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
@@ -92,9 +104,14 @@ def merge(
         device: "cpu", "cuda" or "auto" (cuda where there is one).
         overwrite: replace an earlier result at `out`.
         resume: go on with a merge into `out` that was killed; its finished shards are kept.
+        earlier: an earlier result whose tensors are taken over where the same inputs and numbers made them; the bytes
+            written are those of a merge without it.
         max_memory: bytes that the process may hold, by default what there is room for. Fewer jobs are in flight together
             where that is needed, or fewer workers; refused before anything is merged if one weight at a time needs more.
             Unless it is ample, freed memory is returned at once (`memory.return_freed_memory`, for good), which takes time.
+        engine: "local" (threads of this process), or "ray" (see `engines/ray.py`): `jobs` are then tasks at once, and
+            `max_memory` is that of one.
+        ray_address: of a cluster that is there; by default that of RAY_ADDRESS, else one of this machine.
         allow_base_mismatch: merge specialists that record another base than the recipe's.
         on_job: called with (jobs done, jobs in all).
 
@@ -105,17 +122,20 @@ def merge(
     out = Path(out)
     staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
-    chosen_device = resolve_device(device)
+    if engine == "ray" and device == "cuda":
+        raise OutputError("--engine ray: its tasks run on processors; use --device cpu")
+    chosen_device = resolve_device("cpu" if engine == "ray" else device)
     n_workers = 1 if chosen_device == "cuda" else jobs or default_workers()
+    before = None if earlier is None else Earlier(Path(earlier), chosen_device)
     held = memory.peak_bytes()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
-    check_apart(out, _inputs(planned, file))
+    check_apart(out, inputs_of(planned, file))
     if not resume:
-        _check_disk(out, cost.disk_bytes(planned))
+        check_disk(out, cost.disk_bytes(planned))
     planned = settle(planned, allow_base_mismatch=allow_base_mismatch)
     memory.release_memory()
     planning = memory.peak_bytes() if memory.peak_bytes() > held else 0
-    budget = cost.budget(planned, n_workers, max_memory, planning)
+    budget = cost.budget(planned, n_workers, None if engine == "ray" else max_memory, planning)
     if budget.n_bytes is not None:
         memory.return_freed_memory()
     fingerprint = planned.fingerprint
@@ -124,22 +144,21 @@ def merge(
         staging.clean()
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
     kinship = {} if allow_base_mismatch else check_kinship(planned)
-    with staging.begin(fingerprint) as folder, disk_errors(out):
+    with (
+        _cluster(engine, ray_address, jobs, max_memory) as cluster,
+        staging.begin(fingerprint) as folder,
+        disk_errors(out),
+    ):
         begin = time.perf_counter()
         there = sum(path.stat().st_size for path in folder.iterdir())
-        _check_disk(out, cost.disk_bytes(planned) - there)
-        run = _write_weights(planned, staging, budget, chosen_device, on_job)
+        check_disk(out, cost.disk_bytes(planned) - there)
+        weights = StreamedWeights(planned, staging)
+        run, n_reused = _write_weights(planned, weights, budget, chosen_device, before, on_job, cluster)
         merge_s = time.perf_counter() - begin
-        WRITERS[planned.form.name].write(planned, folder)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-        write_text(folder / "README.md", model_card(planned))
-        manifest = build_manifest(planned, run, folder)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        sources = _sources(planned) | {"fingerprint": fingerprint}
-        write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
-        verification = verify_folder(folder, planned, manifest, rehash=False, budget=budget)
+        verification = write_beside(planned, recipe, run, staging, budget, chosen_device)
+    planned.inputs.forget()
     total_s, peak = time.perf_counter() - start, memory.peak_bytes()
-    return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship)
+    return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship, n_reused)
 
 
 def resolve_device(device: str) -> str:
@@ -158,7 +177,8 @@ def _finished_before(out: Path, fingerprint: str) -> Verification:
     return verify(out)
 
 
-def _check_disk(out: Path, needed: int) -> None:
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse what the disk has no room for."""
     with disk_errors(out):
         free = shutil.disk_usage(next(parent for parent in out.absolute().parents if parent.exists())).free
     if free < needed:
@@ -168,44 +188,129 @@ def _check_disk(out: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def _cluster(engine: str, address: str | None, jobs: int | None, max_memory: int | None) -> "Iterator[Cluster | None]":
+    """The cluster that an engine needs."""
+    if engine not in NAMES:
+        raise OutputError(f"--engine {engine}: not an engine; known: {', '.join(NAMES)}")
+    if engine == "local":
+        if address is not None:
+            raise OutputError("--ray-address is of --engine ray: add it, or leave the address out")
+        yield None
+        return
+    from modalloy.engines.ray import Cluster, connected
+
+    with connected(address):
+        yield Cluster(jobs, max_memory)
+
+
 def _write_weights(
-    planned: Plan, staging: Staging, budget: cost.Budget, device: str, on_job: Callable[[int, int], None] | None
-) -> Run:
-    """Run all jobs and stream their tensors to disk."""
-    surveys = survey(planned.merges(), planned.inputs.read)
-    specs = [spec for job in planned.jobs for spec in job.outputs]
-    limit = planned.recipe.output.max_shard_size if planned.form.has_shards else None
-    writer = WeightWriter(staging.folder, planned.form.stem, specs, limit)
-    kept = writer.keep(staging.finished)
-    compression = dict(staging.facts) if kept else {}
-    remaining = [job for job in planned.jobs if not kept.issuperset(spec.name for spec in job.outputs)]
-    for file in planned.hashed_files():
-        file.hash_reads()
+    planned: Plan,
+    weights: StreamedWeights,
+    budget: cost.Budget,
+    device: str,
+    before: Earlier | None,
+    on_job: Callable[[int, int], None] | None,
+    cluster: "Cluster | None",
+) -> tuple[Run, int]:
+    """Run all jobs and stream their tensors to disk; how many of them an earlier result had done."""
+    inputs, todo = planned.inputs, weights.remaining
+    if cluster is not None:
+        cluster.check(inputs, weights.staging.folder)
+    surveys = _surveys(planned, cluster)
+    reused: dict[str, Job] = {}
+    if before is not None:
+        reused = before.reused(planned, surveys)
+        inputs = inputs.joined("earlier result", before.taken)
+        todo = [reused.get(job.outputs[0].name, job) for job in todo]
     work = partial(compute, surveys=surveys, device=device)
-    results = ENGINES["local"](
-        remaining, planned.inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample
-    )
-    n_done = len(planned.jobs) - len(remaining)
+    if cluster is None:
+        results = _run_here(planned, weights, todo, inputs, work, budget)
+    else:
+        results = _run_there(planned, weights, todo, inputs, work, cluster)
+    n_done = len(planned.jobs) - len(todo)
     try:
-        for job, done in results:
-            compression |= done.compression
-            for spec, tensor in zip(job.outputs, done.tensors, strict=True):
-                if spec.name in kept:  # of a job whose other tensors are in a later shard
-                    continue
-                if finished := writer.add(spec.name, tensor):
-                    staging.note(finished, writer.sha256[finished], compression)
-            del done, tensor  # or they are held until the next result is there
-            n_done += 1
+        for count in results:
+            n_done += count
             if on_job is not None:
                 on_job(n_done, len(planned.jobs))
-        writer.close()
+        run = weights.close(surveys)
     finally:
         results.close()
-        writer.abort()
-    return Run(surveys, compression, writer.sha256)
+        weights.abort()
+    if before is not None:
+        before.check()
+    return run, len(reused)
 
 
-def _inputs(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
+def _surveys(planned: Plan, cluster: "Cluster | None") -> dict[str, Survey]:
+    """What methods must know of the whole model before its first weight."""
+    if cluster is None or not planned.surveyed():
+        return survey(planned.merges(), planned.inputs.read)
+    found: dict[str, Survey] = cluster.call(partial(_surveyed, planned.merges()), planned.inputs)
+    return found
+
+
+def _surveyed(jobs: list[Job], inputs: Inputs) -> dict[str, Survey]:
+    return survey(jobs, inputs.read)
+
+
+def _run_here(
+    planned: Plan, weights: StreamedWeights, jobs: list[Job], inputs: Inputs, work: Compute, budget: cost.Budget
+) -> Generator[int, None, None]:
+    """Runs jobs in threads of this process and writes what they give; yields how many are done."""
+    planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
+    for file in planned.hashed_files():
+        file.hash_reads()
+    results = ENGINES["local"](jobs, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    with closing(results):
+        for job, done in results:
+            weights.add(job, done)
+            del done  # or its tensors are held until the next result is there
+            yield 1
+
+
+def _run_there(
+    planned: Plan, weights: StreamedWeights, jobs: list[Job], inputs: Inputs, work: Compute, cluster: "Cluster"
+) -> Generator[int, None, None]:
+    """The same on a cluster, whose workers write the shards, where the form has any, and hash the inputs."""
+    from modalloy.engines.ray import LEFT, Shard
+
+    if planned.form.has_shards:
+        shards = [Shard(*parts) for parts in weights.shards(jobs)]
+        counts = {shard.index: len(shard.jobs) for shard in shards}
+        with closing(cluster.write(shards, inputs, work, weights.staging.folder)) as written:
+            for one in written:
+                weights.adopt(one.index, one.path, one.sha256, one.compression)
+                yield counts[one.index]
+        for left in weights.staging.folder.glob(f"{LEFT}*"):
+            shutil.rmtree(left)
+    else:
+        with closing(cluster.run(jobs, inputs, work)) as results:
+            for job, done in results:
+                weights.add(job, done)
+                yield 1
+    files = planned.hashed_files()
+    for file, sha256 in zip(files, cluster.hashes(planned.inputs, [file.path for file in files]), strict=True):
+        file.trust(sha256)
+
+
+def write_beside(
+    planned: Plan, recipe: Recipe, run: Run, staging: Staging, budget: cost.Budget, device: str
+) -> Verification:
+    """Write what stands beside the weights, and check the whole."""
+    folder = staging.folder
+    WRITERS[planned.form.name].write(planned, folder)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "README.md", model_card(planned))
+    manifest = build_manifest(planned, run, folder)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    sources = _sources(planned) | {"fingerprint": staging.fingerprint} | records(planned, run.surveys, device)
+    write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
+    return verify_folder(folder, planned, manifest, rehash=False, budget=budget)
+
+
+def inputs_of(planned: Plan, recipe: Path | None) -> Iterator[tuple[str, Path]]:
     """Every file or folder that a merge reads, as a message calls it."""
     if recipe is not None:
         yield "the recipe", recipe

@@ -184,6 +184,9 @@ def test_sources_of_other_types_and_places_are_refused_in_one_line(models: Path,
     out = tmp_path / "out"
     modalloy.merge(recipe(tmp_path, models), out)
     right = json.loads((out / "sources.json").read_text())
+    right = {
+        key: value for key, value in right.items() if key not in ("made_by", "files", "jobs")
+    }  # --from reads these
     os.mkfifo(tmp_path / "pipe")
     for path, what, wrong in changes(right):
         (out / "sources.json").write_text(json.dumps(wrong))

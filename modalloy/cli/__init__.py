@@ -53,6 +53,7 @@ app.command()(evals.eval_score)
 app.command()(evals.eval_compare)
 app.command()(evals.eval_doctor)
 app.command()(search.search)
+app.command()(search.sweep)
 app.command()(merging.demo)
 
 

@@ -27,13 +27,22 @@ RECEIVES = {
 
 def merge(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder to make", show_default=False)],
+    out: Annotated[
+        str, typer.Option("-o", "--out", help="folder to make, here or in an object store (s3://…)", show_default=False)
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
+    earlier: Annotated[
+        Path | None, typer.Option("--from", help="an earlier result: recompute only what changed", show_default=False)
+    ] = None,
     max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the machines of a cluster")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster (default: RAY_ADDRESS, else one started here)")
+    ] = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="check the result beside its base and parents; add it to the card")
     ] = False,
@@ -45,8 +54,10 @@ def merge(
     """Merge specialists into one model."""
     check_exists(recipe)
     from modalloy.merging import merge as run
-    from modalloy.outputs.push import check_target, push
+    from modalloy.outputs.push import check_target, push, upload, uploaded_from
+    from modalloy.storage.remote import is_remote
 
+    elsewhere, folder = (out, uploaded_from(out)) if is_remote(out) else (None, Path(out))
     choice("--device", device, DEVICES)
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     if dry_run:
@@ -64,21 +75,27 @@ def merge(
     with progress("merge") as on_job:
         report = run(
             recipe,
-            out,
+            folder,
             jobs=jobs,
             device=device,
             overwrite=overwrite,
             resume=resume,
+            earlier=earlier,
             max_memory=limit,
+            engine=engine,
+            ray_address=ray_address,
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )
-    checked = checked_result(out, device) if sanity else None
-    url = None if push_to_hub is None else push(out, push_to_hub, private=private)
+    checked = checked_result(folder, device) if sanity else None
+    url = None if push_to_hub is None else push(folder, push_to_hub, private=private)
+    if elsewhere is not None:
+        upload(folder, elsewhere)
     if as_json:
         more = {"check": checked.to_dict()} if checked else {}
-        print(json.dumps(report.to_dict() | more | ({} if url is None else {"pushed": url})))
-        return out
+        told = {"out": out} | ({} if url is None else {"pushed": url})
+        print(json.dumps(report.to_dict() | more | told))
+        return folder
     say(f"plan     {report.plan.summary()}")
     for notice in report.plan.notices:
         say(f"note     {notice}")
@@ -89,6 +106,8 @@ def merge(
     print(
         f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB, {report.plan.write_bytes / 1e6:.1f} MB of weights"
     )
+    if earlier is not None:
+        say(f"reused   {report.n_reused} of {len(report.plan.jobs)} pieces of work from {earlier}")
     if report.budget.n_bytes is not None:
         print(
             f"memory   kept within what there is: {report.budget.n_workers} workers, as many weights at a time as fit"
@@ -105,7 +124,7 @@ def merge(
     say(f"wrote    {out}")
     if url is not None:
         say(f"pushed   {url}")
-    return out
+    return folder
 
 
 def plan(recipe: RecipePath, allow_base_mismatch: Mismatch = False, as_json: Json = False) -> None:

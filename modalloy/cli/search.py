@@ -1,4 +1,4 @@
-"""The command that chooses a recipe's parameters."""
+"""The commands that try a recipe's parameters: search chooses among them, sweep makes them all."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modalloy.cli.options import DEVICES, DTYPES, Json, Mismatch, RecipePath, check_exists, choice, kept
+from modalloy.cli.options import DEVICES, DTYPES, Json, Mismatch, RecipePath, check_exists, choice, kept, parse_size
 from modalloy.cli.progress import progress
 from modalloy.cli.terminal import say
 
@@ -91,4 +91,43 @@ def search(
     else:
         print(text(found.to_dict()))
         say(f"wrote    {out}")
+    return out
+
+
+def sweep(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the results' folders", show_default=False)],
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUES", help="0.1,0.2 or 0.1:1.0:0.1, or a YAML file; may be repeated"),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
+    allow_base_mismatch: Mismatch = False,
+    as_json: Json = False,
+) -> Path:
+    """Merge once for every combination of values, from one pass over the inputs; each result is as `merge` makes it."""
+    check_exists(recipe)
+    choice("--device", device, DEVICES)
+    limit = None if max_memory is None else parse_size("--max-memory", max_memory)
+    from modalloy.search.sweep import sweep as run
+
+    with progress("sweep") as on_job:
+        report = run(
+            recipe,
+            out,
+            given or (),
+            jobs=jobs,
+            device=device,
+            max_memory=limit,
+            allow_base_mismatch=allow_base_mismatch,
+            on_job=on_job,
+        )
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        return out
+    for one in report.results:
+        say(f"wrote    {one.out}: {one.verification.summary()}")
+    print(f"sweep    {len(report.results)} results in {report.total_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB")
     return out

@@ -3,3 +3,4 @@
 from modalloy.engines import local
 
 ENGINES = {"local": local.run}
+NAMES = ("local", "ray")  # `ray.Cluster` is imported where it is asked for

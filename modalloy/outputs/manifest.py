@@ -25,13 +25,14 @@ from modalloy.planning.plan import Plan
 from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import file_sha256, present, read_json, reading
-from modalloy.storage.locate import hub_commit, is_hub_id, is_portable_name
+from modalloy.storage.locate import hub_commit, hub_id, is_hub_id, is_portable_name
 from modalloy.storage.staging import MANIFEST as MANIFEST
 from modalloy.storage.staging import SIGNATURE as SIGNATURE
 from modalloy.storage.staging import SOURCES as SOURCES
 from modalloy.storage.tensors import Checkpoint, WeightFile
 
 NOT_HASHED = (MANIFEST, SOURCES, SIGNATURE)  # of these `sources.json` says where the inputs were on this machine
+PLACES_REMEDY = "merge again, or remove the file to check hashes only"
 MAX_PATH = 4096  # bytes of a path that a system takes
 START_CONFIGS = ("config.json",)  # of a base or target: its sizes, and what its weights are
 
@@ -57,8 +58,20 @@ class Manifest(BaseModel):
     tensors: list[Fate]
 
 
+class InputFile(BaseModel):
+    """What an input file was when it was read: its stamp (see `WeightFile.stamp`), and its hash if it was read whole."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    stamp: Annotated[list[int], Field(min_length=4, max_length=4)]
+    sha256: Sha256 | None
+
+
 class Places(BaseModel):
-    """The types of `sources.json`: folders of base and target, specialists and their Fisher files, encoders as NAME:PATH."""
+    """The types of `sources.json`: folders of base and target, specialists and their Fisher files, encoders as NAME:PATH.
+
+    And what a later merge needs to take tensors over: input files, and the keys of jobs (see `outputs/earlier.py`).
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -68,6 +81,9 @@ class Places(BaseModel):
     encoders: list[str | None]
     fishers: list[str | None]
     fingerprint: Sha256
+    made_by: list[str] | None = None
+    files: dict[str, InputFile] | None = None
+    jobs: dict[str, Sha256] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,7 @@ def start_names(written: Recipe, places: Sources, manifest: dict[str, Any]) -> d
     found = {}
     for key, place in places.starts.items():
         label = "target" if key == "target" else "base"
-        location = str(getattr(written, key))
+        location = hub_id(str(getattr(written, key)))
         said = manifest["inputs"].get(label, {}).get("name")
         portable = location.startswith(PREFIX) or (
             is_hub_id(location) and (hub_commit(place) is not None or said == location)
@@ -250,12 +266,8 @@ def read_sources(folder: Path, recipe: Recipe) -> Sources:
     Raises:
         CheckpointError: the file names other inputs than the recipe's, or no absolute paths.
     """
-    path = folder / SOURCES
-    remedy = "merge again, or remove the file to check hashes only"
-    try:
-        found = Places.model_validate(read_json(path))
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {_problem(error)}; {remedy}") from None
+    path, remedy = folder / SOURCES, PLACES_REMEDY
+    found = read_places(path)
     keys = {"base_model": "base", "target": "target"}
     wanted = {key: label for key, label in keys.items() if getattr(recipe, key)}
     starts = {key: getattr(found, label) for key, label in keys.items()}
@@ -277,6 +289,14 @@ def read_sources(folder: Path, recipe: Recipe) -> Sources:
         [None if place is None else Path(place) for place in found.fishers],
         found.encoders,
     )
+
+
+def read_places(path: Path) -> Places:
+    """What `sources.json` says, of which the types are checked."""
+    try:
+        return Places.model_validate(read_json(path))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_problem(error)}; {PLACES_REMEDY}") from None
 
 
 def _is_path(text: str) -> bool:

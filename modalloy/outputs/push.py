@@ -1,9 +1,12 @@
-"""Putting a result on the hub. (Fetching from it is `checkpoints.locate`.)"""
+"""Putting a result on the hub, or into an object store. (Fetching is `storage.locate`.)"""
 
+import hashlib
+import shutil
 from pathlib import Path
 
-from modalloy.errors import OutputError
-from modalloy.outputs.manifest import SOURCES
+from modalloy.errors import CheckpointError, OutputError
+from modalloy.outputs.manifest import MANIFEST, SOURCES, result_files
+from modalloy.storage.remote import Store, cache_folder
 
 
 def check_target(repo: str) -> None:
@@ -39,3 +42,33 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
             f"try again with `hf upload {repo} {folder} --exclude {SOURCES}`"
         ) from error
     return str(commit.commit_url)
+
+
+def uploaded_from(url: str) -> Path:
+    """Where a result for an object store is made, so that a killed merge finds it again; what is there already is refused."""
+    Store(url).check_empty()
+    return (
+        cache_folder() / "results" / hashlib.sha256(url.encode()).hexdigest()[:20] / url.rstrip("/").rpartition("/")[2]
+    )
+
+
+def upload(folder: Path, url: str) -> None:
+    """Upload a result to an object store, its manifest last: without one it is no result. After a failure nothing is left
+    there, and the result is where it was made.
+
+    Raises:
+        OutputError: the upload failed, even when tried again.
+    """
+    store, sent = Store(url), []
+    try:
+        for name in [*result_files(folder), MANIFEST]:
+            sent.append(name)
+            store.put(folder / name, name)
+    except CheckpointError as error:
+        try:
+            store.remove(sent)
+            left = "nothing is left there"
+        except OSError:
+            left = "what was uploaded is left there, without a manifest"
+        raise OutputError(f"{error}; {left}, and the result is whole in {folder}") from error
+    shutil.rmtree(folder)

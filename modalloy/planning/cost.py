@@ -35,7 +35,7 @@ SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projecti
 
 def read_bytes(planned: Plan) -> int:
     """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
-    once = sum(file.path.stat().st_size for file in planned.hashed_files())
+    once = sum(file.n_bytes for file in planned.hashed_files())
     again = sum(job.read_bytes for job in [*planned.surveyed(), *sample(planned)])
     again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(planned))
     for job in sample(planned):
@@ -47,9 +47,9 @@ def read_bytes(planned: Plan) -> int:
 
 def disk_bytes(planned: Plan) -> int:
     """Room that the result takes: the tensors, and copies of the base and encoders that only this machine would find."""
-    copied = [file.path for file in planned.target.files] if planned.copies_target else []
-    copied += [path for sense in planned.senses.values() for path in sense.files()]
-    return planned.write_bytes + sum(path.stat().st_size for path in copied)
+    copied = sum(file.n_bytes for file in planned.target.files) if planned.copies_target else 0
+    encoders = (path for sense in planned.senses.values() for path in sense.files())
+    return planned.write_bytes + copied + sum(path.stat().st_size for path in encoders)
 
 
 def sample(planned: Plan) -> list[Job]:
@@ -92,7 +92,10 @@ class Budget:
     def fits_merging(self, jobs: Sequence[Job]) -> bool:
         """Whether these jobs may be held together while merging."""
         costs = [(_held_bytes(job), _job_bytes(job)) for job in jobs]
-        return self.n_bytes is None or _together(costs, self.n_workers) + _written_bytes(self.planned) <= self.n_bytes
+        return (
+            self.n_bytes is None
+            or _together(costs, self.n_workers) + _written_bytes(self.planned, jobs) <= self.n_bytes
+        )
 
     def fits_verifying(self, jobs: Sequence[Job]) -> bool:
         """Whether these jobs may be held together while verifying."""
@@ -100,24 +103,26 @@ class Budget:
         return self.n_bytes is None or _together(costs, self.n_workers) <= self.n_bytes
 
 
-def budget(planned: Plan, n_workers: int, limit: int | None, planning_bytes: int = 0) -> Budget:
+def budget(
+    planned: Plan, n_workers: int, limit: int | None, planning_bytes: int = 0, jobs: Sequence[Job] | None = None
+) -> Budget:
     """How a merge keeps within `limit`, or else within the room that there is: with fewer jobs in flight, or fewer workers.
 
     A limit that was given is what counts, whatever the room; nothing is limited where either is ample. `planning_bytes` is
-    the process's peak while it made the plan.
+    the process's peak while it made the plan; `jobs` are what is run, if not the plan's own.
 
     Raises:
         OutOfMemoryError: not even one weight at a time fits.
     """
-    predicted, room = max(planning_bytes, peak_bytes(planned, n_workers)), memory.room()
+    predicted, room = max(planning_bytes, peak_bytes(planned, n_workers, jobs=jobs)), memory.room()
     most = limit if limit is not None or room is None else memory.resident_bytes() + room.n_bytes
     if most is None or predicted * (1 if limit is None else KEPT_FREED) <= most:
         return Budget(planned, n_workers, predicted, None)
     for n in range(n_workers, 0, -1):
-        least = max(planning_bytes, peak_bytes(planned, n, together=1))
+        least = max(planning_bytes, peak_bytes(planned, n, together=1, jobs=jobs))
         if least <= most:
             left = most - _anyway_bytes(planned, n)
-            return Budget(planned, n, min(most, max(planning_bytes, peak_bytes(planned, n))), left)
+            return Budget(planned, n, min(most, max(planning_bytes, peak_bytes(planned, n, jobs=jobs))), left)
     enough = f"--max-memory {math.ceil(least * (1 + MARGIN) / 1e6)}MB"
     if limit is not None or room is None:
         raise OutOfMemoryError(
@@ -130,17 +135,18 @@ def budget(planned: Plan, n_workers: int, limit: int | None, planning_bytes: int
     )
 
 
-def peak_bytes(planned: Plan, n_workers: int, together: int | None = None) -> int:
+def peak_bytes(planned: Plan, n_workers: int, together: int | None = None, jobs: Sequence[Job] | None = None) -> int:
     """Memory that a merge with `n_workers` holds at its peak, while merging or verifying, with what the process holds now.
 
-    At most `together` jobs are in flight, as many as the engine takes by default.
+    At most `together` jobs are in flight, as many as the engine takes by default; `jobs` are run, by default the plan's.
     """
-    costs = [(_held_bytes(job), _job_bytes(job)) for job in planned.jobs]
+    jobs = planned.jobs if jobs is None else jobs
+    costs = [(_held_bytes(job), _job_bytes(job)) for job in jobs]
     window = together or n_workers + AHEAD
     merging = max((_together(costs[i : i + window], n_workers) for i in range(len(costs))), default=0)
     checks = sorted((0, _check_bytes(planned, job)) for job in sample(planned))
     verifying = _together(checks[-window:], n_workers)
-    most = max(merging + _written_bytes(planned), verifying, _compared_bytes(planned), _surveyed_bytes(planned))
+    most = max(merging + _written_bytes(planned, jobs), verifying, _compared_bytes(planned), _surveyed_bytes(planned))
     return _anyway_bytes(planned, n_workers) + most
 
 
@@ -155,15 +161,16 @@ def _anyway_bytes(planned: Plan, n_workers: int) -> int:
     files += [file for file in planned.fishers if file is not None]
     largest = max((ref.n_bytes for job in planned.jobs for ref in job.reads), default=0)
     # tensors that are not in one piece are read by torch, which maps the file, or holds it whole
-    mapped = sum(file.path.stat().st_size for file in files if any(ref.begin < 0 for ref in file.refs.values()))
+    mapped = sum(file.n_bytes for file in files if any(ref.begin < 0 for ref in file.refs.values()))
     blocks = (n_workers + 1) * min(BLOCK_BYTES, largest)
     listed = LISTED_BYTES * (len(planned.fates) + len(planned.jobs))
     return memory.resident_bytes() + LIBRARY_BYTES + n_workers * THREAD_BYTES + blocks + mapped + listed
 
 
-def _written_bytes(planned: Plan) -> int:
-    """What is on its way to the disk."""
-    return min(WRITE_BYTES, planned.write_bytes)
+def _written_bytes(planned: Plan, jobs: Sequence[Job]) -> int:
+    """What is on its way to the disk, to that of every result."""
+    results = max((len(job.pieces) for job in jobs if job.kind == "several"), default=1)
+    return results * min(WRITE_BYTES, planned.write_bytes)
 
 
 def _held_bytes(job: Job) -> int:
@@ -197,6 +204,8 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
     if job.kind == "requantise":  # the weight, what codes stand for, a block's part
         piece, entries = job.pieces[0], job.pieces[0].write_bytes
         return piece.read_bytes + 3 * entries + _job_bytes(piece)
+    if job.kind == "several":
+        return max(_job_bytes(piece) for piece in job.pieces)
     if job.kind == "fuse":
         return job.write_bytes + max(_job_bytes(piece) for piece in job.pieces)
     assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)

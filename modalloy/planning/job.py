@@ -41,9 +41,11 @@ class Job:
     - own: the update of one model, cut to the two factors that its own tokens use
     - keep: the tensor `start`, unchanged
     - carry: a specialist's tensor `start`, bit for bit
+    - several: `pieces` of as many merges that have inputs in common, which are read once
+    - reuse: what an earlier result has of the same job, `models`; what was measured then is in `parameters`
     """
 
-    kind: Literal["merge", "average", "interpolate", "fuse", "requantise", "own", "keep", "carry"]
+    kind: Literal["merge", "average", "interpolate", "fuse", "requantise", "own", "keep", "carry", "several", "reuse"]
     name: str  # the target's tensor, or one linear weight inside a fused one
     outputs: tuple[TensorSpec, ...]
     start: TensorRef | None = None  # what the updates are added to; only a fused tensor has none of its own
@@ -95,6 +97,8 @@ class Job:
         """The stored tensors that it reads. Factors of factors are made without the weight that they update, unless
         the method asks for it."""
         refs = [ref for piece in self.pieces for ref in piece.reads]
+        if self.kind == "several":
+            return tuple(dict.fromkeys(refs))
         by_factors = self.kind == "merge" and len(self.outputs) == 2 and not self.has_tuned and not self.takes_base
         if self.kind == "requantise" and isinstance(self.start, ScaledRef):
             refs += [ref for ref in (self.start.codes, self.start.scales) if ref is not None]
@@ -135,3 +139,4 @@ class Done:
 
     tensors: list[Tensor]
     compression: Mapping[str, float] = field(default_factory=dict)  # relative error of updates that were cut, by weight
+    parts: tuple["Done", ...] = ()  # what each of several merges gets, whose tensors are not listed again

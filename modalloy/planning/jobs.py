@@ -301,6 +301,8 @@ class Planner(Choices):
         fisher = METHODS[method].takes("fishers")
         entries = zip(self.specialists, self.fishers, shares, strict=True)
         taking_part = [(one, file, share) for one, file, share in entries if share is not None]
+        if METHODS[method].is_sum and "scale" in parameters:  # who adds nothing is no part of the job
+            taking_part = [entry for entry in taking_part if slot in entry[0].text_lora or slot in entry[0].tuned]
         return Job(
             "merge",
             slot,

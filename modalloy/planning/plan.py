@@ -29,7 +29,7 @@ from modalloy.recipe import Recipe
 from modalloy.specialists.specialist import Specialist
 from modalloy.storage.folder import present
 from modalloy.storage.inputs import Inputs
-from modalloy.storage.locate import is_hub_id, is_portable
+from modalloy.storage.locate import hub_id, is_hub_id, is_portable
 from modalloy.storage.tensors import Checkpoint, WeightFile
 
 
@@ -93,7 +93,7 @@ class Plan:
     @property
     def target_name(self) -> str:
         """The target's name without local folders."""
-        return self.recipe.start if self.target_is_portable else self.target.folder.name
+        return hub_id(self.recipe.start) if self.target_is_portable else self.target.folder.name
 
     @property
     def base_name(self) -> str:
@@ -156,12 +156,13 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Hash of what is made from what: recipe, program, jobs, and every input file's name, size and time of change."""
-        files = [file.path for checkpoint in self.checkpoints() for file in checkpoint.files]
-        files += [file.path for file in self.fishers if file is not None]
+        weights = [file for checkpoint in self.checkpoints() for file in checkpoint.files]
+        weights += [file for file in self.fishers if file is not None]
+        stats = [(file.path.name, *file.stamp[:2]) for file in weights]
         configs = ["config.json", "adapter_config.json"]  # which set the updates' scale, and are copied
         configs += VOCABULARY_FILES if self.chooses_rows else []  # which set the rows that are merged
-        files += [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        files = [c.folder / name for c in self.checkpoints() for name in present(c.folder, configs)]
+        stats += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         jobs = [(job.kind, job.name, job.method, job.parameters, job.weights, str(job.outputs)) for job in self.jobs]
         made = [__version__, torch.__version__, self.recipe.model_dump_json(), self.recipe.to_yaml(), stats, jobs]
         return hashlib.sha256(json.dumps(made).encode()).hexdigest()

@@ -22,6 +22,7 @@ from modalloy.storage.locate import is_portable
 from modalloy.yaml_text import MAX_BYTES, parse_yaml
 
 MAX_VALUES = 1_000  # of one axis: each is a merge
+VARY = "--vary"
 WEIGHT = "weight."  # weight.image: the factor of the image specialist's update
 NUMBER = r"-?\d+(?:\.\d*)?(?:[eE]-?\d+)?|-?\.\d+"
 RANGE = re.compile(rf"\s*({NUMBER}):({NUMBER}):({NUMBER})\s*")
@@ -41,34 +42,36 @@ class Axis:
         return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values)
 
 
-def parse_axes(given: Iterable[str], recipe: Recipe) -> list[Axis]:
+def parse_axes(given: Iterable[str], recipe: Recipe, option: str = VARY) -> list[Axis]:
     """Axes from `NAME=VALUES`: values between commas, or first:last:step, the last included; or from a YAML file of them.
+
+    `option` is what messages call what was given.
 
     Raises:
         RecipeError: a name that the method's signature lacks, or a value that it does not allow.
     """
     axes: dict[str, Axis] = {}
-    for text in _spelled_out(given):
+    for text in _spelled_out(given, option):
         name, separator, values = text.partition("=")
         if not (name and separator and values.strip()):
-            raise RecipeError(f"--vary {cut(text)}: not of the form NAME=VALUES; write for example scale=0.1:1.0:0.1")
+            raise RecipeError(f"{option} {cut(text)}: not of the form NAME=VALUES; write for example scale=0.1:1.0:0.1")
         if name in axes:
-            raise RecipeError(f"--vary {cut(text)}: {name} is given twice; keep one")
-        axes[name] = axis(name, _listed(values, text), recipe)
+            raise RecipeError(f"{option} {cut(text)}: {name} is given twice; keep one")
+        axes[name] = axis(name, _listed(values, text, option), recipe, option)
     return list(axes.values())
 
 
-def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
+def axis(name: str, values: list[Any], recipe: Recipe, option: str = VARY) -> Axis:
     """An axis whose name and values fit the recipe's method."""
     known = schema(METHODS[recipe.merge_method].function)
     weights = [WEIGHT + label for label in labels(recipe)]
     if name not in known and name not in weights:
         raise RecipeError(
-            f"--vary {cut(name)}: '{recipe.merge_method}' has no such parameter; {nearest(name, [*known, *weights])}"
+            f"{option} {cut(name)}: '{recipe.merge_method}' has no such parameter; {nearest(name, [*known, *weights])}"
         )
     if name in weights:
         if strange := [v for v in values if isinstance(v, (bool, str)) or not _is_finite(v)]:
-            raise RecipeError(f"--vary {name}: {shown(strange[0])} is not a finite number; write for example 0.5,1,2")
+            raise RecipeError(f"{option} {name}: {shown(strange[0])} is not a finite number; write for example 0.5,1,2")
         found = [float(value) for value in values]
     else:
         for value in values:
@@ -76,9 +79,9 @@ def axis(name: str, values: list[Any], recipe: Recipe) -> Axis:
         exact = METHODS[recipe.merge_method].is_whole(name) or known[name][0] is Rank
         found = [float(v) if isinstance(v, int) and not isinstance(v, bool) and not exact else v for v in values]
     if len(found) < 2:
-        raise RecipeError(f"--vary {name}: one value leaves nothing to choose; give several, or set it in the recipe")
+        raise RecipeError(f"{option} {name}: one value leaves nothing to choose; give several, or set it in the recipe")
     if twice := [value for index, value in enumerate(found) if value in found[:index]]:
-        raise RecipeError(f"--vary {name}: {shown(twice[0])} is given twice; keep one")
+        raise RecipeError(f"{option} {name}: {shown(twice[0])} is given twice; keep one")
     made = Axis(name, tuple(found))
     return Axis(name, tuple(sorted(found))) if made.ordered else made
 
@@ -160,7 +163,7 @@ def relocated(recipe: Recipe, folder: Path) -> Recipe:
     return Recipe(**content, folder=folder)
 
 
-def _spelled_out(given: Iterable[str]) -> Iterator[str]:
+def _spelled_out(given: Iterable[str], option: str) -> Iterator[str]:
     """`NAME=VALUES` of every axis, those of YAML files ({scale: "0.1:1.0:0.1", rank: [2, 4]}) in their place."""
     for text in given:
         if not text.endswith((".yaml", ".yml")):
@@ -169,9 +172,9 @@ def _spelled_out(given: Iterable[str]) -> Iterator[str]:
         try:
             content = parse_yaml(read_text(Path(text), MAX_BYTES))
         except ModalloyError as error:
-            raise RecipeError(f"--vary {text}: cannot be read ({error}); give a YAML file") from error
+            raise RecipeError(f"{option} {text}: cannot be read ({error}); give a YAML file") from error
         if not isinstance(content, dict):
-            raise RecipeError(f"--vary {text}: is no mapping; write for example scale: 0.1:1.0:0.1")
+            raise RecipeError(f"{option} {text}: is no mapping; write for example scale: 0.1:1.0:0.1")
         for name, values in content.items():
             yield f"{name}={','.join(map(json.dumps, values)) if isinstance(values, list) else values}"
 
@@ -180,27 +183,27 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and -1e30 < value < 1e30
 
 
-def _listed(text: str, given: str) -> list[Any]:
+def _listed(text: str, given: str, option: str) -> list[Any]:
     """The values of "a,b,c" or "first:last:step"."""
     if found := RANGE.fullmatch(text):
         first, last, step = map(Decimal, found.groups())
         if any(number and not -30 <= number.adjusted() <= 30 for number in (first, last, step)):
-            raise RecipeError(f"--vary {cut(given)}: a number beyond 1e30, or below 1e-30; write smaller powers")
+            raise RecipeError(f"{option} {cut(given)}: a number beyond 1e30, or below 1e-30; write smaller powers")
         if step <= 0 or last < first:
-            raise RecipeError(f"--vary {cut(given)}: an empty range; write first:last:step with a positive step")
+            raise RecipeError(f"{option} {cut(given)}: an empty range; write first:last:step with a positive step")
         whole = all(number == number.to_integral_value() and "." not in str(number) for number in (first, last, step))
         count = int((last - first) / step) + 1
         if count > MAX_VALUES:
             raise RecipeError(
-                f"--vary {cut(given)}: {count:,} values; write a larger step, at most {MAX_VALUES:,} are tried"
+                f"{option} {cut(given)}: {count:,} values; write a larger step, at most {MAX_VALUES:,} are tried"
             )
         return [(int if whole else float)(first + index * step) for index in range(count)]
     parts = text.split(",")
     if len(parts) > MAX_VALUES:
-        raise RecipeError(f"--vary {cut(given)}: {len(parts):,} values; at most {MAX_VALUES:,} are tried")
+        raise RecipeError(f"{option} {cut(given)}: {len(parts):,} values; at most {MAX_VALUES:,} are tried")
     try:
         return [parse_yaml(part) for part in parts]
     except RecipeError as error:
         raise RecipeError(
-            f"--vary {cut(given)}: cannot be read ({error}); write values between commas, or first:last:step"
+            f"{option} {cut(given)}: cannot be read ({error}); write values between commas, or first:last:step"
         ) from error

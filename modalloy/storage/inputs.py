@@ -18,6 +18,23 @@ class Inputs:
             for file in files:
                 self.files.setdefault(file.path, (file, owner))
 
+    def joined(self, owner: str, files: Iterable[WeightFile]) -> "Inputs":
+        """These inputs and some more files."""
+        both = Inputs(())
+        both.files = self.files | {file.path: (file, owner) for file in files}
+        return both
+
+    def keep(self, refs: Iterable[TensorRef]) -> None:
+        """These tensors will be read twice: those of a store are then asked for once (see `storage/ranges.py`)."""
+        for ref in refs:
+            if not isinstance(ref, ComposedRef):
+                self.files[ref.file][0].keep(ref)
+
+    def forget(self) -> None:
+        """Nothing will be read again."""
+        for file, _ in self.files.values():
+            file.forget()
+
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
         """The data of a tensor, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long).
 

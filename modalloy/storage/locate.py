@@ -7,8 +7,10 @@ from pathlib import Path
 from modalloy import builtin
 from modalloy.errors import CheckpointError, cut
 from modalloy.storage.folder import reading
+from modalloy.storage.remote import is_remote, mirror
 from modalloy.storage.tensors import Checkpoint
 
+HUB = "hf://"
 BASE_STEMS = ("model", "pytorch_model")
 # what is fetched from a repository: its top level's configs, tokenizer and code (never run), and the weights in one format
 CONFIGS = (
@@ -29,10 +31,15 @@ FILES = (".pt", ".pth", ".bin", ".safetensors")  # of encoders that are publishe
 def locate(location: str, relative_to: Path = Path(), *, whole: bool = False) -> Path:
     """Local folder or file of `location`; relative paths start at `relative_to`.
 
-    From a hub id, what a merge reads is downloaded (or found in the hub's cache); with `whole`, all that is there.
+    From a hub id, what a merge reads is downloaded (or found in the hub's cache); with `whole`, all that is there. Of an
+    address (`hf://`, `s3://`, `gs://`, `https://`) it is a folder of headers, whose data is read by ranges.
     """
     if location.startswith(builtin.PREFIX):
         return builtin.resolve(location)
+    if is_remote(location):
+        if whole:
+            return _whole(location)
+        return mirror(location, CONFIGS, WEIGHTS)
     path = _local_path(location, relative_to)
     with reading(path):
         if path.exists():
@@ -40,6 +47,18 @@ def locate(location: str, relative_to: Path = Path(), *, whole: bool = False) ->
     if is_hub_id(location):
         return _download(location, whole)
     raise CheckpointError(f"{cut(str(path))}: no such folder; correct the path in the recipe")
+
+
+def _whole(location: str) -> Path:
+    """All of a model that is loaded, not merged."""
+    if location.startswith(HUB):
+        return _download(location.removeprefix(HUB), whole=True)
+    raise CheckpointError(f"{cut(location)}: a model is loaded from a folder; download it and give its folder")
+
+
+def hub_id(location: str) -> str:
+    """What a hub's address names."""
+    return location.removeprefix(HUB)
 
 
 def is_hub_id(location: str) -> bool:
@@ -62,12 +81,12 @@ def _hub_parts(location: str) -> tuple[str, str, str, str]:
 
 def is_portable_name(name: str) -> bool:
     """Whether a recorded name is that of a hub's repository or of something built in; that of a folder has no slash."""
-    return name.startswith(builtin.PREFIX) or is_hub_id(name)
+    return name.startswith(builtin.PREFIX) or is_hub_id(hub_id(name))
 
 
 def is_portable(location: str, relative_to: Path = Path()) -> bool:
     """Whether the name means the same on another machine: built in, or a hub id; not a local path."""
-    if location.startswith(builtin.PREFIX):
+    if location.startswith((builtin.PREFIX, HUB)):
         return True
     return is_hub_id(location) and not _local_path(location, relative_to).exists()
 

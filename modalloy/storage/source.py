@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from modalloy.errors import CheckpointError
 
@@ -15,6 +16,14 @@ BLOCK_BYTES = 8 << 20  # what is read or written at once
 MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
 PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
 DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
+
+
+class Reader(Protocol):
+    """What gives bytes of an opened file."""
+
+    def read_some(self, target: memoryview, begin: int) -> int:
+        """Some of the bytes from `begin` on; 0 at the end."""
+        ...
 
 
 class Source:
@@ -29,10 +38,12 @@ class Source:
         self.path = path
         found = path.stat()
         self.size, self.changed_ns = found.st_size, found.st_mtime_ns
+        self.stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         self.lock = threading.Lock()
         self.digest = hashlib.sha256()
         self.hashed = 0
         self.hashes_reads = False
+        self.known: str | None = None  # its hash, where an earlier merge took it
 
     def read_into(self, target: memoryview, begin: int, what: str) -> None:
         """Fill `target` with the bytes from `begin` on."""
@@ -43,7 +54,7 @@ class Source:
                 if not count:
                     raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
                 done += count
-            if not self.hashes_reads:
+            if not self.hashes_reads or self.known is not None:
                 return
             with self.lock:
                 if begin <= self.hashed < begin + len(target):
@@ -54,25 +65,33 @@ class Source:
 
     def sha256(self) -> str:
         """Hash of the whole file."""
+        if self.known is not None:
+            return self.known
         with self._opened() as file, self.lock:
             self._catch_up(file, self.size)
             return self.digest.hexdigest()
 
     @contextmanager
-    def _opened(self) -> Iterator["_Opened"]:
+    def _opened(self) -> Iterator[Reader]:
         with _Opened(self.path) as file:
             found = os.fstat(file.cached)
             if (found.st_size, found.st_mtime_ns) != (self.size, self.changed_ns):
                 raise CheckpointError(f"{self.path}: was changed while being read; start again")
             yield file
 
-    def _catch_up(self, file: "_Opened", end: int) -> None:
+    def _catch_up(self, file: Reader, end: int) -> None:
         block = memoryview(bytearray(min(BLOCK_BYTES, max(end - self.hashed, 0))))
         while self.hashed < end:
             count = file.read_some(block[: end - self.hashed], self.hashed)
             if not count:
                 raise CheckpointError(f"{self.path}: was cut while being read; download or copy it again")
             self._hash(block[:count])
+
+    def keep(self, begin: int, end: int) -> None:
+        """These bytes will be read again: nothing to do where they are on a disk."""
+
+    def forget(self) -> None:
+        """They will not be any more."""
 
     def _hash(self, data: memoryview) -> None:
         self.digest.update(data)

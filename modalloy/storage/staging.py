@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modalloy.errors import CheckpointError, OutputError
+from modalloy.errors import CheckpointError, OutputError, PassingError
 from modalloy.files import disk_errors, is_file, is_folder, is_mount, kind, open_log, read_file
 from modalloy.storage.folder import read_json, reading
 
@@ -34,7 +34,7 @@ class Staging:
     it, and its log `.OUT.partial.log` (JSON lines: what was being made, and where; every finished file with its hash).
     With `resume` the next run goes on from there, if it makes the same (`fingerprint`); without, it starts again. What
     else has the log's name is refused, links too. `finished` then holds the hashes of the finished files, and `facts`
-    what was noted with them. The log is locked while a process works on it.
+    what was noted with them. The log is locked while a process works on it. A PassingError leaves both as a kill does.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -107,6 +107,8 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if isinstance(error, PassingError):  # as a kill does, it leaves what `resume` goes on from
+                return
             if kind is not None:
                 self._remove()
                 return

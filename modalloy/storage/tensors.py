@@ -20,7 +20,7 @@ from torch import Tensor
 from modalloy.errors import CheckpointError, shown
 from modalloy.storage.folder import MAX_TEXT_BYTES, is_there, open_file, parse_json, present, read_json, reading
 from modalloy.storage.pickled import ENDINGS, OtherTensor, PickledFile, StoredTensor, checked_count
-from modalloy.storage.source import Source
+from modalloy.storage.source import BLOCK_BYTES, Source
 
 DTYPES = {
     "F64": torch.float64,
@@ -80,6 +80,18 @@ class ComposedRef(TensorRef):
         raise NotImplementedError
 
 
+def _source(path: Path) -> Source:
+    """Where the file's bytes come from: the file, or the store that a header stands for."""
+    from modalloy.storage.remote import record_of
+
+    remote = record_of(path)
+    if remote is None:
+        return Source(path)
+    from modalloy.storage.ranges import RemoteSource
+
+    return RemoteSource(path, remote)
+
+
 class WeightFile:
     """One `.safetensors` or `.bin` file; opening it reads the header only."""
 
@@ -89,7 +101,7 @@ class WeightFile:
             if not path.exists():
                 raise CheckpointError(f"{path}: no such file; download it again or correct the path")
             with open_file(path):  # a pipe, device or folder is refused
-                self._source = Source(path)
+                self._source = _source(path)
             self.refs = self._bin_refs() if path.suffix in ENDINGS else self._safetensors_refs()
 
     def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
@@ -112,6 +124,38 @@ class WeightFile:
         """Hash of the whole file."""
         with reading(self.path):
             return self._source.sha256()
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return self._source.size
+
+    @property
+    def stamp(self) -> list[int]:
+        """What every change of the file changes: size, times of change of data and of inode in ns, inode."""
+        return self._source.stamp
+
+    def keep(self, ref: TensorRef) -> None:
+        """The tensor will be read again once the file was read: one of a store is then asked for once."""
+        if ref.begin >= 0:
+            self._source.keep(ref.begin, ref.begin + ref.n_bytes)
+
+    def forget(self) -> None:
+        """Nothing of it will be read again."""
+        self._source.forget()
+
+    def copy_to(self, write: Callable[[memoryview], object]) -> None:
+        """Give all its bytes to `write`, in order."""
+        block = memoryview(bytearray(min(BLOCK_BYTES, max(self.n_bytes, 1))))
+        for begin in range(0, self.n_bytes, len(block)):
+            part = block[: self.n_bytes - begin]
+            with reading(self.path):
+                self._source.read_into(part, begin, "it")
+            write(part)
+
+    def trust(self, sha256: str) -> None:
+        """Take this for the file's hash: it was taken when the file had the same stamp."""
+        self._source.known = sha256
 
     def _safetensors_refs(self) -> dict[str, TensorRef]:
         size = self._source.size

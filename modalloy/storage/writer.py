@@ -18,8 +18,9 @@ from torch import Tensor
 
 from modalloy.files import create, is_file, write_text
 from modalloy.storage.folder import file_sha256, reading
+from modalloy.storage.remote import record_of
 from modalloy.storage.source import BLOCK_BYTES, PAGE_BYTES, aligned_block
-from modalloy.storage.tensors import CODES
+from modalloy.storage.tensors import CODES, WeightFile
 
 DIRECT_BYTES = 64 << 20  # files from this size on are written past the page cache
 
@@ -80,6 +81,14 @@ class WeightWriter:
                 kept |= {spec.name for spec in shard}
         self._expected = [(index, spec) for index, spec in self._expected if spec.name not in kept]
         return kept
+
+    def adopt(self, index: int, path: Path, sha256: str) -> str:
+        """Take a file that another process wrote as one of the shards; returns its name."""
+        name = self._name(index)
+        path.replace(self.folder / name)
+        self.sha256[name] = sha256
+        self._expected = [(shard, spec) for shard, spec in self._expected if shard != index]
+        return name
 
     def add(self, name: str, tensor: Tensor) -> str | None:
         """Write the next tensor; its name, type and shape must be those announced. Returns the file's name once it is whole."""
@@ -227,6 +236,10 @@ def _header(specs: list[TensorSpec]) -> bytes:
 
 def copy_file(source: Path, path: Path) -> None:
     """Copy a file to a new one at `path`; a CheckpointError names the source where it cannot be read."""
+    if record_of(source) is not None:  # the header of a file that is elsewhere
+        with os.fdopen(create(path), "wb") as out:
+            WeightFile(source).copy_to(out.write)
+        return
     with reading(source):
         file = source.open("rb")
     with file, os.fdopen(create(path), "wb") as out:

@@ -1,0 +1,275 @@
+"""A merge on the machines of a Ray cluster: each worker reads what its shards need, and writes these itself.
+
+Inputs and target are on paths that every machine has (checked before any work), or inputs are in a store. Nothing large goes
+through the driver: a task is sent a shard's jobs and answers with the shard's hash. A form that is one small file (an adapter,
+an omni folder) is computed by the tasks and written by the driver. A task whose worker died runs again; what its worker left
+is in a folder of its own, so that no two write one file. Every job runs on one BLAS thread, so the bytes are those of `local`.
+"""
+
+import os
+import secrets
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modalloy._version import __version__
+from modalloy.engines import local
+from modalloy.errors import ModalloyError, OutputError, PassingError, plain
+from modalloy.machine.cores import AHEAD
+from modalloy.machine.threads import one_thread
+from modalloy.planning.job import Done, Job
+from modalloy.storage.inputs import Inputs
+from modalloy.storage.tensors import WeightFile
+from modalloy.storage.writer import TensorSpec, WeightWriter
+
+RETRIES = 8  # of a task whose worker died
+LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
+Compute = local.Compute
+Given = tuple[Any, ...]  # a token, the inputs' files by owner, and `compute`
+
+
+class LostTaskError(OutputError, PassingError):
+    """The cluster lost a task again and again."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its number, what is in it, and the jobs that give that."""
+
+    index: int
+    specs: tuple[TensorSpec, ...]
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard that is whole, in a folder of its own beside where it belongs."""
+
+    index: int
+    path: Path
+    sha256: str
+    compression: Mapping[str, float]
+
+
+class Cluster:
+    """A Ray cluster that runs a merge's jobs."""
+
+    def __init__(self, n_workers: int | None = None, task_bytes: int | None = None) -> None:
+        """`n_workers`: tasks at once, as many as the cluster has processors by default; `task_bytes`: memory of one."""
+        import ray
+
+        self.ray = ray
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        self.n_workers = max(1, min(n_workers or cpus, cpus))
+        self.options: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
+        if task_bytes is not None:
+            self.options["memory"] = task_bytes
+
+    def run(self, jobs: Sequence[Job], inputs: Inputs, compute: Compute) -> Generator[tuple[Job, Done], None, None]:
+        """Yields every job with what it gives, in the jobs' order: the contract of an engine, for small results."""
+        given = self._given(inputs, compute)
+        yield from self._in_order(jobs, lambda job: self._remote(_compute).remote(given, job))
+
+    def write(
+        self, shards: Sequence[Shard], inputs: Inputs, compute: Compute, folder: Path
+    ) -> Generator[WrittenShard, None, None]:
+        """Yields every shard as soon as a worker has written it; it is then to be moved to its place."""
+        given, place = self._given(inputs, compute), str(folder.absolute())
+        left, waiting = deque(shards), list[Any]()
+        try:
+            while left or waiting:
+                while left and len(waiting) < self.n_workers + AHEAD:
+                    waiting.append(self._remote(_write).remote(given, left.popleft(), place))
+                (done, *_), waiting = self.ray.wait(waiting)
+                yield self._get(done)
+        finally:
+            for answer in waiting:
+                self.ray.cancel(answer, force=True)
+
+    def hashes(self, inputs: Inputs, paths: Sequence[Path]) -> list[str]:
+        """The hashes of input files, each taken by one worker."""
+        given = self._given(inputs, None)
+        return [sha256 for _, sha256 in self._in_order(paths, lambda path: self._remote(_hash).remote(given, path))]
+
+    def call(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
+        """What a function gives of the inputs, on some worker."""
+        return self._get(self._remote(_call).remote(self._given(inputs, None), function))
+
+    def check(self, inputs: Inputs, folder: Path) -> None:
+        """Refuse machines that do not see what this one sees, or run other programs.
+
+        Raises:
+            OutputError: one does not, with its name.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        mark = folder / f".shared-{secrets.token_hex(4)}"
+        mark.touch()
+        try:
+            stamps = {str(path.absolute()): _stamp(path) for path in inputs.files}
+            asked = {}
+            for node in self.ray.nodes():
+                if node["Alive"] and node["Resources"].get("CPU"):
+                    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    task = self._remote(_look, scheduling_strategy=there)
+                    asked[node["NodeManagerHostname"]] = task.remote(str(mark.absolute()), stamps)
+            own = program()
+            for name, answer in asked.items():
+                missing, theirs = self._get(answer)
+                if missing:
+                    raise OutputError(
+                        f"machine {name} of the cluster does not see {missing} as this one does; put inputs and target on a path "
+                        "that all machines share"
+                    )
+                if theirs != own:
+                    raise OutputError(
+                        f"machine {name} of the cluster has {theirs} and this one {own}, whose bytes may differ; install the same"
+                    )
+        finally:
+            mark.unlink()
+
+    def _given(self, inputs: Inputs, compute: Compute | None) -> Any:
+        """What all tasks get, sent once to each machine."""
+        owners = tuple((owner, tuple(paths)) for owner, paths in inputs.__getstate__().items())
+        return self.ray.put((secrets.token_hex(8), owners, compute))
+
+    def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
+        return self.ray.remote(**(self.options | options))(function)
+
+    def _in_order(self, items: Sequence[Any], submit: Callable[[Any], Any]) -> Generator[tuple[Any, Any], None, None]:
+        """Every item with its task's answer; a few more tasks are on their way than there are workers."""
+        waiting: deque[tuple[Any, Any]] = deque()
+        try:
+            for item in items:
+                if len(waiting) == self.n_workers + AHEAD:
+                    first, answer = waiting.popleft()
+                    yield first, self._get(answer)
+                waiting.append((item, submit(item)))
+            while waiting:
+                first, answer = waiting.popleft()
+                yield first, self._get(answer)
+        finally:
+            for _, answer in waiting:
+                self.ray.cancel(answer, force=True)
+
+    def _get(self, answer: Any) -> Any:
+        from ray import exceptions
+
+        try:
+            return self.ray.get(answer)
+        except exceptions.RayTaskError as error:
+            if isinstance(error.cause, (ModalloyError, OSError)):
+                raise error.cause from None
+            raise
+        except exceptions.RayError as error:
+            raise LostTaskError(
+                f"the cluster lost a task {RETRIES + 1} times ({plain(error)}); see to its machines, then go on with --resume"
+            ) from error
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A cluster: that at `address` (or `RAY_ADDRESS`), else one of this machine's processors, for the time of the block.
+
+    Raises:
+        OutputError: none can be reached there.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    began = not ray.is_initialized()
+    if began:
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            where = address or "this machine"
+            raise OutputError(
+                f"--ray-address {where}: no cluster can be reached there ({plain(error)}); start one with `ray start --head`, "
+                "or leave the address out"
+            ) from error
+    try:
+        yield
+    finally:
+        if began:
+            ray.shutdown()
+
+
+def program() -> str:
+    """What decides the bytes on a machine beside jobs and inputs."""
+    return f"modalloy {__version__}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@lru_cache(maxsize=1)
+def _opened(token: str, owners: tuple[tuple[str, tuple[str, ...]], ...]) -> Inputs:
+    """The inputs of one merge, opened once by each worker."""
+    return Inputs((owner, map(WeightFile, map(Path, paths))) for owner, paths in owners)
+
+
+def _compute(given: Given, job: Job) -> Done:
+    *named, compute = given
+    inputs = _opened(*named)
+    with one_thread():
+        data = {ref: inputs.read(ref) for ref in dict.fromkeys(job.reads)}
+        return compute(job, data.__getitem__)
+
+
+def _write(given: Given, shard: Shard, folder: str) -> WrittenShard:
+    *named, compute = given
+    own = Path(folder, f"{LEFT}{shard.index}-{secrets.token_hex(4)}")
+    own.mkdir()
+    names, compression = {spec.name for spec in shard.specs}, dict[str, float]()
+    writer = WeightWriter(own, "shard", list(shard.specs))
+    try:
+        with closing(local.run(shard.jobs, _opened(*named), compute, 1, lambda jobs: len(jobs) <= 2)) as results:
+            for job, done in results:
+                compression |= done.compression
+                for spec, tensor in zip(job.outputs, done.tensors, strict=True):
+                    if spec.name in names:
+                        writer.add(spec.name, tensor)
+                del done
+        writer.close()
+    except BaseException:
+        writer.abort()
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+    ((name, sha256),) = writer.sha256.items()
+    return WrittenShard(shard.index, own / name, sha256, compression)
+
+
+def _hash(given: Given, path: Path) -> str:
+    *named, _ = given
+    file, _ = _opened(*named).files[path]
+    return file.sha256
+
+
+def _call(given: Given, function: Callable[[Inputs], Any]) -> Any:
+    *named, _ = given
+    with one_thread():
+        return function(_opened(*named))
+
+
+def _stamp(path: str | Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _look(mark: str, stamps: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
+    """The first path that this machine does not see as the driver does, "" if there is none; and its program."""
+    if not os.path.exists(mark):
+        return os.path.dirname(mark), program()
+    for path, stamp in stamps.items():
+        try:
+            same = _stamp(path) == stamp
+        except OSError:
+            same = False
+        if not same:
+            return path, program()
+    return "", program()

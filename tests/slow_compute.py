@@ -1,0 +1,22 @@
+"""`compute` that says which process it runs in, and takes its time: for tests that kill workers."""
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from modalloy.compute import compute
+from modalloy.planning.job import Done, Job
+
+
+def slow(job: Job, read: Any, *, place: str, seconds: float, **options: Any) -> Done:
+    """What the job gives, `seconds` later."""
+    Path(place, str(os.getpid())).touch()
+    time.sleep(seconds)
+    return compute(job, read, **options)
+
+
+def no_space(job: Job, read: Any, **options: Any) -> Done:
+    """What a full disk gives."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/model.safetensors")

@@ -1,0 +1,220 @@
+"""A real Ray cluster of two nodes on this machine: the bytes of the local engine, whoever is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slow_compute import no_space, slow
+
+import modalloy
+from modalloy import merging
+from modalloy.errors import ModalloyError, OutputError, missing_package
+from modalloy.planning.planner import plan
+from modalloy.recipe import load_recipe
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own start
+
+WriteRecipe = Callable[..., Path]
+FULL = {"form": "full", "max_shard_size": "6KB"}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of two nodes of one processor each, and this process connected to it."""
+    from ray.cluster_utils import Cluster
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a result but where its inputs are on this machine."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "sources.json"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"output": FULL},
+        {"output": {"form": "adapter"}},
+        {"output": FULL, "merge_method": "metagpt"},
+        {"output": {"form": "adapter", "compress_rank": 2}, "merge_method": "ties"},
+    ],
+    ids=["full", "adapter", "survey", "cut"],
+)
+def test_the_bytes_are_those_of_the_local_engine(
+    changes: dict[str, Any], address: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(**changes)
+    modalloy.merge(recipe, tmp_path / "local")
+    done: list[int] = []
+    report = modalloy.merge(recipe, tmp_path / "ray", engine="ray", on_job=lambda n, of: done.append(n))
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert done == sorted(done) and done[-1] >= len(report.plan.jobs)
+
+
+def test_killed_workers_change_nothing(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, place, killed = write_recipe(output=FULL), tmp_path / "pids", []
+    place.mkdir()
+    modalloy.merge(recipe, tmp_path / "local")
+    monkeypatch.setattr(merging, "compute", partial(slow, place=str(place), seconds=0.1))
+
+    def kill() -> None:
+        while len(killed) < 2:
+            for path in place.iterdir():
+                if path.name not in killed and len(killed) < 2:
+                    os.kill(int(path.name), signal.SIGKILL)
+                    killed.append(path.name)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    modalloy.merge(recipe, tmp_path / "ray", engine="ray")
+    killer.join(timeout=1)
+    assert len(killed) == 2 and str(os.getpid()) not in killed
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+
+
+DRIVER = """
+import sys
+from functools import partial
+import modalloy
+from modalloy import merging
+from slow_compute import slow
+merging.compute = partial(slow, place=sys.argv[3], seconds=0.2)
+modalloy.merge(sys.argv[1], sys.argv[2], engine="ray", ray_address=sys.argv[4])
+"""
+
+
+def test_a_killed_driver_is_resumed(address: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, out, log = write_recipe(output=FULL), tmp_path / "ray", tmp_path / ".ray.partial.log"
+    (tmp_path / "pids").mkdir()
+    arguments = [str(recipe), str(out), str(tmp_path / "pids"), address]
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
+    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
+        time.sleep(0.02)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL and not out.exists()
+    modalloy.merge(recipe, out, engine="ray", resume=True)
+    modalloy.merge(recipe, tmp_path / "local")
+    assert contents(out) == contents(tmp_path / "local")
+
+
+def test_a_full_disk_of_one_machine_is_one_line(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "compute", no_space)
+    with pytest.raises(OutputError, match="the disk is full") as raised:
+        modalloy.merge(write_recipe(output=FULL), tmp_path / "out", engine="ray")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_a_worker_finds_is_told_as_the_local_engine_tells_it(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(output=FULL | {"dtype": "float16"}, parameters={"scale": 1e20})
+    told = []
+    for engine in ("local", "ray"):
+        with pytest.raises(ModalloyError) as raised:
+            modalloy.merge(recipe, tmp_path / engine, engine=engine)
+        told.append((type(raised.value).__name__, str(raised.value)))
+    assert told[0] == told[1]
+
+
+def test_a_machine_that_sees_another_file_is_named(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modalloy.engines import ray as engine
+
+    monkeypatch.setattr(engine, "_stamp", lambda path: (1, 2))
+    with pytest.raises(OutputError, match=r"machine .* of the cluster does not see .*safetensors as this one does"):
+        modalloy.merge(write_recipe(output=FULL), tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_with_another_program_is_named(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modalloy.engines import ray as engine
+
+    monkeypatch.setattr(engine, "program", lambda: "modalloy 9")
+    with pytest.raises(
+        OutputError, match=r"machine .* has modalloy 0.* and this one modalloy 9, whose bytes may differ"
+    ):
+        modalloy.merge(write_recipe(output=FULL), tmp_path / "out", engine="ray")
+
+
+def test_an_unreachable_cluster_is_one_line(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise ConnectionError("Could not reach 127.0.0.1:1")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(OutputError, match=r"--ray-address 127\.0\.0\.1:1: no cluster can be reached there"):
+        modalloy.merge(write_recipe(), tmp_path / "out", engine="ray", ray_address="127.0.0.1:1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_the_extra_is_named(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError) as raised:
+        modalloy.merge(write_recipe(), tmp_path / "out", engine="ray")
+    found = missing_package(raised.value)
+    assert found is not None and 'pip install "modalloy[ray]"' in str(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "spark"}, "--engine spark: not an engine; known: local, ray"),
+        ({"ray_address": "auto"}, "--ray-address is of --engine ray"),
+        ({"engine": "ray", "device": "cuda"}, "--engine ray: its tasks run on processors; use --device cpu"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: dict[str, str], message: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match=message):
+        modalloy.merge(write_recipe(), tmp_path / "out", **options)
+
+
+def test_a_shard_is_sent_with_its_own_jobs(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Nothing large goes through the driver: what a task is sent is small."""
+    import pickle
+
+    from modalloy.engines.ray import Shard
+    from modalloy.outputs.streamed import StreamedWeights
+    from modalloy.storage.staging import Staging
+
+    planned = plan(load_recipe(write_recipe(output=FULL)))
+    weights = StreamedWeights(planned, Staging(tmp_path / "out"))
+    shards = [Shard(*parts) for parts in weights.shards(planned.jobs)]
+    assert [spec for shard in shards for spec in shard.specs] == [s for job in planned.jobs for s in job.outputs]
+    assert all(len(pickle.dumps(shard)) < 8192 for shard in shards) and len(shards) > 3

@@ -1,0 +1,129 @@
+"""Many merges from one pass: each result has the bytes of a merge alone, and every input is read once."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import modalloy
+from modalloy.cli import app
+from modalloy.errors import ModalloyError, OutputError, RecipeError
+from modalloy.recipe import load_recipe
+from modalloy.search.space import applied
+from modalloy.search.sweep import sweep
+from modalloy.storage.inputs import Inputs
+from modalloy.storage.tensors import TensorRef
+from modalloy.verify import verify
+
+WriteRecipe = Callable[..., Path]
+FULL = {"form": "full", "max_shard_size": "6KB"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a result but where its inputs are on this machine."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "sources.json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({}, ["scale=0.1,0.5", "rank=2,4"]),
+        ({"output": FULL}, ["weight.image=0.5,2"]),
+        ({"output": FULL | {"dtype": "bfloat16"}, "merge_method": "ties"}, ["density=0.3,0.7"]),
+        ({"output": FULL, "merge_method": "knots"}, ["scale=0.5,1"]),
+        ({"output": FULL, "merge_method": "tsv"}, ["scale=0.5,1"]),
+        ({"output": FULL, "merge_method": "metagpt"}, ["weight.image=0.5,1"]),
+        ({"merge_method": "ties", "output": {"form": "adapter", "compress_rank": 2}}, ["density=0.3,0.7"]),
+    ],
+    ids=["ssam", "ssam full", "ties", "knots", "tsv", "metagpt", "cut"],
+)
+def test_results_are_those_of_merges_alone(
+    changes: dict[str, Any], given: list[str], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(**changes)
+    report = sweep(recipe, tmp_path / "out", given)
+    assert len(report.results) == 2 ** len(given)
+    for one in report.results:
+        alone = applied(load_recipe(recipe), one.changes)
+        modalloy.merge(alone, tmp_path / "alone" / one.out.name)
+        assert contents(one.out) == contents(tmp_path / "alone" / one.out.name)
+        verify(one.out)
+    assert len({(one.out / "manifest.json").read_bytes() for one in report.results}) == len(report.results)
+
+
+def test_inputs_are_read_and_decomposed_once(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import modalloy.delta as delta
+    import modalloy.search.sweep as module
+
+    reads: Counter[str] = Counter()
+    read, eigh = Inputs.read, delta.top_eigenvectors
+    decomposed = []
+    monkeypatch.setattr(module, "write_beside", lambda *arguments: None)  # it verifies, which reads again
+    monkeypatch.setattr(module, "settle", lambda planned, **options: planned)
+
+    def counted(self: Inputs, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        reads[f"{ref.file.parent.name} {ref.name}"] += 1
+        return read(self, ref, buffer)
+
+    def noted(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+        decomposed.append(len(matrix))
+        return eigh(matrix, rank)
+
+    monkeypatch.setattr(Inputs, "read", counted)
+    monkeypatch.setattr(delta, "top_eigenvectors", noted)
+    recipe = write_recipe(output=FULL)
+    with pytest.raises(AttributeError):  # there is no check to report
+        sweep(recipe, tmp_path / "out", ["scale=0.1,0.2,0.3", "rank=2,4"]).to_dict()
+    assert reads and set(reads.values()) == {1}
+    merged = len(modalloy.plan(modalloy.load_recipe(recipe)).merges())
+    assert len(decomposed) == 2 * merged
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "--set: nothing is varied"),
+        (["scale"], "--set scale: not of the form NAME=VALUES"),
+        (["scael=1,2"], "--set scael: 'ssam' has no such parameter; did you mean"),
+        (["scale=1,big"], "scale"),
+        (["scale=0.1:1000:0.1"], "at most 1,000 are tried"),
+        (["scale=0.1:10:0.1", "rank=1:10:1"], "--set: 1,000 results; at most 256"),
+        (["rank=2,2"], "--set rank: 2 is given twice"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    given: list[str], message: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        sweep(write_recipe(), tmp_path / "out", given)
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+def test_a_result_that_is_there_is_not_replaced(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "out/scale=0.2").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"scale=0\.2: already exists"):
+        sweep(write_recipe(), tmp_path / "out", ["scale=0.1,0.2"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scale=0.2"]
+
+
+def test_all_results_or_none(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """A value that does not fit the written type fails the whole sweep, in the middle of it."""
+    recipe = write_recipe(output=FULL | {"dtype": "float16"})
+    with pytest.raises(ModalloyError, match="do not fit"):
+        sweep(recipe, tmp_path / "out", ["scale=0.1,1.0e+20"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    arguments = ["sweep", str(write_recipe()), "-o", str(tmp_path / "out"), "--set", "rank=2,4", "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert not done.exit_code, done.output
+    told = json.loads(done.stdout)
+    assert [one["set"] for one in told["results"]] == [{"rank": 2}, {"rank": 4}]
