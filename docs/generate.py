@@ -387,6 +387,76 @@ def search() -> dict[str, str]:
     return {"results/search.md": search_results.page(json.loads(stored.read_text()))} if stored.is_file() else {}
 
 
+def scale() -> str:
+    """What is moved, recomputed and shared, and the simulated merge of a very large model; of those whose results are stored."""
+    parts = {"remote_bytes": _moved, "increments": _repeated, "simulate_cluster": _simulated}
+    out = ["# What a merge moves, repeats and shares\n"]
+    for name, part in parts.items():
+        path = RESULTS / f"{name}.json"
+        out += part(json.loads(path.read_text())) if path.exists() else []
+    return "\n".join([*out, ""])
+
+
+def _moved(stored: dict[str, Any]) -> list[str]:
+    out = [
+        "## Bytes of models that are elsewhere (`benchmarks/remote_bytes.py`)\n",
+        "A local web server counts what it sends of weight files; needed are the files that a merge reads and hashes whole. Aim: "
+        f"≤ {stored['aim']} × what is needed. “Cut”: every tenth answer ends in its middle, and what was sent in vain counts.\n",
+        "| merge | a plan moves, kB | needed, MB | moved, MB | moved / needed | same weights as of local files |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in stored["cases"]:
+        kind = "adapters" if one["models"] == "lora" else "fine-tunes"
+        out.append(
+            f"| two {kind} → {one['form']}{', cut' if one['cuts'] else ''} | {one['planned_bytes'] / 1e3:.0f} | "
+            f"{one['needed_bytes'] / 1e6:.1f} | {one['moved_bytes'] / 1e6:.1f} | {one['ratio']:.3f} | "
+            f"{'yes' if one['same_weights'] else 'no'} |"
+        )
+    return [*out, ""]
+
+
+def _repeated(stored: dict[str, Any]) -> list[str]:
+    out = [
+        "## Again, and many at once (`benchmarks/increments.py`)\n",
+        f"Vicuna-7B's shapes, {stored['layers']} of 32 layers. Seconds of the processor; the ratio is to a merge from scratch, "
+        "or to six merges one by one. A result of so few layers is verified as a whole, which both pay. Aim for a fifth specialist "
+        f"at 32 layers, which these figures do not show: ≤ {stored['aims']['a fifth specialist']}.\n",
+        "| what | whole | part | ratio | same bytes |",
+        "|---|---|---|---|---|",
+    ]
+    for one in stored["cases"]:
+        out.append(
+            f"| {one['case']} | {one['whole']['cpu_seconds']:.1f} | {one['part']['cpu_seconds']:.1f} | "
+            f"{one['ratios']['cpu_seconds']:.2f} | {'yes' if one['same_bytes'] else 'no'} |"
+        )
+    return [*out, ""]
+
+
+def _simulated(stored: dict[str, Any]) -> list[str]:
+    rates = stored["rates"]
+    out = [
+        f"## A model of {stored['parameters'] / 1e12:.2f} T parameters (`benchmarks/simulate_cluster.py`)\n",
+        f"Simulated, from headers of true shapes ({stored['tensors']:,} tensors, planned in {stored['plan_cpu_s']:.0f} s "
+        "of the processor): base + λ (δ₁ + δ₂) of two full fine-tunes. Assumed, not measured: "
+        f"{rates['workers']} workers a machine, {rates['network'] / 1e9:g} GB/s of network each way, a store of "
+        f"{rates['store'] / 1e9:g} GB/s, hashing at {rates['hashing'] / 1e9:g} GB/s a worker. Measured: "
+        f"{stored['compute_s_per_byte'] * 1e9:.2f} s of arithmetic for a GB that is written.\n",
+        "| shards, GB | machines | merge, s | hashing the inputs, s | busiest over mean | idle | what binds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in stored["outcomes"]:
+        out.append(
+            f"| {one['shard_bytes'] / 1e9:g} | {one['nodes']} | {one['seconds']:,.0f} | {one['hashing_seconds']:,.0f} | "
+            f"{one['imbalance']:.2f} | {one['idle']:.0%} | {one['binds']} |"
+        )
+    for one in stored["checks"]:
+        out.append(
+            f"\nTasks of known length on a real Ray of {one['workers']:.0f} workers: {one['real_s']:.1f} s, simulated "
+            f"{one['simulated_s']:.1f} s."
+        )
+    return [*out, ""]
+
+
 def _text(text: str) -> str:
     """Text in which nothing is taken for HTML."""
     return text.replace("<", "&lt;")
