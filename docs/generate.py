@@ -13,7 +13,7 @@ from typing import Any
 import click
 import scale_results
 import search_results
-import served
+import serve_results
 from typer.main import get_command
 
 import modalloy
@@ -62,7 +62,7 @@ def pages() -> dict[str, str]:
         "results/speed.md": speed(),
         "results/classes.md": classes(),
         **search(),
-        "results/serve.md": served.page(RESULTS),
+        "results/serve.md": serve_results.page(RESULTS),
         **export(),
         "results/scale.md": scale_results.page(RESULTS),
         "../modalloy/methods/catalogue.json": catalogue(),
