@@ -417,12 +417,15 @@ def test_another_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             binding.load()
     monkeypatch.setenv(binding.LIBRARY, str(library))
-    with monkeypatch.context() as other:
-        fields = [one for one in binding.ContextParams._fields_ if one[0] != "n_rs_seq"]
-        shorter = type("Shorter", (binding.c.Structure,), {"_fields_": fields})
-        other.setitem(binding.FUNCTIONS, "llama_context_default_params", (shorter, []))
-        with pytest.raises(CheckpointError, match=r"gives n_outputs|gives type_k|gives flash_attn|gives embeddings"):
-            binding.load()
+    for missing in ("n_rs_seq", "n_outputs_max", "load_mode", "yarn_orig_ctx", "cb_eval", "no_perf"):
+        name = "llama_model_default_params" if missing == "load_mode" else "llama_context_default_params"
+        whole = binding.FUNCTIONS[name][0]
+        fields = [one for one in whole._fields_ if one[0] != missing]
+        with monkeypatch.context() as other:
+            other.setitem(binding.DEFAULTS, name, {k: v for k, v in binding.DEFAULTS[name].items() if k != missing})
+            other.setitem(binding.FUNCTIONS, name, (type("Shorter", (binding.c.Structure,), {"_fields_": fields}), []))
+            with pytest.raises(CheckpointError, match=rf"{name} gives \w+ = \S+, not"):
+                binding.load()
     with monkeypatch.context() as other:
         other.setitem(binding.SIZES, "llama_context_default_params", 160)
         with pytest.raises(CheckpointError, match=r"llama_context_default_params gives 168 bytes instead of 160"):

@@ -101,9 +101,15 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 # what llama.h gives by default, and how many bytes each structure has
 SIZES = {"llama_model_default_params": 80, "llama_context_default_params": 168}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama_model_default_params": {"vocab_only": False, "use_extra_bufts": True, "no_alloc": False},
+    "llama_model_default_params": {
+        **{"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None},
+        **{"vocab_only": False, "check_tensors": False, "use_extra_bufts": True, "no_host": False, "no_alloc": False},
+    },
     "llama_context_default_params": {
-        **{"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "type_k": 1, "type_v": 1, "flash_attn": -1},
+        **{"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_rs_seq": 0, "n_outputs_max": 0},
+        **{"n_outputs_max_per_seq": 1, "n_threads": 4, "n_threads_batch": 4, "ctx_type": 0, "rope_scaling": -1},
+        **{"flash_attn": -1, "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "yarn_ext": -1.0, "yarn_slow": -1.0},
+        **{"yarn_orig_ctx": 0, "defrag_thold": -1.0, "cb_eval": None, "type_k": 1, "type_v": 1, "moe_cache_size": 0},
         **{"embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True, "swa_full": True},
         **{"kv_unified": False, "samplers": None},
     },
