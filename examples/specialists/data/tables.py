@@ -72,6 +72,7 @@ class Source:
     split: dict[str, str]  # kind of files → split
     holds: str = ""  # "names" or "codes": it draws concepts of concepts.yaml, under these
     files: int = 0  # how many drawings of concepts it holds
+    others: tuple[str, ...] = ()  # names that mean something else in it
     note: str = ""
     licences: tuple[tuple[str, str], ...] = ()  # (pattern of paths, licence), first match wins
     z_up: tuple[str, ...] = ()  # patterns of meshes whose z axis points up
@@ -211,6 +212,7 @@ def load_packages(path: Path) -> tuple[dict[str, Source], dict[str, Package]]:
             split=row["split"],
             holds=row.get("holds", ""),
             files=row.get("files", 0),
+            others=tuple(row.get("others", ())),
             note=row.get("note", ""),
             licences=tuple(row.get("licences", {}).items()),
             z_up=tuple(row.get("z_up", ())),
@@ -265,6 +267,8 @@ def load_tables(folder: Path) -> Tables:
             if source.holds:
                 paths = concept.names if source.holds == "names" else concept.codes
                 for number, path in enumerate(paths):
+                    if path in source.others:
+                        continue
                     file = f"picture/{concept.folder}/{prefix}_{number}.{SUFFIXES['picture']}"
                     entries.append(Entry(file, "picture", concept, source, path, optional=True))
     content = read_yaml(folder / "files.yaml")
