@@ -278,6 +278,18 @@ def test_a_family_on_two_sides_is_refused() -> None:
     tables.refuse_straddling([(("shape", "x"), "train", "a"), (("shape", "x"), "test", "b")])
 
 
+def test_validation_keeps_a_file_of_concepts_that_have_several(tables: Any) -> None:
+    for kind, least in (("shape", 2), ("sound", 3)):
+        of: dict[str, Counter[str]] = {}
+        for entry in tables.entries:
+            if entry.kind == kind:
+                of.setdefault(entry.concept.name, Counter())[entry.split] += 1
+        assert sum(splits["validation"] for splits in of.values()) > 5
+        for splits in of.values():
+            assert splits["validation"] == (splits["train"] + splits["validation"] >= least)
+    assert load("tables").held_back(tables.entries[:50]) == tables.entries[:50]  # of pictures, none
+
+
 def test_concepts_are_told_apart(tables: Any) -> None:
     concepts = tables.concepts
     pictured = [concept for concept in concepts.values() if concept.names]
@@ -449,11 +461,18 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     }
     concept = tables.Concept("owl", "animal", "bird", "an owl", False, (), ("1",), ("owl",))
     entries = [
-        tables.Entry(f"shape/owl/{n}.npy", "shape", concept, source, n) for n in ("good.obj", "bad.obj", "absent.obj")
+        tables.Entry(f"shape/owl/{n}.npy", "shape", concept, source, n, "train")
+        for n in ("good.obj", "bad.obj", "absent.obj")
     ]
     entries += [
-        tables.Entry(f"picture/owl/{prefix}_{name}.webp", "picture", concept, artists[prefix], name, optional=True)
-        for prefix, name in (("copyist", "owl"), ("copyist", "owlet"), ("master", "owl2"))
+        tables.Entry(
+            f"picture/owl/{prefix}_{name}.webp", "picture", concept, artists[prefix], name, split, optional=True
+        )
+        for prefix, name, split in (
+            ("copyist", "owl", "train"),
+            ("copyist", "owlet", "train"),
+            ("master", "owl2", "test"),
+        )
     ]
     made = tables.Tables({"t": source} | artists, {"toy": package}, {"owl": concept}, entries)
     monkeypatch.setattr(build, "load_tables", lambda folder: made)

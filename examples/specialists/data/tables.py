@@ -8,7 +8,7 @@ who made the files (their *family*) and which split they belong to.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 from modalloy.evals.corpus import CATEGORIES, MODALITY, OTHER, SPLITS
 
 SUFFIXES = {"picture": "webp", "speech": "ogg", "sound": "flac", "shape": "npy"}  # of the built files, by kind
+HELD_BACK = {"sound": 3, "shape": 2}  # kind → files of a concept from which on one of them is kept for validation
 REGISTRIES = {"debian": "Debian", "npm": "npm", "pypi": "PyPI"}
 Record = dict[str, Any]
 
@@ -76,7 +77,6 @@ class Source:
     note: str = ""
     licences: tuple[tuple[str, str], ...] = ()  # (pattern of paths, licence), first match wins
     z_up: tuple[str, ...] = ()  # patterns of meshes whose z axis points up
-    held_back: tuple[str, ...] = ()  # patterns of files kept out of training, for validation
 
     def locate(self, path: str) -> Location:
         parts = {"path": path, "top": path.split("/")[0], "code": path.lower(), "bare": path.removesuffix("-FE0F")}
@@ -90,11 +90,6 @@ class Source:
 
     def is_z_up(self, path: str) -> bool:
         return any(fnmatchcase(path, pattern) for pattern in self.z_up)
-
-    def split_of(self, kind: str, path: str) -> str:
-        if any(fnmatchcase(path, pattern) for pattern in self.held_back):
-            return "validation"
-        return self.split[kind]
 
 
 @dataclass(frozen=True)
@@ -134,6 +129,7 @@ class Entry:
     concept: Concept
     source: Source
     path: str
+    split: str
     optional: bool = False  # the package may lack it; how many it holds is pinned by the source
 
     @property
@@ -152,7 +148,7 @@ class Entry:
             "kind": self.kind,
             "modality": MODALITY[self.kind],
             **self.concept.record(),
-            "split": self.source.split_of(self.kind, self.path),
+            "split": self.split,
             "family": self.source.family,
             "form": "",
             "text": "",
@@ -216,7 +212,6 @@ def load_packages(path: Path) -> tuple[dict[str, Source], dict[str, Package]]:
             note=row.get("note", ""),
             licences=tuple(row.get("licences", {}).items()),
             z_up=tuple(row.get("z_up", ())),
-            held_back=tuple(row.get("held_back", ())),
         )
     refuse_straddling(
         ((kind, source.family), split, prefix)
@@ -270,7 +265,9 @@ def load_tables(folder: Path) -> Tables:
                     if path in source.others:
                         continue
                     file = f"picture/{concept.folder}/{prefix}_{number}.{SUFFIXES['picture']}"
-                    entries.append(Entry(file, "picture", concept, source, path, optional=True))
+                    entries.append(
+                        Entry(file, "picture", concept, source, path, source.split["picture"], optional=True)
+                    )
     content = read_yaml(folder / "files.yaml")
     for name, row in content["files"].items():
         if name not in concepts:
@@ -281,5 +278,23 @@ def load_tables(folder: Path) -> Tables:
                 if prefix not in sources or kind not in sources[prefix].split:
                     raise DataError(f"{name}: the prefix of {spec!r} is none of the sources of a {kind}")
                 file = f"{kind}/{concepts[name].folder}/{prefix}_{number}.{SUFFIXES[kind]}"
-                entries.append(Entry(file, kind, concepts[name], sources[prefix], path))
-    return Tables(sources, packages, concepts, entries, dict(content.get("known_gaps") or {}))
+                entries.append(Entry(file, kind, concepts[name], sources[prefix], path, sources[prefix].split[kind]))
+    return Tables(sources, packages, concepts, held_back(entries), dict(content.get("known_gaps") or {}))
+
+
+def held_back(entries: list[Entry]) -> list[Entry]:
+    """The same files with some of training's kept for validation, of kinds whose families are too few to keep a whole one.
+
+    Of every concept that at least `HELD_BACK[kind]` files would train, it is the last file of the source with most.
+    """
+    training: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        if entry.kind in HELD_BACK and entry.split == "train":
+            training.setdefault((entry.kind, entry.concept.name), []).append(entry)
+    back = set()
+    for (kind, _), group in training.items():
+        if len(group) >= HELD_BACK[kind]:
+            prefixes = [entry.source.prefix for entry in group]
+            most = max(prefixes, key=prefixes.count)
+            back.add([entry.file for entry in group if entry.source.prefix == most][-1])
+    return [replace(entry, split="validation") if entry.file in back else entry for entry in entries]
