@@ -4,7 +4,11 @@
 
 Every row is a run of `modalloy eval` in build/senses/ (a stopped one goes on where it was), so `modalloy eval-compare` and
 the page work on them. Tables are made of what the runs hold. Intervals are 95 % bootstraps that resample concepts and,
-within them, files; those of differences are paired. Prints Markdown for people and one JSON document as its last line.
+within them, files; those of differences are paired.
+
+Named in advance: the primary contrasts are SSAM against averaging, TIES and task arithmetic over all questions about media,
+by accuracy; all others are exploratory and corrected by Holm's method. The secondary measure is the probability that a model
+gives the right option among those offered. Prints Markdown for people and one JSON document as its last line.
 
 NaiveMC and the joint model need specialists that examples/specialists/single_path.py trains; without them their rows are
 left out, and the table says so.
@@ -14,6 +18,7 @@ import argparse
 import functools
 import gc
 import json
+import math
 import shutil
 import sys
 import time
@@ -22,22 +27,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measuring import table
+from measuring import machine, table
 
 from modalloy import builtin, merge
 from modalloy.evals import find_benchmark
 from modalloy.evals.ask import evaluate, identify
-from modalloy.evals.benchmark import Sample, Source
-from modalloy.evals.compare import Comparison, Paired, compare
+from modalloy.evals.benchmark import Source, by_group
 from modalloy.evals.features import FeatureCache
-from modalloy.evals.log import Run, load_run
-from modalloy.evals.scores import baselines, result
-from modalloy.evals.senses import CELLS
+from modalloy.evals.log import Entry, Run, load_run
+from modalloy.evals.scores import baselines
+from modalloy.evals.senses import SIZES
+from modalloy.evals.statistics import bootstrap_interval, holm, mcnemar
 from modalloy.model import load_model
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 
 BATCH = 8
 REFERENCES = Path("build/references")
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,15 @@ class Row:
 
 SPECIALISTS = [Row(f"{m} specialist", model=str(builtin.specialist(m)), shows=(m,)) for m in builtin.specialists()]
 OURS = Row("SSAM", "ssam")
+PRIMARY = [
+    Row("average (= DAMC)", "average"),
+    Row("TIES", "ties"),
+    Row("task arithmetic", "task_arithmetic"),
+]
 MERGES = [
     OURS,
-    Row("average (= DAMC)", "average"),
-    Row("task arithmetic", "task_arithmetic"),
+    *PRIMARY,
     Row("TSV", "tsv"),
-    Row("TIES", "ties"),
     Row("WUDI", "wudi"),
     Row("OptMerge", "optmerge"),
     Row("KnOTS", "knots"),
@@ -75,130 +84,160 @@ MERGES = [
 ]
 BASE = Row("base", model=builtin.BASE, shows=())
 ABLATIONS = [
-    Row("SSAM (k = 8, λ = 1/4)", "ssam"),
+    OURS,
     *(Row(f"k = {k}", "ssam", {"rank": k}) for k in (1, 2, 4, 16, 32)),
     *(Row(f"λ = {scale:g}", "ssam", {"scale": scale}) for scale in (0.1, 0.5, 0.75, 1.0)),
-    Row("k by energy 0.9", "ssam", {"rank": {"energy": 0.9}}),
-    Row("balance: subspace", "ssam", {"balance": "subspace"}),
     Row("balance: updates", "ssam", {"balance": "updates"}),
-    Row("match: norm", "ssam", {"match": "norm"}),
-    Row("average", "average"),
+    Row("average (= DAMC)", "average"),
     Row("task arithmetic", "task_arithmetic"),
 ]
-# The best of the ablations, by all validation questions; asked the test's once.
-CHOSEN = [Row("SSAM, λ = 0.1 (chosen on validation)", "ssam", {"scale": 0.1})]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
-    parser.add_argument("--out", type=Path, default=Path("build/senses"), help="folder of the runs and merged models")
+    parser.add_argument("--out", type=Path, default=Path("build/senses-runs"), help="folder of runs and merged models")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows, in this order")
     parser.add_argument("--ablations", action="store_true", help="k, λ and variants on validation questions instead")
     args = parser.parse_args()
-    rows = ABLATIONS if args.ablations else [BASE, *SPECIALISTS, *MERGES, *CHOSEN]
+    rows = ABLATIONS if args.ablations else [BASE, *SPECIALISTS, *MERGES]
     if args.rows:
         named = {row.name: row for row in rows}
         rows = [named[name] for name in args.rows]
     variant, cache = "validation" if args.ablations else "test", FeatureCache(args.out / "features")
     runs = {row.name: run for row in rows if (run := asked(row, args.data, args.out, variant, cache)) is not None}
-    results = {name: result(run) for name, run in runs.items()}
-    ours = next((run for name, run in runs.items() if name.startswith(OURS.name)), None)
-    merges = [name for name, run in runs.items() if run.meta["modalities"] is None and run is not ours]
-    compared = {} if ours is None else {name: compare(runs[name], ours) for name in merges}
-    print_accuracies(runs, results)
-    print_differences(compared)
-    print_groups(results, "tier")
-    print_groups(results, "kind")
-    accuracies = {name: found["groups"]["cell"] for name, found in results.items()}
-    differences = {name: _differences(found) for name, found in compared.items()}
-    print(json.dumps({"variant": variant, "accuracy": accuracies, "ssam_minus": differences}))
+    document = {"machine": machine(), "variant": variant, **measured(runs)}
+    for part in (accuracies(document), contrasts(document), kinds(document)):
+        print(part + "\n")
+    print(json.dumps(document, allow_nan=False))
 
 
-def cells_of(results: dict[str, dict[str, Any]]) -> list[str]:
-    """The cells that were asked, one sense first, text last."""
-    there = {cell for found in results.values() for cell in found["groups"]["cell"]}
-    return [cell for cell in ("+".join(shown) for shown in CELLS) if cell in there] + ["text"] * ("text" in there)
-
-
-def print_accuracies(runs: dict[str, Run], results: dict[str, dict[str, Any]]) -> None:
-    """Accuracy by model and cell with its clustered interval, and the means over cells of one and of several senses."""
-    cells = cells_of(results)
-    asked_by_cell: dict[str, list[Sample]] = {}
-    for cell in cells:
-        runs_of_cell = [run for name, run in runs.items() if cell in results[name]["groups"]["cell"]]
-        whole = max(runs_of_cell, key=lambda run: len(run.entries))
-        asked_by_cell[cell] = [e.sample for e in whole.entries if e.sample.group["cell"] == cell]
-    blind = {cell: baselines(asked) for cell, asked in asked_by_cell.items()}
-    rows = [
-        ["questions", *(str(len(asked)) for asked in asked_by_cell.values()), "", ""],
-        [
-            "distinct media",
-            *(str(len({m for s in asked for m in s.media})) for asked in asked_by_cell.values()),
-            "",
-            "",
-        ],
-        ["chance", *(f"{found['chance']:.2f}" for found in blind.values()), "", ""],
-        ["majority", *(f"{_majority(found):.2f}" for found in blind.values()), "", ""],
-    ]
-    for name, found in results.items():
-        groups = found["groups"]["cell"]
-        means = []
-        for several in (False, True):
-            wanted = [cell for cell in cells if cell != "text" and ("+" in cell) == several]
-            have = [groups[cell]["acc"] for cell in wanted if cell in groups]
-            means.append(f"{sum(have) / len(have):.3f}" if len(have) == len(wanted) else "–")
-        rows.append([name, *(_share(groups.get(cell)) for cell in cells), *means])
-    print(table(["", *cells, "mean of one sense", "mean of several"], rows) + "\n")
-
-
-def print_differences(compared: dict[str, Comparison]) -> None:
-    """SSAM minus every other merge on the same questions, in points, with the paired clustered interval; * where real."""
-    if not compared:
-        return
-    cells = [*("+".join(shown) for shown in CELLS), "text"]
-    rows = []
-    for name, found in compared.items():
-        pairs = [found.rules["likelihood"], *(found.groups["likelihood"]["cell"][cell] for cell in cells)]
-        rows.append([f"SSAM − {name}", *(_difference(pair) for pair in pairs)])
-    print(table(["", "all", *cells], rows) + "\n")
-
-
-def print_groups(results: dict[str, dict[str, Any]], key: str) -> None:
-    """Accuracy by tier, or by cell and kind of question."""
-    values = list(dict.fromkeys(value for found in results.values() for value in found["groups"][key]))
-    rows = []
-    for value in values:
-        shown = [found["groups"][key].get(value) for found in results.values()]
-        n = max(one["n"] for one in shown if one)
-        rows.append([value, str(n), *("–" if one is None else f"{one['acc']:.2f}" for one in shown)])
-    print(table([key, "n", *results], rows) + "\n")
-
-
-def _majority(blind: dict[str, float | None]) -> float:
-    """What the most frequent answer of each kind of question gets, or chance where that is better."""
-    return max(one for one in (blind["majority_by_kind"], blind["majority"], blind["chance"]) if one is not None)
-
-
-def _share(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return "–"
-    low, high = cell["ci95_clustered"] or cell["ci95"]
-    return f"{cell['acc']:.2f} ({low:.2f}–{high:.2f})"
-
-
-def _differences(found: Comparison) -> dict[str, Any]:
-    """What `print_differences` shows, for machines."""
-    pairs = {"all": found.rules["likelihood"]} | found.groups["likelihood"]["cell"]
+def measured(runs: dict[str, Run]) -> dict[str, Any]:
+    """All figures of all tables: by row, cell and kind, and the paired differences of SSAM and every other merge."""
+    right = {name: rights(run) for name, run in runs.items()}
+    asked_in_all = max(runs.values(), key=lambda run: len(run.entries))
+    cells = {}
+    for (key, cell), places in by_group(entry.sample for entry in asked_in_all.entries).items():
+        if key == "cell":
+            samples = [asked_in_all.entries[place].sample for place in places]
+            media = len({medium for sample in samples for medium in sample.media})
+            blind = {name: value for name, value in baselines(samples).items() if value is not None}
+            cells[cell] = {"n": len(samples), "media": media, "blind": max(blind.values())}
     return {
-        cell: {"difference": pair.difference, "ci95": pair.ci95, "p_adjusted": pair.p_adjusted, "real": pair.real}
-        for cell, pair in pairs.items()
+        "cells": cells,
+        "rows": {name: {"cell": grouped(run, "cell"), "kind": grouped(run, "kind")} for name, run in runs.items()},
+        "ssam_minus": differences(runs, right),
+        "seconds": {name: round(sum(entry.seconds for entry in run.entries)) for name, run in runs.items()},
     }
 
 
-def _difference(pair: Paired) -> str:
-    low, high = pair.ci95
-    return f"{100 * pair.difference:+.0f} ({100 * low:+.0f} to {100 * high:+.0f}){'*' if pair.real else ''}"
+def rights(run: Run) -> list[bool]:
+    """Whether each question was answered rightly."""
+    return [verdict.correct for verdict in run.verdicts("likelihood")]
+
+
+def probability(entry: Entry) -> float:
+    """What a model gives the right option, of what it gives all that are offered."""
+    if entry.status != "ok":
+        return 0.0
+    top = max(entry.answer.likelihoods)
+    weights = [math.exp(nats - top) for nats in entry.answer.likelihoods]
+    gold = entry.sample.choices.index(entry.sample.golds[0])
+    return weights[gold] / sum(weights)
+
+
+def grouped(run: Run, key: str) -> dict[str, Any]:
+    """Accuracy with its clustered interval, and the mean probability of the right option, by cell or kind of question."""
+    right, found = rights(run), {}
+    for (name, value), places in by_group(entry.sample for entry in run.entries).items():
+        if name != key:
+            continue
+        values = [float(right[place]) for place in places]
+        found[value] = {
+            "n": len(places),
+            "accuracy": sum(values) / len(values),
+            "ci95": bootstrap_interval(values, [run.entries[place].sample.cluster for place in places]),
+            "probability": sum(probability(run.entries[place]) for place in places) / len(places),
+        }
+    return found
+
+
+def differences(runs: dict[str, Run], right: dict[str, list[bool]]) -> dict[str, Any]:
+    """SSAM minus every other merge on the same questions about media: paired clustered intervals, McNemar, Holm."""
+    if OURS.name not in runs:
+        return {}
+    ours, found = runs[OURS.name], {}
+    about_media = [place for place, entry in enumerate(ours.entries) if entry.sample.media]
+    clusters = [ours.entries[place].sample.cluster for place in about_media]
+    for name, run in runs.items():
+        if run is ours or run.meta["modalities"] is not None:
+            continue
+        a, b = right[OURS.name], right[name]
+        accuracy = [float(a[place]) - float(b[place]) for place in about_media]
+        sure = [probability(ours.entries[place]) - probability(run.entries[place]) for place in about_media]
+        figures: dict[str, Any] = {
+            "n": len(about_media),
+            "difference": sum(accuracy) / len(accuracy),
+            "ci95": bootstrap_interval(accuracy, clusters),
+            "p": mcnemar(sum(x < 0 for x in accuracy), sum(x > 0 for x in accuracy)),
+            "probability": sum(sure) / len(sure),
+            "probability_ci95": bootstrap_interval(sure, clusters),
+            "primary": name in {row.name for row in PRIMARY},
+        }
+        found[name] = figures
+    for primary in (True, False):
+        group = [one for one in found.values() if one["primary"] == primary]
+        for one, p in zip(group, holm([one["p"] for one in group]), strict=True):
+            one["p_holm"] = p
+    return found
+
+
+def accuracies(document: dict[str, Any]) -> str:
+    """Accuracy by model and cell, with what a blind answer gets."""
+    cells = [cell for cell in (*SIZES, "text") if cell in document["cells"]]
+    rows = [
+        [label, *(f"{document['cells'][cell][key]:.3g}" for cell in cells)]
+        for label, key in (("questions", "n"), ("distinct media", "media"), ("best blind answer", "blind"))
+    ]
+    for name, found in document["rows"].items():
+        rows.append([name, *(_share(found["cell"].get(cell)) for cell in cells)])
+    return table(["", *cells], rows)
+
+
+def contrasts(document: dict[str, Any]) -> str:
+    """SSAM minus every other merge over all questions about media, in points; * where interval and test both say so."""
+    rows = []
+    for name, one in sorted(document["ssam_minus"].items(), key=lambda item: not item[1]["primary"]):
+        real = one["p_holm"] < LEVEL and not one["ci95"][0] <= 0 <= one["ci95"][1]
+        rows.append(
+            [
+                name,
+                "primary" if one["primary"] else "",
+                f"{_points(one['difference'], one['ci95'])}{'*' if real else ''}",
+                f"{one['p_holm']:.3f}",
+                _points(one["probability"], one["probability_ci95"]),
+            ]
+        )
+    return table(["SSAM minus", "", "accuracy", "p (Holm)", "probability of the right option"], rows)
+
+
+def kinds(document: dict[str, Any]) -> str:
+    """Accuracy by kind of question."""
+    names = list(document["rows"])
+    values = dict.fromkeys(kind for found in document["rows"].values() for kind in found["kind"])
+    rows = []
+    for kind in values:
+        shown = [document["rows"][name]["kind"].get(kind) for name in names]
+        rows.append([kind, *("–" if one is None else f"{one['accuracy']:.2f}" for one in shown)])
+    return table(["", *names], rows)
+
+
+def _share(one: dict[str, Any] | None) -> str:
+    return "–" if one is None else f"{one['accuracy']:.3f} ({one['ci95'][0]:.2f}–{one['ci95'][1]:.2f})"
+
+
+def _points(value: float, interval: tuple[float, float]) -> str:
+    return f"{100 * value:+.1f} ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
 
 
 def asked(row: Row, data: Path, out: Path, variant: str, cache: FeatureCache) -> Run | None:

@@ -1,4 +1,4 @@
-"""The data builder of the example specialists: mesh readers, Qt resources, the tables, downloads. No network."""
+"""The data builder of the example specialists: mesh readers, Qt resources, tables, downloads, near-copies. No network."""
 
 import hashlib
 import importlib
@@ -9,12 +9,17 @@ import struct
 import sys
 import zipfile
 import zlib
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from modalloy.evals import corpus, spoken
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "specialists" / "data"
 NEEDS = {
@@ -22,8 +27,9 @@ NEEDS = {
     "rcc": ("zstandard",),
     "tables": ("yaml",),
     "fetch": ("zstandard", "yaml"),
-    "footage": ("PIL", "resvg_py", "scipy", "soundfile", "tinysoundfont"),
-    "build": ("zstandard", "yaml", "scipy", "soundfile", "PIL", "resvg_py", "tinysoundfont"),
+    "duplicates": ("PIL", "imagehash"),
+    "speech": ("yaml", "scipy", "soundfile", "PIL", "resvg_py", "tinysoundfont"),
+    "build": ("zstandard", "yaml", "scipy", "soundfile", "PIL", "resvg_py", "tinysoundfont", "imagehash"),
 }
 
 
@@ -216,34 +222,182 @@ def test_qt_resources_plain_and_compressed() -> None:
         rcc.RccFile(content[:30])
 
 
-def test_every_source_is_pinned_and_licensed() -> None:
-    tables = load("tables")
-    sources = tables.load_sources(DATA / "packages.yaml")
-    entries, gaps = tables.load_entries(DATA / "concepts.yaml", sources)
+@pytest.fixture(scope="module")
+def tables() -> Any:
+    return load("tables").load_tables(DATA)
+
+
+@pytest.fixture(scope="module")
+def utterances(tables: Any) -> Any:
+    return load("speech").utterances(tables, DATA)
+
+
+def test_every_source_is_pinned_and_licensed(tables: Any, utterances: Any) -> None:
+    recordings = load("speech").recordings(tables, DATA)
     licences = (DATA / "LICENSES.md").read_text(encoding="utf-8")
-    assert len({entry.file for entry in entries}) == len(entries) > 800
-    assert len({entry.concept for entry in entries}) == 114
-    assert {entry.modality for entry in entries} == set(tables.MODALITIES)
-    assert set(gaps) <= {entry.spec for entry in entries}
-    assert {entry.source.prefix for entry in entries} == set(sources)
-    for entry in entries:
+    files = [item.file for item in (*tables.entries, *utterances, *recordings)]
+    assert len(set(files)) == len(files) > 10_000
+    assert {entry.kind for entry in tables.entries} == {"picture", "sound", "shape"}
+    assert set(tables.gaps) <= {entry.spec for entry in tables.entries}
+    assert {entry.source.prefix for entry in tables.entries} == set(tables.sources)
+    for entry in tables.entries:
         assert entry.source.licence(entry.path) in licences
         assert entry.location.member
-    for source in sources.values():
-        for package in source.packages:
-            assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
-            assert package.version and package.licence and package.takes and package.bytes > 0
-            assert package.version in licences
-    written = "".join((DATA / name).read_text(encoding="utf-8") for name in ("packages.yaml", "concepts.yaml"))
+    used = {source.package for source in tables.sources.values()} | {item.source.package for item in recordings}
+    used |= {tables.packages[name] for names in load("speech").PROGRAMS.values() for name in names}
+    assert used == set(tables.packages.values())
+    for package in used:
+        assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
+        assert package.version and package.licence in licences and package.takes and package.bytes > 0
+        assert package.version in licences
+    written = "".join(path.read_text(encoding="utf-8") for path in DATA.glob("*.yaml"))
     assert "://" not in written  # packages are named, never addressed
 
 
-def test_a_source_of_an_unknown_prefix_is_refused(tmp_path: Path) -> None:
+def test_no_family_is_on_two_sides(tables: Any, utterances: Any) -> None:
+    sides: dict[tuple[str, str], set[str]] = {}
+    for item in (*tables.entries, *utterances, *load("speech").recordings(tables, DATA)):
+        record = item.record()
+        if record["kind"] in ("picture", "speech"):
+            sides.setdefault((record["kind"], record["family"]), set()).add(record["split"])
+    assert all(len(splits) == 1 for splits in sides.values())
+    of = {split: {family for family, splits in sides.items() if splits == {split}} for split in corpus.SPLITS}
+    assert {("picture", "fluent"), ("picture", "noto"), ("speech", "flite:slt")} <= of["train"]
+    assert {("picture", "twemoji"), ("picture", "fxemoji"), ("picture", "streamline"), ("speech", "piper:joe")} <= of[
+        "test"
+    ]
+    assert ("picture", "emojione") in of["validation"] and ("speech", "flite:rms") in of["validation"]
+    assert of["human"] == {("speech", "human:stamps"), ("speech", "human:ktuberling")}
+
+
+def test_a_family_on_two_sides_is_refused() -> None:
     tables = load("tables")
-    table = tmp_path / "concepts.yaml"
-    table.write_text("concepts: {dog: {category: animal, image: {0: 'zoo:dog.png'}}}")
-    with pytest.raises(tables.DataError, match=r"'zoo:dog\.png' is none of tux"):
-        tables.load_entries(table, tables.load_sources(DATA / "packages.yaml"))
+    rows = [(("picture", "noto"), "train", "noto"), (("picture", "noto"), "test", "noto1")]
+    with pytest.raises(tables.DataError, match="noto1: picture by noto is in two splits, train and test"):
+        tables.refuse_straddling(rows)
+    tables.refuse_straddling([(("shape", "x"), "train", "a"), (("shape", "x"), "test", "b")])
+
+
+def test_validation_keeps_a_file_of_concepts_that_have_several(tables: Any) -> None:
+    for kind, least in (("shape", 2), ("sound", 3)):
+        of: dict[str, Counter[str]] = {}
+        for entry in tables.entries:
+            if entry.kind == kind:
+                of.setdefault(entry.concept.name, Counter())[entry.split] += 1
+        assert sum(splits["validation"] for splits in of.values()) > 5
+        for splits in of.values():
+            assert splits["validation"] == (splits["train"] + splits["validation"] >= least)
+    assert load("tables").held_back(tables.entries[:50]) == tables.entries[:50]  # of pictures, none
+
+
+def test_concepts_are_told_apart(tables: Any) -> None:
+    concepts = tables.concepts
+    pictured = [concept for concept in concepts.values() if concept.names]
+    assert len(concepts) > 400 and len(pictured) > 350
+    assert (
+        concepts["owl"].phrase == "an owl"
+        and concepts["grapes"].phrase == "grapes"
+        and concepts["sun"].phrase == "the sun"
+    )
+    assert concepts["taxi"].also == ("car",)
+    for concept in concepts.values():
+        assert concept.name not in concept.also and all(other in concepts for other in concept.also)
+        assert concept.category == corpus.OTHER or concept.category in corpus.CATEGORIES
+        assert bool(concept.codes) == bool(concept.names)
+    for drawn in ("codes", "names"):
+        owners = [(mark, concept.name) for concept in pictured for mark in getattr(concept, drawn)]
+        assert len({mark for mark, _ in owners}) == len(owners)  # no drawing shows two concepts
+
+
+def test_every_text_is_said_on_every_side(tables: Any, utterances: Any) -> None:
+    speech = load("speech")
+    said = list(speech.lines(tables.concepts))
+    texts = {(line.form, line.text) for line in said}
+    assert len(texts) == len(said)
+    assert {"horse", "Is this a horse?", "Is a horse in the picture?", "Are these scissors?", "Is this an animal?"} <= {
+        text for _, text in texts
+    }
+    for split in ("train", "validation", "test"):
+        own = [item for item in utterances if item.voice.split == split]
+        assert {(item.line.form, item.line.text) for item in own} == texts
+        for item in own:
+            record = item.record()
+            assert record["text"] == item.line.text and record["form"] in spoken.FORMS
+            assert bool(record["concept"]) == (record["form"] in ("word", "this", "picture"))
+    train = [item for item in utterances if item.voice.split == "train"]
+    by_voice = Counter(item.voice for item in train)
+    assert len(by_voice) > 40 and max(by_voice.values()) <= min(by_voice.values()) + 1  # voices take turns
+    several = Counter((item.line.text, item.line.form) for item in train if item.line.form == "word")
+    assert set(several.values()) == {3}
+    assert utterances == speech.utterances(tables, DATA)  # seeded
+
+
+def test_speech_is_cut_and_scaled() -> None:
+    speech = load("speech")
+    import soundfile
+
+    rate = 22_050
+    tone = 0.02 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    heard, heard_rate = soundfile.read(
+        io.BytesIO(speech.encode(np.concatenate([np.zeros(rate), tone, np.zeros(rate)]), rate))
+    )
+    assert heard_rate == 16_000 and heard.ndim == 1
+    assert len(heard) / heard_rate == pytest.approx(1 + 2 * speech.EDGE_SECONDS, abs=0.01)
+    assert np.abs(heard).max() == pytest.approx(0.8, abs=0.05)
+    with pytest.raises(ValueError, match="said nothing"):
+        speech.encode(np.zeros(rate), rate)
+
+
+def drawn(seed: int, shift: int = 0) -> Image.Image:
+    """A drawing of a few large shapes; a shift moves it a little, as a copy would be."""
+    rng = np.random.default_rng(seed)
+    canvas = np.full((96, 96), 255, np.uint8)
+    for _ in range(6):
+        top, left = rng.integers(8, 60, 2) + shift
+        canvas[top : top + rng.integers(10, 30), left : left + rng.integers(10, 30)] = rng.integers(0, 200)
+    return Image.fromarray(canvas)
+
+
+def test_near_copies_of_tests_are_dropped_from_training(tmp_path: Path) -> None:
+    duplicates = load("duplicates")
+    rows = []
+    for name, concept, split, seed, shift in (
+        ("original", "owl", "test", 1, 0),
+        ("copy", "owl", "train", 1, 1),
+        ("other", "owl", "train", 2, 0),
+        ("judged", "owl", "validation", 3, 0),
+        ("judged copy", "owl", "train", 3, 0),
+        ("elsewhere", "ox", "train", 1, 0),
+        ("twin", "ox", "train", 1, 0),
+    ):
+        path = tmp_path / f"{name}.png"
+        drawn(seed, shift).save(path)
+        rows.append((name, concept, split, path))
+    found = duplicates.near_copies(rows)
+    assert {file: other for file, (other, _) in found.items()} == {"copy": "original", "judged copy": "judged"}
+    assert found["judged copy"][1] == 0 <= found["copy"][1] <= duplicates.NEAR
+
+
+def test_a_set_of_icons_is_an_archive_of_drawings() -> None:
+    fetch, convert = load("fetch"), pytest.importorskip("resvg_py")
+    square = '<path fill="#ff0000" d="M0 0h8v8H0z"/>'
+    icons = fetch.IconSet({"width": 8, "icons": {"a": {"body": square, "height": 8}, "b": {"body": square}}})
+    assert icons.names() == ["a.svg", "b.svg"]
+    assert b'width="8" height="8" viewBox="0 0 8 8"' in icons.read("a.svg")
+    picture = Image.open(io.BytesIO(bytes(convert.svg_to_bytes(svg_string=icons.read("a.svg").decode()))))
+    assert picture.size == (8, 8) and picture.convert("RGB").getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_a_file_of_an_unknown_prefix_or_concept_is_refused(tmp_path: Path) -> None:
+    tables = load("tables")
+    for name in ("packages.yaml", "concepts.yaml"):
+        (tmp_path / name).write_text((DATA / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "files.yaml").write_text("files: {dog: {sound: {0: 'zoo:dog.ogg'}}}")
+    with pytest.raises(tables.DataError, match=r"dog: the prefix of 'zoo:dog\.ogg' is none of the sources of a sound"):
+        tables.load_tables(tmp_path)
+    (tmp_path / "files.yaml").write_text("files: {yeti: {sound: {0: 'tux:yeti.ogg'}}}")
+    with pytest.raises(tables.DataError, match="'yeti' is no concept"):
+        tables.load_tables(tmp_path)
 
 
 def toy_package(tables: ModuleType, folder: Path, files: dict[str, bytes]) -> tuple[Any, Path]:
@@ -267,7 +421,8 @@ def test_a_download_with_another_hash_is_refused(tmp_path: Path, monkeypatch: py
     package, wheel = toy_package(tables, tmp_path, {"a.txt": b"a"})
     use_client(fetch, monkeypatch, wheel)
     wheel.write_bytes(wheel.read_bytes() + b"!")
-    with pytest.raises(tables.DataError, match=f"packages.yaml pins {package.sha256}") as refused:
+    said = f"packages.yaml pins {package.sha256}.*; --without toy builds all that needs no such file"
+    with pytest.raises(tables.DataError, match=said) as refused:
         fetch.provide(package, {tables.Location("a.txt", None)}, tmp_path / "cache", False, print)
     assert "\n" not in str(refused.value)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -290,40 +445,94 @@ def test_files_are_taken_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert fetch.provide(package, wanted, tmp_path / "cache", False, print)["a.txt"].read_bytes() == b"a"
 
 
-def test_a_file_that_cannot_be_built_fails_unless_it_is_a_known_gap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The builder with tables of one concept and one package, which holds one good mesh, a bad one and two drawings."""
     build, tables, fetch = load("build"), load("tables"), load("fetch")
-    package, wheel = toy_package(tables, tmp_path, {"good.obj": OBJ.encode(), "bad.obj": b"v 0 0 0"})
+    mark = io.BytesIO()
+    Image.linear_gradient("L").save(mark, "PNG")
+    held = {"good.obj": OBJ.encode(), "bad.obj": b"v 0 0 0", "owl.png": mark.getvalue(), "owl2.png": mark.getvalue()}
+    package, wheel = toy_package(tables, tmp_path, held)
     use_client(fetch, monkeypatch, wheel)
-    source = tables.Source("t", (package,), "{path}", None, package.label, (), ())
-    names = ["good.obj", "bad.obj", "absent.obj"]
-    entries = [tables.Entry(f"pointcloud/x/{n}.npy", "x", "toy", "pointcloud", source, n) for n in names]
-    monkeypatch.setattr(build, "load_sources", lambda path: {"t": source})
-    gaps: dict[str, str] = {}
-    monkeypatch.setattr(build, "load_entries", lambda path, sources: (entries, gaps))
-    arguments = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    source = tables.Source("t", package, "{path}", None, "toymaker", {"shape": "train"})
+    artists = {
+        name: tables.Source(name, package, "{path}.png", None, name, {"picture": split}, holds="names", files=1)
+        for name, split in (("copyist", "train"), ("master", "test"))
+    }
+    concept = tables.Concept("owl", "animal", "bird", "an owl", False, (), ("1",), ("owl",))
+    entries = [
+        tables.Entry(f"shape/owl/{n}.npy", "shape", concept, source, n, "train")
+        for n in ("good.obj", "bad.obj", "absent.obj")
+    ]
+    entries += [
+        tables.Entry(
+            f"picture/owl/{prefix}_{name}.webp", "picture", concept, artists[prefix], name, split, optional=True
+        )
+        for prefix, name, split in (
+            ("copyist", "owl", "train"),
+            ("copyist", "owlet", "train"),
+            ("master", "owl2", "test"),
+        )
+    ]
+    made = tables.Tables({"t": source} | artists, {"toy": package}, {"owl": concept}, entries)
+    monkeypatch.setattr(build, "load_tables", lambda folder: made)
+    monkeypatch.setattr(build.speech, "utterances", lambda tables, folder: [])
+    monkeypatch.setattr(build.speech, "recordings", lambda tables, folder: [])
+    return SimpleNamespace(
+        build=build,
+        tables=made,
+        out=tmp_path / "out",
+        arguments=["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "c")],
+    )
 
-    assert build.main(arguments) == 2
+
+def test_a_file_that_cannot_be_built_fails_unless_it_is_a_known_gap(
+    toy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert toy.build.main(toy.arguments) == 2
     said = capsys.readouterr().err
-    assert "t:bad.obj: no triangles" in said and "t:absent.obj: no such file in toy 1.0 (PyPI)" in said
+    assert "t:bad.obj: no triangles" in said and "t:absent.obj: no such file in toy" in said
     assert "error: 2 files could not be built" in said
-    assert not (tmp_path / "out").exists()
+    assert not toy.out.exists()
 
-    gaps.update({"t:bad.obj": "empty mesh", "t:absent.obj": "never made"})
-    assert build.main(arguments) == 0
-    (record,) = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    points = tmp_path / "out" / record["file"]
-    assert record["sha256"] == hashlib.sha256(points.read_bytes()).hexdigest()
-    assert np.load(points).shape == (2048, 3) and np.load(points).dtype == np.float16
-    assert (record["source"], record["package"], record["licence"]) == ("t:good.obj", "toy 1.0 (PyPI)", "CC0-1.0")
+    toy.tables.gaps.update({"t:bad.obj": "empty mesh", "t:absent.obj": "never made"})
+    assert toy.build.main(toy.arguments) == 0
+    said = capsys.readouterr().err
+    assert "dropped  picture/owl/copyist_owl.webp (train) nearly copies picture/owl/master_owl2.webp: 0 bits" in said
+    assert "1 near-copies dropped" in said
+    shape, picture = corpus.load(toy.out)
+    corpus.verify([shape, picture])
+    assert np.load(shape.path).shape == (2048, 3) and np.load(shape.path).dtype == np.float16
+    assert (shape.source, shape.package, shape.licence) == ("t:good.obj", "toy 1.0 (PyPI)", "CC0-1.0")
+    assert (picture.family, picture.split, picture.phrase) == ("master", "test", "an owl")
 
-    assert build.main(arguments) == 0
-    assert "1 taken over" in capsys.readouterr().err
-    assert build.main([*arguments, "--only", "image"]) == 0
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == [record]
-    assert build.main([*arguments, "--only", "smell"]) == 2
-    assert "'smell' is none of image, audio, video, pointcloud" in capsys.readouterr().err
+    before = (toy.out / "manifest.json").read_bytes()
+    assert toy.build.main(toy.arguments) == 0
+    assert "2 taken over" in capsys.readouterr().err
+    assert toy.build.main([*toy.arguments, "--only", "sound"]) == 0
+    assert (toy.out / "manifest.json").read_bytes() == before
+    assert toy.build.main([*toy.arguments, "--only", "smell"]) == 2
+    assert "'smell' is none of picture, speech, sound, shape" in capsys.readouterr().err
+
+
+def test_a_package_that_is_gone_can_be_left_out(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy.build.main([*toy.arguments, "--without", "toy"]) == 0
+    said = capsys.readouterr().err
+    assert "without  toy: up to 3 files of shape (train) are left out" in said
+    assert json.loads((toy.out / "manifest.json").read_text()) == []
+    assert toy.build.main([*toy.arguments, "--without", "toi"]) == 2
+    assert "--without: 'toi' is none of toy" in capsys.readouterr().err
+
+
+def test_a_set_that_has_lost_drawings_is_refused(
+    toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [entry for entry in toy.tables.entries if entry.path in ("good.obj", "owl2", "owlet")]
+    monkeypatch.setattr(toy.build, "load_tables", lambda folder: replace(toy.tables, entries=entries))
+    assert toy.build.main(toy.arguments) == 2
+    assert (
+        "toy 1.0 (PyPI): holds 0 drawings of the concepts as copyist, packages.yaml says 1" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("manifest", [None, "[]", '[{"file": "image/0.webp"}]'])
@@ -336,39 +545,3 @@ def test_a_folder_with_other_files_is_left_alone(
     assert load("build").main(["--out", str(tmp_path), "--cache", str(tmp_path / "cache")]) == 2
     assert "holds other files" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
-
-
-def test_videos_are_made_of_training_and_new_source_media_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    footage = load("footage")
-    from PIL import Image
-
-    rows = []
-    for name, source in (("om_0", "om:1.svg"), ("f3_1", "f3:1.webp"), ("a4a_2", "a4a:1.jpg"), ("tux_3", "tux:1.png")):
-        rows.append({"file": f"image/owl/{name}.webp", "source": source, "modality": "image", "licence": name})
-    rows.append({"file": "pointcloud/owl/0ad_0.npy", "source": "0ad:1.pmd", "modality": "pointcloud", "licence": "0ad"})
-    for row in rows:
-        row |= {"concept": "owl", "category": "animal", "package": row["source"]}
-        file = tmp_path / row["file"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.linear_gradient("L").save(file.with_suffix(".webp"))
-    np.save(tmp_path / "pointcloud/owl/0ad_0.npy", np.random.default_rng(0).normal(size=(50, 3)))
-    (tmp_path / "manifest.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(sys, "argv", ["footage.py", "--data", str(tmp_path)])
-    footage.main()
-    made = json.loads((tmp_path / "manifest.json").read_text())[len(rows) :]
-    names = [Path(row["file"]).name for row in made]  # the animations of f3's artwork are there already
-    assert names == ["moving-a4a_2.webp", "moving-om_0.webp", "moving-tux_3.webp", "turning-0ad_0.webp"]
-    assert [row["source"] for row in made] == [
-        "moving:a4a:1.jpg",
-        "moving:om:1.svg",
-        "moving:tux:1.png",
-        "turning:0ad:1.pmd",
-    ]
-    assert [row["licence"] for row in made] == ["a4a_2", "om_0", "tux_3", "0ad"]
-    for row in made:
-        content = (tmp_path / row["file"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == row["sha256"]
-        with Image.open(tmp_path / row["file"]) as video:
-            assert video.size == (128, 128) and 12 <= video.n_frames <= 16  # WebP joins equal frames
-    footage.main()
-    assert len(json.loads((tmp_path / "manifest.json").read_text())) == len(rows) + len(made)

@@ -232,7 +232,9 @@ def test_files_cut_short_are_refused(tmp_path: Path) -> None:
         with pytest.raises(MediaError, match=rf"{name}: not a readable image"):
             load_video(shortened(write_animation(tmp_path / name, shades), 0.9), 4)
     Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "a.jpg")
-    with pytest.raises(MediaError, match=r"a\.jpg: not a readable image \(its data is damaged, or ends before the picture does"):
+    with pytest.raises(
+        MediaError, match=r"a\.jpg: not a readable image \(its data is damaged, or ends before the picture does"
+    ):
         load_image(shortened(tmp_path / "a.jpg", 0.5))
     soundfile.write(tmp_path / "a.flac", TONE, 44_100)
     with pytest.raises(MediaError, match=r"a\.flac: (not a whole sound|the sound ends after)"):

@@ -1,202 +1,208 @@
-"""The senses questions and statistics: nothing leaks from training to test, and every question is well formed."""
+"""The senses questions: well formed, drawn with a seed, and balanced so that one sense alone cannot answer what needs two."""
 
-import itertools
-import json
+import hashlib
 from collections import Counter
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from modalloy.errors import MediaError
-from modalloy.evals import clips as clips_of
-from modalloy.evals import senses
-from modalloy.evals.benchmark import Answer, Sample, Source
-from modalloy.evals.clips import Clip
+from modalloy.evals import senses, spoken
+from modalloy.evals.benchmark import Answer, Sample
+from modalloy.evals.corpus import CATEGORIES, Clip
+from modalloy.evals.motion import MOTIONS
 from modalloy.evals.scores import baselines
+from modalloy.evals.senses import Asker, Questions, yesno
 
-PREFIXES = {"image": ["f3", "f3", "om", "a4a", "gc"], "audio": ["tux", "0ad", "0ad", "gc", "ovos"]}
-ODD = {kind: modality for modality, (kind, _) in senses.STEMS.items()}
-CONCEPTS = {"dog": "animal", "cat": "animal", "owl": "animal", "car": "vehicle", "bus": "vehicle", "harp": "instrument"}
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A manifest of the real shape (its media are not opened here)."""
-    rows = []
-    for modality, prefixes in PREFIXES.items():
-        for concept, category in CONCEPTS.items():
-            for index, prefix in enumerate(prefixes):
-                word = "lang/resource/words_sample/" if (modality, prefix) == ("image", "gc") else ""
-                rows.append(
-                    {
-                        "file": f"{modality}/{concept}/{prefix}_{index}.bin",
-                        "concept": concept,
-                        "category": category,
-                        "modality": modality,
-                        "source": f"{prefix}:{word}{concept}{index}",
-                        "package": prefix,
-                        "licence": "MIT",
-                    }
-                )
-    (tmp_path / "manifest.json").write_text(json.dumps(rows))
-    return tmp_path
+EXAMPLES = Path(__file__).parents[1] / "examples" / "specialists"
+THINGS = {  # concept → (phrase, plural, category, subgroup)
+    "dog": ("a dog", False, "animal", "mammal"),
+    "cat": ("a cat", False, "animal", "mammal"),
+    "cow": ("a cow", False, "animal", "mammal"),
+    "owl": ("an owl", False, "animal", "bird"),
+    "duck": ("a duck", False, "animal", "bird"),
+    "grapes": ("grapes", True, "food", "fruit"),
+    "apple": ("an apple", False, "food", "fruit"),
+    "moon": ("the moon", False, "other", "sky"),
+    "sun": ("the sun", False, "other", "sky"),
+}
+ARTISTS = {"train": ("noto", "fluent"), "validation": ("emojione",), "test": ("twemoji", "fxemoji")}
+VOICES = {"train": ("espeak:a", "espeak:b"), "validation": ("flite:rms",), "test": ("piper:joe",)}
 
 
-def test_tiers_follow_packages_and_never_overlap(data: Path) -> None:
-    clips = clips_of.load(data)
-    tiers = Counter((clip.modality, clip.tier) for clip in clips)
-    assert tiers == {
-        ("image", "train"): 12,
-        ("image", "new file"): 6,
-        ("image", "new source"): 12,  # a4a, and the a4a pictures inside gc
-        ("audio", "train"): 12,
-        ("audio", "new file"): 6,
-        ("audio", "new source"): 12,
-    }
-    assert not any(
-        clip.prefix in clips_of.NEW_SOURCE[clip.modality] for clip in clips if clip.tier in ("train", "new file")
+def clip(kind: str, split: str, family: str, concept: str = "", text: str = "", form: str = "") -> Clip:
+    phrase, plural, category, subgroup = THINGS.get(concept, ("", False, "", ""))
+    name = f"{kind}/{concept or text}/{family}"
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    also = ("cat",) if concept == "cow" else ()
+    where = Path("data") / f"{name}.bin"
+    return Clip(
+        where,
+        kind,
+        concept,
+        phrase,
+        plural,
+        category,
+        subgroup,
+        also,
+        split,
+        family,
+        form,
+        text,
+        name,
+        "p",
+        "MIT",
+        digest,
     )
-    assert clips_of.split(clips) == clips  # splitting again changes nothing
 
 
-def test_a_concept_that_only_held_out_packages_have_is_unseen(data: Path) -> None:
-    clips = [clip for clip in clips_of.load(data) if clip.concept != "dog" or clip.prefix == "a4a"]
-    tiers = {clip.tier for clip in clips_of.split(clips) if clip.concept == "dog" and clip.modality == "image"}
-    assert tiers == {"unseen"}
-    assert all(q.clips[0].concept != "dog" for q in senses.single_questions(clips_of.split(clips), "image"))
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    made = []
+    for split, artists in ARTISTS.items():
+        made += [clip("picture", split, artist, concept) for artist in artists for concept in THINGS]
+        made += [clip("shape", split, f"shapes-{split}", concept) for concept in THINGS]
+    for split, voices in VOICES.items():
+        for voice in voices:
+            made += [clip("speech", split, voice, concept, concept, "word") for concept in THINGS]
+            for concept, (phrase, plural, *_) in THINGS.items():
+                for form, text in (("this", spoken.is_this), ("picture", spoken.in_picture)):
+                    made.append(clip("speech", split, voice, concept, text(phrase, plural), form))
+            made += [clip("speech", split, voice, "", text, "fixed") for text in spoken.FIXED]
+            capitals = [spoken.capital_question(country) for country in spoken.countries()]
+            made += [clip("speech", split, voice, "", text, "capital") for text in capitals]
+    made += [clip("speech", "human", "human:tux", concept, f"{THINGS[concept][0]}.", "recording") for concept in THINGS]
+    return made
 
 
-def test_questions_are_well_formed(data: Path) -> None:
-    clips = clips_of.load(data)
-    groups = [senses.single_questions(clips, modality) for modality in ("image", "audio")]
-    groups.append(senses.joint_questions(clips, ("image", "audio")))
-    for questions in groups:
-        assert len({question.id for question in questions}) == len(questions)
-        for question in questions:
-            assert question.answer in question.options and len(set(question.options)) == len(question.options)
-            assert all(clip.tier in ("new source", "new file") for clip in question.clips)
-            assert "{" not in question.text and question.text.endswith("?")
-            if question.kind in ("choose", "picture", "sound"):
-                assert len(question.options) == 4 and all(option in question.text for option in question.options)
-    assert senses.joint_questions(clips, ("image", "audio")) == groups[2]  # seeded
+@pytest.fixture(scope="module")
+def asked(clips: list[Clip]) -> list[Sample]:
+    return Questions(Path("data"), clips, "test").all()
 
 
-@pytest.fixture
-def four(tmp_path: Path) -> list[Clip]:
-    """Clips of four senses: animated and still artwork, icons and meshes, and videos made of other media."""
-    shown = {
-        "image": ("f3:1.webp", "f3:2.webp", "om:3.svg", "a4a:4.jpg", "sh3f:L.sh3f!l/it.png"),
-        "audio": ("tux:1.ogg", "gc:2.ogg"),
-        "point": ("sh3f:L.sh3f!l/it/it.obj", "0ad:1.pmd", "0ad:2.pmd", "sar:3.3d"),
-        "video": (
-            "fa:1.webp",
-            "fa:2.webp",
-            "moving:om:3.svg",
-            "moving:a4a:4.jpg",
-            "turning:0ad:1.pmd",
-            "turning:sar:3.3d",
-        ),
-    }
-    clips = []
-    for modality, sources in shown.items():
-        for concept in CONCEPTS:
-            for index, name in enumerate(sources):
-                source = name.replace(".", f"-{concept}.", 1) if "sh3f" not in name else name.replace("it", concept)
-                prefix = "-".join(name.split(":")[:-1])
-                path = tmp_path / modality / concept / f"{prefix}_{index}.bin"
-                clips.append(Clip(path, concept, CONCEPTS[concept], modality, source, prefix, "MIT", "train"))
-    return clips_of.split(clips)
+def of(asked: list[Sample], cell: str) -> list[Sample]:
+    return [sample for sample in asked if sample.group["cell"] == cell]
 
 
-def test_no_artwork_is_trained_by_one_sense_and_tested_by_another(four: list[Clip]) -> None:
-    sides: dict[str, set[bool]] = {}
-    for clip in four:
-        sides.setdefault(clip.artwork, set()).add(clip.tier == "train")
-    assert all(len(side) == 1 for side in sides.values())
-    assert len(sides) == (5 + 2 + 3) * len(
-        CONCEPTS
-    )  # animations, meshes and videos share the artwork of what they show
-    tiers = {
-        (c.modality, c.source.replace("-dog", "").replace("dog", "it")): c.tier for c in four if c.concept == "dog"
-    }
-    assert tiers["image", "f3:2.webp"] == tiers["video", "fa:2.webp"] == "new file"
-    assert tiers["image", "sh3f:L.sh3f!l/it.png"] == tiers["point", "sh3f:L.sh3f!l/it/it.obj"] == "train"
-    assert tiers["point", "0ad:2.pmd"] == "new file" and tiers["video", "turning:0ad:1.pmd"] == "train"
-    assert tiers["video", "moving:a4a:4.jpg"] == tiers["video", "turning:sar:3.3d"] == "new source"
+def test_every_cell_is_asked_about_test_media_in_test_voices(asked: list[Sample], clips: list[Clip]) -> None:
+    assert {sample.group["cell"] for sample in asked} == set(senses.SIZES)
+    split = {str(one.path): one.split for one in clips}
+    shown = {path for sample in asked for _, path in sample.media if "moved" not in path}
+    assert {split[path] for path in shown} == {"test", "human"}
+    assert len({sample.id for sample in asked}) == len(asked)
+
+
+def test_questions_are_well_formed_and_seeded(asked: list[Sample], clips: list[Clip]) -> None:
+    for sample in asked:
+        assert sample.golds[0] in sample.choices == sample.options and len(set(sample.options)) == len(sample.options)
+        assert sample.text == "" or sample.text.endswith("?")
+        assert sample.text or sample.media[-1][0] == "audio"  # what is not written is spoken last
+    assert Questions(Path("data"), clips, "test").all() == asked
 
 
 @pytest.mark.parametrize(
-    "modalities", [("image", "audio"), ("image", "audio", "video"), ("image", "audio", "video", "point")]
+    ("cell", "seen_alone", "heard_alone"),
+    [("image+audio", 1 / 2, 1 / 2), ("video+audio", 1 / 3, None), ("image+video+audio", 1 / 2, None)],
 )
-def test_joint_questions_need_every_sense(four: list[Clip], modalities: tuple[str, ...]) -> None:
-    questions = senses.joint_questions(four, modalities, limit=10_000)
-    assert questions and questions == senses.joint_questions(four, modalities, limit=10_000)
-    for question in questions:
-        assert tuple(clip.modality for clip in question.clips) == modalities
-        assert all(clip.tier in ("new source", "new file") for clip in question.clips)
-        concepts = Counter(clip.concept for clip in question.clips)
-        if question.kind == "choose":
-            assert len(concepts) == 1
-        elif question.kind == "same":
-            assert question.answer == ("yes" if len(concepts) == 1 else "no")
-        elif question.kind == "common":
-            (category,) = {clip.category for clip in question.clips}
-            assert len(concepts) == len(modalities) and question.answer == senses.with_article(category)
-            assert len(question.options) == max(4, len(modalities) + 1)
-            assert {senses.with_article(concept) for concept in concepts} <= set(question.options)  # each sense's bait
-        else:
-            (odd,) = [clip for clip in question.clips if clip.modality == ODD[question.kind]]
-            assert len(concepts) == 2 and concepts[odd.concept] == 1
-            assert question.answer == senses.with_article(odd.concept)
-            assert {senses.with_article(concept) for concept in concepts} <= set(question.options)
-    same = Counter(question.answer for question in questions if question.kind == "same")
-    assert same["yes"] == same["no"]
+def test_one_sense_alone_is_no_better_than_guessing(
+    asked: list[Sample], cell: str, seen_alone: float, heard_alone: float | None
+) -> None:
+    questions = of(asked, cell)
+    assert questions
+    for share, is_shown in (
+        (seen_alone, lambda medium: medium[0] != "audio"),
+        (heard_alone, lambda medium: medium[0] == "audio"),
+    ):
+        alike: dict[Any, Counter[str]] = {}
+        for sample in questions:
+            shown = tuple(text_of(medium) for medium in sample.media if is_shown(medium))
+            alike.setdefault((shown, sample.options), Counter())[sample.golds[0]] += 1
+        best = sum(max(golds.values()) for golds in alike.values()) / len(questions)
+        assert share is None or best == pytest.approx(share)
 
 
-def test_samples_are_seeded_and_bounded(data: Path) -> None:
-    clips = clips_of.load(data)
-    everything = senses.single_questions(clips, "image", limit=10_000)
-    some = senses.single_questions(clips, "image", limit=10)
-    assert len(everything) == 18 * 4 and len(some) == 10
-    assert some == senses.single_questions(clips, "image", limit=10) == [q for q in everything if q in some]
+def text_of(medium: tuple[str, str]) -> str:
+    """What is shown: of speech what is said, whoever says it."""
+    return str(Path(medium[1]).parent) if medium[0] == "audio" else medium[1]
 
 
-def test_training_questions_use_training_files_only_and_are_seeded(data: Path) -> None:
-    clips = [clip for clip in clips_of.load(data) if clip.modality == "image"]
-    first, again = (list(itertools.islice(senses.training_questions(clips, 5), 300)) for _ in range(2))
-    assert first == again
-    assert {clip.tier for question in first for clip in question.clips} == {"train"}
-    kinds = Counter(question.kind for question in first)
-    assert set(kinds) == set(senses.TRAINING_MIX) and kinds["choose"] == max(kinds.values())
+def test_of_which_is_asked_each_sort_of_answer_is_offered_twice(asked: list[Sample]) -> None:
+    for sample in of(asked, "video+audio"):
+        sorts = [sum(option in sort for option in sample.options) for sort in (MOTIONS.values(), CATEGORIES.values())]
+        assert sorts == [2, 2] and len(sample.options) == 6
 
 
-def test_messages_hold_only_the_senses_asked_for(data: Path) -> None:
-    question = senses.joint_questions(clips_of.load(data), ("image", "audio"))[0]
-    types = [part["type"] for part in question.messages()[0]["content"]]
-    assert types == ["image", "audio", "text"]
-    assert [part["type"] for part in question.messages({"audio"})[0]["content"]] == ["audio", "text"]
+def test_a_cell_keeps_whole_groups(clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(senses.SIZES, "video+audio", (7, 7))
+    found = of(Questions(Path("data"), clips, "test").all(), "video+audio")
+    assert len(found) == 6
 
 
-def test_a_missing_data_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match=r"manifest\.json: no such file; run `make data`"):
-        clips_of.load(tmp_path / "nowhere")
+def test_wrong_options_are_never_what_is_also_right(clips: list[Clip]) -> None:
+    asker = Asker([one for one in clips if one.kind == "picture"], 0)
+    for _ in range(50):
+        assert "cat" not in asker.distractors("cow", 3, near=1.0)
+        assert len(set(asker.distractors("dog", 3))) == 3
 
 
-def test_samples_are_the_questions(data: Path) -> None:
-    source = Source(data, modalities=("audio",))
-    found = senses.samples(source)
-    assert {sample.group["cell"] for sample in found} >= {"audio", "image+audio", "text"}
-    assert all(modality == "audio" for sample in found for modality, _ in sample.media)
-    assert "image" not in {sample.group["cell"] for sample in found}  # they would show nothing
-    assert source.read["manifest.json"]["rows"] == 60
-    for sample in found:
-        assert sample.golds[0] in sample.choices and len(sample.options) == len(sample.choices)
-    trained = senses.samples(Source(data, variant="validation"))
-    assert {sample.group["tier"] for sample in trained} == {"train", "text"}
-    free = senses.GENERATED.samples(Source(data))
-    assert not any(sample.options for sample in free) and [s.id for s in free] == [
-        s.id for s in senses.samples(Source(data))
-    ]
+@pytest.mark.parametrize(
+    ("form", "concept", "wanted"),
+    [
+        ("Is this {}?", "dog", "Is this a dog?"),
+        ("Is this {}?", "grapes", "Are these grapes?"),
+        ("Is {} in the picture?", "grapes", "Are grapes in the picture?"),
+        ("Is this the shape of {}?", "owl", "Is this the shape of an owl?"),
+    ],
+)
+def test_questions_are_english(form: str, concept: str, wanted: str) -> None:
+    asked = yesno(form, clip("picture", "train", "noto", concept))
+    assert asked == wanted
+    spoken_forms: dict[str, Callable[[str, bool], str]] = {
+        "Is this {}?": spoken.is_this,
+        "Is {} in the picture?": spoken.in_picture,
+    }
+    if form in spoken_forms:  # what is written and what is said are the same words
+        assert asked == spoken_forms[form](THINGS[concept][0], THINGS[concept][1])
+
+
+def test_lessons_show_one_training_medium_and_are_seeded(clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from lessons import MOVED, SAID, SEEN, lessons
+
+    kinds = {"image": "picture", "video": "picture", "audio": "speech", "point": "shape"}
+    for modality, kind in kinds.items():
+        own = [one for one in clips if one.kind == kind and one.split == "train"]
+        first, again = (list(islice(lessons(own, modality, 3, 5), 300)) for _ in range(2))
+        assert first == again and {lesson.clip.split for lesson in first} == {"train"}
+        assert {lesson.view for lesson in first} == {0, 1, 2} and all(lesson.answer for lesson in first)
+        assert {part["type"] for lesson in first for part in lesson.messages()[0]["content"]} == {modality, "text"}
+    for mix in (MOVED, SAID, SEEN):
+        assert sum(mix.values()) == pytest.approx(1)
+
+
+def test_spoken_lessons_are_right_about_what_is_written(clips: list[Clip], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from lessons import lessons
+
+    own = [one for one in clips if one.kind == "speech" and one.split == "train"]
+    seen = Counter()
+    for lesson in islice(lessons(own, "audio", 1, 0), 400):
+        if lesson.answer in ("yes", "no"):
+            stated = next(name for name in THINGS if f" {name}" in lesson.before)
+            assert (lesson.clip.concept == stated) == (lesson.answer == "yes")
+            seen[lesson.answer] += 1
+        if lesson.clip.text == senses.HOW:
+            assert lesson.answer in MOTIONS.values() and lesson.answer in lesson.before
+    assert min(seen.values()) > 60
+
+
+def test_a_moving_picture_is_named_by_what_it_is_made_of(clips: list[Clip]) -> None:
+    still = next(one for one in clips if one.kind == "picture")
+    motions = [senses.motion_of(still, view) for view in range(len(MOTIONS))]
+    assert set(motions) == set(MOTIONS)
+    assert senses.moved_file(Path("d"), still).name == f"{still.path.stem}-{motions[0]}-{still.sha256[:8]}.webp"
 
 
 def test_capitals_are_told_apart_from_their_neighbours() -> None:
@@ -204,6 +210,14 @@ def test_capitals_are_told_apart_from_their_neighbours() -> None:
     assert len(found) == len({sample.id for sample in found}) > 100 and found == senses.capital_samples()
     assert all(len(set(sample.choices)) == 4 and sample.plain for sample in found)
     assert baselines(found)["chance"] == 0.25
+    assert not set(senses.TAUGHT_CAPITALS) & set(senses.ASKED_CAPITALS)
+
+
+def test_categories_are_asked_only_where_there_is_one(asked: list[Sample]) -> None:
+    for sample in asked:
+        if sample.kind.endswith("category"):
+            assert set(sample.options) == set(CATEGORIES.values())
+            assert not any("moon" in path or "sun" in path for _, path in sample.media)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +235,3 @@ def test_a_free_answer_counts_by_the_one_option_it_names(answer: str, expected: 
     sample = Sample("", "", ("a dog",), choices=("a dog", "a cat", "a fire engine", "an engine"))
     verdict = senses.by_mention(sample, Answer(answer))
     assert verdict.prediction == expected and verdict.correct == (expected == "a dog")
-
-
-def test_articles() -> None:
-    assert [senses.with_article(c) for c in ("dog", "owl", "scissors")] == ["a dog", "an owl", "scissors"]
-    assert Clip(Path("x/f3_1.webp"), "", "", "image", "f3:1", "", "", "train").prefix == "f3"

@@ -1,10 +1,12 @@
 """The reference models of `senses`: batches are drawn in turn, and the joint model's four folders average to the joint model."""
 
+import hashlib
 import json
 import shutil
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,25 +18,32 @@ from modalloy.model import load_model
 from modalloy.specialists.layouts import open_specialist
 
 ROOT = Path(__file__).parents[1]
-SAMPLES = {
-    "image": ("cat.webp", "cow.webp"),
-    "audio": ("cat.flac", "cow.flac"),
-    "video": ("cow-animated.webp", "horse-animated.webp"),
-    "point": ("car.npy", "horse.npy"),
+SENSES = ("image", "audio", "video", "point")
+MEDIA = {  # kind → (modality, file, what is said)
+    "picture": ("image", "{}.webp", ""),
+    "speech": ("audio", "{}.flac", "Is this a {}?"),
+    "shape": ("point", "{}.npy", ""),
 }
 
 
 def write_data(folder: Path) -> Path:
-    """A `senses` data folder of two training files per modality."""
+    """A `senses` data folder of two training files a kind."""
     rows = []
-    for modality, names in SAMPLES.items():
-        for name in names:
-            concept = Path(name).stem.removesuffix("-animated")
-            path = Path(modality) / concept / f"own_{name}"
+    for kind, (modality, name, text) in MEDIA.items():
+        for concept in ("cat", "cow") if kind != "shape" else ("car", "horse"):
+            sample = builtin.SAMPLES / name.format(concept)
+            path = Path(kind) / concept / f"own{sample.suffix}"
             (folder / path).parent.mkdir(parents=True)
-            shutil.copyfile(builtin.SAMPLES / name, folder / path)
-            row = {"file": str(path), "concept": concept, "category": "animal", "modality": modality}
-            rows.append(row | {"source": f"own:{name}", "package": "own", "licence": "MIT"})
+            shutil.copyfile(sample, folder / path)
+            rows.append(
+                {
+                    **{"file": str(path), "kind": kind, "modality": modality, "split": "train", "family": "own"},
+                    **{"concept": concept, "phrase": f"a {concept}", "plural": False, "also": []},
+                    **{"category": "animal", "subgroup": "mammal", "form": "this" if text else ""},
+                    **{"text": text.format(concept), "source": f"own:{path}", "package": "own", "licence": "MIT"},
+                    "sha256": hashlib.sha256(str(path).encode()).hexdigest(),
+                }
+            )
     (folder / "manifest.json").write_text(json.dumps(rows))
     return folder
 
@@ -43,13 +52,16 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "specialists"))
     import single_path
 
-    data, out = write_data(tmp_path / "data"), tmp_path / "references" / "joint"
-    options = f"--modality all --data {data} --out {out} --work {tmp_path / 'work'} --steps 2 --batch 1"
+    data, out, start = write_data(tmp_path / "data"), tmp_path / "references" / "joint", tmp_path / "start"
+    untrained, _ = single_path.build(SENSES)
+    for modality in SENSES:
+        single_path.save_specialist(untrained, modality, start / modality)
+    options = f"--modality all --data {data} --start {start} --out {out} --work {tmp_path / 'work'} --steps 2 --batch 1"
     monkeypatch.setattr(sys, "argv", ["single_path.py", *options.split()])
-    monkeypatch.setattr(single_path, "VIEWS", dict.fromkeys(SAMPLES, 1))
+    monkeypatch.setattr(single_path, "VIEWS", dict.fromkeys(SENSES, 1))
     trainers, loss = [], single_path.SinglePath.loss
 
-    def noted(self: single_path.SinglePath, batch: single_path.Batch) -> torch.Tensor:
+    def noted(self: single_path.SinglePath, batch: list[Any]) -> torch.Tensor:
         trainers.append(self)
         return loss(self, batch)
 
@@ -57,19 +69,19 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
     single_path.main()
     assert len(trainers) == 2
     batches = list(islice(trainers[0].batches(2, 0), 9))
-    assert [batch[0][0].clips[0].modality for batch in batches[:5]] == [*SAMPLES, "image"]
+    assert [batch[0].modality for batch in batches[:5]] == [*SENSES, "image"]
     assert list(islice(trainers[0].batches(2, 6), 3)) == batches[6:]  # where a run resumes
 
-    parts = {modality: load_file(out / modality / "adapter_model.safetensors") for modality in SAMPLES}
+    parts = {modality: load_file(out / modality / "adapter_model.safetensors") for modality in SENSES}
     update = {name: tensor for name, tensor in parts["image"].items() if ".lora_" in name}
     assert len(update) == 2 * 210 and all(".default." in name for name in update)
     for modality, tensors in parts.items():
         specialist = open_specialist(out / modality)
         assert specialist.modality == modality and not specialist.modality_lora and specialist.rank == 8
         assert all(torch.equal(tensors[name], tensor) for name, tensor in update.items())
-        shipped = load_file(builtin.specialist(modality) / "adapter_model.safetensors")
+        shipped = load_file(start / modality / "adapter_model.safetensors")
         projector = [name for name in tensors if ".modal_projectors." in name]
-        assert len(projector) == 4 and all(torch.equal(tensors[name], shipped[name]) for name in projector)
+        assert projector and all(torch.equal(tensors[name], shipped[name]) for name in projector)
 
     recipe = tmp_path / "recipes" / "joint.yaml"
     recipe.parent.mkdir()
@@ -83,7 +95,7 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
 
     question = [{"role": "user", "content": [{"type": "image", "path": str(builtin.SAMPLES / "cat.webp")}]}]
     alone, joint = (load_model(folder) for folder in (out / "image", tmp_path / "merged"))
-    assert joint.modalities == tuple(SAMPLES) and not any(joint.model.config.modalities[m]["update"] for m in SAMPLES)
+    assert joint.modalities == SENSES and not any(joint.model.config.modalities[m]["update"] for m in SENSES)
     scores = alone.score_options(question, ["a cat", "a cow"])
     assert joint.score_options(question, ["a cat", "a cow"]) == pytest.approx(scores, abs=1e-3)
     assert alone.chat(question, max_new_tokens=2) == joint.chat(question, max_new_tokens=2)

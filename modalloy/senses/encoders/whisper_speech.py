@@ -1,0 +1,73 @@
+"""The encoder of Whisper-tiny.en as an ear for speech: its last layer, a feature every 40 ms.
+
+Its last layer tells words apart across voices, and little else; `whisper_tiny` keeps all layers, for sounds. What is said is
+read by a projector that looks at all features (a Q-Former), so silence after it does no harm, and nothing is repeated.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from modalloy.errors import MediaError
+from modalloy.senses.encoders import Encoder
+from modalloy.senses.encoders.whisper_tiny import FRAMES_PER_SECOND, WIDTH, encoder, package_weights
+from modalloy.senses.media import load_audio
+
+SECONDS = 5
+FRAMES_PER_FEATURE = 2
+EDGE = 1600  # samples (100 ms) kept before and after what is heard
+QUIET = 0.02  # of the largest sample: anything below is silence at the ends
+
+
+class WhisperSpeech(Encoder):
+    """`preprocess(file or 16 kHz waveform)` → (80, 500) log-mel; `forward((batch, 80, 500))` → (batch, 125, 384)."""
+
+    modality = "audio"
+    dim = WIDTH
+    n_tokens = SECONDS * FRAMES_PER_SECOND // FRAMES_PER_FEATURE
+    sampling_rate = 16_000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.mel = encoder(SECONDS)
+
+    @classmethod
+    def weights(cls, location: Path | None) -> dict[str, Tensor]:
+        """The package's weights, with the positions of the window."""
+        return package_weights(SECONDS)
+
+    def preprocess(self, sound: Any) -> Tensor:
+        """A file name or mono 16 kHz waveform (samples,) as log-mel frames (80, 500), without the silence around it.
+
+        Raises:
+            MediaError: it is unreadable or silent, or says more than 5 s.
+        """
+        samples = load_audio(sound, self.sampling_rate) if isinstance(sound, (str, Path)) else np.asarray(sound)
+        name = sound if isinstance(sound, (str, Path)) else "the sound"
+        samples = spoken(samples, name)
+        if len(samples) > SECONDS * self.sampling_rate:
+            raise MediaError(
+                f"{name}: {len(samples) / self.sampling_rate:.1f} s of speech; this model hears {SECONDS} s at once: say less, "
+                "or cut it"
+            )
+        padded = np.zeros(SECONDS * self.sampling_rate, np.float32)
+        padded[: len(samples)] = samples
+        return self.mel(padded, sampling_rate=self.sampling_rate, return_tensors="pt").input_features[0]
+
+    def forward(self, mel: Tensor) -> Tensor:
+        frames = self.encoder(mel).last_hidden_state
+        features: Tensor = frames.unflatten(1, (self.n_tokens, FRAMES_PER_FEATURE)).mean(2)
+        return features
+
+
+def spoken(samples: np.ndarray, name: Any) -> np.ndarray:
+    """The samples without the silence before and after, at a level of one half."""
+    loudness = np.abs(samples)
+    peak = float(loudness.max(initial=0.0))
+    if peak < 1e-4:
+        raise MediaError(f"{name}: silent; nothing is said in it")
+    heard = np.flatnonzero(loudness > QUIET * peak)
+    first, last = max(0, int(heard[0]) - EDGE), int(heard[-1]) + EDGE
+    return (samples[first:last] * (0.5 / peak)).astype(np.float32)
