@@ -222,7 +222,7 @@ class Questions:
             shuffled = self.random.sample(own, len(own))
             for pair in zip(shuffled[::2], shuffled[1::2], strict=False):
                 asked = [yesno(self.random.choice(YESNO["image"]), clip) for clip in pair]
-                if pair[1].concept in (pair[0].concept, *pair[0].also) or not all(self.said[text] for text in asked):
+                if pair[1].concept in (pair[0].concept, *pair[0].also) or not self.said_all(*asked):
                     continue
                 groups.append(
                     [
@@ -239,7 +239,7 @@ class Questions:
         Whoever sees and does not hear gets one third, whoever hears and does not see one half.
         """
         groups = []
-        for clip in self.moved:
+        for clip in self.moved if self.said_all("What is it?", KIND, HOW) else ():
             others = [name for name, other in self.asker.about.items() if other.category not in (clip.category, OTHER)]
             if clip.category == OTHER or not others:
                 continue
@@ -260,7 +260,7 @@ class Questions:
     def three_senses(self) -> list[list[Sample]]:
         """Pairs: a picture and a video of two things; which of them is asked for aloud."""
         groups = []
-        for clip in self.pictures:
+        for clip in self.pictures if self.said_all(IN_PICTURE, IN_VIDEO) else ():
             moved = self.random.choice([other for other in self.moved if other.concept != clip.concept])
             wrong = self.asker.distractors(clip.concept, 3)
             options = [self.asker.about[name].phrase for name in wrong if name != moved.concept][:2]
@@ -282,21 +282,19 @@ class Questions:
             if clip.concept not in by_concept:
                 continue
             other = self.asker.distractors(clip.concept, 1, near=1.0)[0]
+            shown = ((clip.concept, "yes"), (other, "no"))
+            pictures = [(("image", self.random.choice(by_concept[name])), answer) for name, answer in shown]
             groups.append(
                 [
-                    _sample(
-                        "image+audio human",
-                        "word",
-                        RIGHT,
-                        [("image", self.random.choice(by_concept[shown])), ("audio", clip)],
-                        ("yes", "no"),
-                        answer,
-                        clip,
-                    )
-                    for shown, answer in ((clip.concept, "yes"), (other, "no"))
+                    _sample("image+audio human", "word", RIGHT, [picture, ("audio", clip)], ("yes", "no"), answer, clip)
+                    for picture, answer in pictures
                 ]
             )
         return groups
+
+    def said_all(self, *texts: str) -> bool:
+        """Whether somebody says each of the texts."""
+        return all(self.said.get(text) for text in texts)
 
     def aloud(
         self,
