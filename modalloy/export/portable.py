@@ -4,14 +4,10 @@ In the prompt, a token of its modality's own stands at each position of a medium
 its id, and any program that hands on ids and media can ask this model.
 """
 
-import base64
-import binascii
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -31,13 +27,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 from modalloy.delta import LowRank
 from modalloy.errors import MediaError
+from modalloy.export.given import as_file, listed
 from modalloy.export.parts import encoder, projector
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 
 # the names under which programs hand on prepared media
 INPUTS = {"image": "pixel_values", "audio": "input_features", "video": "pixel_values_videos", "point": "point_values"}
-DATA = re.compile(r"data:[^,]*;base64,")
-MAX_BYTES = 64_000_000  # of a medium in a message
 
 
 class RoutedConfig(PreTrainedConfig):
@@ -168,7 +163,7 @@ class RoutedProcessor(ProcessorMixin):
         """Inputs of rendered prompts whose placeholders stand for the media, of each modality in reading order."""
         texts = [text] if isinstance(text, str) else list(text)
         given = {"image": images, "audio": audio, "video": videos, "point": point_clouds}
-        queues = {name: iter(_listed(found)) for name, found in given.items() if found is not None}
+        queues = {name: iter(listed(found)) for name, found in given.items() if found is not None}
         media = []
         for token in re.findall("|".join(map(re.escape, self.placeholders)) or r"(?!)", "".join(texts)):
             name = self.placeholders[token]
@@ -215,7 +210,7 @@ class RoutedProcessor(ProcessorMixin):
                 sizes = self.modalities[name]["encoder"]
                 with torch.device("meta"):
                     self.encoders[name] = encoder(sizes["name"])(**sizes["settings"])
-            with _as_file(medium) as found:
+            with as_file(medium) as found:
                 stacks[name].append(self.encoders[name].preprocess(found))
         rows = [self.ids(text) for text in texts]
         length, padding = max(map(len, rows)), int(self.tokenizer.pad_token_id or 0)
@@ -398,33 +393,6 @@ def _in_full_precision(module: nn.Module) -> Iterator[dict[str, Any]]:
         yield {"dtype": torch.float32}
     finally:
         module.to(weight.dtype)
-
-
-@contextmanager
-def _as_file(medium: Any) -> Iterator[Any]:
-    """A medium as an encoder takes it; what a `data:` URL holds is in a file meanwhile."""
-    if not isinstance(medium, str) or not (found := DATA.match(medium)):
-        if isinstance(medium, str) and "://" in medium:
-            raise MediaError("media are not fetched from other hosts; give a file, or data:TYPE;base64,…")
-        yield medium
-        return
-    if len(medium) > MAX_BYTES * 4 // 3:
-        raise MediaError(f"a medium has more than {MAX_BYTES} bytes; use a smaller one")
-    try:
-        data = base64.b64decode(medium[found.end() :], validate=True)
-    except binascii.Error as error:
-        raise MediaError(f"a medium's base64 is damaged ({error}); send it again") from error
-    with tempfile.TemporaryDirectory(prefix="modalloy-") as folder:
-        path = Path(folder) / "medium"
-        path.write_bytes(data)
-        yield str(path)
-
-
-def _listed(found: Any) -> list[Any]:
-    """Media as a flat list, whether one, several, or several for each text were given."""
-    if not isinstance(found, (list, tuple)):
-        return [found]
-    return [one for item in found for one in (item if isinstance(item, (list, tuple)) else [item])]
 
 
 if not __name__.startswith(
