@@ -147,7 +147,7 @@ def lines(concepts: dict[str, Concept]) -> Iterator[Line]:
 
 
 def utterances(tables: Tables, folder: Path) -> list[Utterance]:
-    """Every clip that the voices of `voices.yaml` are to make. A split's voices take turns, in an order drawn anew each turn."""
+    """Every clip that the voices of `voices.yaml` are to make. A text alone decides who says it, so that others keep theirs."""
     table = read_yaml(folder / "voices.yaml")
     takes = table.pop("takes")
     voices = [Voice(e, n, s) for e, splits in table.items() for s, names in splits.items() for n in names]
@@ -155,11 +155,8 @@ def utterances(tables: Tables, folder: Path) -> list[Utterance]:
     result = []
     for split, numbers in takes.items():
         own = [voice for voice in voices if voice.split == split]
-        turns = _turns(own, random.Random(split))
         for line in said:
-            number = numbers[line.form]
-            for take in range(len(own) if number == "all" else number):
-                voice = own[take] if number == "all" else next(turns)
+            for take, voice in enumerate(chosen(own, numbers[line.form], f"{split} {line.form} {line.text}")):
                 name = re.sub(r"[^A-Za-z0-9-]+", "_", voice.family)
                 file = f"speech/{line.form}/{line.folder}/{name}_{take}.ogg"
                 package = tables.packages[PROGRAMS[voice.engine][0]]
@@ -167,9 +164,12 @@ def utterances(tables: Tables, folder: Path) -> list[Utterance]:
     return result
 
 
-def _turns(voices: list[Voice], chooser: random.Random) -> Iterator[Voice]:
-    while True:
-        yield from chooser.sample(voices, len(voices))
+def chosen(voices: list[Voice], number: int | str, seed: str) -> list[Voice]:
+    """`number` voices ("all": each once) in an order that the seed draws; where there are too few, they begin again."""
+    if number == "all":
+        return voices
+    order = random.Random(seed).sample(voices, len(voices))
+    return [order[take % len(order)] for take in range(int(number))]
 
 
 def recordings(tables: Tables, folder: Path) -> list[Recording]:
@@ -297,8 +297,10 @@ class Piper:
         """Samples in [-1, 1] and their rate."""
         from piper import SynthesisConfig
 
-        config = SynthesisConfig(length_scale=chooser.uniform(0.9, 1.2))
-        chunks = list(self._voices[voice].synthesize(text, config))
+        # a word by itself is said as a sentence and slower: without, many are cut too short to be understood
+        is_word = not text.endswith("?")
+        config = SynthesisConfig(length_scale=chooser.uniform(1.1, 1.4) if is_word else chooser.uniform(0.9, 1.2))
+        chunks = list(self._voices[voice].synthesize(f"{text.capitalize()}." if is_word else text, config))
         return np.concatenate([chunk.audio_float_array for chunk in chunks]), chunks[0].sample_rate
 
 
