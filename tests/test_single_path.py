@@ -14,36 +14,47 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import builtin
+from modalloy.evals import spoken
 from modalloy.model import load_model
 from modalloy.specialists.layouts import open_specialist
 
 ROOT = Path(__file__).parents[1]
 SENSES = ("image", "audio", "video", "point")
-MEDIA = {  # kind → (modality, file, what is said)
-    "picture": ("image", "{}.webp", ""),
-    "speech": ("audio", "{}.flac", "Is this a {}?"),
-    "shape": ("point", "{}.npy", ""),
-}
+MEDIA = {"picture": ("image", "{}.webp"), "speech": ("audio", "{}.flac"), "shape": ("point", "{}.npy")}
 
 
 def write_data(folder: Path) -> Path:
-    """A `senses` data folder of two training files a kind."""
+    """A `senses` data folder of two training files a kind; of speech, all that a lesson needs is said by the same two."""
     rows = []
-    for kind, (modality, name, text) in MEDIA.items():
+    for kind, (modality, name) in MEDIA.items():
         for concept in ("cat", "cow") if kind != "shape" else ("car", "horse"):
             sample = builtin.SAMPLES / name.format(concept)
             path = Path(kind) / concept / f"own{sample.suffix}"
             (folder / path).parent.mkdir(parents=True)
             shutil.copyfile(sample, folder / path)
-            rows.append(
-                {
-                    **{"file": str(path), "kind": kind, "modality": modality, "split": "train", "family": "own"},
-                    **{"concept": concept, "phrase": f"a {concept}", "plural": False, "also": []},
-                    **{"category": "animal", "subgroup": "mammal", "form": "this" if text else ""},
-                    **{"text": text.format(concept), "source": f"own:{path}", "package": "own", "licence": "MIT"},
-                    "sha256": hashlib.sha256(str(path).encode()).hexdigest(),
-                }
-            )
+            phrase = f"a {concept}"
+            texts = {concept: "word", spoken.is_this(phrase): "this", spoken.in_picture(phrase): "picture"}
+            texts |= dict.fromkeys(spoken.FIXED, "fixed")
+            for text, form in texts.items() if kind == "speech" else [("", "")]:
+                rows.append(
+                    {
+                        **{"file": str(path), "kind": kind, "modality": modality, "split": "train", "family": "own"},
+                        **{
+                            "concept": concept,
+                            "phrase": phrase,
+                            "plural": False,
+                            "also": [],
+                            "text": text,
+                            "form": form,
+                        },
+                        **{"category": "animal", "subgroup": "mammal", "source": f"own:{path}"},
+                        **{
+                            "package": "own",
+                            "licence": "MIT",
+                            "sha256": hashlib.sha256(str(path).encode()).hexdigest(),
+                        },
+                    }
+                )
     (folder / "manifest.json").write_text(json.dumps(rows))
     return folder
 
