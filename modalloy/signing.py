@@ -212,6 +212,6 @@ def _one_line(path: Path, what: str) -> Iterator[None]:
 def _why(folder: Path, reason: Exception) -> str:
     """What does not hold, in words: another key, or the first file that is not as it was signed."""
     text = " ".join(str(reason).split())
-    if "mismatch" in text.lower():
-        return f"does not hold: {cut(text.partition(': ')[2] or text)}; it was changed after signing"
+    if text.startswith("Signature mismatch"):
+        return f"does not hold: {cut(text.partition(': ')[2])}; the folder was changed after signing"
     return f"is not of this key or identity, or no signature at all ({type(reason).__name__}); ask its maker for the public key"

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
 import modalloy
 from modalloy.cli import app
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
+from modalloy.signing import SignatureError, sign, verify_signature
 from modalloy.storage.folder import read_json
 from modalloy.verify import verify
-
-pytest.importorskip("model_signing")
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
-from modalloy.signing import SignatureError, sign, verify_signature
 
 
 def key_pair(folder: Path, name: str, curve: Any = None) -> tuple[Path, Path]:
