@@ -72,6 +72,12 @@ def test_a_change_after_signing_is_one_line(tmp_path: Path, write_recipe: Callab
         path.write_bytes(bytes(data))
     done = run("verify", out, "--signature", "--key", public)
     assert done.return_value == 1 and done.stdout.startswith("fault    ") and done.stdout.count("\n") == 1, done.stdout
+    words = {
+        "extra": "more.txt was added",
+        "missing": "recipe.yaml was removed",
+        "manifest": "manifest.json was changed",
+    }
+    assert words.get(change, "model.sig") in done.stdout, done.stdout
     told = json.loads(run("verify", out, "--signature", "--key", public, "--json").stdout)
     assert told["ok"] is False and "model.sig" in told["fault"]
 
