@@ -37,7 +37,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "gguf"), "builtin"),
     **dict.fromkeys(("resvg_py", "scipy", "zstandard"), "data"),
     **dict.fromkeys(("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "httpcore2", "starlette"), "serve"),
-    **dict.fromkeys(("model_signing", "sigstore", "cyclonedx"), "sign"),
+    **dict.fromkeys(("model_signing", "sigstore", "cyclonedx", "OpenSSL"), "sign"),
     **dict.fromkeys(("s3fs", "gcsfs", "aiohttp"), "remote"),
     **{
         "lm_eval": "evals",

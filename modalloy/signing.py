@@ -9,6 +9,7 @@ weights are what the recipe gives is `verify`'s to say, and that the model is go
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,11 @@ from modalloy.outputs.manifest import NOT_HASHED, SIGNATURE, SOURCES, read_manif
 from modalloy.recipe import load_recipe
 from modalloy.storage.folder import file_sha256, reading
 
+# in the library's words, and in ours
+DIFFERENCE = re.compile(
+    r"(?P<what>Extra|Missing) files [^:]*: (?P<files>[^\"']*[^\"'\\])|Hash mismatch for \\*'(?P<name>[^'\\]+)"
+)
+DIFFERENCES = {"Extra": "added", "Missing": "removed", None: "changed"}
 REMEDY = "a key is a PEM file on the curve P-256, P-384 or P-521, and sigstore needs a network"
 
 
@@ -210,8 +216,9 @@ def _one_line(path: Path, what: str) -> Iterator[None]:
 
 
 def _why(folder: Path, reason: Exception) -> str:
-    """What does not hold, in words: another key, or the first file that is not as it was signed."""
+    """What does not hold, in words: another key, or the files that are not as they were signed."""
     text = " ".join(str(reason).split())
-    if "mismatch" in text.lower():
-        return f"does not hold: {cut(text.partition(': ')[2] or text)}; it was changed after signing"
+    if text.startswith("Signature mismatch"):
+        told = (f"{one['files'] or one['name']} was {DIFFERENCES[one['what']]}" for one in DIFFERENCE.finditer(text))
+        return f"does not hold: {cut('; '.join(told))} after signing"
     return f"is not of this key or identity, or no signature at all ({type(reason).__name__}); ask its maker for the public key"

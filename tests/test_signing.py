@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
 import modalloy
 from modalloy.cli import app
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
+from modalloy.signing import SignatureError, sign, verify_signature
 from modalloy.storage.folder import read_json
 from modalloy.verify import verify
-
-pytest.importorskip("model_signing")
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
-from modalloy.signing import SignatureError, sign, verify_signature
 
 
 def key_pair(folder: Path, name: str, curve: Any = None) -> tuple[Path, Path]:
@@ -75,6 +72,12 @@ def test_a_change_after_signing_is_one_line(tmp_path: Path, write_recipe: Callab
         path.write_bytes(bytes(data))
     done = run("verify", out, "--signature", "--key", public)
     assert done.return_value == 1 and done.stdout.startswith("fault    ") and done.stdout.count("\n") == 1, done.stdout
+    words = {
+        "extra": "more.txt was added",
+        "missing": "recipe.yaml was removed",
+        "manifest": "manifest.json was changed",
+    }
+    assert words.get(change, "model.sig") in done.stdout, done.stdout
     told = json.loads(run("verify", out, "--signature", "--key", public, "--json").stdout)
     assert told["ok"] is False and "model.sig" in told["fault"]
 
