@@ -203,7 +203,11 @@ def test_answers_likelihoods_and_predictions_are_pytorchs(
         options = ["the dog", "cat", "the cat 12"]
         assert ours.score_options(messages, options) == pytest.approx(theirs.score_options(messages, options), rel=1e-3)
     prompts = [theirs.prompt(messages) for messages in MESSAGES.values()]
-    assert ours.predict(prompts, options[:2]) == theirs.predict(prompts, options[:2])
+    pairs = zip(*(chat.expect(prompts, options[:2], [1, 1]) for chat in (ours, theirs)), strict=True)
+    for (our_ids, our_nats), (ids, nats) in pairs:
+        assert our_ids.tolist() == ids.tolist() and our_nats.tolist() == [
+            pytest.approx(row, rel=1e-3, abs=1e-3) for row in nats.tolist()
+        ]
     assert [text for text, _ in ours.generate(prompts, max_new_tokens=4)] == [
         theirs.generate([prompt], max_new_tokens=4)[0][0] for prompt in prompts
     ]

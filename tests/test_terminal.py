@@ -142,7 +142,7 @@ def test_answers_keep_newlines_and_tabs_and_nothing_else_that_acts(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("modalloy.model.load_model", lambda *_, **__: Model())
+    monkeypatch.setattr("modalloy.model.llama_cpp.load_model", lambda *_, **__: Model())
     code, out, err = run("chat", tmp_path, "-p", "what")
     assert code == 0 and not err
     assert out.startswith("first\n\tsecond\\u001b]0;owned") and set(acting(out)) == {"\t"}
@@ -198,7 +198,7 @@ def test_the_streams_are_put_back_and_a_closed_one_is_no_exception(monkeypatch: 
 def test_a_question_of_other_bytes_is_refused(
     run: Callable[..., tuple[object, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("modalloy.model.load_model", lambda *_, **__: Model())
+    monkeypatch.setattr("modalloy.model.llama_cpp.load_model", lambda *_, **__: Model())
     code, _, err = run("chat", tmp_path, "-p", os.fsdecode(b"what \xff"))
     assert code == 2 and "bytes that are no UTF-8" in err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"what \xff\nis it\n"), encoding="utf-8"))

@@ -82,13 +82,20 @@ class Cluster:
     ) -> Generator[WrittenShard, None, None]:
         """Yields every shard as soon as a worker has written it; it is then to be moved to its place."""
         given, place = self._given(inputs, compute), str(folder.absolute())
-        left, waiting = deque(shards), list[Any]()
+        left, started, waiting = deque(shards), list[Any](), list[Any]()
         try:
             while left or waiting:
                 while left and len(waiting) < self.n_workers + AHEAD:
                     waiting.append(self._remote(_write).remote(given, left.popleft(), place))
+                    started.append(waiting[-1])
                 (done, *_), waiting = self.ray.wait(waiting)
-                yield self._get(done)
+                try:
+                    shard = self._get(done)
+                except ModalloyError:  # what is told is what goes wrong first in the shards' order, as on one machine
+                    for earlier in (one for one in started[: started.index(done)] if one in waiting):
+                        self._get(earlier)
+                    raise
+                yield shard
         finally:
             for answer in waiting:
                 self.ray.cancel(answer, force=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from modalloy.errors import CheckpointError
 from modalloy.llamacpp.decoder import Decoder
@@ -96,11 +97,11 @@ class LlamaChat(ChatModel):
             )
         return found
 
-    def _predict(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[list[int]]:
+    def _next_tokens(self, prompts: Sequence[Prompt], answers: list[list[int]]) -> list[Tensor]:
         for prompt, own in zip(prompts, answers, strict=True):
             self.check([prompt], len(own))
         pairs = zip(prompts, answers, strict=True)
-        return [self.sequences.forced(prompt, [ids])[0].argmax(-1).tolist() for prompt, ids in pairs]
+        return [torch.from_numpy(self.sequences.forced(prompt, [ids])[0]) for prompt, ids in pairs]
 
 
 def load_exported(

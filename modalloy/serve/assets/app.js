@@ -269,9 +269,9 @@ function openSettings() {
   $("settings").showModal();
 }
 
-function closeSettings() {
-  if ($("settings").returnValue !== "save") return;
-  const { key, ...changes } = Object.fromEntries(new FormData($("settings").querySelector("form")));
+function saveSettings(event) {
+  if (event.submitter?.value !== "save") return;
+  const { key, ...changes } = Object.fromEntries(new FormData(event.target));
   store.settings.set(changes);
   const other = key !== api.key.get();
   api.key.set(key);
@@ -320,7 +320,7 @@ $("files").addEventListener("change", async () => {
 $("record").addEventListener("click", toggleRecording);
 $("open-merge").addEventListener("click", () => served.length && openMerge(served.map((one) => one.id)));
 $("open-settings").addEventListener("click", openSettings);
-$("settings").addEventListener("close", closeSettings);
+$("settings").querySelector("form").addEventListener("submit", saveSettings);
 $("export").addEventListener("click", saveExport);
 $("clear").addEventListener("click", begin);
 document.addEventListener("paste", (event) => {
