@@ -63,8 +63,8 @@ def pages() -> dict[str, str]:
         "results/classes.md": classes(),
         **search(),
         "results/serve.md": serve_results.page(RESULTS),
-        **export(),
         "results/scale.md": scale_results.page(RESULTS),
+        "results/export.md": export(),
         "../modalloy/methods/catalogue.json": catalogue(),
     }
 
@@ -270,10 +270,15 @@ def classes() -> str:
     )
 
 
-def export() -> dict[str, str]:
+def export() -> str:
     """What the built-in merge says in llama.cpp beside PyTorch, from the stored results of the benchmark, once there are any."""
     stored = RESULTS / "export.json"
-    return {"results/export.md": _export(json.loads(stored.read_text()))} if stored.is_file() else {}
+    if stored.is_file():
+        return _export(json.loads(stored.read_text()))
+    return (
+        "# The built-in merge in llama.cpp\n\nNo results are stored yet: `python benchmarks/export.py --data DIR` "
+        "measures them, and its last line\nbelongs into `benchmarks/results/export.json`.\n"
+    )
 
 
 def _export(told: dict[str, Any]) -> str:
