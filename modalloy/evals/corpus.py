@@ -89,15 +89,15 @@ def load(data: str | Path | Source) -> list[Clip]:
     rows = source.rows(manifest)
     if any(isinstance(row, dict) and "source" in row and "split" not in row for row in rows):
         raise MediaError(f"{manifest}: is of an older build, whose files have no split; run `make data` again")
-    clips = []
+    clips, folders = [], source.folders  # worked out once: there are thousands of files
     for index, row in enumerate(rows):
         with fields(manifest, index):
-            clips.append(_clip(source, row))
+            clips.append(_clip(source.data, folders, row))
     _refuse_straddling(manifest, clips)
     return clips
 
 
-def _clip(source: Source, row: dict[str, Any]) -> Clip:
+def _clip(data: Path, folders: tuple[str, ...], row: dict[str, Any]) -> Clip:
     """The file that a record describes; ValueError, TypeError or KeyError where it describes none."""
     texts = {name: _text(row[name]) for name in _TEXTS}
     chosen = {
@@ -109,8 +109,8 @@ def _clip(source: Source, row: dict[str, Any]) -> Clip:
             ("form", ("", *FORMS)),
         )
     }
-    path = source.data / _text(row["file"])
-    if leads_out(path, source.folders):
+    path = data / _text(row["file"])
+    if leads_out(path, folders):
         raise ValueError(f"{row['file']!r} leads out of the data's folder")
     if bool(texts["text"]) != bool(chosen["form"]) or bool(chosen["form"]) != (chosen["kind"] == "speech"):
         raise ValueError("a text and a form are what speech has, and nothing else")
