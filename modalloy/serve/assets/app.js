@@ -71,7 +71,11 @@ function showModels() {
 
 // ---- media
 
+let modelsKnown;
+const known = new Promise((resolve) => (modelsKnown = resolve));
+
 async function add(files) {
+  await known; // which media fit is told by the models
   refuse("");
   for (const file of files) {
     const kinds = await modalitiesOf(file, able());
@@ -344,5 +348,6 @@ document.addEventListener("drop", (event) => {
 
 turns = await store.load().catch(() => []);
 await loadModels();
+modelsKnown();
 $("turns").append(...turns.map(turnElement));
 if (turns.length) window.scrollTo(0, document.body.scrollHeight);
