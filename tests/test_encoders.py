@@ -16,8 +16,10 @@ from PIL import Image
 
 import modalloy
 from modalloy.errors import CheckpointError, MediaError, RecipeError
+from modalloy.evals.motion import move
 from modalloy.senses import encoders
 from modalloy.senses.encoders import ENCODERS, PUBLISHED, build, encoder_class, load_encoder, modalities
+from modalloy.senses.encoders.whisper_speech import EDGE
 
 EXAMPLE = Path(__file__).parents[1] / "examples/fifth_modality"
 TOY = "motion-spectrum"
@@ -81,6 +83,53 @@ def test_features_depend_on_their_medium_alone(name: str, media: dict[str, list[
     assert both.shape == (2, encoder.n_tokens, encoder.dim) and bool(torch.isfinite(both).all())
     torch.testing.assert_close(encoder(second[None])[0], both[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(both[0], both[1], atol=1e-2)
+
+
+def test_the_ear_for_speech_hears_no_silence_around_it_and_no_level() -> None:
+    encoder = build("builtin:whisper-tiny.en-speech", {}, meta=True)
+    word = np.random.default_rng(0).uniform(-1, 1, 8000).astype(np.float32)
+    word[[0, -1]] = 1.0  # heard to the ends
+    alone = np.pad(word, EDGE)
+    frames = encoder.preprocess(alone)
+    assert torch.equal(encoder.preprocess(np.pad(alone, (9000, 20000))), frames)
+    torch.testing.assert_close(encoder.preprocess(0.25 * alone), frames)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros(16_000, np.float32), r"^the sound: silent; nothing is said in it$"),
+        (
+            np.ones(6 * 16_000, np.float32),
+            r"^the sound: 6\.0 s of speech; this model hears 5 s at once: say less, or cut it$",
+        ),
+    ],
+)
+def test_silence_and_long_speech_are_refused(samples: np.ndarray, message: str) -> None:
+    with pytest.raises(MediaError, match=message):
+        build("builtin:whisper-tiny.en-speech", {}, meta=True).preprocess(samples)
+
+
+def test_a_name_in_a_refusal_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[2Jb.wav"
+    soundfile.write(path, np.zeros(16_000), 16_000)
+    with pytest.raises(MediaError, match="silent") as raised:
+        build("builtin:whisper-tiny.en-speech", {}, meta=True).preprocess(path)
+    assert "\x1b" not in str(raised.value)
+
+
+def test_motion_to_the_left_and_to_the_right_are_told_apart() -> None:
+    encoder = load_encoder("builtin:efficientnet-lite0-motion")
+    still = np.full((64, 64, 3), 255, np.uint8)
+    still[16:48, 16:48] = (200, 30, 30)
+    seen = {one: encoder(encoder.preprocess(move(still, one, seed=3))[None])[0] for one in ("left", "right")}
+    places = torch.arange(16, dtype=torch.float32) % 4  # columns of the 4 × 4 places
+    paths = {}
+    for one, features in seen.items():
+        where = features[0, -8 * 16 :].reshape(8, 16)
+        middle = (where * places).sum(1) / where.sum(1)
+        paths[one] = float(middle[-1] - middle[0])
+    assert paths["left"] < 0 < paths["right"]
 
 
 def test_published_encoders_open_bare_locations() -> None:

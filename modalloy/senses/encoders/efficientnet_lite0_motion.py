@@ -5,33 +5,20 @@ changes (the second minus the first), and where something is seen in each of all
 answers.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from modalloy.senses.encoders.efficientnet_lite0 import EfficientNetLite0
-from modalloy.senses.media import video_frames
+from modalloy.senses.encoders.efficientnet_lite0_video import FRAMES, EfficientNetLite0Video
 
-FRAMES = 8
 PLACES = 16  # of a frame of 128 pixels: 4 × 4
 
 
-class EfficientNetLite0Motion(EfficientNetLite0):
+class EfficientNetLite0Motion(EfficientNetLite0Video):
     """`preprocess(file or frames)` → (8, 3, 128, 128); `forward((batch, 8, 3, 128, 128))` → (batch, 4, 2688)."""
 
-    modality = "video"
     dim = 2 * EfficientNetLite0.dim + FRAMES * PLACES
     size = 128
-
-    def preprocess(self, video: Any) -> Tensor:
-        """A file name or uint8 frames (any number, height, width, 3), eight of them evenly sampled, each like a picture."""
-        from PIL import Image
-
-        frames = video_frames(video, FRAMES)
-        return torch.stack(
-            [super(EfficientNetLite0Motion, self).preprocess(Image.fromarray(frame)) for frame in frames]
-        )
 
     def forward(self, frames: Tensor) -> Tensor:
         features = self.backbone.extract_features(frames.flatten(0, 1))  # (batch · 8, 1280, 4, 4)

