@@ -299,6 +299,56 @@ def test_a_merge_of_mergekit_in_bfloat16_is_what_its_recipe_gives_or_cannot_be_t
     assert not damaged.ok and one.kind not in ("method", "untold"), (one.kind, one.worst)
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "sce"])
+def test_updates_of_few_steps_are_told_though_most_entries_are_at_the_cut(
+    base: Path, tmp_path: Path, method: str
+) -> None:
+    """Fine-tunes in bfloat16 move most entries by no step or one: magnitudes are equal, and updates cancel exactly."""
+
+    def stepped(seed: int) -> Change:
+        def change(tensors: dict[str, Tensor]) -> None:
+            draw = torch.Generator().manual_seed(seed)
+            for name, one in tensors.items():
+                plain = one.bfloat16()
+                steps = torch.randint(-2, 3, one.shape, generator=draw) if seed else torch.zeros(one.shape)
+                tensors[name] = (plain.float() * (1 + steps * 2.0**-7)).bfloat16()
+
+        return change
+
+    names = {name: copy_of(base, tmp_path / name, stepped(seed)) for seed, name in enumerate(("plain", "one", "two"))}
+    parameters, _, _ = MERGES[method]
+    config = {
+        "merge_method": method,
+        "base_model": str(names["plain"]),
+        "dtype": "bfloat16",
+        "parameters": parameters,
+        "models": [{"model": str(names[name])} for name in ("one", "two")],
+    }
+    out, recipe = mergekit_merged(config, tmp_path / "out"), tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+    found = modalloy.audit(out, base=names["plain"], recipe=recipe)
+    assert found.ok and not found.untold, found.findings
+    if (
+        method == "ties"
+    ):  # others keep few of those that are equal, or nearly all; larger and smaller entries are the same
+        name = "model.layers.0.mlp.up_proj.weight"
+        few, every = cut_shares(names["plain"], names["one"], name)
+        for part in (0.02, 0.98):
+            recipe.write_text(
+                yaml.safe_dump(config | {"parameters": {"density": few + part * (every - few), "weight": 1.0}})
+            )
+            (one,) = (w for w in modalloy.audit(out, base=names["plain"], recipe=recipe).weights if w.name == name)
+            assert one.kind not in ("method", "untold"), (one, part)
+
+
+def cut_shares(base: Path, model: Path, name: str, density: float = 0.4) -> tuple[float, float]:
+    """Shares of the entries of an update that are larger than the cut of a density, and at least as large."""
+    change = load_file(model / "model.safetensors")[name].float() - load_file(base / "model.safetensors")[name].float()
+    sizes = change.abs().flatten().sort(descending=True).values
+    cut = sizes[int(density * len(sizes))]
+    return float((sizes > cut).float().mean()), float((sizes >= cut).float().mean())
+
+
 # faults of scale
 
 

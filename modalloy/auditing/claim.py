@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from modalloy.auditing.opened import Slot
-from modalloy.auditing.picked import ROUNDINGS, Merging, Stated, altered, sce_alike, sce_down, unit_of
+from modalloy.auditing.picked import ROUNDINGS, Merging, Stated, Trim, altered, sce_alike, sce_down, unit_of
 from modalloy.auditing.weight import Expected, Read
 from modalloy.delta import Delta, LowRank
 from modalloy.errors import MethodError, RecipeError
 from modalloy.methods import METHODS
 from modalloy.methods.arcee_fusion import divergences
+from modalloy.methods.entries import norm_factor
+from modalloy.methods.parameters import each
 from modalloy.planning.models import labels, locate_specialist
 from modalloy.planning.planner import plan
 from modalloy.promise import Promises
@@ -28,6 +30,7 @@ from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import TransposedRef
 
 SHARES = ("density", "gamma")  # of entries
+TRIMMING = ("ties", "breadcrumbs", "breadcrumbs_ties")  # which keep a number of entries by their magnitude
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 MULTIPLY_THE_BASE = ("nearswap",)  # beside those whose factors come from inner products
 OPEN = 0.25  # relative error of an importance from which on choosing by it says nothing
@@ -147,6 +150,8 @@ class Claim:
             update = exact_update(promise, read, self.surveys, double=self.double)
             return Stated(partial(_rowed, update), dtype=cast, by_factors=method.combines, whole=method.combines)
         stated = Stated(merged(), nudged, len(promise.updates), dtype=cast, whole=promise.method in MULTIPLY_THE_BASE)
+        if promise.method in TRIMMING and promise.parameters.get("threshold") != "global":
+            stated = replace(stated, trim=self._trim(slot, promise, read, turned=turned))
         if "seed" in promise.parameters:
             why = f"{promise.method} draws at random which entries it drops, and another tool's draws are others"
             return replace(stated, untold=why)
@@ -156,6 +161,40 @@ class Claim:
         if promise.method == "arcee_fusion":
             return _chosen_by_divergence(slot, promise, read, stated)
         return stated
+
+    def _trim(self, slot: Slot, promise: Promise, read: Read, *, turned: bool) -> Trim:
+        """What a method keeps of the updates by their magnitude, and what it gives where it keeps others: all of what is left of
+        updates that are masked before."""
+        updates = [_dense(one).float() for one in updates_of(promise, read, torch.float32, dense=True)]
+        n, parameters = len(updates), promise.parameters
+        kept = [max(1, round(share * updates[0].numel())) for share in each(parameters["density"], n)]
+        ranks = []
+        for count, share in zip(kept, each(parameters.get("gamma", 0.0), n), strict=True):
+            first = max(0, min(round(share * updates[0].numel()), updates[0].numel() - count))
+            ranks.append((first, first + count))
+        factors = [1.0] * n
+        if parameters.get("rescale") == "norm":
+            norms = [one.abs().double().flatten().sort(descending=True).values for one in updates]
+            after = [float(one[slice(*band)].sum()) for one, band in zip(norms, ranks, strict=True)]
+            factors = [norm_factor(float(one.sum()), left) for one, left in zip(norms, after, strict=True)]
+        keeps_all = {"density": 1.0, "gamma": 0.0, "rescale": "none"}
+        whole = replace(promise, parameters={name: keeps_all.get(name, own) for name, own in parameters.items()})
+
+        def merge(masks: Sequence[Tensor], side: int, by: float) -> Expected:
+            def left(given: list[Delta]) -> list[Delta]:
+                found: list[Delta] = []
+                for one, mask, factor in zip(given, masks, factors, strict=True):
+                    dense = one.dense() if isinstance(one, LowRank) else one
+                    own = (mask.T if turned else mask).reshape(dense.shape)
+                    found.append(dense * own * factor * (1 + side * by * dense.sign()))
+                return found
+
+            merged = _dense(merged_update(whole, read, self.surveys, double=self.double, alter=left))
+            return _placed(slot, merged.T if turned else merged)
+
+        sizes = [(one.T if turned else one).abs() for one in updates]
+        rows = slot.base.shape[0] if slot.base.shape else 1
+        return Trim([one.reshape(rows, -1) for one in sizes], ranks, merge)
 
     def _by_method(self, slot: str) -> Promise:
         """A matrix or vector merged by the recipe's method, whatever kind of tensor it is; a vector is a row."""

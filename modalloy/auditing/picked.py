@@ -18,6 +18,7 @@ from torch import Tensor
 
 from modalloy.auditing.weight import Expected, Weight
 from modalloy.delta import Delta, LowRank
+from modalloy.methods.entries import magnitude_cuts
 from modalloy.methods.sce import sce
 from modalloy.methods.ties import elect_and_merge
 
@@ -31,12 +32,27 @@ Merging = Callable[[Sequence[Delta], Mapping[str, Any]], Tensor]  # of dense upd
 
 
 @dataclass(frozen=True)
+class Trim:
+    """That a method keeps entries of every update by the rank of their magnitude, before it merges what is left entry by entry.
+
+    `sizes`: magnitudes (rows, columns), one for each update. `ranks`: of each, the first that stays, counted from the largest
+    on, and the one after the last. `merge` gives the change for masks of what stays, and for a side (1, −1, 0) to which sums
+    fall that cancel within a relative error.
+    """
+
+    sizes: Sequence[Tensor]
+    ranks: Sequence[tuple[int, int]]
+    merge: Callable[[Sequence[Tensor], int, float], Expected]
+
+
+@dataclass(frozen=True)
 class Stated:
     """One change that a recipe allows a weight.
 
     `merge` gives it for `n` updates that are altered at some entries, of a method that picks single ones, `by` is how much
     rounding may alter them (None: as of any entry). `dtype` is that of the arithmetic, if it is coarser than what is written.
     `by_factors`: it is a sum of updates and base whose factors come from inner products; `whole`: the base is multiplied too.
+    `trim` is there of a method that keeps a number of entries by their magnitude.
     `untold` says why what the method picks cannot be worked out again, `either` is what is there where it picks.
     """
 
@@ -47,18 +63,21 @@ class Stated:
     dtype: torch.dtype | None = None
     by_factors: bool = False
     whole: bool = False
+    trim: Trim | None = None
     untold: str = ""
     either: Expected | None = None
 
 
 def explained(weight: Weight, stated: Stated) -> bool:
     """Whether updates that differ by rounding alone give every entry of a weight."""
+    by = ROUNDINGS * max(unit_of(stated.dtype or weight.dtype), weight.unit) if stated.by is None else stated.by
+    if stated.trim is not None:
+        return _kept(weight, stated.trim, stated.dtype, by)
     if stated.merge is None:
         return False
     left = weight.beyond(stated.change, stated.dtype)
     if float(left.float().mean()) > MOST:
         return False
-    by = ROUNDINGS * max(unit_of(stated.dtype or weight.dtype), weight.unit) if stated.by is None else stated.by
     lacking = torch.cat([(weight.change(rows) - stated.change(rows)).sign() for rows in weight.blocks()])
     for _ in range(ROUNDS):  # of many that move, some take others' places: again without those that fit
         before, wish = int(left.sum()), lacking * left
@@ -68,6 +87,61 @@ def explained(weight: Weight, stated: Stated) -> bool:
         if 2 * int(left.sum()) > before:
             break
     return not bool(left.any())
+
+
+def _kept(weight: Weight, trim: Trim, dtype: torch.dtype | None, by: float) -> bool:
+    """Whether some entries give a weight that a method may keep, as many as it keeps.
+
+    Of entries at a cut any may stay, but their number is given. What is written tells of most whether they stayed; the number of
+    each update, and of all, must be between that of those which must have stayed, and of those which may have.
+    """
+    surely, at_cut = [], []
+    for size, (first, last) in zip(trim.sizes, trim.ranks, strict=True):
+        low, high = _magnitude(size, last), _magnitude(size, first + 1) if first else math.inf
+        near = [(size >= cut * (1 - 2 * by)) & (size <= cut * (1 + 2 * by)) for cut in (low, high) if cut < math.inf]
+        at_cut.append(torch.stack(near).any(0))
+        surely.append((size >= low) & (size <= high) & ~at_cut[-1])
+    n, cut = len(at_cut), torch.stack(at_cut)
+    lacks_choices = (cut.sum(0) > 2) & (n > EACH_OF)
+    explains = torch.zeros_like(cut[0])
+    may_stay, may_go = cut & lacks_choices, cut & lacks_choices
+    fewest, most = torch.full_like(cut[0], n, dtype=torch.int64), torch.zeros_like(cut[0], dtype=torch.int64)
+    for stay in _choices(n):
+        masks = [own | (at & stays) for own, at, stays in zip(surely, at_cut, stay, strict=True)]
+        right, is_in = torch.zeros_like(cut[0]), torch.tensor(stay)[:, None, None]
+        for side in (0, 1, -1):
+            right |= ~weight.beyond(trim.merge(masks, side, by), dtype)
+        may_stay |= cut & is_in & right
+        may_go |= cut & ~is_in & right
+        number = (cut & is_in).sum(0)
+        fewest = torch.where(right, fewest.minimum(number), fewest)
+        most = torch.where(right, most.maximum(number), most)
+        explains |= right
+        if not bool((explains | cut.any(0)).all()):  # others are the same whatever stays
+            return False
+    if not bool(explains.all()):
+        return False
+    wanted = [last - first for first, last in trim.ranks]
+    fixed = [int(own.sum()) for own in surely]
+    for own, count, can_stay, can_go in zip(fixed, wanted, may_stay, may_go, strict=True):
+        if not own + int((can_stay & ~can_go).sum()) <= count <= own + int(can_stay.sum()):
+            return False
+    fewest, most = torch.where(lacks_choices, 0, fewest), torch.where(lacks_choices, cut.sum(0), most)
+    return sum(fixed) + int(fewest.sum()) <= sum(wanted) <= sum(fixed) + int(most.sum())
+
+
+def _choices(n: int) -> list[tuple[bool, ...]]:
+    """Which of the updates keep an entry: all choices that differ at an entry which is at the cut of at most two of them."""
+    both = (True, False)
+    if n <= EACH_OF:
+        return list(itertools.product(both, repeat=n))
+    alone = (tuple((place == index) == is_in for place in range(n)) for index in range(n) for is_in in both)
+    return [*((one,) * n for one in both), *alone]
+
+
+def _magnitude(sizes: Tensor, rank: int) -> float:
+    """The magnitude of this rank, 1 being the largest."""
+    return magnitude_cuts(lambda: [[sizes]], rank / sizes.numel())[0]
 
 
 def possible(weight: Weight, stated: Stated) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalloy.auditing.picked import Stated, altered, explained
+from modalloy.auditing.picked import Stated, Trim, explained
 from modalloy.auditing.weight import Expected, Weight
 from modalloy.methods.ties import Combine, ties
 
@@ -44,12 +44,8 @@ class Trims:
                 (change[both] / merged[both]).median()
             )  # a fit by squares would follow the few that are wrong
 
-            def nudged(
-                wish: Tensor, signs: Sequence[int], by: float, merge: Any = merge, scale: float = scale
-            ) -> Expected:
-                return (scale * merge(altered(deltas, wish, signs, by))).__getitem__
-
-            stated = Stated((scale * merged).__getitem__, nudged, len(deltas))
+            trim = _trim(deltas, count(density * entries), scale, _merge(deltas, combine, 1.0))
+            stated = Stated((scale * merged).__getitem__, trim=trim)
             if weight.test(stated.change).holds or explained(weight, stated):
                 if (combine, density) not in self.known:
                     self.known.append((combine, density))
@@ -75,6 +71,14 @@ def _merge(deltas: list[Tensor], combine: Combine, density: float) -> Callable[[
     """A TIES of updates, in float64."""
     shape = (len(deltas[0]), deltas[0].shape[1])
     return lambda updates: ties(list(updates), density=density, combine=combine, scale=1.0, shape=shape).double()
+
+
+def _trim(deltas: list[Tensor], kept: float, scale: float, whole: Callable[[Sequence[Tensor]], Tensor]) -> Trim:
+    def merge(masks: Sequence[Tensor], side: int, by: float) -> Expected:
+        left = [delta * mask * (1 + side * by * delta.sign()) for delta, mask in zip(deltas, masks, strict=True)]
+        return (scale * whole(left)).__getitem__
+
+    return Trim([delta.abs() for delta in deltas], [(0, max(1, int(kept)))] * len(deltas), merge)
 
 
 def _changed(weight: Weight) -> float:
