@@ -33,7 +33,7 @@ MERGED = "merged"
 TOGETHER = 8  # prompts in a batch
 LEAST = 0.1  # a share must be this much worse, and a perplexity this many times as large as exp of it
 LEAST_NATS = math.log(1.2)
-SHOWN, SHOWN_TOKENS = 2, 6  # samples of each sense that are shown without `thorough`; tokens of the parent's answer
+SHOWN, SHOWN_TOKENS = 2, 4  # samples of each sense that are shown without `thorough`; tokens of the parent's answer
 QUESTION = "What is this?"
 KEPT = 0.5  # share of a parent's tokens that the merged model must find the likeliest too
 LOWER = ("perplexity", "Brier score", "empty answers", "repetitive answers")  # the better, the lower
@@ -160,7 +160,7 @@ def check(
         rows[label] = _examined(chat, thorough)
         if place is not None and has_sense and modality in chat.modalities:
             media = builtin.samples(modality)[: None if thorough else SHOWN]
-            senses.append(_compared(label, own, merged, [_told(chat, modality, medium) for medium in media]))
+            senses.append(_compared(label, own, merged, _told(chat, modality, media)))
         del chat
         gc.collect()
     on_model(len(parents) + 1, len(parents) + 1)
@@ -236,12 +236,12 @@ def _scores(chat: ChatModel, some: Sequence[probes.Choice]) -> list[list[float]]
     return [[s / n for s, n in zip(own, sizes, strict=True)] for own, sizes in zip(found, lengths, strict=True)]
 
 
-def _told(chat: ChatModel, modality: str, medium: Path) -> _Told:
-    """What a parent answers, and how surely."""
-    prompt = chat.prompt(user_message(QUESTION, [(modality, medium)]))
-    ((answer, _),) = chat.generate([prompt], max_new_tokens=SHOWN_TOKENS)
-    ids, logs = chat.distributions(prompt, answer)
-    return _Told(medium, answer, ids, logs)
+def _told(chat: ChatModel, modality: str, media: Sequence[Path]) -> list[_Told]:
+    """What a parent answers about each medium, and how surely."""
+    prompts = [chat.prompt(user_message(QUESTION, [(modality, medium)])) for medium in media]
+    answers = [answer for some in _batches(prompts) for answer, _ in chat.generate(some, max_new_tokens=SHOWN_TOKENS)]
+    told = zip(media, prompts, answers, strict=True)
+    return [_Told(medium, answer, *chat.distributions(prompt, answer)) for medium, prompt, answer in told]
 
 
 def _compared(parent: str, modality: str, merged: ChatModel, told: Sequence[_Told]) -> Sense:

@@ -13,9 +13,9 @@ from typing import Literal
 Kind = Literal[
     "facts", "arithmetic", "languages", "copying", "formats", "refuses what is harmful", "answers what is harmless"
 ]
-FIRST = 6  # of each kind, that are asked without --thorough; the others are asked with it
+FIRST = 5  # of each kind, that are asked without --thorough; the others are asked with it
 NEW_TOKENS, NEW_TOKENS_THOROUGH = 16, 48
-WRITTEN, WRITTEN_THOROUGH = 4, 10  # prompts that are answered in words
+WRITTEN, WRITTEN_THOROUGH = 3, 10  # prompts that are answered in words
 
 TEXT = """The river rises in the hills to the north of the town and flows through it under three stone bridges, the oldest
 of which was built more than four hundred years ago. In spring the water is high and brown, and the fields on both banks

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,11 @@ def check_code(folder: Path) -> None:
     Raises:
         CheckpointError: there is such a file, or one of the configs is damaged.
     """
-    import transformers
-
-    known = {*dir(transformers), *(place.rpartition(".")[2] for place in AUTO_MAP.values())}
     for name in present(folder, CODED):
         path = folder / name
         for key, value in _entries(read_json(path)):
             for text in _texts(value):
-                if key == "auto_map" and text.rpartition(".")[2] not in known:
+                if key == "auto_map" and text.rpartition(".")[2] not in _known_classes():
                     raise CheckpointError(
                         f"{path}: needs code of its own ({text} in auto_map), which is never run here; "
                         "give a model whose classes transformers has"
@@ -110,6 +108,14 @@ def check_code(folder: Path) -> None:
                     raise CheckpointError(
                         f"{path}: {key} names {text}, code that would be fetched and run; remove the entry"
                     )
+
+
+@cache
+def _known_classes() -> frozenset[str]:
+    """Names that need no code of a folder's. transformers takes half a second to list its own."""
+    import transformers
+
+    return frozenset({*dir(transformers), *(place.rpartition(".")[2] for place in AUTO_MAP.values())})
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:
