@@ -10,7 +10,7 @@ from pathlib import Path
 from modalloy.errors import OutputError, missing_package
 from modalloy.files import disk_errors, replace_text
 from modalloy.outputs.manifest import read_manifest
-from modalloy.storage.folder import file_sha256
+from modalloy.outputs.relist import relist
 
 BOM = "bom.cdx.json"  # the name that CycloneDX asks for
 
@@ -67,6 +67,5 @@ def write_bom(folder: str | Path, *, overwrite: bool = False) -> Path:
     found.register_dependency(merged, parents)
     with disk_errors(folder):
         replace_text(target, JsonV1Dot6(found).output_as_string(indent=1) + "\n")
-        manifest["outputs"] = dict(sorted((outputs | {BOM: file_sha256(target)}).items()))
-        replace_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    relist(folder, BOM)
     return target

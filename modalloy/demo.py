@@ -11,10 +11,12 @@ from typing import Any
 
 from modalloy import builtin
 from modalloy._version import __version__
+from modalloy.files import cache_folder
 from modalloy.machine import memory
 from modalloy.merging import merge
 from modalloy.outputs.manifest import read_sources
 from modalloy.recipe import Output, Recipe, SpecialistEntry
+from modalloy.report.text import aligned
 from modalloy.storage.staging import MANIFEST
 
 FOUR_HORSES = {"image": "horse.webp", "audio": "horse.flac", "video": "horse-animated.webp", "point": "horse.npy"}
@@ -90,7 +92,7 @@ def merged(on_job: Callable[[int, int], None] | None = None) -> Path:
     for modality in builtin.specialists():
         for path in sorted(builtin.specialist(modality).iterdir()):
             found.update(path.name.encode() + path.read_bytes())
-    out = builtin.cache() / f"demo-{found.hexdigest()[:16]}"
+    out = cache_folder() / f"demo-{found.hexdigest()[:16]}"
     recipe = _recipe()
     # another installation may have made it, and be gone: what it was made from could not be inspected any more
     if not (out / MANIFEST).is_file() or read_sources(out, recipe).gone() is not None:
@@ -118,7 +120,4 @@ def _print_table(answers: dict[str, list[str]]) -> None:
         [" + ".join(media.values()), question, *(given[index] for given in answers.values())]
         for index, (media, question) in enumerate(QUESTIONS)
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    print(*aligned([header, *rows]), "", sep="\n")

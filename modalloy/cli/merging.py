@@ -57,7 +57,6 @@ def merge(
     from modalloy.outputs.push import check_target, push, upload, uploaded_from
     from modalloy.storage.remote import is_remote
 
-    elsewhere, folder = (out, uploaded_from(out)) if is_remote(out) else (None, Path(out))
     choice("--device", device, DEVICES)
     limit = None if max_memory is None else parse_size("--max-memory", max_memory)
     if dry_run:
@@ -72,6 +71,7 @@ def merge(
         check_target(push_to_hub)
     elif private:
         raise ModalloyError("--private: nothing is uploaded; add --push-to-hub REPO, or leave it out")
+    elsewhere, folder = (out, uploaded_from(out)) if is_remote(out) else (None, Path(out))
     with progress("merge") as on_job:
         report = run(
             recipe,

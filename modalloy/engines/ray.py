@@ -17,12 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from modalloy._version import __version__
 from modalloy.engines import local
 from modalloy.errors import ModalloyError, OutputError, PassingError, plain
 from modalloy.machine.cores import AHEAD
+from modalloy.machine.program import program
 from modalloy.machine.threads import one_thread
 from modalloy.planning.job import Done, Job
 from modalloy.storage.inputs import Inputs
@@ -136,8 +134,9 @@ class Cluster:
                         "that all machines share"
                     )
                 if theirs != own:
+                    differ = " and this one ".join(map(", ".join, (theirs, own)))
                     raise OutputError(
-                        f"machine {name} of the cluster has {theirs} and this one {own}, whose bytes may differ; install the same"
+                        f"machine {name} of the cluster has {differ}, whose bytes may differ; install the same"
                     )
         finally:
             mark.unlink()
@@ -209,11 +208,6 @@ def connected(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def program() -> str:
-    """What decides the bytes on a machine beside jobs and inputs."""
-    return f"modalloy {__version__}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 @lru_cache(maxsize=1)
 def _opened(token: str, owners: tuple[tuple[str, tuple[str, ...]], ...]) -> Inputs:
     """The inputs of one merge, opened once by each worker."""
@@ -268,7 +262,7 @@ def _stamp(path: str | Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _look(mark: str, stamps: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
+def _look(mark: str, stamps: Mapping[str, tuple[int, int]]) -> tuple[str, list[str]]:
     """The first path that this machine does not see as the driver does, "" if there is none; and its program."""
     if not os.path.exists(mark):
         return os.path.dirname(mark), program()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from modalloy.evals.check import LOWER, MERGED, Checked, Row
 from modalloy.files import disk_errors, replace_text
-from modalloy.outputs.manifest import read_manifest
+from modalloy.outputs.relist import relist
 from modalloy.report.escape import markdown_text
-from modalloy.storage.folder import file_sha256
+from modalloy.report.text import aligned
 
 HEADING = "## Check"
 
@@ -39,11 +38,7 @@ def text(checked: Checked) -> str:
     blocks = [table(checked), *([senses_table(checked)] if checked.senses else [])]
     lines: list[str] = []
     for rows in blocks:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        lines.append("")
+        lines += [*aligned(rows), ""]
     return "\n".join([*lines, f"worse    {checked.verdict}" if checked.worse else f"verdict  {checked.verdict}"])
 
 
@@ -64,13 +59,11 @@ def section(checked: Checked) -> str:
 
 def add_to_card(out: str | Path, checked: Checked) -> None:
     """Put the section into the result's README.md, in the place of an earlier one, and its hash into the manifest."""
-    out, manifest = Path(out), read_manifest(Path(out))
+    out = Path(out)
     card = (out / "README.md").read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0]
     with disk_errors(out):
         replace_text(out / "README.md", f"{card.rstrip()}\n\n{section(checked)}")
-        manifest["outputs"]["README.md"] = file_sha256(out / "README.md")
-        manifest["check"] = checked.to_dict()
-        replace_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    relist(out, "README.md", check=checked.to_dict())
 
 
 def _title(name: str) -> str:

@@ -89,13 +89,10 @@ def _write_adapters(merged: Merged, geometry: Geometry, folder: Path) -> dict[st
 
 def _write_senses(merged: Merged, folder: Path, entry: dict[str, Any]) -> None:
     """Everything beside the GGUF files: encoders and projectors, tokenizer, processor, configs and a card."""
-    tensors = {name: one[...].contiguous() for name, one in merged.senses.items()}
+    tensors = {name: one[...].clone(memory_format=torch.contiguous_format) for name, one in merged.senses.items()}
     if any("native" in sizes for sizes in merged.config.modalities.values()):
-        tensors[TABLE] = merged.weights[TABLE][...]
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()} or {"none": torch.zeros(1)},
-        folder / f"{SENSES}.safetensors",
-    )
+        tensors[TABLE] = merged.weights[TABLE][...].clone()
+    save_file(tensors or {"none": torch.zeros(1)}, folder / f"{SENSES}.safetensors")
     copy_companions(merged.folder, folder)
     merged.processor.tokenizer.save_pretrained(folder)
     config = merged.config.self_contained().to_dict()

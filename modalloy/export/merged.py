@@ -61,6 +61,17 @@ class Merged:
                 found[slot] = (up[...], self.weights[f"{stem}.down_{owner}"][...])
         return found
 
+    def check_unfolded(self) -> None:
+        """Refuse a text update that is folded into the base.
+
+        Raises:
+            CheckpointError: it is.
+        """
+        if self.config.folded:
+            raise CheckpointError(
+                f"{self.folder}: its text update is folded into the base; export the folder that was merged, not folded"
+            )
+
     def path(self, owner: str) -> str | None:
         """The owner whose update an owner's tokens use: itself, text, or none."""
         updates = self.config.updates
@@ -96,10 +107,7 @@ def check_routable(merged: Merged, target: str) -> None:
             raise CheckpointError(
                 f"{where}: the update of {owner} has rank 0, which no adapter of {target} has; merge again with k of 1 or more"
             )
-    if config.folded:
-        raise CheckpointError(
-            f"{where}: its text update is folded into the base; export the folder that was merged, not folded"
-        )
+    merged.check_unfolded()
     if dense := sorted(set(config.text_linears) - config.replaced):
         raise CheckpointError(
             f"{where}: text uses a dense matrix of its own in {len(dense)} weights ({dense[0]} …), where {target} can switch "

@@ -102,10 +102,7 @@ def check(merged: Merged) -> None:
             f"{where}: its decoder ({config.text_config.model_type}) is a part of a multimodal class, which has no model of "
             "its own in transformers; load it with modalloy"
         )
-    if config.folded:
-        raise CheckpointError(
-            f"{where}: its text update is folded into the base; export the folder that was merged, not folded"
-        )
+    merged.check_unfolded()
     for name, sizes in config.modalities.items():
         if "native" in sizes:
             why = "its sense is a whole model of transformers', whose parts are not copied"

@@ -20,10 +20,11 @@ PAIRED = ("llama",)  # whose rows of queries and keys llama.cpp keeps as pairs, 
 BLOCK = 32  # numbers of a row that share a scale in q8_0
 SAME_VECTOR = 0.01  # of a norm's or bias's largest number: what bfloat16 or float16 rounds is less
 SAME_WEIGHT = 0.9  # cosine with a weight that was quantised, to 2 bits or more
-COMPARED, ROWS = (
-    ("token_embd.weight", "output.weight", "blk.0.attn_q.weight"),
-    64,
-)  # weights, and how many of their rows
+COMPARED = ("token_embd.weight", "output.weight", "blk.0.attn_q.weight")  # of a GGUF of the user, besides vectors
+ROWS = 64  # of these
+Piece = tuple[
+    str, tuple[int, ...], str, Callable[[], np.ndarray]
+]  # a tensor's name, shape and type, and how it is read
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def write_base(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer)
 
-    def tensors() -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]:
+    def tensors() -> Iterator[Piece]:
         if (found := geometry.frequencies()) is not None:
             yield "rope_freqs.weight", found.shape, "f32", lambda: found
         for name, one in weights.items():
@@ -176,7 +177,7 @@ def write_adapter(path: Path, geometry: Geometry, factors: Mapping[str, tuple[Te
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     rank = next(iter(factors.values()))[0].shape[1]
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # llama.cpp multiplies by alpha / rank
-    tensors: list[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]] = []
+    tensors: list[Piece] = []
     for name, (up, down) in factors.items():
         stem = geometry.stored(name)
         rows = geometry.rows(name, (up.float() * scale).numpy())
@@ -264,7 +265,7 @@ def _writer(path: Path, geometry: Geometry) -> Any:
     return gguf.GGUFWriter(path, geometry.architecture)
 
 
-def _write(writer: Any, tensors: list[tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]]) -> None:
+def _write(writer: Any, tensors: list[Piece]) -> None:
     """Write a file: its header, then one tensor after another."""
     import gguf
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 
 from modalloy.inspection.figures import Inspection
-from modalloy.report.text import printable_lines
+from modalloy.report.text import aligned, printable_lines
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -45,10 +45,7 @@ def text(inspection: Inspection, *, with_tables: bool = True) -> str:
     """The inspection as lines for a terminal: tables of medians over the layers, the findings, the verdict."""
     lines = []
     for head, rows in tables(inspection) if with_tables else []:
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        for row in (head, *rows):
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines.append("")
+        lines += [*aligned([head, *rows]), ""]
     lines += [f"{finding.level:8} {finding.message}" for finding in inspection.findings]
     return printable_lines([*lines, f"verdict  {inspection.verdict}"])
 

@@ -77,9 +77,14 @@ class ChatModel:
         return Reply(
             answer=answer,
             prompt=prompt.text,
-            tokens={name: prompt.owners.count(i) for i, name in enumerate(self.processor.owners) if i in prompt.owners},
+            tokens=self.counts(prompt),
             new_tokens=new_tokens,
         )
+
+    def counts(self, prompt: Prompt) -> dict[str, int]:
+        """How many of a prompt's tokens are text's, and each modality's."""
+        names = self.processor.owners
+        return {name: prompt.owners.count(i) for i, name in enumerate(names) if i in prompt.owners}
 
     @cached_property
     def ends(self) -> Ends:

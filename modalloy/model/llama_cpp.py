@@ -27,7 +27,6 @@ from modalloy.storage.tensors import Checkpoint
 SENSES = "senses"  # stem of the file of everything but the decoder
 TABLE = "decoder.model.embed_tokens.weight"
 CONTEXT = 8192  # tokens of the cache, where the model could take more
-ENGINES = ("torch", "llama.cpp")
 
 
 @dataclass
@@ -62,9 +61,7 @@ class LlamaChat(ChatModel):
         """
         prompt = self.prompt(messages)
         answer = self._answered(prompt, max_new_tokens, on_text)
-        names = self.processor.owners
-        tokens = {name: prompt.owners.count(i) for i, name in enumerate(names) if i in prompt.owners}
-        return Reply(answer.answer, prompt.text, tokens, answer.new_tokens)
+        return Reply(answer.answer, prompt.text, self.counts(prompt), answer.new_tokens)
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64) -> list[tuple[str, int]]:
         """Greedy answers to prompts, and how many tokens each took."""

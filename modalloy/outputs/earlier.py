@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from modalloy._version import __version__
 from modalloy.errors import CheckpointError, RecipeError
+from modalloy.machine.program import program
 from modalloy.outputs.manifest import SOURCES, InputFile, read_manifest, read_places
 from modalloy.planning.job import Job, Survey
 from modalloy.planning.plan import Plan
@@ -31,7 +31,7 @@ def records(planned: Plan, surveys: Mapping[str, Survey], device: str) -> dict[s
     identities = {path: _identity(record.stamp, record.sha256) for path, record in files.items()}
     keys = {job.outputs[0].name: _key(job, identities, surveys) for job in planned.jobs}
     told = {str(path.resolve()): record.model_dump() for path, record in files.items()}
-    return {"made_by": _made_by(device), "files": told, "jobs": keys}
+    return {"made_by": program(device), "files": told, "jobs": keys}
 
 
 class Earlier:
@@ -47,8 +47,8 @@ class Earlier:
         places = read_places(folder / SOURCES)
         if places.jobs is None or places.files is None:
             raise CheckpointError(f"{folder}: its {SOURCES} records no jobs, so nothing can be taken over; {INSTEAD}")
-        if places.made_by != _made_by(device):
-            theirs, ours = (", ".join(made or ["something unknown"]) for made in (places.made_by, _made_by(device)))
+        if places.made_by != program(device):
+            theirs, ours = (", ".join(made or ["something unknown"]) for made in (places.made_by, program(device)))
             raise CheckpointError(
                 f"{folder}: was made by {theirs}, and this is {ours}: their bytes may differ; {INSTEAD}"
             )
@@ -128,11 +128,6 @@ def _hashed(planned: Plan) -> set[Path]:
 
 def _identity(stamp: list[int], sha256: str | None) -> str:
     return sha256 or f"stamp: {stamp}"
-
-
-def _made_by(device: str) -> list[str]:
-    """What else decides the bytes of a merge."""
-    return [f"modalloy {__version__}", f"torch {torch.__version__}", device, torch.backends.cpu.get_cpu_capability()]
 
 
 def _key(job: Job, identities: Mapping[Path, str], surveys: Mapping[str, Survey]) -> str:

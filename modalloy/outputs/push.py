@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 from modalloy.errors import CheckpointError, OutputError
+from modalloy.files import cache_folder
 from modalloy.outputs.manifest import MANIFEST, SOURCES, result_files
-from modalloy.storage.remote import Store, cache_folder
+from modalloy.storage.remote import Store
 
 
 def check_target(repo: str) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # control and format characters, halves of surrogate pairs, separators of lines; not the two that join letters and emoji
 ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -26,6 +26,12 @@ def printable(text: str, keep: str = "") -> str:
 def printable_lines(lines: Iterable[str]) -> str:
     """The lines as one text; a newline inside one of them, which a stranger's name may hold, is spelled out."""
     return "\n".join(map(printable, lines))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many cells each as lines whose columns begin below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def one_line(text: str, limit: int = 1500) -> str:

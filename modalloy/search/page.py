@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from modalloy.report.html import shell, table
-from modalloy.report.text import printable_lines
+from modalloy.report.text import aligned, printable_lines
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 52, 52, 14, 34
 LOSSES = {  # by variant, match or objective, the first that is here
@@ -64,9 +64,8 @@ def text(found: dict[str, Any]) -> str:
     lines = []
     for sweep in found["sweeps"]:
         head, rows = _cells(sweep)
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        for mark, row in zip([" ", *_marks(sweep)], [head, *rows], strict=True):
-            lines.append(f"{mark} " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+        marks = [" ", *_marks(sweep)]
+        lines += [f"{mark} {line}" for mark, line in zip(marks, aligned([head, *rows]), strict=True)]
         if (proxy := sweep["proxy"]) is not None:
             lines.append(proxy_words(proxy))
         if len(sweep["chosen_by_senses"]) > 1:

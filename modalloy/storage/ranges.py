@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from modalloy.errors import CheckpointError
-from modalloy.storage.remote import BLOCK_BYTES, RemoteFile, Store, cache_folder
+from modalloy.files import cache_folder
+from modalloy.storage.remote import BLOCK_BYTES, RemoteFile, Store
 from modalloy.storage.source import Source
 
 

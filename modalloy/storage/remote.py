@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from modalloy.errors import CheckpointError, OutputError, PassingError, cut, shown
-from modalloy.files import create
+from modalloy.files import cache_folder, create
 from modalloy.storage.folder import MAX_TEXT_BYTES, parse_json
 
 PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
@@ -65,12 +65,6 @@ def is_remote(location: str) -> bool:
     """Whether it is an address of a store that is read by ranges."""
     scheme, sign, _ = location.partition("://")
     return bool(sign) and scheme in PACKAGES
-
-
-def cache_folder() -> Path:
-    """Where headers, small files and blocks are kept: `MODALLOY_CACHE`, else in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modalloy"
-    return Path(os.environ.get("MODALLOY_CACHE") or default).absolute()
 
 
 def mirror(location: str, configs: Iterable[str], weights: Iterable[str]) -> Path:
