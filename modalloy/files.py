@@ -1,4 +1,4 @@
-"""Writing files so that nothing else is touched: never through a link, whole or not at all, errors as one line; the cache's place."""
+"""Writing files so that nothing else is touched: never through a link, whole or not at all, a disk's error as one line."""
 
 import errno
 import fcntl
