@@ -60,7 +60,7 @@ KIND = {
     "point": "shape",
 }  # videos are pictures that are moved
 VIEWS = {"image": 2, "audio": 1, "video": 2, "point": 8}  # of a training file
-CHOSEN = {"image": None, "audio": 6000, "video": 900, "point": None}  # training files; None: all
+CHOSEN = {"image": None, "audio": None, "video": 900, "point": None}  # training files; None: all
 QUERIES = 16  # tokens of the longest question, with some to spare
 READER = {"n_layers": 2, "hidden": 256, "heads": 4, "ffn": 512}
 ENCODED_TOGETHER = 32
@@ -76,9 +76,9 @@ def main() -> None:
     own = training_clips(clips, args.modality)
     model, processor = build([args.modality])
     features = cached_features(model, processor, own, args)
-    if not (args.work / "state.pt").is_file():
-        align(model, processor, features, own, args)
     trainer = Trainer(model, processor, features, own, args)
+    if not (args.work / "state.pt").is_file():
+        align(trainer)
     for stage in (1, 2):
         trainer.train(stage)
     save_specialist(model, args.modality, args.out)
@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--align", type=int, default=600, help="steps of stage 1a")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--views", type=int, help="views per training file, all but the first augmented")
+    parser.add_argument("--views", type=int, help="views per training file: changed copies of it (see augment.py)")
     parser.add_argument(
         "--lr",
         type=float,
@@ -198,21 +198,16 @@ def views(processor: ModalloyProcessor, clip: Clip, args: argparse.Namespace) ->
     ]
 
 
-def align(
-    model: ModalloyForConditionalGeneration,
-    processor: ModalloyProcessor,
-    features: dict[str, Tensor],
-    clips: list[Clip],
-    args: argparse.Namespace,
-) -> None:
-    """Stage 1a of the modality."""
-    table, tokenizer = model.get_input_embeddings().weight.detach(), processor.tokenizer
-    projector = model.projectors[args.modality]
+def align(trainer: Trainer) -> None:
+    """Stage 1a of the trainer's modality."""
+    args, clips, tokenizer = trainer.args, trainer.clips, trainer.processor.tokenizer
+    table = trainer.model.get_input_embeddings().weight.detach()
+    projector = trainer.model.projectors[args.modality]
 
     def report(entry: dict[str, Any]) -> None:
         log(args, entry, quiet=entry["step"] % 50)
 
-    x = torch.cat([features[str(clip.path)] for clip in clips])
+    x = torch.cat([trainer.features[str(clip.path)] for clip in clips])
     if args.modality == "audio":
         rows = torch.tensor(aligning.written([clip.text for clip in clips], tokenizer, QUERIES))
         known, transcripts = rows.unique(return_inverse=True)
