@@ -24,6 +24,7 @@ from modalloy.methods.ties import elect_and_merge
 
 ROUNDINGS = 4.0  # of an update's entry, by which it may be another: of both weights, their difference, and its factor
 EACH_OF = 4  # sources up to which every combination of smaller and larger entries is tried
+EVERY_OF = 3  # and up to which every choice of those that keep an entry is
 ROUNDS = 4
 MOST = 0.25  # share of entries beyond rounding up to which it may be the picks
 LEAST_DIGITS = torch.float32  # of any tool's arithmetic
@@ -95,14 +96,15 @@ def _kept(weight: Weight, trim: Trim, dtype: torch.dtype | None, by: float) -> b
     Of entries at a cut any may stay, but their number is given. What is written tells of most whether they stayed; the number of
     each update, and of all, must be between that of those which must have stayed, and of those which may have.
     """
-    surely, at_cut = [], []
+    surely, at_cut, equal = [], [], []
     for size, (first, last) in zip(trim.sizes, trim.ranks, strict=True):
         low, high = _magnitude(size, last), _magnitude(size, first + 1) if first else math.inf
+        equal.append(int(((size >= low) & (size <= high)).sum()))
         near = [(size >= cut * (1 - 2 * by)) & (size <= cut * (1 + 2 * by)) for cut in (low, high) if cut < math.inf]
         at_cut.append(torch.stack(near).any(0))
         surely.append((size >= low) & (size <= high) & ~at_cut[-1])
     n, cut = len(at_cut), torch.stack(at_cut)
-    lacks_choices = (cut.sum(0) > 2) & (n > EACH_OF)
+    lacks_choices = (cut.sum(0) > 2) & (n > EVERY_OF)
     explains = torch.zeros_like(cut[0])
     may_stay, may_go = cut & lacks_choices, cut & lacks_choices
     fewest, most = torch.full_like(cut[0], n, dtype=torch.int64), torch.zeros_like(cut[0], dtype=torch.int64)
@@ -121,19 +123,23 @@ def _kept(weight: Weight, trim: Trim, dtype: torch.dtype | None, by: float) -> b
             return False
     if not bool(explains.all()):
         return False
-    wanted = [last - first for first, last in trim.ranks]
     fixed = [int(own.sum()) for own in surely]
-    for own, count, can_stay, can_go in zip(fixed, wanted, may_stay, may_go, strict=True):
-        if not own + int((can_stay & ~can_go).sum()) <= count <= own + int(can_stay.sum()):
-            return False
+    must = [own + int((stays & ~goes).sum()) for own, stays, goes in zip(fixed, may_stay, may_go, strict=True)]
+    may = [own + int(stays.sum()) for own, stays in zip(fixed, may_stay, strict=True)]
     fewest, most = torch.where(lacks_choices, 0, fewest), torch.where(lacks_choices, cut.sum(0), most)
-    return sum(fixed) + int(fewest.sum()) <= sum(wanted) <= sum(fixed) + int(most.sum())
+    must.append(sum(fixed) + int(fewest.sum()))
+    may.append(sum(fixed) + int(most.sum()))
+    given = [last - first for first, last in trim.ranks]
+    for counts in (given, equal):  # tools keep some of those that equal the last, or all as here
+        if all(low <= count <= high for low, count, high in zip(must, [*counts, sum(counts)], may, strict=True)):
+            return True
+    return False
 
 
 def _choices(n: int) -> list[tuple[bool, ...]]:
     """Which of the updates keep an entry: all choices that differ at an entry which is at the cut of at most two of them."""
     both = (True, False)
-    if n <= EACH_OF:
+    if n <= EVERY_OF:
         return list(itertools.product(both, repeat=n))
     alone = (tuple((place == index) == is_in for place in range(n)) for index in range(n) for is_in in both)
     return [*((one,) * n for one in both), *alone]
