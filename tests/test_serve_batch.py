@@ -145,23 +145,31 @@ def test_a_client_that_goes_away_frees_its_row(chat: ChatModel) -> None:
     assert pairs[1][0].ids == alone(chat, chat.prompt(QUESTIONS[1]), 100)
 
 
-def test_turns_go_to_those_who_came_first() -> None:
-    turns, order = Turns(), []
+def test_turns_go_to_those_who_came_first_and_all_compute_in_one_thread() -> None:
+    turns, order, begun, hold = Turns(), [], threading.Event(), threading.Event()
 
-    def take(index: int) -> None:
-        with turns:
-            order.append(index)
+    def work(index: int) -> str:
+        order.append(index)
+        begun.set()
+        assert hold.wait(60)
+        return threading.current_thread().name
 
-    with turns:
-        threads = [threading.Thread(target=take, args=(index,)) for index in range(4)]
-        for index, thread in enumerate(threads):
-            thread.start()
-            until(lambda index=index: turns.asked == 2 + index)
-        assert order == []
-    take(4)  # whoever gives it back and asks again comes last
+    names: list[str] = []
+    threads = [
+        threading.Thread(target=lambda index=index: names.append(turns.take(lambda: work(index)))) for index in range(4)
+    ]
+    for index, thread in enumerate(threads):
+        thread.start()
+        assert begun.wait(60)
+        until(lambda index=index: turns.waiting == index)
+    assert order == [0]
+    hold.set()
     for thread in threads:
         thread.join()
-    assert order == [0, 1, 2, 3, 4]
+    assert order == [0, 1, 2, 3] and names == ["compute"] * 4
+    with pytest.raises(ZeroDivisionError):
+        turns.take(lambda: 1 // 0)
+    assert turns.take(lambda: 5) == 5  # goes on after a mistake
 
 
 def test_what_is_kept_stays_within_its_bytes() -> None:

@@ -135,8 +135,7 @@ class Preparer:
             found = decoded(sense)
             if isinstance(self.chat, HostedModel) or sense in self.chat.processor.preparers:
                 return found
-            with TURNS:
-                return self.chat.model.encode(sense, found[None])[0]
+            return TURNS.take(lambda: self.chat.model.encode(sense, found[None])[0])
 
         return self.known.get((sense, key), make)
 
@@ -147,8 +146,7 @@ class Preparer:
         """Blocks of all of a conversation's media of a native modality, which are made together."""
 
         def make() -> list[Block]:
-            with TURNS:
-                return self.chat.blocks(sense, media)
+            return TURNS.take(lambda: self.chat.blocks(sense, media))
 
         return list(self.known.get((sense, *map(_digest, media)), make))
 

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class Served:
         kept = min(KEPT_BYTES, free_bytes(chat.model.device) // KEPT_SHARE)
         self.engine = answering(chat, max_rows=max_batch, kept_bytes=kept)
         # the step of another engine than a batch is a whole answer, which nobody else should wait for
-        self._turn: Any = TURNS if isinstance(self.engine, Batch) else nullcontext()
+        self._takes_turns = isinstance(self.engine, Batch)
         _ = chat.ends  # worked out now rather than for the first who asks
         self.created = int(time.time())
         self._preparing = ThreadPoolExecutor(DECODING, thread_name_prefix=f"prepare {name}")
@@ -165,16 +165,22 @@ class Served:
                 arriving: list[Running] = []
                 while self._waiting and self.engine.room > len(arriving):
                     arriving.append(self._waiting.popleft())
-            with self._turn:
-                for running in arriving:
-                    self._add(running)
-                try:
-                    if not self.engine.idle:
-                        self.engine.step()
-                except Exception as error:
-                    self.engine.clear()
-                    self._fail(error, list(self._running))
+            if self._takes_turns:
+                TURNS.take(partial(self._advance, arriving))
+            else:
+                self._advance(arriving)
             self._tell()
+
+    def _advance(self, arriving: Sequence[Running]) -> None:
+        """Take in who arrives, and do one step for all."""
+        for running in arriving:
+            self._add(running)
+        try:
+            if not self.engine.idle:
+                self.engine.step()
+        except Exception as error:
+            self.engine.clear()
+            self._fail(error, list(self._running))
 
     def _add(self, running: Running) -> None:
         self._running.append(running)

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from modalloy.serve.app import GRACE_SECONDS, application
 from modalloy.serve.metrics import Metrics
 from modalloy.serve.options import Options, address, is_loopback, reached
 from modalloy.serve.queue import Served, share
+from modalloy.serve.turns import TURNS
 from modalloy.storage.locate import locate
 
 MAX_CONNECTIONS = 512
@@ -45,9 +47,10 @@ def serve(
     chats = {}
     for name, path in models.items():
         given = {"device": options.device, "dtype": options.dtype, "quantize": options.quantize}
-        chats[name] = load_by(options.engine, path, context=options.context, sequences=options.max_batch, **given)
+        load = partial(load_by, options.engine, path, context=options.context, sequences=options.max_batch, **given)
+        chats[name] = TURNS.take(load)
         on_line(f"loaded   {name}: text, {', '.join(chats[name].modalities) or 'nothing else'}")
-    if saved := share(list(chats.values())):
+    if saved := TURNS.take(partial(share, list(chats.values()))):
         on_line(f"shared   {saved / 1e6:.0f} MB of equal weights are held once")
     served = {
         name: Served(name, chat, hosts, metrics, max_batch=options.max_batch, max_queue=options.max_queue)
