@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,19 @@ def test_turns_go_to_those_who_came_first_and_all_compute_in_one_thread() -> Non
     with pytest.raises(ZeroDivisionError):
         turns.take(lambda: 1 // 0)
     assert turns.take(lambda: 5) == 5  # goes on after a mistake
+
+
+def test_others_that_compute_in_one_thread_leave_the_turns_their_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        turns = Turns()
+        assert turns.take(torch.get_num_threads) == 3
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+            assert turns.take(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_kept_stays_within_its_bytes() -> None:

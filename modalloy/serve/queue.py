@@ -96,7 +96,9 @@ class Served:
         self._takes_turns = isinstance(self.engine, Batch)
         _ = chat.ends  # worked out now rather than for the first who asks
         self.created = int(time.time())
-        self._preparing = ThreadPoolExecutor(DECODING, thread_name_prefix=f"prepare {name}")
+        self._preparing = ThreadPoolExecutor(
+            DECODING, f"prepare {name}", initializer=torch.set_num_threads, initargs=(1,)
+        )  # one thread each: see `turns`
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
         self._taken = 0  # places of requests that are being read, prepared, waited for or answered

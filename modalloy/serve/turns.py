@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import torch
+
 Found = TypeVar("Found")
 
 
@@ -33,6 +35,7 @@ class Turns:
         return found.result()
 
     def _run(self) -> None:
+        torch.set_num_threads(torch.get_num_threads())  # as they are now, whatever other threads choose for themselves
         while True:
             found, work = self._asked.get()
             try:
