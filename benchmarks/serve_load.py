@@ -6,7 +6,8 @@
   oversize, half-sent bodies, clients that go away in mid-answer). The others ask about every mix of media; each answer must be
   the greedy one of `ChatModel.reply`, alone, in another process. Each hostile one must get the status that is expected.
 - memory: `--long` requests of the same kinds with new media, and the server's memory, open files, threads and children after
-  each tenth; `--long 0` leaves it out. Keys and values of earlier turns are kept on purpose, up to a limit, and counted apart.
+  each tenth; `--long 0` leaves it out. Keys and values of earlier turns, and media, are kept on purpose, up to limits, and are
+  counted apart.
 
 Prints a table, then one JSON document as its last line.
 """
@@ -247,7 +248,7 @@ def held(one: Server) -> dict[str, int]:
     threads = [path.read_text().split() for path in place.glob("task/*/children")]
     return {
         "resident_bytes": one.resident_bytes,
-        "kept_bytes": int(figure(one, "modalloy_kept_bytes")),
+        "kept_bytes": int(figure(one, "modalloy_kept_bytes") + figure(one, "modalloy_known_bytes")),
         "files": len(list((place / "fd").iterdir())),
         "threads": len(list((place / "task").iterdir())),
         "children": len({*children, *itertools.chain(*threads)}),

@@ -85,7 +85,7 @@ def strangers(found: dict[str, Any]) -> str:
         first, last = marks[0], marks[-1]
         lines += [
             f"Over {memory['requests']} requests (a third text, a third with new media, a third hostile) the server held:\n",
-            "| after requests | resident MB | of these kept of earlier turns | open files | threads | children |",
+            "| after requests | resident MB | of these kept of earlier turns and media | open files | threads | children |",
             "|---|---|---|---|---|---|",
             *(
                 f"| {memory['requests'] * (index + 1) // len(marks)} | {mark['resident_bytes'] / 1e6:.0f} | "

@@ -25,6 +25,7 @@ class Metrics:
         self.kept = Gauge(
             "modalloy_kept_bytes", "Keys and values of earlier turns that are kept.", ["model"], registry=kept
         )
+        self.known = Gauge("modalloy_known_bytes", "Media that are known, encoded.", ["model"], registry=kept)
         self.tokens = Counter(
             "modalloy_tokens",
             "Tokens of prompts by modality, and of answers.",

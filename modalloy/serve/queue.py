@@ -205,6 +205,7 @@ class Served:
                 self.metrics.answered(self.name, self.chat.processor.owners, running)
                 running.tell(None)
         self.metrics.running.labels(self.name).set(len(self._running))
+        self.metrics.known.labels(self.name).set(self.preparer.known.bytes)
         if isinstance(self.engine, Batch):
             self.metrics.kept.labels(self.name).set(self.engine.kept.bytes)
 
