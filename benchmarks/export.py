@@ -120,7 +120,6 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="ask no more questions after so long")
-    parser.add_argument("--keep", action="store_true", help="take exports that an earlier run left")
     parser.add_argument("--out", type=Path, default=Path("build/bench/export"))
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,9 +133,8 @@ def main() -> None:
     for way, options in WAYS.items():
         folders[way] = args.out / way
         args.out.mkdir(parents=True, exist_ok=True)
-        if not (args.keep and folders[way].is_dir()):
-            shutil.rmtree(folders[way], ignore_errors=True)
-            export(source, folders[way], **options)
+        shutil.rmtree(folders[way], ignore_errors=True)
+        export(source, folders[way], **options)
     reference = load_model(source)
     chats = {way: opened(str(folders[way]), way) for way in WAYS}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}

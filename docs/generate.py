@@ -302,7 +302,7 @@ def _export(told: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# The built-in merge in llama.cpp\n",
-            f"`benchmarks/export.py` on {told['cores']} core(s), load {told['load']:.0f}: speeds are of a busy machine.",
+            f"`benchmarks/export.py` on {told['cores']} cores, load {told['load']:.1f}.",
             f"PyTorch answers {told['rows']['f16']['questions']} questions greedily (the demo's, the others of `senses`), in at",
             f"most {told['answer_tokens']} tokens; each export gets the same prompts, and these answers token by token.",
             "An answer is the same if each of its tokens is the export's likeliest, too; a tie is a place where PyTorch's own two",

@@ -17,6 +17,7 @@ from modalloy.auditing.weight import Expected, Read
 from modalloy.delta import Delta, LowRank
 from modalloy.errors import MethodError, RecipeError
 from modalloy.methods import METHODS
+from modalloy.methods.apply import apply
 from modalloy.methods.arcee_fusion import divergences
 from modalloy.methods.entries import norm_factor
 from modalloy.methods.parameters import each
@@ -163,38 +164,29 @@ class Claim:
         return stated
 
     def _trim(self, slot: Slot, promise: Promise, read: Read, *, turned: bool) -> Trim:
-        """What a method keeps of the updates by their magnitude, and what it gives where it keeps others: all of what is left of
-        updates that are masked before."""
+        """What a method keeps of the updates by their magnitude, and what it gives of what is left: all of that."""
         updates = [_dense(one).float() for one in updates_of(promise, read, torch.float32, dense=True)]
-        n, parameters = len(updates), promise.parameters
-        kept = [max(1, round(share * updates[0].numel())) for share in each(parameters["density"], n)]
-        ranks = []
-        for count, share in zip(kept, each(parameters.get("gamma", 0.0), n), strict=True):
-            first = max(0, min(round(share * updates[0].numel()), updates[0].numel() - count))
+        n, entries, parameters = len(updates), updates[0].numel(), promise.parameters
+        ranks, factors = [], [1.0] * n
+        for density, gamma in zip(each(parameters["density"], n), each(parameters.get("gamma", 0.0), n), strict=True):
+            count = max(1, round(density * entries))
+            first = max(0, min(round(gamma * entries), entries - count))
             ranks.append((first, first + count))
-        factors = [1.0] * n
         if parameters.get("rescale") == "norm":
-            norms = [one.abs().double().flatten().sort(descending=True).values for one in updates]
-            after = [float(one[slice(*band)].sum()) for one, band in zip(norms, ranks, strict=True)]
-            factors = [norm_factor(float(one.sum()), left) for one, left in zip(norms, after, strict=True)]
+            sizes = [one.abs().double().flatten().sort(descending=True).values for one in updates]
+            after = [float(one[slice(*band)].sum()) for one, band in zip(sizes, ranks, strict=True)]
+            factors = [norm_factor(float(one.sum()), left) for one, left in zip(sizes, after, strict=True)]
         keeps_all = {"density": 1.0, "gamma": 0.0, "rescale": "none"}
-        whole = replace(promise, parameters={name: keeps_all.get(name, own) for name, own in parameters.items()})
+        whole = {name: keeps_all.get(name, own) for name, own in parameters.items()}
 
-        def merge(masks: Sequence[Tensor], side: int, by: float) -> Expected:
-            def left(given: list[Delta]) -> list[Delta]:
-                found: list[Delta] = []
-                for one, mask, factor in zip(given, masks, factors, strict=True):
-                    dense = one.dense() if isinstance(one, LowRank) else one
-                    own = (mask.T if turned else mask).reshape(dense.shape)
-                    found.append(dense * own * factor * (1 + side * by * dense.sign()))
-                return found
+        def merge(left: list[Tensor]) -> Tensor:
+            given: list[Delta] = [one * factor for one, factor in zip(left, factors, strict=True)]
+            weights = [update.weight for update in promise.updates]
+            shape = (1, left[0].shape[1])
+            return _dense(apply(promise.method, given, whole, shape, slot=slot.name, weights=weights))
 
-            merged = _dense(merged_update(whole, read, self.surveys, double=self.double, alter=left))
-            return _placed(slot, merged.T if turned else merged)
-
-        sizes = [(one.T if turned else one).abs() for one in updates]
         rows = slot.base.shape[0] if slot.base.shape else 1
-        return Trim([one.reshape(rows, -1) for one in sizes], ranks, merge)
+        return Trim([(one.T if turned else one).reshape(rows, -1) for one in updates], ranks, merge)
 
     def _by_method(self, slot: str) -> Promise:
         """A matrix or vector merged by the recipe's method, whatever kind of tensor it is; a vector is a row."""

@@ -36,14 +36,13 @@ Merging = Callable[[Sequence[Delta], Mapping[str, Any]], Tensor]  # of dense upd
 class Trim:
     """That a method keeps entries of every update by the rank of their magnitude, before it merges what is left entry by entry.
 
-    `sizes`: magnitudes (rows, columns), one for each update. `ranks`: of each, the first that stays, counted from the largest
-    on, and the one after the last. `merge` gives the change for masks of what stays, and for a side (1, −1, 0) to which sums
-    fall that cancel within a relative error.
+    `updates`: (rows, columns) each. `ranks`: of each, the first that stays, counted from the largest on, and the one after the
+    last. `merge` gives the change for what stays of some entries of each, (1, entries).
     """
 
-    sizes: Sequence[Tensor]
+    updates: Sequence[Tensor]
     ranks: Sequence[tuple[int, int]]
-    merge: Callable[[Sequence[Tensor], int, float], Expected]
+    merge: Callable[[list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Stated:
 def explained(weight: Weight, stated: Stated) -> bool:
     """Whether updates that differ by rounding alone give every entry of a weight."""
     by = ROUNDINGS * max(unit_of(stated.dtype or weight.dtype), weight.unit) if stated.by is None else stated.by
-    if stated.trim is not None:
-        return _kept(weight, stated.trim, stated.dtype, by)
+    if stated.trim is not None and weight.written is not None:  # else an adapter's factors, which are no entries
+        return _kept(weight, stated, stated.trim, by)
     if stated.merge is None:
         return False
     left = weight.beyond(stated.change, stated.dtype)
@@ -90,40 +89,47 @@ def explained(weight: Weight, stated: Stated) -> bool:
     return not bool(left.any())
 
 
-def _kept(weight: Weight, trim: Trim, dtype: torch.dtype | None, by: float) -> bool:
+def _kept(weight: Weight, stated: Stated, trim: Trim, by: float) -> bool:
     """Whether some entries give a weight that a method may keep, as many as it keeps.
 
     Of entries at a cut any may stay, but their number is given. What is written tells of most whether they stayed; the number of
     each update, and of all, must be between that of those which must have stayed, and of those which may have.
     """
-    surely, at_cut, equal = [], [], []
-    for size, (first, last) in zip(trim.sizes, trim.ranks, strict=True):
+    open_ones, fixed, equal, kept, at_cut = weight.beyond(stated.change, stated.dtype), [], [], [], []
+    for update, (first, last) in zip(trim.updates, trim.ranks, strict=True):
+        size = update.abs()
         low, high = _magnitude(size, last), _magnitude(size, first + 1) if first else math.inf
-        equal.append(int(((size >= low) & (size <= high)).sum()))
         near = [(size >= cut * (1 - 2 * by)) & (size <= cut * (1 + 2 * by)) for cut in (low, high) if cut < math.inf]
         at_cut.append(torch.stack(near).any(0))
-        surely.append((size >= low) & (size <= high) & ~at_cut[-1])
-    n, cut = len(at_cut), torch.stack(at_cut)
+        kept.append((size >= low) & (size <= high))
+        equal.append(int(kept[-1].sum()))
+        kept[-1] &= ~at_cut[-1]
+        fixed.append(int(kept[-1].sum()))
+        open_ones |= at_cut[-1]
+    # all other entries are right whatever stays
+    cut, surely = (torch.stack([one[open_ones] for one in each]) for each in (at_cut, kept))
+    updates = torch.stack([update[open_ones] for update in trim.updates])
+    n, scale = len(cut), weight.size(stated.change)
     lacks_choices = (cut.sum(0) > 2) & (n > EVERY_OF)
     explains = torch.zeros_like(cut[0])
     may_stay, may_go = cut & lacks_choices, cut & lacks_choices
     fewest, most = torch.full_like(cut[0], n, dtype=torch.int64), torch.zeros_like(cut[0], dtype=torch.int64)
     for stay in _choices(n):
-        masks = [own | (at & stays) for own, at, stays in zip(surely, at_cut, stay, strict=True)]
-        right, is_in = torch.zeros_like(cut[0]), torch.tensor(stay)[:, None, None]
-        for side in (0, 1, -1):
-            right |= ~weight.beyond(trim.merge(masks, side, by), dtype)
+        is_in = torch.tensor(stay)[:, None]
+        left, right = updates * (surely | (cut & is_in)), torch.zeros_like(explains)
+        for side in (0, 1, -1):  # sums that cancel within rounding may fall to either
+            merged = trim.merge([one[None] for one in left * (1 + side * by * updates.sign())])
+            right |= ~weight.beyond_at(open_ones, merged[0], scale, stated.dtype)
         may_stay |= cut & is_in & right
         may_go |= cut & ~is_in & right
         number = (cut & is_in).sum(0)
         fewest = torch.where(right, fewest.minimum(number), fewest)
         most = torch.where(right, most.maximum(number), most)
         explains |= right
-        if not bool((explains | cut.any(0)).all()):  # others are the same whatever stays
+        if not bool((explains | cut.any(0)).all()):
             return False
     if not bool(explains.all()):
         return False
-    fixed = [int(own.sum()) for own in surely]
     must = [own + int((stays & ~goes).sum()) for own, stays, goes in zip(fixed, may_stay, may_go, strict=True)]
     may = [own + int(stays.sum()) for own, stays in zip(fixed, may_stay, strict=True)]
     fewest, most = torch.where(lacks_choices, 0, fewest), torch.where(lacks_choices, cut.sum(0), most)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modalloy.auditing.picked import Stated, Trim, explained
-from modalloy.auditing.weight import Expected, Weight
+from modalloy.auditing.weight import Weight
 from modalloy.methods.ties import Combine, ties
 
 IN_VAIN = 3  # weights on which one is looked for without success before it is given up
@@ -44,7 +44,9 @@ class Trims:
                 (change[both] / merged[both]).median()
             )  # a fit by squares would follow the few that are wrong
 
-            trim = _trim(deltas, count(density * entries), scale, _merge(deltas, combine, 1.0))
+            whole = _merge(deltas, combine, 1.0)
+            ranks = [(0, max(1, int(count(density * entries))))] * len(deltas)
+            trim = Trim(deltas, ranks, lambda left, whole=whole, scale=scale: scale * whole(left))  # type: ignore[misc]
             stated = Stated((scale * merged).__getitem__, trim=trim)
             if weight.test(stated.change).holds or explained(weight, stated):
                 if (combine, density) not in self.known:
@@ -69,16 +71,8 @@ class Trims:
 
 def _merge(deltas: list[Tensor], combine: Combine, density: float) -> Callable[[Sequence[Tensor]], Tensor]:
     """A TIES of updates, in float64."""
-    shape = (len(deltas[0]), deltas[0].shape[1])
+    shape = (len(deltas[0]), deltas[0].shape[1])  # unused
     return lambda updates: ties(list(updates), density=density, combine=combine, scale=1.0, shape=shape).double()
-
-
-def _trim(deltas: list[Tensor], kept: float, scale: float, whole: Callable[[Sequence[Tensor]], Tensor]) -> Trim:
-    def merge(masks: Sequence[Tensor], side: int, by: float) -> Expected:
-        left = [delta * mask * (1 + side * by * delta.sign()) for delta, mask in zip(deltas, masks, strict=True)]
-        return (scale * whole(left)).__getitem__
-
-    return Trim([delta.abs() for delta in deltas], [(0, max(1, int(kept)))] * len(deltas), merge)
 
 
 def _changed(weight: Weight) -> float:

@@ -140,7 +140,11 @@ class Weight:
             return info.eps * up[rows].abs() @ down.abs()
         if self.written is None:
             return torch.zeros(1, self.columns, dtype=torch.float64)
-        size = self.written[rows].double().abs()
+        return self._rounding(self.written[rows].double().abs(), dtype)
+
+    def _rounding(self, size: Tensor, dtype: torch.dtype) -> Tensor:
+        """What writing numbers of a size in a type may change."""
+        info = torch.finfo(dtype)
         least = info.smallest_normal * info.eps / 2
         if self.coded:  # by blocks that are scaled to the largest code
             least *= float(size.max()) / info.max if size.numel() else 0.0
@@ -259,12 +263,26 @@ class Weight:
         ratios = (self._ratio(rows, expected(rows), self.change(rows), coarse, False) for rows in self.blocks())
         return torch.cat([ratio > 1 for ratio in ratios])
 
+    def beyond_at(self, places: Tensor, wanted: Tensor, near: float, dtype: torch.dtype | None = None) -> Tensor:
+        """The same of some `places` (rows, columns) alone, at which `wanted` (places,) is expected, of a change of a mean size."""
+        assert self.written is not None and self.base is not None
+        written, coarse = self.written[places].double(), dtype or self.dtype
+        change = written - self.base[places].double()
+        return self._over(change, wanted, near, self._rounding(written.abs(), coarse), coarse) > 1
+
+    def size(self, expected: Expected) -> float:
+        """The root mean square of the entries of an expected change."""
+        squares = sum(float(expected(rows).double().square().sum()) for rows in self.blocks())
+        return math.sqrt(squares / max(1, self.n_rows * self.columns))
+
     def _ratio(self, rows: slice, wanted: Tensor, change: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
         """The deviation of every entry over what rounding allows."""
+        near = float(wanted.square().mean().sqrt()) if wanted.numel() else 0.0
+        return self._over(change, wanted, near, self.rounding(rows, dtype) * (WHOLE if whole else 1.0), dtype)
+
+    def _over(self, change: Tensor, wanted: Tensor, near: float, rounding: Tensor, dtype: torch.dtype) -> Tensor:
         unit = max(torch.finfo(dtype).eps / 2, self.unit)
         apart = (change - wanted).abs()
-        near = float(wanted.square().mean().sqrt()) if wanted.numel() else 0.0
-        rounding = self.rounding(rows, dtype) * (WHOLE if whole else 1.0)
         allowed = TWICE * (rounding + ARITHMETIC * unit * (wanted.abs() + near))
         return torch.where(apart == 0, 0.0, apart / allowed)
 

@@ -13,8 +13,8 @@ from typing import Literal
 Kind = Literal[
     "facts", "arithmetic", "languages", "copying", "formats", "refuses what is harmful", "answers what is harmless"
 ]
-FIRST = 5  # of each kind, that are asked without --thorough; the others are asked with it
-NEW_TOKENS, NEW_TOKENS_THOROUGH = 16, 48
+FIRST = 4  # of each kind, that are asked without --thorough; the others are asked with it
+NEW_TOKENS, NEW_TOKENS_THOROUGH = 12, 48
 WRITTEN, WRITTEN_THOROUGH = 3, 10  # prompts that are answered in words
 
 TEXT = """The river rises in the hills to the north of the town and flows through it under three stone bridges, the oldest
