@@ -62,7 +62,7 @@ def test_a_result_is_checked_beside_its_base_and_parents(
 
 def test_a_parent_beside_itself_has_no_divergence(tmp_path: Path, specialists: dict[str, Path], base: Path) -> None:
     parent = modalloy.load_model(specialists["image"], base=str(base))
-    told = [module._told(parent, "image", builtin.samples("image")[0])]
+    told = module._told(parent, "image", builtin.samples("image")[:1])
     found = module._compared("image", "image", parent, told)
     assert found.kl.value == pytest.approx(0, abs=1e-9) and found.same.value == 1
     other = modalloy.load_model(specialists["image"], base=str(base))

@@ -160,7 +160,7 @@ def test_a_machine_with_another_program_is_named(
 ) -> None:
     from modalloy.engines import ray as engine
 
-    monkeypatch.setattr(engine, "program", lambda: "modalloy 9")
+    monkeypatch.setattr(engine, "program", lambda: ["modalloy 9"])
     with pytest.raises(
         OutputError, match=r"machine .* has modalloy 0.* and this one modalloy 9, whose bytes may differ"
     ):

@@ -20,9 +20,9 @@ from typing import Any
 from modalloy.engines import local
 from modalloy.errors import ModalloyError, OutputError, PassingError, plain
 from modalloy.machine.cores import AHEAD
-from modalloy.machine.program import program
 from modalloy.machine.threads import one_thread
 from modalloy.planning.job import Done, Job
+from modalloy.planning.program import program
 from modalloy.storage.inputs import Inputs
 from modalloy.storage.tensors import WeightFile
 from modalloy.storage.writer import TensorSpec, WeightWriter

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.machine.program import program
 from modalloy.outputs.manifest import SOURCES, InputFile, read_manifest, read_places
 from modalloy.planning.job import Job, Survey
 from modalloy.planning.plan import Plan
+from modalloy.planning.program import program
 from modalloy.storage.tensors import Checkpoint
 
 INSTEAD = "merge without --from"
