@@ -8,9 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from modalloy.errors import OutputError, missing_package
-from modalloy.files import disk_errors, replace_text
 from modalloy.outputs.manifest import read_manifest
-from modalloy.outputs.relist import relist
+from modalloy.outputs.rewrite import rewrite
 
 BOM = "bom.cdx.json"  # the name that CycloneDX asks for
 
@@ -65,7 +64,5 @@ def write_bom(folder: str | Path, *, overwrite: bool = False) -> Path:
     number = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(outputs, sort_keys=True))
     found = Bom(components=parents, metadata=BomMetaData(component=merged, timestamp=written), serial_number=number)
     found.register_dependency(merged, parents)
-    with disk_errors(folder):
-        replace_text(target, JsonV1Dot6(found).output_as_string(indent=1) + "\n")
-    relist(folder, BOM)
+    rewrite(folder, BOM, JsonV1Dot6(found).output_as_string(indent=1) + "\n")
     return target

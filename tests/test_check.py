@@ -55,6 +55,12 @@ def test_a_result_is_checked_beside_its_base_and_parents(
     assert read_json(out / "manifest.json")["check"]["models"]["base"]["facts"]["n"] == 1
     done = CliRunner().invoke(app, ["check", str(out)], standalone_mode=False)
     assert done.return_value == (0 if found.ok else 1) and "perplexity" in done.stdout
+    manifest, card = (out / "manifest.json").read_text(), (out / "README.md").read_text()
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(ModalloyError, match=r"manifest\.json"):
+        add_to_card(out, replace(found, seconds=0.0, worse=("something",)))
+    assert (out / "README.md").read_text() == card  # nothing half-written
+    (out / "manifest.json").write_text(manifest)
     (out / "sources.json").unlink()
     with pytest.raises(ModalloyError, match=r"has no sources\.json"):
         check(out)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from modalloy.evals.check import LOWER, MERGED, Checked, Row
-from modalloy.files import disk_errors, replace_text
-from modalloy.outputs.relist import relist
+from modalloy.outputs.rewrite import rewrite
 from modalloy.report.escape import markdown_text
 from modalloy.report.text import aligned
 
@@ -61,9 +60,7 @@ def add_to_card(out: str | Path, checked: Checked) -> None:
     """Put the section into the result's README.md, in the place of an earlier one, and its hash into the manifest."""
     out = Path(out)
     card = (out / "README.md").read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0]
-    with disk_errors(out):
-        replace_text(out / "README.md", f"{card.rstrip()}\n\n{section(checked)}")
-    relist(out, "README.md", check=checked.to_dict())
+    rewrite(out, "README.md", f"{card.rstrip()}\n\n{section(checked)}", check=checked.to_dict())
 
 
 def _title(name: str) -> str:
