@@ -134,9 +134,9 @@ class Cluster:
                         "that all machines share"
                     )
                 if theirs != own:
-                    differ = " and this one ".join(map(", ".join, (theirs, own)))
+                    other, this = (", ".join(made) for made in (theirs, own))
                     raise OutputError(
-                        f"machine {name} of the cluster has {differ}, whose bytes may differ; install the same"
+                        f"machine {name} of the cluster has {other} and this one {this}, whose bytes may differ; install the same"
                     )
         finally:
             mark.unlink()
