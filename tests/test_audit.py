@@ -299,9 +299,9 @@ def test_a_merge_of_mergekit_in_bfloat16_is_what_its_recipe_gives_or_cannot_be_t
     assert not damaged.ok and one.kind not in ("method", "untold"), (one.kind, one.worst)
 
 
-@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "sce"])
+@pytest.mark.parametrize(("method", "count"), [("ties", 2), ("ties", 4), ("breadcrumbs", 2), ("sce", 2)])
 def test_updates_of_few_steps_are_told_though_most_entries_are_at_the_cut(
-    base: Path, tmp_path: Path, method: str
+    base: Path, tmp_path: Path, method: str, count: int
 ) -> None:
     """Fine-tunes in bfloat16 move most entries by no step or one: magnitudes are equal, and updates cancel exactly."""
 
@@ -315,22 +315,22 @@ def test_updates_of_few_steps_are_told_though_most_entries_are_at_the_cut(
 
         return change
 
-    names = {name: copy_of(base, tmp_path / name, stepped(seed)) for seed, name in enumerate(("plain", "one", "two"))}
+    tuned = ("one", "two", "three", "four")[:count]
+    names = {name: copy_of(base, tmp_path / name, stepped(seed)) for seed, name in enumerate(("plain", *tuned))}
     parameters, _, _ = MERGES[method]
     config = {
         "merge_method": method,
         "base_model": str(names["plain"]),
         "dtype": "bfloat16",
         "parameters": parameters,
-        "models": [{"model": str(names[name])} for name in ("one", "two")],
+        "models": [{"model": str(names[name])} for name in tuned],
     }
     out, recipe = mergekit_merged(config, tmp_path / "out"), tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config))
     found = modalloy.audit(out, base=names["plain"], recipe=recipe)
     assert found.ok and not found.untold, found.findings
-    if (
-        method == "ties"
-    ):  # others keep few of those that are equal, or nearly all; larger and smaller entries are the same
+    if method == "ties":
+        # others keep few of those that are equal, or nearly all; larger and smaller entries are the same
         name = "model.layers.0.mlp.up_proj.weight"
         few, every = cut_shares(names["plain"], names["one"], name)
         for part in (0.02, 0.98):

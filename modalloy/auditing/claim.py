@@ -19,8 +19,7 @@ from modalloy.errors import MethodError, RecipeError
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply
 from modalloy.methods.arcee_fusion import divergences
-from modalloy.methods.entries import norm_factor
-from modalloy.methods.parameters import each
+from modalloy.methods.entries import kept_ranks, norm_factor
 from modalloy.planning.models import labels, locate_specialist
 from modalloy.planning.planner import plan
 from modalloy.promise import Promises
@@ -152,7 +151,7 @@ class Claim:
             return Stated(partial(_rowed, update), dtype=cast, by_factors=method.combines, whole=method.combines)
         stated = Stated(merged(), nudged, len(promise.updates), dtype=cast, whole=promise.method in MULTIPLY_THE_BASE)
         if promise.method in TRIMMING and promise.parameters.get("threshold") != "global":
-            stated = replace(stated, trim=self._trim(slot, promise, read, turned=turned))
+            stated = replace(stated, trim=partial(self._trim, slot, promise, read, turned=turned))
         if "seed" in promise.parameters:
             why = f"{promise.method} draws at random which entries it drops, and another tool's draws are others"
             return replace(stated, untold=why)
@@ -166,12 +165,9 @@ class Claim:
     def _trim(self, slot: Slot, promise: Promise, read: Read, *, turned: bool) -> Trim:
         """What a method keeps of the updates by their magnitude, and what it gives of what is left: all of that."""
         updates = [_dense(one).float() for one in updates_of(promise, read, torch.float32, dense=True)]
-        n, entries, parameters = len(updates), updates[0].numel(), promise.parameters
-        ranks, factors = [], [1.0] * n
-        for density, gamma in zip(each(parameters["density"], n), each(parameters.get("gamma", 0.0), n), strict=True):
-            count = max(1, round(density * entries))
-            first = max(0, min(round(gamma * entries), entries - count))
-            ranks.append((first, first + count))
+        n, parameters = len(updates), promise.parameters
+        ranks = kept_ranks(updates[0].numel(), parameters["density"], parameters.get("gamma", 0.0), n)
+        factors = [1.0] * n
         if parameters.get("rescale") == "norm":
             sizes = [one.abs().double().flatten().sort(descending=True).values for one in updates]
             after = [float(one[slice(*band)].sum()) for one, band in zip(sizes, ranks, strict=True)]

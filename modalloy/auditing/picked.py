@@ -52,7 +52,7 @@ class Stated:
     `merge` gives it for `n` updates that are altered at some entries, of a method that picks single ones, `by` is how much
     rounding may alter them (None: as of any entry). `dtype` is that of the arithmetic, if it is coarser than what is written.
     `by_factors`: it is a sum of updates and base whose factors come from inner products; `whole`: the base is multiplied too.
-    `trim` is there of a method that keeps a number of entries by their magnitude.
+    `trim` makes it of a method that keeps a number of entries by their magnitude, which few weights need.
     `untold` says why what the method picks cannot be worked out again, `either` is what is there where it picks.
     """
 
@@ -63,7 +63,7 @@ class Stated:
     dtype: torch.dtype | None = None
     by_factors: bool = False
     whole: bool = False
-    trim: Trim | None = None
+    trim: Callable[[], Trim] | None = None
     untold: str = ""
     either: Expected | None = None
 
@@ -72,7 +72,7 @@ def explained(weight: Weight, stated: Stated) -> bool:
     """Whether updates that differ by rounding alone give every entry of a weight."""
     by = ROUNDINGS * max(unit_of(stated.dtype or weight.dtype), weight.unit) if stated.by is None else stated.by
     if stated.trim is not None and weight.written is not None:  # else an adapter's factors, which are no entries
-        return _kept(weight, stated, stated.trim, by)
+        return _kept(weight, stated, stated.trim(), by)
     if stated.merge is None:
         return False
     left = weight.beyond(stated.change, stated.dtype)
@@ -109,34 +109,31 @@ def _kept(weight: Weight, stated: Stated, trim: Trim, by: float) -> bool:
     # all other entries are right whatever stays
     cut, surely = (torch.stack([one[open_ones] for one in each]) for each in (at_cut, kept))
     updates = torch.stack([update[open_ones] for update in trim.updates])
-    n, scale = len(cut), weight.size(stated.change)
-    lacks_choices = (cut.sum(0) > 2) & (n > EVERY_OF)
-    explains = torch.zeros_like(cut[0])
-    may_stay, may_go = cut & lacks_choices, cut & lacks_choices
-    fewest, most = torch.full_like(cut[0], n, dtype=torch.int64), torch.zeros_like(cut[0], dtype=torch.int64)
-    for stay in _choices(n):
-        is_in = torch.tensor(stay)[:, None]
-        left, right = updates * (surely | (cut & is_in)), torch.zeros_like(explains)
+    scale, n = weight.size(stated.change), len(cut)
+    others, choices, right = ~cut.any(0), torch.tensor(_choices(n))[:, :, None], []  # choices: (choices, updates, 1)
+    for is_in in choices:
+        left = updates * (surely | (cut & is_in))
+        gives = torch.zeros_like(others)
         for side in (0, 1, -1):  # sums that cancel within rounding may fall to either
             merged = trim.merge([one[None] for one in left * (1 + side * by * updates.sign())])
-            right |= ~weight.beyond_at(open_ones, merged[0], scale, stated.dtype)
-        may_stay |= cut & is_in & right
-        may_go |= cut & ~is_in & right
-        number = (cut & is_in).sum(0)
-        fewest = torch.where(right, fewest.minimum(number), fewest)
-        most = torch.where(right, most.maximum(number), most)
-        explains |= right
-        if not bool((explains | cut.any(0)).all()):
+            gives |= ~weight.beyond_at(open_ones, merged[0], scale, stated.dtype)
+        if not bool(gives[others].all()):
             return False
-    if not bool(explains.all()):
+        right.append(gives)
+    given = torch.stack(right)  # (choices, entries)
+    if not bool(given.any(0).all()):
         return False
-    must = [own + int((stays & ~goes).sum()) for own, stays, goes in zip(fixed, may_stay, may_go, strict=True)]
-    may = [own + int(stays.sum()) for own, stays in zip(fixed, may_stay, strict=True)]
-    fewest, most = torch.where(lacks_choices, 0, fewest), torch.where(lacks_choices, cut.sum(0), most)
+    several = (cut.sum(0) > 2) & (n > EVERY_OF)  # at the cut of so many that not every choice was tried
+    may_stay, may_go = (cut & ((one & given[:, None]).any(0) | several) for one in (choices, ~choices))
+    number = (cut & choices).sum(1)  # of updates that keep an entry at their cut, by choice
+    fewest = torch.where(several, 0, number.masked_fill(~given, n).amin(0))
+    most = torch.where(several, cut.sum(0), number.masked_fill(~given, 0).amax(0))
+    must = [own + int(one.sum()) for own, one in zip(fixed, may_stay & ~may_go, strict=True)]
+    may = [own + int(one.sum()) for own, one in zip(fixed, may_stay, strict=True)]
     must.append(sum(fixed) + int(fewest.sum()))
     may.append(sum(fixed) + int(most.sum()))
-    given = [last - first for first, last in trim.ranks]
-    for counts in (given, equal):  # tools keep some of those that equal the last, or all as here
+    exact = [last - first for first, last in trim.ranks]
+    for counts in (exact, equal):  # some of those that equal the last stay, or all as here
         if all(low <= count <= high for low, count, high in zip(must, [*counts, sum(counts)], may, strict=True)):
             return True
     return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,18 +36,14 @@ class Trims:
         change = torch.cat([weight.change(rows) for rows in weight.blocks()])
         for combine, density, count in self._candidates(deltas, share):
             exact = count(density * entries) / entries
-            merge = _merge(deltas, combine, exact)
-            merged = merge(deltas)
+            merged = _merge(combine, exact)(deltas)
             both = (merged != 0) & (change != 0)
             if not bool(both.any()):
                 continue
-            scale = float(
-                (change[both] / merged[both]).median()
-            )  # a fit by squares would follow the few that are wrong
-
-            whole = _merge(deltas, combine, 1.0)
+            # a fit by squares would follow the few that are wrong
+            scale = float((change[both] / merged[both]).median())
             ranks = [(0, max(1, int(count(density * entries))))] * len(deltas)
-            trim = Trim(deltas, ranks, lambda left, whole=whole, scale=scale: scale * whole(left))  # type: ignore[misc]
+            trim = partial(Trim, deltas, ranks, _merge(combine, 1.0, scale))
             stated = Stated((scale * merged).__getitem__, trim=trim)
             if weight.test(stated.change).holds or explained(weight, stated):
                 if (combine, density) not in self.known:
@@ -69,10 +66,9 @@ class Trims:
             yield from itertools.product(COMBINES, _densities(deltas, share), counts)
 
 
-def _merge(deltas: list[Tensor], combine: Combine, density: float) -> Callable[[Sequence[Tensor]], Tensor]:
+def _merge(combine: Combine, density: float, scale: float = 1.0) -> Callable[[list[Tensor]], Tensor]:
     """A TIES of updates, in float64."""
-    shape = (len(deltas[0]), deltas[0].shape[1])  # unused
-    return lambda updates: ties(list(updates), density=density, combine=combine, scale=1.0, shape=shape).double()
+    return lambda updates: scale * ties(updates, density=density, combine=combine, scale=1.0, shape=(0, 0)).double()
 
 
 def _changed(weight: Weight) -> float:
@@ -86,7 +82,7 @@ def _densities(deltas: list[Tensor], share: float) -> list[float]:
     low, high = 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        merged = _merge(deltas, "mean", middle)(deltas)
+        merged = _merge("mean", middle)(deltas)
         low, high = (middle, high) if float((merged != 0).float().mean()) < share else (low, middle)
     near = (low + high) / 2
     return [one for one in dict.fromkeys((round(near, 2), round(near, 3), near)) if 0 < one <= 1]

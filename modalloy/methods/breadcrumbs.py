@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import absolute_sum, magnitude_cuts, norm_factor, row_blocks
+from modalloy.methods.entries import absolute_sum, kept_ranks, magnitude_cuts, norm_factor, row_blocks
 from modalloy.methods.method import ENTRY_LAWS, Method, always
-from modalloy.methods.parameters import Number, Probabilities, Shares, each
+from modalloy.methods.parameters import Number, Probabilities, Shares
 from modalloy.methods.ties import Combine, elect_and_merge
 
 Rescale = Literal["none", "norm"]
@@ -85,12 +85,9 @@ def _bands(
 ) -> list[tuple[Tensor, tuple[float, float], float]]:
     """Every update with the least and the largest magnitude that stay, and what it is multiplied by."""
     n = deltas[0].numel()
-    kept = [max(1, round(share * n)) for share in each(density, len(deltas))]
-    shares = zip(kept, each(gamma, len(deltas)), strict=True)
-    outliers = [max(0, min(round(share * n), n - one)) for one, share in shares]
-    lows = magnitude_cuts(
-        lambda: [deltas], [(one + left) / max(1, n) for one, left in zip(kept, outliers, strict=True)]
-    )
+    ranks = kept_ranks(n, density, gamma, len(deltas))
+    outliers = [first for first, _ in ranks]
+    lows = magnitude_cuts(lambda: [deltas], [last / max(1, n) for _, last in ranks])
     cuts = magnitude_cuts(lambda: [deltas], [(one + 1) / n for one in outliers]) if any(outliers) else lows
     highs = [cut if one else math.inf for cut, one in zip(cuts, outliers, strict=True)]
     found = []

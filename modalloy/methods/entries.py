@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modalloy.methods.parameters import each
+from modalloy.methods.parameters import Probabilities, Shares, each
 
 BLOCK_ENTRIES = 1 << 18  # of one matrix handled at once: temporaries stay small and near the processor
 DIGIT_BITS = 16
@@ -57,6 +57,20 @@ def magnitude_cuts(
             digits.append(digit)
         found = [high << DIGIT_BITS | digit for high, digit in zip(found or [0] * len(digits), digits, strict=True)]
     return [float(torch.tensor(pattern, dtype=integer).view(dtype)) for pattern in found]
+
+
+def kept_ranks(n: int, density: Shares, gamma: Probabilities, updates: int) -> list[tuple[int, int]]:
+    """Of each update of `n` entries, by magnitude from the largest on: the first entry that stays, and the one after the last.
+
+    The largest round(gamma · n) go, and of the others the largest max(1, round(density · n)) stay; where fewer are left, fewer of
+    the largest go.
+    """
+    found = []
+    for share, outliers in zip(each(density, updates), each(gamma, updates), strict=True):
+        kept = max(1, round(share * n))
+        first = max(0, min(round(outliers * n), n - kept))
+        found.append((first, first + kept))
+    return found
 
 
 def norm_factor(before: float, after: float) -> float:
