@@ -85,6 +85,11 @@ def test_a_parent_beside_itself_has_no_divergence(tmp_path: Path, specialists: d
     assert wanted > 0 and module._compared("image", "image", other, told).kl.value == pytest.approx(wanted)
 
 
+def test_a_folder_that_is_none_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ModalloyError, match=r"nowhere: has no manifest\.json, so it is no result of modalloy merge"):
+        check(tmp_path / "nowhere")
+
+
 def test_an_adapter_is_refused(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     modalloy.merge(write_recipe(), tmp_path / "out")
     with pytest.raises(ModalloyError, match=r"no model by itself; output\.form omni or full is checked"):

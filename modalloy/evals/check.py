@@ -129,9 +129,10 @@ def check(
         ModalloyError: `out` is no such result, or its inputs are gone.
     """
     began, out = time.monotonic(), Path(out)
+    manifest = read_manifest(out)
     if not (out / "config.json").is_file():
         raise ModalloyError(f"{out}: is no model by itself; output.form omni or full is checked")
-    manifest, recipe = read_manifest(out), load_recipe(out / "recipe.yaml")
+    recipe = load_recipe(out / "recipe.yaml")
     if not (out / SOURCES).exists():
         raise CheckpointError(
             f"{out}: has no {SOURCES}, which says where base and parents are; check where it was merged"
