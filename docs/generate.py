@@ -7,12 +7,14 @@ import argparse
 import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import scale_results
 import search_results
+import senses_results
 import serve_results
 from typer.main import get_command
 
@@ -61,7 +63,8 @@ def pages() -> dict[str, str]:
         "results/native.md": native(),
         "results/speed.md": speed(),
         "results/classes.md": classes(),
-        **search(),
+        **stored("search", search_results.page),
+        **stored("senses", senses_results.page),
         "results/serve.md": serve_results.page(RESULTS),
         "results/scale.md": scale_results.page(RESULTS),
         "results/export.md": export(),
@@ -386,10 +389,10 @@ def speed() -> str:
     )
 
 
-def search() -> dict[str, str]:
-    """What searches without labels chose, from the stored results of their benchmark; the page as it is until there are any."""
-    stored = RESULTS / "search.json"
-    return {"results/search.md": search_results.page(json.loads(stored.read_text()))} if stored.is_file() else {}
+def stored(name: str, page: Callable[[dict[str, Any]], str]) -> dict[str, str]:
+    """The page of a benchmark whose results are stored; the page as it is until there are any."""
+    path = RESULTS / f"{name}.json"
+    return {f"results/{name}.md": page(json.loads(path.read_text()))} if path.is_file() else {}
 
 
 def _text(text: str) -> str:

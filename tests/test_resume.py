@@ -29,7 +29,8 @@ FULL = {"form": "full", "max_shard_size": "6KB"}
 # With `cycle`, another child resumes what was killed, and the result is moved to OUT.POINT.
 KILLER = textwrap.dedent("""
     import json, os, signal, sys
-    from modalloy.merging import merge  # before the forks, none of which then imports torch again
+    import transformers.models.auto.tokenization_auto, modalloy.model  # before the forks, none of which then imports them again
+    from modalloy.merging import merge
     from modalloy.storage import staging
     from pathlib import Path
 

@@ -1,32 +1,36 @@
 """Stage 1a: projectors that speak the decoder's language before the decoder is asked, which needs no decoder and so no time."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modalloy.evals.corpus import Clip
+
 Report = Callable[[dict[str, Any]], None]
 LOGIT_SCALE = 1 / 0.07
+OWN_SHARE = 0.15  # of all files
 
 
 def name_things(
-    projector: Any, x: Tensor, concepts: Tensor, words: Tensor, steps: int, seed: int, report: Report
+    projector: Any, x: Tensor, asked: Sequence[tuple[Tensor, Tensor]], steps: int, seed: int, report: Report
 ) -> None:
-    """Turn the tokens of what is shown towards the embedding of its name.
+    """Turn the tokens of what is shown towards the embedding of its name, and of how it moves where that is asked too.
 
-    The loss is a softmax over all concepts of the cosine between their names' embeddings and the medium's mean token (and, at
-    a quarter of the weight, each token). Lengths are free while it runs; in the end the last layer is scaled so that tokens
-    have the size of word embeddings.
+    The loss is a softmax over all names of the cosine between their embeddings and the medium's mean token (and, at a quarter
+    of the weight, each token), added up over what is asked. Lengths are free while it runs; in the end the last layer is scaled
+    so that tokens have the size of word embeddings.
 
     Args:
         projector: an `Mlp` of two layers.
         x: (media, tokens, dim), encoder features.
-        concepts: (media,), the concept's index of each.
-        words: (concepts, width), the mean embedding of each concept's name.
+        asked: of each thing that is asked (media,), the right name's index, and (names, width), the mean embedding of each
+            name. The names of the first are drawn in equal shares.
     """
-    directions = nn.functional.normalize(words, dim=-1)
-    share = torch.bincount(concepts, minlength=len(words)).float()
+    first = asked[0][0]
+    share = torch.bincount(first, minlength=len(asked[0][1])).float()
     generator = torch.Generator().manual_seed(seed)
     mean = x.flatten(0, 1).mean(0)
     with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
@@ -36,19 +40,46 @@ def name_things(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     drop = nn.Dropout(0.5)
     for step in range(steps):
-        rows = torch.multinomial(1 / share[concepts], min(256, len(concepts)), generator=generator)
+        rows = torch.multinomial(1 / share[first], min(256, len(x)), generator=generator)
         tokens = projector(drop(x[rows] - mean) + mean)
-        whole = LOGIT_SCALE * nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T
-        parts = LOGIT_SCALE * nn.functional.normalize(tokens, dim=-1) @ directions.T
-        each = concepts[rows, None].expand(parts.shape[:2])
-        loss = nn.functional.cross_entropy(whole, concepts[rows])
-        loss = loss + 0.25 * nn.functional.cross_entropy(parts.flatten(0, 1), each.flatten())
+        loss = x.new_zeros(())
+        for right, words in asked:
+            directions = nn.functional.normalize(words, dim=-1)
+            whole = LOGIT_SCALE * nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T
+            parts = LOGIT_SCALE * nn.functional.normalize(tokens, dim=-1) @ directions.T
+            each = right[rows, None].expand(parts.shape[:2])
+            loss = loss + nn.functional.cross_entropy(whole, right[rows])
+            loss = loss + 0.25 * nn.functional.cross_entropy(parts.flatten(0, 1), each.flatten())
         advance(optimizer, schedule, loss)
         report({"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)})
     with torch.no_grad():
-        scale = (words.pow(2).mean() / projector(x[:1000]).pow(2).mean()).sqrt()
+        scale = (asked[0][1].pow(2).mean() / projector(x[:1000]).pow(2).mean()).sqrt()
         projector[2].weight.mul_(scale)
         projector[2].bias.mul_(scale)
+
+
+def artist_groups(clips: Sequence[Clip]) -> dict[str, str]:
+    """The group of each family of artists: its own where it made a good share of the files, else "others"."""
+    made = Counter(clip.family for clip in clips)
+    return {family: family if count >= OWN_SHARE * len(clips) else "others" for family, count in made.items()}
+
+
+class Blind(nn.Module):
+    """Projects each medium by a projector that was taught without the artists whose medium it is.
+
+    What a projector was taught with it knows too well: a decoder that is trained on such tokens learns to trust them, and fails
+    on those of an artist who is new. So the decoder is trained on what each medium would look like if its artist were new.
+    """
+
+    def __init__(self, groups: dict[str, str], projectors: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.groups, self.taught = groups, nn.ModuleDict(projectors)
+        self.families: list[str] = []  # of the media of the next batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(media, features, dim) → (media, tokens, width)."""
+        given = zip(self.families, x, strict=True)
+        return torch.cat([self.taught[self.groups[family]](row[None]) for family, row in given])
 
 
 def read_aloud(

@@ -7,7 +7,7 @@ update, so that `merge_method: average` makes the joint model of them.
 
 Stage 1 is shared with the specialists in --start: their projectors stay frozen, and their prefix and suffix tokens are where
 these start. What is trained is the update and these tokens, on the lessons, batches and schedule of stage 2 of `train.py`,
-whose encoder features are used where `--work` has them. Re-running resumes.
+whose encoder features and blind projectors are used where `--work` has them. Re-running resumes.
 
     python examples/specialists/single_path.py --modality all --data DIR --out build/references/joint
 """
@@ -22,7 +22,7 @@ import torch
 from lessons import Lesson
 from safetensors.torch import load_file
 from torch import Tensor
-from train import ENCODER, VIEWS, build, cached_features, save_specialist, training_clips
+from train import ENCODER, VIEWS, blind_projectors, build, cached_features, save_specialist, training_clips
 from trainer import Trainer, trained
 
 from modalloy import builtin
@@ -46,7 +46,9 @@ def main() -> None:
         own.work = args.work / modality
         own.work.mkdir(parents=True, exist_ok=True)
         shown = training_clips(clips, modality)
-        parts.append(Trainer(model, processor, cached_features(model, processor, shown, own), shown, own))
+        part = Trainer(model, processor, cached_features(model, processor, shown, own), shown, own)
+        part.blind = blind_projectors(part)
+        parts.append(part)
     args.work = args.work / f"single-path-{args.modality}"
     args.work.mkdir(parents=True, exist_ok=True)
     SinglePath(parts, args).train(2)
@@ -74,6 +76,7 @@ def parse() -> argparse.Namespace:
         help="folder of the specialists of stage 1 (default: built-in)",
     )
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--align", type=int, default=600, help="steps of stage 1a of the blind projectors")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=50, help="steps between saved states")

@@ -14,7 +14,7 @@ import random
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from augment import VIEW
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from trainer import Trainer, log, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,6 +33,7 @@ from modalloy.evals.ask import answers
 from modalloy.evals.benchmark import Source
 from modalloy.evals.corpus import Clip
 from modalloy.evals.features import FeatureCache
+from modalloy.evals.motion import MOTIONS
 from modalloy.evals.scores import baselines
 from modalloy.evals.statistics import bootstrap_interval
 from modalloy.model import load_model
@@ -79,8 +80,9 @@ def main() -> None:
     trainer = Trainer(model, processor, features, own, args)
     if not (args.work / "state.pt").is_file():
         align(trainer)
-    for stage in (1, 2):
-        trainer.train(stage)
+    trainer.train(1)
+    trainer.blind = blind_projectors(trainer)
+    trainer.train(2)
     save_specialist(model, args.modality, args.out)
     write_card(own, args)
 
@@ -94,7 +96,7 @@ def parse() -> argparse.Namespace:
         "--work", type=Path, help="features, log and resume state (default: build/specialists/MODALITY)"
     )
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=(40, 600), help="steps of stage 1 and 2 through the decoder"
+        "--steps", type=int, nargs=2, default=(0, 600), help="steps of stage 1 and 2 through the decoder"
     )
     parser.add_argument("--align", type=int, default=600, help="steps of stage 1a")
     parser.add_argument("--batch", type=int, default=8)
@@ -207,8 +209,8 @@ def align(trainer: Trainer) -> None:
     def report(entry: dict[str, Any]) -> None:
         log(args, entry, quiet=entry["step"] % 50)
 
-    x = torch.cat([trainer.features[str(clip.path)] for clip in clips])
     if args.modality == "audio":
+        x = torch.cat([trainer.features[str(clip.path)] for clip in clips])
         rows = torch.tensor(aligning.written([clip.text for clip in clips], tokenizer, QUERIES))
         known, transcripts = rows.unique(return_inverse=True)
         transcripts = transcripts.repeat_interleave(args.views, 0)
@@ -218,11 +220,49 @@ def align(trainer: Trainer) -> None:
         )
         log(args, {"stage": "1a", "tokens read": round(tokens, 4), "whole": round(whole, 4), "known": len(known)})
         return
-    phrases = {clip.concept: tokenizer.encode(f" {clip.concept}", add_special_tokens=False) for clip in clips}
-    words = torch.stack([table[ids].mean(0) for ids in phrases.values()])
-    place = {concept: index for index, concept in enumerate(phrases)}
+    name(trainer, projector, clips, report)
+
+
+def name(trainer: Trainer, projector: nn.Module, clips: Sequence[Clip], report: aligning.Report) -> None:
+    """Teach a projector what the clips show, among all names, and how videos move."""
+    args, encode = trainer.args, trainer.processor.tokenizer.encode
+    table = trainer.model.get_input_embeddings().weight.detach()
+
+    def words(names: Iterable[str]) -> Tensor:
+        return torch.stack([table[encode(f" {name}", add_special_tokens=False)].mean(0) for name in names])
+
+    x = torch.cat([trainer.features[str(clip.path)] for clip in clips]).float()
+    place = {concept: index for index, concept in enumerate(dict.fromkeys(clip.concept for clip in trainer.clips))}
     concepts = torch.tensor([place[clip.concept] for clip in clips]).repeat_interleave(args.views)
-    aligning.name_things(projector, x.float(), concepts, words, args.align, args.seed, report)
+    asked = [(concepts, words(place))]
+    if args.modality == "video":
+        motions = list(MOTIONS)
+        shown = [motions.index(senses.motion_of(clip, view)) for clip in clips for view in range(args.views)]
+        asked.append((torch.tensor(shown), words(motions)))
+    aligning.name_things(projector, x, asked, args.align, args.seed, report)
+
+
+def blind_projectors(trainer: Trainer) -> aligning.Blind | None:
+    """A projector for each group of artists, taught with the others' media, and kept in the work folder.
+
+    None where there is but one group, and for speech: its projector reads the voices it was not taught with as well.
+    """
+    args, groups, taught = trainer.args, aligning.artist_groups(trainer.clips), {}
+    if args.modality == "audio" or len(set(groups.values())) < 2:
+        return None
+    for group in sorted(set(groups.values())):
+        path = args.work / f"without-{group}.safetensors"
+        projector = build_projector(trainer.model.config.modalities[args.modality]["projector"])
+        if path.is_file():
+            projector.load_state_dict(load_file(path))
+        else:
+            others = [clip for clip in trainer.clips if groups[clip.family] != group]
+            torch.manual_seed(args.seed)
+            name(trainer, projector, others, lambda _: None)
+            save_file(projector.state_dict(), path)
+            log(args, {"stage": "1a", "without": group, "clips": len(others)})
+        taught[group] = projector.requires_grad_(False)
+    return aligning.Blind(groups, taught)
 
 
 def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from aligning import Blind
 from lessons import Lesson, lessons
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ class Trainer:
         args: argparse.Namespace,
     ) -> None:
         self.model, self.processor, self.features, self.clips, self.args = model, processor, features, clips, args
+        self.blind: Blind | None = None
 
     def train(self, stage: int) -> None:
         """Run (or finish) one stage."""
@@ -105,12 +107,24 @@ class Trainer:
         features = torch.stack([self.features[str(lesson.clip.path)][lesson.view] for lesson in batch]).float()
         ids, owner, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
         mask = pad([[1] * len(row[0]) for row in rows], 0)
-        embeds = self.model.embed(ids, owner, {batch[0].modality: features})
+        embeds = self.embed(ids, owner, features, batch)
         with self.model.routes.use(self.model.path(owner), self.model.config.owners):
             hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         targets = labels[:, 1:]
         logits = self.model.decoder.lm_head(hidden[:, :-1][targets != -100])  # the answers' positions only
         return nn.functional.cross_entropy(logits, targets[targets != -100])
+
+    def embed(self, ids: Tensor, owner: Tensor, features: Tensor, batch: list[Lesson]) -> Tensor:
+        """What the decoder is given, (batch, tokens, width); media are projected by `blind`, where there is one."""
+        modality, projectors = batch[0].modality, self.model.projectors
+        own = projectors[modality]
+        if self.blind is not None:
+            self.blind.families = [lesson.clip.family for lesson in batch]
+            projectors[modality] = self.blind
+        try:
+            return self.model.embed(ids, owner, {modality: features})
+        finally:
+            projectors[modality] = own
 
     def tensors(self) -> dict[str, Tensor]:
         """What a saved state holds of the model."""
