@@ -23,6 +23,7 @@ import functools
 import gc
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,7 @@ from modalloy.storage.folder import read_json
 from modalloy.storage.locate import open_base
 
 CELLS = ("image", "text")
+PICTURES = 200  # of the questions about one picture, drawn with one seed
 SKILL = "elements"  # a donor, and the questions about what it alone knows
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0)
 PARTS = ("check", "curves", "methods", "search", "reverse")
@@ -196,9 +198,10 @@ def asked(bench: Bench, name: str, recipe: Recipe) -> Run:
 
 
 def of_cells(benchmark: Benchmark, source: Source, *, skilled: bool) -> list[Sample]:
-    """The questions about one picture, and those of text."""
-    found = [one for one in benchmark.samples(source) if one.group["cell"] in CELLS]
-    return found + (elements.samples() if skilled else [])
+    """PICTURES questions about one picture, and those of text."""
+    found = {cell: [one for one in benchmark.samples(source) if one.group["cell"] == cell] for cell in CELLS}
+    drawn = random.Random(0).sample(found["image"], min(PICTURES, len(found["image"])))
+    return [*drawn, *found["text"], *(elements.samples() if skilled else [])]
 
 
 def curves(bench: Bench, target: str, donors: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import across_results
 import click
+import paper_results
 import scale_results
 import search_results
 import senses_results
@@ -65,6 +67,8 @@ def pages() -> dict[str, str]:
         "results/classes.md": classes(),
         **stored("search", search_results.page),
         **stored("senses", senses_results.page),
+        **stored("senses", paper_results.page, "paper"),
+        **stored("across", across_results.page),
         "results/serve.md": serve_results.page(RESULTS),
         "results/scale.md": scale_results.page(RESULTS),
         "results/export.md": export(),
@@ -389,10 +393,10 @@ def speed() -> str:
     )
 
 
-def stored(name: str, page: Callable[[dict[str, Any]], str]) -> dict[str, str]:
-    """The page of a benchmark whose results are stored; the page as it is until there are any."""
+def stored(name: str, page: Callable[[dict[str, Any]], str], called: str | None = None) -> dict[str, str]:
+    """A page of a benchmark whose results are stored; the page as it is until there are any."""
     path = RESULTS / f"{name}.json"
-    return {f"results/{name}.md": page(json.loads(path.read_text()))} if path.is_file() else {}
+    return {f"results/{called or name}.md": page(json.loads(path.read_text()))} if path.is_file() else {}
 
 
 def _text(text: str) -> str:
