@@ -1,10 +1,13 @@
 """`export --to llama.cpp` writes a picture encoder that llama.cpp has as mmproj: llama.cpp's own encoding of pictures is the judge.
 
 llama.cpp computes the convolution of patches and GELU by float16, so embeddings agree within a few parts in a thousand of the
-largest (measured: 6e-4 of CLIP, 5e-4 of SigLIP).
+largest (measured: 6.7e-4 of CLIP, 5.7e-4 of SigLIP).
 """
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +20,13 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import WIDTH, compose_tensors, edit_tensors, write_compose
+from conftest import WIDTH, edit_tensors, write_compose
 from PIL import Image
 from published_clip import write_clip
+from serving import image
 from test_export import QUESTION, bpe, changed, config_of, run, write_decoder
 
 import modalloy
-from modalloy.errors import CheckpointError
 from modalloy.model import ChatModel, load_model
 from modalloy.model.chat import user_message
 from modalloy.model.llama_cpp import LlamaChat, load_exported
@@ -40,6 +43,21 @@ TEMPLATE = (  # of a whole LLaVA, with nothing between a picture and the text
     "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
     "{% endfor %}{% endfor %}"
 )
+
+# llama-server's own answer to a picture and a question; arguments: base, adapter, mmproj, the picture as a data URL, the question
+SERVER = """
+import json, sys
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, adapter, params.mmproj.path, url, question = sys.argv[1:]
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+params.port = 0
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads, params.mmproj_use_gpu = 256, 1, 1, False
+parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8, "temperature": 0}
+with open("answer.json", "w") as file:
+    json.dump(xllamacpp.Server(params).handle_chat_completions(asked), file)
+"""
 
 
 def write_specialist(folder: Path, **options: Any) -> Path:
@@ -131,7 +149,6 @@ def test_a_square_picture_has_pytorchs_embeddings(
     shown = picture(size, size)
     wanted = by_torch(torches, shown)
     found = encoded(llama, exported / "mmproj-image.gguf", shown)
-    print("off", size, off(found, wanted))
     assert off(found, wanted) < CLOSE
     assert off(np.roll(found, 1, 0), wanted) > 0.1
 
@@ -142,7 +159,6 @@ def test_an_oblong_one_is_resized_before_it_is_padded(llama: LlamaChat, torches:
     encoder: Any = torches.model.encoders["image"]
     square = Image.new("RGB", (SIZE, SIZE), tuple(int(255 * mean) for mean in encoder.image_mean))
     square.paste(shown.resize((SIZE, SIZE // 2), Image.Resampling.BICUBIC), (0, (SIZE - SIZE // 2) // 2))
-    print("oblong", off(found, by_torch(torches, square)), off(found, by_torch(torches, shown)))
     assert off(found, by_torch(torches, square)) < CLOSE < off(found, by_torch(torches, shown))
 
 
@@ -241,9 +257,89 @@ def test_a_whole_llava_has_pytorchs_embeddings_and_with_siglip_its_answer(kind: 
     wanted = theirs.features("image", shown).embeddings.numpy()
     found = encoded(chat, mmproj, shown)
     is_last = kind == "CLIP"  # the class token
-    print("native", kind, off(found[: len(found) - is_last], wanted[is_last:]))
     assert found.shape == wanted.shape and off(found[: len(found) - is_last], wanted[is_last:]) < CLOSE
     if kind == "Siglip":
-        check_answer(chat, theirs, theirs.prompt(user_message(QUESTION, [("image", shown)])), mmproj, shown)
+        prompt = theirs.prompt(user_message(QUESTION, [("image", shown)]))
+        shown.save(tmp_path / "shown.png")
+        url = image(tmp_path / "shown.png")["image_url"]["url"]
+        files = [str(tmp_path / "llama" / name) for name in ("base-f32.gguf", "lora-text.gguf", mmproj.name)]
+        subprocess.run(
+            [sys.executable, "-c", SERVER, *files, url, QUESTION], cwd=tmp_path, check=True, capture_output=True
+        )
+        said = json.loads((tmp_path / "answer.json").read_text())
+        assert said["usage"]["prompt_tokens"] == len(prompt.ids)
+        answer = said["choices"][0]["message"]["content"].strip()
+        assert answer == theirs.generate([prompt], max_new_tokens=8)[0][0]
     assert ("issue 25814" in (tmp_path / "llama" / "README.md").read_text()) == is_last
     chat.decoder.close()
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge whose senses have weights of their own: CLIP's pictures, and sounds."""
+    folder = tmp_path_factory.mktemp("routed")
+    sounds = {"model": str(write_compose(folder / "audio", "audio", seed=2)), "modality": "audio"}
+    return write_merge(folder, sounds, tokens=0)
+
+
+def test_what_an_mmproj_is_not_is_said(
+    routed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    code, said, _ = run(capsys, monkeypatch, "export", str(routed), "--to", "llama.cpp", "-o", str(tmp_path / "out"))
+    assert code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    command = "llama-server -m base-f16.gguf --lora lora-image.gguf --mmproj mmproj-image.gguf"
+    for text in (said, card.replace("`", "")):
+        assert f"{command}: NOT this model, since the adapter of image is then text's too" in text
+        assert "audio: no mmproj: llama.cpp has no graph for builtin:whisper-tiny.en with a projector mlp" in text
+    assert "Only square pictures are prepared alike" in card and "issue 25814" in card
+    file = gguf.GGUFReader(tmp_path / "out" / "mmproj-image.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
+    assert kinds["v.blk.1.attn_q.weight"] == kinds["mm.0.weight"] == "F16" and "v.blk.2.ln1.weight" not in kinds
+    assert kinds["v.position_embd.weight"] == kinds["mm.0.bias"] == "F32"
+    assert file.fields["general.type"].contents() == "mmproj"
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({"projector": {"type": "mlp", "widths": [32, WIDTH]}}, "no graph for clip with a projector mlp of 1 layers"),
+        ({"projector": {"type": "qformer"}}, "no graph for clip with a projector qformer"),
+        ({"encoder": {"name": "languagebind", "settings": {}}}, "no graph for languagebind with a projector mlp"),
+        ({"n_prefix": 1, "n_suffix": 1}, "no place for the 2 trained tokens around each medium"),
+        ({"hidden_act": "relu"}, "no activation relu in a vision tower"),
+        ({"num_hidden_layers": 1}, "no graph that takes the states after 0 of 1 blocks"),
+        ({"native": {"config": {"model_type": "qwen2_vl"}}}, "an mmproj of qwen2_vl is not written here"),
+        ({"native": {"like": "video"}}, "an mmproj of this class is not written here"),
+    ],
+)
+def test_what_llama_cpp_lacks_is_named(change: dict[str, Any], lacking: str, shared: Path) -> None:
+    from modalloy.export.merged import open_merged
+    from modalloy.export.mmproj import vision
+
+    merged = open_merged(shared)
+    sizes = merged.config.modalities["image"]
+    for key, value in change.items():
+        place = sizes["encoder"]["settings"] if key in ("hidden_act", "num_hidden_layers") else sizes
+        place[key] = value
+    found = vision(merged, "image")
+    assert isinstance(found, str) and found.startswith(lacking)
+
+
+def test_an_encoder_that_is_gone_or_another_is_one_line(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def smaller(content: dict[str, Any]) -> None:
+        content["modalities"]["image"]["encoder"]["settings"]["image_size"] = 28
+
+    def elsewhere(content: dict[str, Any]) -> None:
+        content["modalities"]["image"]["source"] = str(tmp_path / "nowhere")
+
+    lines = {"position_embedding.weight is of shape .*, not ": smaller, "nowhere: no such folder": elsewhere}
+    for number, (line, change) in enumerate(lines.items()):
+        odd = changed(shared, tmp_path / f"odd-{number}", change)
+        code, _, said = run(capsys, monkeypatch, "export", str(odd), "--to", "llama.cpp", "-o", str(tmp_path / "out"))
+        assert code == 2 and said.count("\n") == 1 and re.search(line, said), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd-0", "odd-1"]
