@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from modalloy.export.merged import Merged, check_routable, open_merged
+from modalloy.export.mmproj import Mmproj, write_mmprojs
 from modalloy.export.tokens import check_tokenizer, write_tokenizer
 from modalloy.export.weights import Geometry, check_base, check_type, write_adapter, write_base
 from modalloy.files import write_text
@@ -31,6 +32,22 @@ Text tokens use the base and `{text}`; tokens of each other sense the base and t
 
 `modalloy chat . --engine llama.cpp` encodes media, and switches adapters within a prompt; so do `serve` and `eval`. Other programs
 (`llama-cli`, `llama-server`) give one adapter to a whole request: `{command}` is this model for text alone.
+
+Media in other programs, which encode pictures by an mmproj:
+
+{media}
+"""
+# what an mmproj is good for, by whether the sense's tokens use the same adapter as text
+SAME = "`{command}`: every token uses the weights it uses here"
+OTHER = "`{command}`: NOT this model, since the adapter of {sense} is then text's too; for requests with {sense} only"
+SQUARE = """
+There a picture is resized, then padded to a square; here it is padded first (or cropped, where a whole model's own processor does
+that). Only square pictures are prepared alike.
+"""
+CLASS_LAST = """
+llama.cpp puts CLIP's class token after the patches, and then drops the first feature in its place (its issue 25814). {files} is
+written for that order: the first patch's feature (top left) is missing, the class token's comes last, all others are right. For a
+llama.cpp in which this is mended another file is needed.
 """
 
 
@@ -71,12 +88,18 @@ def export(source: str | Path, out: Path, *, kind: str = "f16", gguf: Path | Non
         adapters = _write_adapters(merged, geometry, folder)
         entry = {"base": base, "adapters": adapters, "context": geometry.context}
         _write_senses(merged, folder, entry)
+        mmprojs = write_mmprojs(merged, folder, kind)
+        write_text(folder / "README.md", _card(entry, mmprojs))
     lines = [
         f"base     {base}",
         *(f"{owner:8} {name or 'the base alone'}" for owner, name in adapters.items()),
+        *(_line(entry, mmproj) for mmproj in mmprojs.values()),
         f"wrote    {out}",
     ]
-    return {"out": str(out), "base": base, "adapters": adapters, "lines": lines}
+    return {
+        **{"out": str(out), "base": base, "adapters": adapters, "lines": lines},
+        "mmproj": {sense: mmproj.file for sense, mmproj in mmprojs.items()},
+    }
 
 
 def _write_adapters(merged: Merged, geometry: Geometry, folder: Path) -> dict[str, str | None]:
@@ -109,7 +132,6 @@ def _write_senses(merged: Merged, folder: Path, entry: dict[str, Any]) -> None:
         target = folder / "senses" / merged.config.modalities[modality]["native"].get("like", modality)
         if not target.exists():
             copy_companions_of(one.folder, target)
-    write_text(folder / "README.md", _card(entry))
 
 
 def copy_companions_of(source: Path, target: Path) -> None:
@@ -119,8 +141,39 @@ def copy_companions_of(source: Path, target: Path) -> None:
     copy_file(source / "config.json", target / "config.json")
 
 
-def _card(entry: dict[str, Any]) -> str:
+def _card(entry: dict[str, Any], mmprojs: dict[str, Mmproj]) -> str:
     text = entry["adapters"][TEXT]
-    command = f"llama-cli -m {entry['base']}" + (f" --lora {text}" if text else "")
     rows = [f"- {owner}: {f'`{name}`' if name else 'the base alone'}" for owner, name in entry["adapters"].items()]
-    return CARD.format(files=f"Base: `{entry['base']}`.", text=text or "nothing", rows="\n".join(rows), command=command)
+    media = [f"- {sense}: {_use(entry, mmproj)}" for sense, mmproj in mmprojs.items()]
+    if any(mmproj.file for mmproj in mmprojs.values()):
+        media.append(SQUARE)
+    if files := [f"`{mmproj.file}`" for mmproj in mmprojs.values() if mmproj.class_last]:
+        media.append(CLASS_LAST.format(files=", ".join(files)))
+    return CARD.format(
+        files=f"Base: `{entry['base']}`.",
+        text=text or "nothing",
+        rows="\n".join(rows),
+        command=_command("llama-cli", entry, TEXT),
+        media="\n".join(media) or "- no sense",
+    )
+
+
+def _line(entry: dict[str, Any], mmproj: Mmproj) -> str:
+    """The same in the terminal."""
+    but = "; one patch of a picture is missing, see README.md" if mmproj.class_last else ""
+    return f"mmproj   {mmproj.sense}: {_use(entry, mmproj).replace('`', '')}{but}"
+
+
+def _use(entry: dict[str, Any], mmproj: Mmproj) -> str:
+    """What one line says of a sense in llama.cpp's own programs."""
+    if mmproj.file is None:
+        return f"no mmproj: llama.cpp has {mmproj.lacks}"
+    adapters = entry["adapters"]
+    command = f"{_command('llama-server', entry, mmproj.sense)} --mmproj {mmproj.file}"
+    is_same = adapters[mmproj.sense] == adapters[TEXT]
+    return (SAME if is_same else OTHER).format(command=command, sense=mmproj.sense)
+
+
+def _command(program: str, entry: dict[str, Any], owner: str) -> str:
+    adapter = entry["adapters"][owner]
+    return f"{program} -m {entry['base']}" + (f" --lora {adapter}" if adapter else "")

@@ -165,7 +165,7 @@ def write_base(
             shape = one.shape
             yield geometry.stored(name), shape, "f32" if len(shape) == 1 else kind, _read(geometry, name, one)
 
-    _write(writer, list(tensors()))
+    write_pieces(writer, list(tensors()))
 
 
 def write_adapter(path: Path, geometry: Geometry, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> None:
@@ -184,7 +184,7 @@ def write_adapter(path: Path, geometry: Geometry, factors: Mapping[str, tuple[Te
         for side, values in (("a", down.float().numpy()), ("b", rows)):
             array = np.ascontiguousarray(values)
             tensors.append((f"{stem}.lora_{side}", array.shape, "f32", lambda array=array: array))  # type: ignore[misc]
-    _write(writer, tensors)
+    write_pieces(writer, tensors)
 
 
 def check_base(path: Path, geometry: Geometry, weights: Mapping[str, Stored]) -> None:
@@ -265,8 +265,12 @@ def _writer(path: Path, geometry: Geometry) -> Any:
     return gguf.GGUFWriter(path, geometry.architecture)
 
 
-def _write(writer: Any, tensors: list[Piece]) -> None:
-    """Write a file: its header, then one tensor after another."""
+def write_pieces(writer: Any, tensors: list[Piece]) -> None:
+    """Write a file of settings that `writer` has and these tensors: its header, then one tensor after another.
+
+    Raises:
+        CheckpointError: a tensor has values, or rows, that its type cannot hold.
+    """
     import gguf
 
     q8 = gguf.GGMLQuantizationType.Q8_0
@@ -282,17 +286,23 @@ def _write(writer: Any, tensors: list[Piece]) -> None:
             continue
         dtype = np.dtype(np.float16 if kind == "f16" else np.float32)
         writer.add_tensor_info(name, shape, dtype, count * dtype.itemsize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, _, kind, read in tensors:
-        values = read()
-        if not np.isfinite(values).all() or (kind == "f16" and np.abs(values).max() > np.finfo(np.float16).max):
-            raise CheckpointError(
-                f"{name}: has values that {kind} cannot hold; see modalloy verify, or choose --type f32"
-            )
-        encoded = (
-            gguf.quantize(values, q8) if kind == "q8_0" else values.astype(np.float16 if kind == "f16" else np.float32)
-        )
-        writer.write_tensor_data(encoded)
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, _, kind, read in tensors:
+            writer.write_tensor_data(_encoded(name, kind, read()))
+    finally:
+        writer.close()
+
+
+def _encoded(name: str, kind: str, values: np.ndarray) -> np.ndarray:
+    """A tensor's numbers as a file of this type has them."""
+    import gguf
+
+    if not np.isfinite(values).all() or (kind == "f16" and np.abs(values).max() > np.finfo(np.float16).max):
+        raise CheckpointError(f"{name}: has values that {kind} cannot hold; see modalloy verify, or choose --type f32")
+    if kind == "q8_0":
+        found: np.ndarray = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        return found
+    return values.astype(np.float16 if kind == "f16" else np.float32)
