@@ -113,9 +113,9 @@ class SinglePath(Trainer):
         streams = cycle([part.batches(stage, 0) for part in self.parts.values()])
         return islice((next(stream) for stream in streams), done, None)
 
-    def loss(self, batch: list[Lesson]) -> Tensor:
+    def loss(self, batch: list[Lesson], *, blind: bool) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in nats."""
-        return self.parts[batch[0].modality].loss(batch)
+        return self.parts[batch[0].modality].loss(batch, blind=blind)
 
     def tensors(self) -> dict[str, Tensor]:
         """The update, and every modality's projector and tokens, under their ModelCompose names."""
