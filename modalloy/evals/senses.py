@@ -384,20 +384,15 @@ def by_likelihood(sample: Sample, answer: Answer) -> Verdict:
 
 
 def by_mention(sample: Sample, answer: Answer) -> Verdict:
-    """The one option that the generated text names counts."""
-    chosen = mentioned(sample.choices, answer.text)
-    return Verdict(chosen, chosen in sample.golds)
-
-
-def mentioned(options: Iterable[str], text: str) -> str | None:
-    """The one option that a text names (between word boundaries, longer names first); None where it names none or several."""
-    text, found = text.lower(), set()
-    for option in sorted(options, key=len, reverse=True):
-        bare = option.lower().removeprefix("a ").removeprefix("an ")
+    """The one option that the generated text names (between word boundaries, longer names first) counts."""
+    text, found = answer.text.lower(), set()
+    for choice in sorted(sample.choices, key=len, reverse=True):
+        bare = choice.lower().removeprefix("a ").removeprefix("an ")
         text, n = re.subn(rf"(?<!\w){re.escape(bare)}(?!\w)", " ", text)
         if n:
-            found.add(option)
-    return found.pop() if len(found) == 1 else None
+            found.add(choice)
+    chosen = found.pop() if len(found) == 1 else None
+    return Verdict(chosen, chosen in sample.golds)
 
 
 NEEDS = "the folder that `make data` makes"
