@@ -244,7 +244,7 @@ def checked(workers: Sequence[int]) -> list[dict[str, float]]:
     for count in workers:
         ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
-            wait = ray.remote(num_cpus=1)(time.sleep)
+            wait = ray.remote(num_cpus=1)(lambda seconds: time.sleep(seconds))
             ray.get([wait.remote(0.5) for _ in range(count)])  # workers have started
             begin = time.perf_counter()
             ray.get([wait.remote(length) for length in lengths])
