@@ -368,7 +368,12 @@ def difference(pair: Paired) -> str:
 def figures(pairs: dict[str, Paired]) -> dict[str, Any]:
     """Differences for machines."""
     return {
-        f"{cell} over target": {"difference": pair.difference, "ci95": pair.ci95, "p_adjusted": pair.p_adjusted}
+        f"{cell} over target": {
+            "difference": pair.difference,
+            "ci95": pair.ci95,
+            "p_adjusted": pair.p_adjusted,
+            "real": pair.real,
+        }
         for cell, pair in pairs.items()
     }
 

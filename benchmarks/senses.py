@@ -189,6 +189,7 @@ def differences(runs: dict[str, Run], right: dict[str, list[bool]]) -> dict[str,
         group = [one for one in found.values() if one["primary"] == primary]
         for one, p in zip(group, holm([one["p"] for one in group]), strict=True):
             one["p_holm"] = p
+            one["real"] = p < LEVEL and not one["ci95"][0] <= 0 <= one["ci95"][1]
     return found
 
 
@@ -208,12 +209,11 @@ def contrasts(document: dict[str, Any]) -> str:
     """SSAM minus every other merge over all questions about media, in points; * where interval and test both say so."""
     rows = []
     for name, one in sorted(document["ssam_minus"].items(), key=lambda item: not item[1]["primary"]):
-        real = one["p_holm"] < LEVEL and not one["ci95"][0] <= 0 <= one["ci95"][1]
         rows.append(
             [
                 name,
                 "primary" if one["primary"] else "",
-                f"{_points(one['difference'], one['ci95'])}{'*' if real else ''}",
+                f"{_points(one['difference'], one['ci95'])}{'*' if one['real'] else ''}",
                 f"{one['p_holm']:.3f}",
                 _points(one["probability"], one["probability_ci95"]),
             ]

@@ -174,9 +174,8 @@ def seconds_per_byte() -> float:
     best = float("inf")
     with one_thread():
         for _ in range(5):
-            read = {
-                ref: tensor.clone() for ref, tensor in held.items()
-            }  # as an engine has read them; one is written over
+            # as an engine has read them; one is written over
+            read = {ref: tensor.clone() for ref, tensor in held.items()}
             begin = time.process_time()
             compute(job, read.__getitem__)
             best = min(best, time.process_time() - begin)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-SKILL = "elements"
-CELLS = {"image": "pictures", "text": "capitals", SKILL: "elements"}
+CELLS = {"image": "pictures", "text": "capitals", "elements": "elements"}
 PAGE = """# Does merging across architectures work?
 
 A pair that runs here (`benchmarks/across.py`): the built-in image specialist, whose text and picture tokens have weights of their
@@ -64,8 +63,8 @@ def _search(found: dict[str, Any]) -> str:
     out = [
         "## α without labels (`modalloy search`, consistency of answers)\n",
         "| donor | α chosen | of bootstraps | accuracy | best α |",
+        "|---|---|---|---|---|",
     ]
-    out.append("|---|---|---|---|---|")
     for donor, one in found.items():
         of = {float(alpha): value for alpha, value in one["accuracy"].items()}
         chosen, best = one["chosen"], one["best"]
@@ -78,14 +77,10 @@ def _search(found: dict[str, Any]) -> str:
 def _shares(alone: dict[str, float], one: dict[str, Any]) -> str:
     """ "0.65 / 0.93* / 0.22"."""
     cells = ((one.get(cell, alone[cell]), one.get(f"{cell} over target")) for cell in alone)
-    return " / ".join(f"{share:.2f}{'*' if pair is not None and _real(pair) else ''}" for share, pair in cells)
+    return " / ".join(f"{share:.2f}{'*' if pair is not None and pair['real'] else ''}" for share, pair in cells)
 
 
 def _changed(one: dict[str, Any], cell: str) -> str:
     pair = one[f"{cell} over target"]
     low, high = (100 * bound for bound in pair["ci95"])
-    return f"{one[cell]:.2f}{'*' if _real(pair) else ''} ({low:+.0f} to {high:+.0f})"
-
-
-def _real(pair: dict[str, Any]) -> bool:
-    return bool(pair["p_adjusted"] < 0.05 and not pair["ci95"][0] <= 0 <= pair["ci95"][1])
+    return f"{one[cell]:.2f}{'*' if pair['real'] else ''} ({low:+.0f} to {high:+.0f})"

@@ -38,13 +38,7 @@ def _contrast(one: dict[str, Any] | None, claim: str, paper: str) -> str:
     if one is None:
         return f"| {claim} | {paper} | not asked | – |"
     low, high = (100 * bound for bound in one["ci95"])
-    seen = (
-        "seen"
-        if low > 0 and one["p_holm"] < 0.05
-        else "**the opposite**"
-        if high < 0 and one["p_holm"] < 0.05
-        else "not shown"
-    )
+    seen = "not shown" if not one["real"] else "seen" if one["difference"] > 0 else "**the opposite**"
     return f"| {claim} | {paper} | {100 * one['difference']:+.1f} ({low:+.1f} to {high:+.1f}) | {seen} |"
 
 

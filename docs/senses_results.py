@@ -113,11 +113,10 @@ def _contrasts(told: dict[str, Any]) -> list[str]:
     """SSAM minus every other merge, the primary contrasts first."""
     out = []
     for name, one in sorted(told["ssam_minus"].items(), key=lambda item: not item[1]["primary"]):
-        real = one["p_holm"] < 0.05 and not one["ci95"][0] <= 0 <= one["ci95"][1]
         cells = [
             name,
             "primary" if one["primary"] else "",
-            _points(one["difference"], one["ci95"]) + ("*" if real else ""),
+            _points(one["difference"], one["ci95"]) + ("*" if one["real"] else ""),
             f"{one['p_holm']:.3f}",
             _points(one["probability"], one["probability_ci95"]),
         ]
@@ -132,18 +131,6 @@ def _kinds(told: dict[str, Any]) -> list[str]:
     for kind in kinds:
         shown = (told["rows"][name]["kind"].get(kind) for name in names)
         out.append(f"| {kind} | {_joined(map(_accuracy, shown))} |")
-    return out
-
-
-def readme(told: dict[str, Any], names: list[str]) -> list[str]:
-    """The lines of the README's table: single senses and what is asked aloud, of a few models."""
-    cells = [cell for cell in (*SINGLE, ALOUD, "video+audio") if cell in told["cells"]]
-    out = [f"| | {' | '.join(cells)} |", f"|---|{'---|' * len(cells)}"]
-    out.append(f"| best blind answer | {_joined(format(told['cells'][cell]['blind'], '.2f') for cell in cells)} |")
-    alone = (told["rows"].get(f"{cell} specialist", {}).get("cell", {}).get(cell) for cell in cells)
-    out.append(f"| the specialist of that sense | {_joined(map(_accuracy, alone))} |")
-    for name in names:
-        out.append(f"| {name} | {' | '.join(_share(told['rows'][name]['cell'].get(cell)) for cell in cells)} |")
     return out
 
 

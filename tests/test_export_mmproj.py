@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,14 @@ from conftest import WIDTH, edit_tensors, write_compose
 from PIL import Image
 from published_clip import write_clip
 from serving import image
-from test_export import QUESTION, bpe, changed, config_of, run, write_decoder
+from test_export import QUESTION, bpe, changed, config_of, needs_llama_cpp, run, write_decoder
 
 import modalloy
 from modalloy.model import ChatModel, load_model
 from modalloy.model.chat import user_message
 from modalloy.model.llama_cpp import LlamaChat, load_exported
 
-pytestmark = pytest.mark.skipif(
-    find_spec("xllamacpp") is None or find_spec("gguf") is None,
-    reason='llama.cpp is not installed: pip install "modalloy[llamacpp]"',
-)
+pytestmark = needs_llama_cpp
 CLOSE = 2e-3  # of embeddings, relative to the largest: about 2^-11 at each of a few roundings to float16
 SIZE, PATCHES = 42, 9  # of write_clip's pictures
 LLAMA_ORDER = [*range(2, PATCHES + 1), 0]  # of CLIP's tokens, class token first: those that llama.cpp gives

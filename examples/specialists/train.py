@@ -245,7 +245,7 @@ def name(trainer: Trainer, projector: nn.Module, clips: Sequence[Clip], report: 
 def blind_projectors(trainer: Trainer) -> aligning.Blind | None:
     """A projector for each group of artists, taught with the others' media, and kept in the work folder.
 
-    None where there is but one group, and for speech: its projector reads the voices it was not taught with as well.
+    None where there is but one group, and for speech: a voice is no artist who made a good share of it.
     """
     args, groups, taught = trainer.args, aligning.artist_groups(trainer.clips), {}
     if args.modality == "audio" or len(set(groups.values())) < 2:
