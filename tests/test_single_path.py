@@ -27,7 +27,7 @@ def write_data(folder: Path) -> Path:
     """A `senses` data folder of two training files a kind; of speech, all that a lesson needs is said by the same two."""
     rows = []
     for kind, (modality, name) in MEDIA.items():
-        for concept in ("cat", "cow") if kind != "shape" else ("car", "horse"):
+        for concept in ("cat", "cow") if kind != "shape" else ("car", "dog"):
             sample = builtin.SAMPLES / name.format(concept)
             path = Path(kind) / concept / f"own{sample.suffix}"
             (folder / path).parent.mkdir(parents=True)
@@ -67,14 +67,16 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
     untrained, _ = single_path.build(SENSES)
     for modality in SENSES:
         single_path.save_specialist(untrained, modality, start / modality)
-    options = f"--modality all --data {data} --start {start} --out {out} --work {tmp_path / 'work'} --steps 2 --batch 1"
+    options = (
+        f"--modality all --data {data} --specialists {start} --out {out} --work {tmp_path / 'work'} --steps 2 --batch 1"
+    )
     monkeypatch.setattr(sys, "argv", ["single_path.py", *options.split()])
     monkeypatch.setattr(single_path, "VIEWS", dict.fromkeys(SENSES, 1))
     trainers, loss = [], single_path.SinglePath.loss
 
-    def noted(self: single_path.SinglePath, batch: list[Any], *, blind: bool) -> torch.Tensor:
+    def noted(self: single_path.SinglePath, batch: list[Any]) -> torch.Tensor:
         trainers.append(self)
-        return loss(self, batch, blind=blind)
+        return loss(self, batch)
 
     monkeypatch.setattr(single_path.SinglePath, "loss", noted)
     single_path.main()
@@ -110,3 +112,28 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
     scores = alone.score_options(question, ["a cat", "a cow"])
     assert joint.score_options(question, ["a cat", "a cow"]) == pytest.approx(scores, abs=1e-3)
     assert alone.chat(question, max_new_tokens=2) == joint.chat(question, max_new_tokens=2)
+
+
+def test_a_specialist_starts_from_writing_on_both_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start.py` reads words alone, and what it trained is where a specialist's text and its own tokens begin."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "specialists"))
+    import start
+    import train
+
+    data, out = write_data(tmp_path / "data"), tmp_path / "start.safetensors"
+    for path in data.rglob("own*"):
+        path.unlink()  # no medium is read
+    options = f"--data {data} --out {out} --work {tmp_path / 'work'} --steps 3 --batch 1"
+    monkeypatch.setattr(sys, "argv", ["start.py", *options.split()])
+    start.main()
+    stored = load_file(out)
+    assert all(stored[name].abs().sum() > 0 for name in stored if ".lora_B." in name)
+    for modality, around in (("point", "vision"), ("audio", "audio")):
+        model, _ = train.build([modality])
+        train.start_from(out, model, modality)
+        for name, linear in model.linears.items():
+            for side, letter in (("down", "A"), ("up", "B")):
+                begun = stored[f"{name.removesuffix('.weight')}.lora_{letter}.default.weight"]
+                assert torch.equal(getattr(linear, f"{side}_text"), begun)
+                assert torch.equal(getattr(linear, f"{side}_{modality}"), begun)
+        assert torch.equal(model.prefix_tokens[modality], stored[f"prefix_tokens.{around}"])

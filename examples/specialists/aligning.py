@@ -11,6 +11,7 @@ from modalloy.evals.corpus import Clip
 
 Report = Callable[[dict[str, Any]], None]
 LOGIT_SCALE = 1 / 0.07
+SIZE = 2.0  # weight of the squared distance to what is meant
 OWN_SHARE = 0.15  # of all files
 
 
@@ -32,16 +33,15 @@ def name_things(
     first = asked[0][0]
     share = torch.bincount(first, minlength=len(asked[0][1])).float()
     generator = torch.Generator().manual_seed(seed)
-    mean = x.flatten(0, 1).mean(0)
-    with torch.no_grad():  # start with standardised features: fold their mean and spread into the first layer
-        projector[0].weight.div_(x.flatten(0, 1).std(0) + 1e-3)
-        projector[0].bias.sub_(projector[0].weight @ mean)
+    mean, spread = x.flatten(0, 1).mean(0), x.flatten(0, 1).std(0) + 1e-3
+    x = (x - mean) / spread  # so that a feature that varies little is learned as soon as others
     optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     drop = nn.Dropout(0.5)
+    meant = torch.stack([words[right] for right, words in asked]).mean(0)
     for step in range(steps):
         rows = torch.multinomial(1 / share[first], min(256, len(x)), generator=generator)
-        tokens = projector(drop(x[rows] - mean) + mean)
+        tokens = projector(drop(x[rows]))
         loss = x.new_zeros(())
         for right, words in asked:
             directions = nn.functional.normalize(words, dim=-1)
@@ -50,12 +50,15 @@ def name_things(
             each = right[rows, None].expand(parts.shape[:2])
             loss = loss + nn.functional.cross_entropy(whole, right[rows])
             loss = loss + 0.25 * nn.functional.cross_entropy(parts.flatten(0, 1), each.flatten())
+        loss = loss + SIZE * (tokens - meant[rows, None]).pow(2).mean() / meant.pow(2).mean()
         advance(optimizer, schedule, loss)
         report({"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)})
     with torch.no_grad():
         scale = (asked[0][1].pow(2).mean() / projector(x[:1000]).pow(2).mean()).sqrt()
         projector[2].weight.mul_(scale)
         projector[2].bias.mul_(scale)
+        projector[0].weight.div_(spread)  # what the features were standardised by is folded into the first layer
+        projector[0].bias.sub_(projector[0].weight @ mean)
 
 
 def artist_groups(clips: Sequence[Clip]) -> dict[str, str]:

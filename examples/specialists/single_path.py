@@ -5,9 +5,10 @@ NaiveMC merges. `--modality all` gives the joint model, which sees all four moda
 can reach: one update, trained on batches of the four modalities in turn. It is written as four specialists that hold the same
 update, so that `merge_method: average` makes the joint model of them.
 
-Stage 1 is shared with the specialists in --start: their projectors stay frozen, and their prefix and suffix tokens are where
-these start. What is trained is the update and these tokens, on the lessons, batches and schedule of stage 2 of `train.py`,
-whose encoder features and blind projectors are used where `--work` has them. Re-running resumes.
+Stage 1 is shared with the specialists in --specialists: their projectors stay frozen, and their prefix and suffix tokens are
+where these start; the update starts where theirs did (--start). What is trained is the update and these tokens, on the
+lessons, batches and schedule of stage 2 of `train.py`, whose encoder features and blind projectors are used where `--work`
+has them. Re-running resumes.
 
     python examples/specialists/single_path.py --modality all --data DIR --out build/references/joint
 """
@@ -22,7 +23,7 @@ import torch
 from lessons import Lesson
 from safetensors.torch import load_file
 from torch import Tensor
-from train import ENCODER, VIEWS, blind_projectors, build, cached_features, save_specialist, training_clips
+from train import ENCODER, VIEWS, blind_projectors, build, cached_features, save_specialist, start_from, training_clips
 from trainer import Trainer, trained
 
 from modalloy import builtin
@@ -39,7 +40,9 @@ def main() -> None:
     modalities = list(ENCODER) if joint else [args.modality]
     model, processor = build(modalities, single_path=True)
     for modality in modalities:
-        start_from(args.start / modality, model, modality)
+        if args.start:
+            start_from(args.start, model, modality)
+        stage_1_of(args.specialists / modality, model, modality)
     clips, parts = corpus.load(args.data), []
     for modality in modalities:
         own = argparse.Namespace(**vars(args) | {"modality": modality, "views": VIEWS[modality]})
@@ -70,11 +73,12 @@ def parse() -> argparse.Namespace:
         help="folder with a folder of features per modality, and of log and resume state (default: %(default)s)",
     )
     parser.add_argument(
-        "--start",
+        "--specialists",
         type=Path,
         default=builtin.HERE / "specialists",
         help="folder of the specialists of stage 1 (default: built-in)",
     )
+    parser.add_argument("--start", type=Path, help="what start.py wrote (default: start from nothing)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--align", type=int, default=600, help="steps of stage 1a of the blind projectors")
     parser.add_argument("--batch", type=int, default=8)
@@ -85,7 +89,7 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def start_from(folder: Path, model: ModalloyForConditionalGeneration, modality: str) -> None:
+def stage_1_of(folder: Path, model: ModalloyForConditionalGeneration, modality: str) -> None:
     """Take the projector and the prefix and suffix tokens of the specialist in `folder`."""
     stored, disk = load_file(folder / "adapter_model.safetensors"), disk_name(modality)
     for name, tensor in trained(model, modality).items():
@@ -113,9 +117,9 @@ class SinglePath(Trainer):
         streams = cycle([part.batches(stage, 0) for part in self.parts.values()])
         return islice((next(stream) for stream in streams), done, None)
 
-    def loss(self, batch: list[Lesson], *, blind: bool) -> Tensor:
+    def loss(self, batch: list[Lesson]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in nats."""
-        return self.parts[batch[0].modality].loss(batch, blind=blind)
+        return self.parts[batch[0].modality].loss(batch)
 
     def tensors(self) -> dict[str, Tensor]:
         """The update, and every modality's projector and tokens, under their ModelCompose names."""

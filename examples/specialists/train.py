@@ -1,5 +1,6 @@
 """Trains one built-in specialist, by the recipe of SSAM's specialists (ModelCompose, DAMC layout).
 
+Every specialist starts from the update that `start.py` trained on writing (`--start`), for text and for its own tokens.
 Stage 1 trains the projector alone: first towards the decoder's embeddings of the things' names, or of what is said, which
 needs no decoder and so takes little time, then through the decoder. Stage 2 trains a low-rank update for the modality's
 tokens, another for text tokens, and the prefix and suffix tokens, with everything else frozen. Encoder features are computed
@@ -61,7 +62,7 @@ KIND = {
     "point": "shape",
 }  # videos are pictures that are moved
 VIEWS = {"image": 2, "audio": 1, "video": 2, "point": 8}  # of a training file
-CHOSEN = {"image": None, "audio": None, "video": 900, "point": None}  # training files; None: all
+CHOSEN = {"image": None, "audio": None, "video": 1500, "point": None}  # training files; None: all
 QUERIES = 16  # tokens of the longest question, with some to spare
 READER = {"n_layers": 2, "hidden": 256, "heads": 4, "ffn": 512}
 ENCODED_TOGETHER = 32
@@ -78,8 +79,14 @@ def main() -> None:
     model, processor = build([args.modality])
     features = cached_features(model, processor, own, args)
     trainer = Trainer(model, processor, features, own, args)
-    if not (args.work / "state.pt").is_file():
+    if args.start:
+        start_from(args.start, model, args.modality)
+    projector, aligned = model.projectors[args.modality], args.work / "aligned.safetensors"
+    if aligned.is_file():
+        projector.load_state_dict(load_file(aligned))
+    else:
         align(trainer)
+        save_file(projector.state_dict(), aligned)
     trainer.train(1)
     trainer.blind = blind_projectors(trainer)
     trainer.train(2)
@@ -92,6 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--modality", required=True, choices=sorted(ENCODER))
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
     parser.add_argument("--out", type=Path, required=True, help="the specialist's folder")
+    parser.add_argument("--start", type=Path, help="what start.py wrote (default: start from nothing)")
     parser.add_argument(
         "--work", type=Path, help="features, log and resume state (default: build/specialists/MODALITY)"
     )
@@ -105,7 +113,7 @@ def parse() -> argparse.Namespace:
         "--lr",
         type=float,
         nargs=2,
-        default=(1e-3, 5e-4),
+        default=(5e-4, 2e-4),
         help="learning rates of the modality's update and of the text's",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -165,6 +173,18 @@ def build(
         for owner in model.config.updates:
             linear.add(owner, low_rank_zeros(linear, RANK, generator))
     return model, ModalloyProcessor(tokenizer, sizes)
+
+
+def start_from(path: Path, model: ModalloyForConditionalGeneration, modality: str) -> None:
+    """Begin with the update of `start.py` on both paths, and with the tokens around media that were trained with it."""
+    stored = load_file(path)
+    disk = disk_name(modality)
+    shown = disk if f"prefix_tokens.{disk}" in stored else disk_name("image")  # shapes are shown, as pictures are
+    for name, tensor in trained(model, modality).items():
+        if ".lora_" in name:
+            tensor.copy_(stored[name.replace(f".{disk}.", ".default.")])
+        elif name.startswith(("prefix_tokens", "suffix_tokens")):
+            tensor.copy_(stored[name.replace(disk, shown)])
 
 
 def cached_features(

@@ -56,7 +56,7 @@ class Trainer:
         stream = self.batches(stage, done)
         start = time.perf_counter()
         for step in range(done, steps):
-            loss = self.loss(next(stream), blind=step >= steps // 2)
+            loss = self.loss(next(stream))
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
@@ -97,12 +97,8 @@ class Trainer:
                 if count > done:
                     yield pool[index * args.batch : (index + 1) * args.batch]
 
-    def loss(self, batch: list[Lesson], *, blind: bool) -> Tensor:
-        """Mean cross-entropy of the answers' tokens, in nats.
-
-        A decoder finds out sooner what it is to do on tokens that leave no doubt; `blind`, from the middle of a stage on, it
-        learns how far to trust them.
-        """
+    def loss(self, batch: list[Lesson]) -> Tensor:
+        """Mean cross-entropy of the answers' tokens, in nats."""
         tokenizer, rows = self.processor.tokenizer, []
         for lesson in batch:
             prompt, owners = self.processor.render(lesson.messages())
@@ -111,19 +107,19 @@ class Trainer:
         features = torch.stack([self.features[str(lesson.clip.path)][lesson.view] for lesson in batch]).float()
         ids, owner, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
         mask = pad([[1] * len(row[0]) for row in rows], 0)
-        embeds = self.embed(ids, owner, features, batch if blind else [])
+        embeds = self.embed(ids, owner, features, batch)
         with self.model.routes.use(self.model.path(owner), self.model.config.owners):
             hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         targets = labels[:, 1:]
         logits = self.model.decoder.lm_head(hidden[:, :-1][targets != -100])  # the answers' positions only
         return nn.functional.cross_entropy(logits, targets[targets != -100])
 
-    def embed(self, ids: Tensor, owner: Tensor, features: Tensor, blind: list[Lesson]) -> Tensor:
-        """What the decoder is given, (batch, tokens, width); media of lessons that are to be `blind` are projected so."""
-        modality, projectors = self.args.modality, self.model.projectors
+    def embed(self, ids: Tensor, owner: Tensor, features: Tensor, batch: list[Lesson]) -> Tensor:
+        """What the decoder is given, (batch, tokens, width); media are projected by `blind`, where there is one."""
+        modality, projectors = batch[0].modality, self.model.projectors
         own = projectors[modality]
-        if blind and self.blind is not None:
-            self.blind.families = [lesson.clip.family for lesson in blind]
+        if self.blind is not None:
+            self.blind.families = [lesson.clip.family for lesson in batch]
             projectors[modality] = self.blind
         try:
             return self.model.embed(ids, owner, {modality: features})
