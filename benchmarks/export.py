@@ -25,13 +25,14 @@ import torch
 from measuring import folder_bytes, machine, run, table
 
 from modalloy.builtin import SAMPLES
-from modalloy.demo import QUESTIONS, _files, merged
+from modalloy.demo import merged
+from modalloy.demo import questions as spoken
 from modalloy.evals import find_benchmark
 from modalloy.evals.benchmark import Source, questions
 from modalloy.export.llama_cpp import export
 from modalloy.machine.cores import default_workers
 from modalloy.model import ChatModel, load_model
-from modalloy.model.chat import Prompt, placed_message, user_message
+from modalloy.model.chat import Prompt, placed_message
 from modalloy.model.llama_cpp import LlamaChat, load_exported
 from modalloy.model.rendering import Message
 
@@ -49,7 +50,7 @@ ANSWER, STEPS, TIE = 12, 32, 0.05
 
 def asked(data: Path | None, count: int) -> list[tuple[str, list[Message]]]:
     """Where each question is from, and itself: the demo's, and `count` of the senses benchmark's, drawn at random."""
-    found = [("demo", user_message(question, list(_files(media).items()))) for media, question in QUESTIONS]
+    found = [("demo", question.message(question.media)) for question in spoken()]
     if data is not None:
         samples = [one for one in questions(find_benchmark("senses"), Source(data)) if one.media]
         chosen = np.random.default_rng(0).choice(len(samples), count, replace=False)

@@ -38,12 +38,13 @@ from PIL import Image
 from serve import Parts, Server, picture, server, sound, text, url, user
 
 from modalloy import builtin, load_model
-from modalloy.demo import FOUR_HORSES, merged
+from modalloy.demo import merged
 from modalloy.model.chat import ChatModel, user_message
 
 CLIENTS = 16
 TOKENS = 8  # of an answer
-MIXES = [names for count in range(5) for names in itertools.combinations(FOUR_HORSES, count)]
+SHOWN = {"image": "horse.webp", "audio": "horse.flac", "video": "horse-animated.webp", "point": "dog.npy"}
+MIXES = [names for count in range(5) for names in itertools.combinations(SHOWN, count)]
 QUESTIONS = ("What is this?", "Which is it: a pig, a ship, a horse or a drum?")
 CHAT = "/v1/chat/completions"
 MANY = 64_000_001  # bytes: more than a body may have
@@ -55,7 +56,7 @@ def sample(modality: str) -> dict[str, Any]:
 
 
 def file_of(modality: str) -> Path:
-    return builtin.SAMPLES / FOUR_HORSES[modality]
+    return builtin.SAMPLES / SHOWN[modality]
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -21,7 +21,7 @@ from playwright.sync_api import expect, sync_playwright
 from modalloy import builtin
 
 WIDE, NARROW = {"width": 1100, "height": 720}, {"width": 390, "height": 760}
-FOUR = ("horse.webp", "horse.flac", "horse-animated.webp", "horse.npy")
+FOUR = ("horse.webp", "is-this-a-horse.flac", "cow-animated.webp", "dog.npy")
 WHICH = "Which is it: a pig, a ship, a horse or a drum?"
 PATIENCE = 600_000  # milliseconds: the machine may be in use by others
 FLAGS = ("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader")

@@ -1,16 +1,18 @@
-"""`modalloy demo`: merge the built-in specialists and put their answers beside the merged model's."""
+"""`modalloy demo`: merge the built-in specialists, ask the result aloud about what it is shown, and them too."""
 
 import gc
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from modalloy import builtin
 from modalloy._version import __version__
+from modalloy.evals.senses import mentioned
 from modalloy.files import cache_folder
 from modalloy.machine import memory
 from modalloy.merging import merge
@@ -19,37 +21,42 @@ from modalloy.recipe import Output, Recipe, SpecialistEntry
 from modalloy.report.text import aligned
 from modalloy.storage.staging import MANIFEST
 
-FOUR_HORSES = {"image": "horse.webp", "audio": "horse.flac", "video": "horse-animated.webp", "point": "horse.npy"}
-# (media by modality, question). No sample was trained on (see builtin/samples/LICENSES.md); they were picked to show what
-# such small specialists get right and what they get wrong, so they say nothing about how often: benchmarks/senses.py does.
-QUESTIONS: list[tuple[dict[str, str], str]] = [
-    ({"image": "violin.webp"}, "What is this?"),
-    ({"image": "camera.webp"}, "Which is it: a ship, a camera, an owl or a hammer?"),
-    ({"audio": "rooster.flac"}, "What makes this sound?"),
-    ({"audio": "dog.flac"}, "Which is it: a harp, a car, a dog or a duck?"),
-    ({"video": "umbrella-animated.webp"}, "What is in the video?"),
-    ({"video": "elephant-animated.webp"}, "What is moving?"),
-    ({"video": "elephant-animated.webp"}, "Is it an instrument, an animal, a vehicle or an object?"),
-    ({"point": "car.npy"}, "What is this shape?"),
-    ({"point": "horse.npy"}, "Which is it: a horse, a bottle, a truck or a whale?"),
-    ({"image": "cow.webp", "audio": "cow.flac"}, "What is this?"),
-    ({"image": "horse.webp", "audio": "dog.flac"}, "What is in the picture: a dog, a cat, a horse or a cow?"),
-    ({"image": "horse.webp", "video": "horse-animated.webp"}, "Are these the same?"),
-    ({"video": "cow-animated.webp", "point": "car.npy"}, "Are these the same?"),
-    ({"image": "cow.webp", "audio": "cow.flac", "video": "cow-animated.webp"}, "What is this?"),
-    (
-        {"image": "horse.webp", "audio": "horse.flac", "point": "horse.npy"},
-        "Which is it: a dog, a horse, a cow or a pig?",
-    ),
-    (FOUR_HORSES, "What is this?"),
-    (FOUR_HORSES, "Which is it: a pig, a ship, a horse or a drum?"),
-    (FOUR_HORSES | {"point": "car.npy"}, "What has this shape: a horse, a piano, a cat or a car?"),
-    (FOUR_HORSES | {"image": "dog.webp"}, "Are these the same?"),
-]
+
+@dataclass(frozen=True)
+class Question:
+    """A spoken question about what is shown: media by modality in reading order, what the speech says, and the right answer.
+
+    `about` is "picture", "movement" or "shape". What is said stands nowhere but in the speech.
+    """
+
+    about: str
+    media: dict[str, str]
+    said: str
+    options: tuple[str, ...]
+    right: str
+
+    def message(self, modalities: Collection[str]) -> list[dict[str, Any]]:
+        """The question as chat messages, of the media that a model takes."""
+        from modalloy.model.chat import user_message
+
+        return user_message("", [(m, str(builtin.SAMPLES / name)) for m, name in self.media.items() if m in modalities])
+
+    def answered(self, text: str) -> bool:
+        """Whether an answer names the right option and no other."""
+        return mentioned(self.options, text) == self.right
+
+
+def questions() -> list[Question]:
+    """The demo's questions, drawn from the benchmark's test split with one seed (examples/specialists/data/samples.py)."""
+    listed = json.loads((builtin.SAMPLES / "demo" / "questions.json").read_text())
+    return [Question(**one | {"options": tuple(one["options"])}) for one in listed]
 
 
 def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
-    """Merge into `out`, ask QUESTIONS, print a table and one JSON line on stdout."""
+    """Merge into `out`, ask what is said in `questions` of every model, print a table and one JSON line on stdout.
+
+    A specialist is asked with what it takes of a question's media: what the others of them tell, it is not told.
+    """
     from modalloy.model import load_model
 
     recipe = _recipe()
@@ -59,28 +66,33 @@ def demo(out: Path, on_job: Callable[[int, int], None] | None = None) -> None:
     print(f"plan     {report.plan.summary()}")
     print(f"merge    {report.merge_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB")
     print(f"verify   {report.verification.summary()}\n", flush=True)
-    answers: dict[str, list[str]] = {}
+    asked = questions()
+    answers: dict[str, list[str | None]] = {}
     seconds: dict[str, float] = {}
-    for name, path in [*((name, builtin.specialist(name)) for name in names), ("merged", out)]:
+    for name, path in [("merged", out), *((name, builtin.specialist(name)) for name in names)]:
         print(f"asking {name} …", file=sys.stderr)
         model = load_model(path)
         start = time.perf_counter()
+        messages = [(question, question.message(model.modalities)) for question in asked]
         answers[name] = [
-            model.ask(question, max_new_tokens=12, **_files(media)) if set(media) <= set(model.modalities) else "–"
-            for media, question in QUESTIONS
+            model.chat(message, max_new_tokens=12) if set(question.media) & set(model.modalities) else None
+            for question, message in messages
         ]
         seconds[name] = round(time.perf_counter() - start, 2)
         del model
         gc.collect()
-    _print_table(answers)
+    _print_table(asked, answers)
     result = {
         "merge_seconds": round(report.merge_s, 3),
         "peak_bytes": memory.peak_bytes(),
         "answer_seconds": seconds,
+        "right": {
+            name: dict(zip(("right", "asked"), _count(asked, given), strict=True)) for name, given in answers.items()
+        },
         "out": str(out),
         "questions": [
-            {"media": media, "question": question, "answers": {name: given[index] for name, given in answers.items()}}
-            for index, (media, question) in enumerate(QUESTIONS)
+            asdict(question) | {"answers": {name: given[index] for name, given in answers.items()}}
+            for index, question in enumerate(asked)
         ],
     }
     print(json.dumps(result))
@@ -109,15 +121,23 @@ def _recipe() -> Recipe:
     )
 
 
-def _files(media: dict[str, str]) -> dict[str, Any]:
-    return {modality: builtin.SAMPLES / name for modality, name in media.items()}
+def _count(asked: Sequence[Question], given: Sequence[str | None]) -> tuple[int, int]:
+    """How many answers of a model are right, and how many questions it was asked."""
+    pairs = [(question, answer) for question, answer in zip(asked, given, strict=True) if answer is not None]
+    return sum(question.answered(answer) for question, answer in pairs), len(pairs)
 
 
-def _print_table(answers: dict[str, list[str]]) -> None:
-    """One row a question: its media, itself, and each model's answer."""
-    header = ["media", "question", *answers]
+def _print_table(asked: Sequence[Question], answers: dict[str, list[str | None]]) -> None:
+    """One row a question: what is shown, what is said, the right answer, and each model's."""
+    header = ["shown", "said, and written nowhere", "right", *answers]
     rows = [
-        [" + ".join(media.values()), question, *(given[index] for given in answers.values())]
-        for index, (media, question) in enumerate(QUESTIONS)
+        [
+            next(Path(name).stem for modality, name in question.media.items() if modality != "audio"),
+            question.said,
+            question.right,
+            *("–" if (answer := given[index]) is None else answer for given in answers.values()),
+        ]
+        for index, question in enumerate(asked)
     ]
-    print(*aligned([header, *rows]), "", sep="\n")
+    counts = ("{} of {}".format(*_count(asked, given)) for given in answers.values())
+    print(*aligned([header, *rows, ["", "", "right", *counts]]), "", sep="\n")

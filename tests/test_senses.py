@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modalloy.evals import senses, spoken
+from modalloy.evals import capitals, senses, spoken
 from modalloy.evals.benchmark import Answer, Sample
 from modalloy.evals.corpus import CATEGORIES, Clip
 from modalloy.evals.motion import MOTIONS
@@ -210,7 +210,7 @@ def test_capitals_are_told_apart_from_their_neighbours() -> None:
     assert len(found) == len({sample.id for sample in found}) > 100 and found == senses.capital_samples()
     assert all(len(set(sample.choices)) == 4 and sample.plain for sample in found)
     assert baselines(found)["chance"] == 0.25
-    assert not set(senses.TAUGHT_CAPITALS) & set(senses.ASKED_CAPITALS)
+    assert not set(capitals.TAUGHT_CAPITALS) & set(capitals.ASKED_CAPITALS)
 
 
 def test_categories_are_asked_only_where_there_is_one(asked: list[Sample]) -> None:

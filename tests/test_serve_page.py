@@ -30,7 +30,7 @@ expect.set_options(timeout=30_000)  # of one thing that is waited for
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 QUESTION = "what is this ? dog , cat"
-VIDEO, CLOUD = builtin.SAMPLES / "elephant-animated.webp", builtin.SAMPLES / "horse.npy"
+VIDEO, CLOUD = builtin.SAMPLES / "elephant-animated.webp", builtin.SAMPLES / "dog.npy"
 MEDIA = {"image": PICTURE, "audio": SOUND, "video": VIDEO, "point": CLOUD}
 FLAGS = (
     *("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"),  # a microphone that beeps

@@ -27,7 +27,7 @@ def write_data(folder: Path) -> Path:
     """A `senses` data folder of two training files a kind; of speech, all that a lesson needs is said by the same two."""
     rows = []
     for kind, (modality, name) in MEDIA.items():
-        for concept in ("cat", "cow") if kind != "shape" else ("car", "horse"):
+        for concept in ("cat", "cow") if kind != "shape" else ("car", "dog"):
             sample = builtin.SAMPLES / name.format(concept)
             path = Path(kind) / concept / f"own{sample.suffix}"
             (folder / path).parent.mkdir(parents=True)

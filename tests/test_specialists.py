@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import builtin
+from modalloy.demo import questions
 from modalloy.specialists.layouts import open_specialist
 from modalloy.verify import verify
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "senses-ssam.yaml"
-FREE = ("| MIT |", "| CC0-1.0 |", "| CC-BY-3.0 |")
+FREE = ("| MIT |", "| CC-BY-4.0 |", "| CC-BY-3.0 |", "| CC-BY-3.0-US |", "| Apache-2.0 |")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "specialists"
 
 
@@ -38,9 +40,26 @@ def test_what_ships_is_complete_and_small() -> None:
 
 def test_samples_are_attributed_and_free() -> None:
     listed = (builtin.SAMPLES / "LICENSES.md").read_text()
-    samples = [path for path in builtin.SAMPLES.iterdir() if path.name != "LICENSES.md"]
+    samples = {path.relative_to(builtin.SAMPLES).as_posix() for path in builtin.SAMPLES.rglob("*.*")}
     rows = {line.split("|")[1].strip(): line for line in listed.splitlines() if line.startswith("| ")}
-    assert samples and all(rows[path.name].rstrip().endswith(FREE) for path in samples)
+    media = samples - {"LICENSES.md", "demo/questions.json"}
+    assert media and all(rows[name].rstrip().endswith(FREE) for name in media)
+
+
+def test_the_demo_asks_aloud_and_no_sense_alone_tells() -> None:
+    """What is asked is in the speech, and of yes and no as many are right; what is listed is there, in an encoder's length."""
+    asked = questions()
+    assert Counter(one.about for one in asked) == {"picture": 8, "movement": 6, "shape": 6}
+    for one in asked:
+        shown, heard = one.media
+        assert heard == "audio" and shown in ("image", "video", "point")
+        assert all((builtin.SAMPLES / name).is_file() for name in one.media.values())
+        assert one.right in one.options and one.answered(f"{one.right}.") and not one.answered(" or ".join(one.options))
+    for about in ("picture", "shape"):
+        right = [one.right for one in asked if one.about == about]
+        assert right.count("yes") == right.count("no") == len(right) // 2
+        shown = {tuple(one.media.items())[:1]: one.right for one in asked if one.about == about}
+        assert len(shown) == len(right) // 2  # each is shown twice, once with each answer
 
 
 def test_the_real_merge_is_algorithm_1(tmp_path: Path) -> None:
@@ -109,10 +128,10 @@ def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     steps = iter([False, False, True])
     loss = train.Trainer.loss
 
-    def stop_at_third(self: train.Trainer, batch: list[object], *, blind: bool) -> torch.Tensor:
+    def stop_at_third(self: train.Trainer, batch: list[object]) -> torch.Tensor:
         if next(steps, False):
             raise KeyboardInterrupt
-        return loss(self, batch, blind=blind)
+        return loss(self, batch)
 
     monkeypatch.setattr(train.Trainer, "loss", stop_at_third)
     with pytest.raises(KeyboardInterrupt):

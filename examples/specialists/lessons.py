@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modalloy.evals import senses, spoken
+from modalloy.evals.capitals import TAUGHT_CAPITALS
 from modalloy.evals.corpus import CATEGORIES, Clip
 from modalloy.evals.motion import MOTIONS
 from modalloy.evals.senses import Asker, listed, yesno
@@ -76,7 +77,7 @@ def spoken_lessons(clips: Sequence[Clip], views: int, seed: int) -> Iterator[Les
         said[clip.text].append(clip)
     asker = Asker(clips, seed)
     draw = asker.random
-    capitals = [pair for pair in senses.TAUGHT_CAPITALS if spoken.capital_question(pair[0]) in said]
+    capitals = [pair for pair in TAUGHT_CAPITALS if spoken.capital_question(pair[0]) in said]
 
     def aloud(before: str, answer: str, *texts: str, after: str = "") -> Lesson:
         text = draw.choice([text for text in texts if text in said])

@@ -1,5 +1,9 @@
 """Countries and their capitals, for questions that need no sense: does a merged model still know what its base knew?"""
 
+import random
+
+from modalloy.evals.benchmark import Sample
+
 CAPITALS: dict[str, dict[str, str]] = {
     "Europe": {
         "France": "Paris",
@@ -112,3 +116,32 @@ CAPITALS: dict[str, dict[str, str]] = {
         "Honduras": "Tegucigalpa",
     },
 }
+
+COUNTRIES = [(country, capital) for capitals in CAPITALS.values() for country, capital in capitals.items()]
+TAUGHT_CAPITALS, ASKED_CAPITALS = COUNTRIES[::2], COUNTRIES[1::2]  # taught aloud to the speech specialist; asked for
+
+
+def capital_samples(seed: int = 0) -> list[Sample]:
+    """Text-only questions: the capital of a country, among three others of the same continent."""
+    chooser = random.Random(seed)
+    return [
+        Sample(
+            id=f"capital of {country}",
+            text=f"The capital of {country} is",
+            golds=(capital,),
+            choices=(options := capitals_beside(country, capital, chooser)),
+            options=tuple(f" {option}" for option in options),
+            plain=True,
+            group={"cell": "text", "tier": "text", "kind": "text capital"},
+            kind="text capital",
+            cluster=(country,),
+        )
+        for country, capital in COUNTRIES
+    ]
+
+
+def capitals_beside(country: str, capital: str, chooser: random.Random) -> tuple[str, ...]:
+    """A capital and three others of its continent, in random order."""
+    continent = next(capitals for capitals in CAPITALS.values() if country in capitals)
+    wrong = chooser.sample([name for name in continent.values() if name != capital], 3)
+    return tuple(chooser.sample([capital, *wrong], 4))

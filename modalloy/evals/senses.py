@@ -16,7 +16,7 @@ from typing import Any
 
 from modalloy.evals import spoken
 from modalloy.evals.benchmark import Answer, Benchmark, Sample, Source, Verdict, likeliest
-from modalloy.evals.capitals import CAPITALS
+from modalloy.evals.capitals import ASKED_CAPITALS, capital_samples, capitals_beside
 from modalloy.evals.corpus import CATEGORIES, OTHER, Clip, load
 from modalloy.evals.motion import MOTIONS
 from modalloy.names import MODALITIES
@@ -32,8 +32,6 @@ SIZES = {
     "image+video+audio": (200, 40),
     "image+audio human": (274, 0),
 }
-COUNTRIES = [(country, capital) for capitals in CAPITALS.values() for country, capital in capitals.items()]
-TAUGHT_CAPITALS, ASKED_CAPITALS = COUNTRIES[::2], COUNTRIES[1::2]  # taught aloud to the speech specialist; asked for
 
 NAME = {
     "image": ("What is this?", "What is in the picture?", "What do you see?"),
@@ -199,7 +197,7 @@ class Questions:
         groups = []
         for country, capital in ASKED_CAPITALS:
             for clip in self.said.get(spoken.capital_question(country), ())[:1]:
-                options = _capitals_beside(country, capital, self.random)
+                options = capitals_beside(country, capital, self.random)
                 groups.append([_sample("audio", "capital", "", [("audio", clip)], options, capital, clip)])
         return groups
 
@@ -211,18 +209,19 @@ class Questions:
             for clip in self.moved
         ]
 
-    def spoken_yesno(self) -> list[list[Sample]]:
-        """Groups of four: two pictures by one artist, of one subgroup, each with the spoken question about it and about the other.
+    def spoken_yesno(self, *, near: bool = True) -> list[list[Sample]]:
+        """Groups of four: two pictures by one artist, each with the spoken question about it and about the other.
 
-        Every picture and every question is right once and wrong once, so a model that does not see, or does not hear, gets one
-        half.
+        The two are of one subgroup, or (not `near`) of any two categories. Every picture and
+        every question is right once and wrong once, so a model that does not see, or does not hear, gets one half.
         """
         groups = []
-        for own in _by(self.pictures, lambda clip: (clip.family, clip.subgroup)).values():
+        for own in _by(self.pictures, lambda clip: (clip.family, near and clip.subgroup)).values():
             shuffled = self.random.sample(own, len(own))
             for pair in zip(shuffled[::2], shuffled[1::2], strict=False):
                 asked = [yesno(self.random.choice(YESNO["image"]), clip) for clip in pair]
-                if pair[1].concept in (pair[0].concept, *pair[0].also) or not self.said_all(*asked):
+                same = pair[1].concept in (pair[0].concept, *pair[0].also)
+                if same or not self.said_all(*asked) or (not near and pair[0].category == pair[1].category):
                     continue
                 groups.append(
                     [
@@ -333,31 +332,6 @@ def _sample(
     )
 
 
-def capital_samples(seed: int = 0) -> list[Sample]:
-    """Text-only questions: the capital of a country, among three others of the same continent."""
-    chooser = random.Random(seed)
-    return [
-        Sample(
-            id=f"capital of {country}",
-            text=f"The capital of {country} is",
-            golds=(capital,),
-            choices=(options := _capitals_beside(country, capital, chooser)),
-            options=tuple(f" {option}" for option in options),
-            plain=True,
-            group={"cell": "text", "tier": "text", "kind": "text capital"},
-            kind="text capital",
-            cluster=(country,),
-        )
-        for country, capital in COUNTRIES
-    ]
-
-
-def _capitals_beside(country: str, capital: str, chooser: random.Random) -> tuple[str, ...]:
-    continent = next(capitals for capitals in CAPITALS.values() if country in capitals)
-    wrong = chooser.sample([name for name in continent.values() if name != capital], 3)
-    return tuple(chooser.sample([capital, *wrong], 4))
-
-
 def _by(clips: Iterable[Clip], key: Callable[[Clip], Hashable]) -> Mapping[Any, list[Clip]]:
     groups: dict[Any, list[Clip]] = defaultdict(list)
     for clip in clips:
@@ -385,14 +359,19 @@ def by_likelihood(sample: Sample, answer: Answer) -> Verdict:
 
 def by_mention(sample: Sample, answer: Answer) -> Verdict:
     """The one option that the generated text names (between word boundaries, longer names first) counts."""
-    text, found = answer.text.lower(), set()
-    for choice in sorted(sample.choices, key=len, reverse=True):
+    chosen = mentioned(sample.choices, answer.text)
+    return Verdict(chosen, chosen in sample.golds)
+
+
+def mentioned(options: Sequence[str], text: str) -> str | None:
+    """The one option that a text names, None if it names none or several."""
+    text, found = text.lower(), set()
+    for choice in sorted(options, key=len, reverse=True):
         bare = choice.lower().removeprefix("a ").removeprefix("an ")
         text, n = re.subn(rf"(?<!\w){re.escape(bare)}(?!\w)", " ", text)
         if n:
             found.add(choice)
-    chosen = found.pop() if len(found) == 1 else None
-    return Verdict(chosen, chosen in sample.golds)
+    return found.pop() if len(found) == 1 else None
 
 
 NEEDS = "the folder that `make data` makes"

@@ -6,15 +6,12 @@ import { preview } from "./media.js";
 import { tone } from "./strip.js";
 
 const QUESTIONS = [
-  { media: { image: "camera.webp" }, text: "Which is it: a ship, a camera, an owl or a hammer?" },
-  { media: { audio: "dog.flac" }, text: "Which is it: a harp, a car, a dog or a duck?" },
-  {
-    media: { image: "horse.webp", audio: "horse.flac", video: "horse-animated.webp", point: "horse.npy" },
-    text: "Which is it: a pig, a ship, a horse or a drum?",
-  },
-  { media: { image: "horse.webp", audio: "dog.flac" }, text: "What is in the picture: a dog, a cat, a horse or a cow?" },
-  { media: { video: "elephant-animated.webp" }, text: "What is moving?" },
+  { media: { image: "horse.webp", audio: "is-this-a-horse.flac" }, text: "" },
+  { media: { video: "cow-animated.webp", audio: "how-does-it-move.flac" }, text: "" },
   { media: { point: "car.npy" }, text: "What is this shape?" },
+  { media: { image: "camera.webp" }, text: "Which is it: a ship, a camera, an owl or a hammer?" },
+  { media: { audio: "dog.flac" }, text: "Which word is it: a harp, a car, a dog or a duck?" },
+  { media: { video: "elephant-animated.webp" }, text: "How does it move?" },
   { media: { image: "violin.webp" }, text: "What is this?" },
   { media: {}, text: "What is the capital of France?" },
   { media: {}, text: "Name three animals that live on a farm." },
@@ -35,7 +32,7 @@ export async function welcome(able, begun, onAsk) {
     const files = Promise.all(Object.entries(media).map(async ([modality, name]) => [modality, await sample(name)]));
     files.then((found) => shown.append(...found.map(([modality, file]) => preview({ file, modality, name: file.name, size: file.size }))),
       (error) => refuse(error.message));
-    const ask = h("button", { type: "button", text, onclick: async () => onAsk(text, await files) });
+    const ask = h("button", { type: "button", text: text || "Ask what is said", onclick: async () => onAsk(text, await files) });
     return h("article", { class: "card" }, shown, ask);
   });
   place.replaceChildren(
