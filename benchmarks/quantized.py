@@ -21,9 +21,8 @@ from measuring import machine, run, table
 from torch import Tensor
 
 from modalloy.delta import LowRank
-from modalloy.demo import QUESTIONS, _files, merged
+from modalloy.demo import merged, questions
 from modalloy.model import ChatModel, load_model
-from modalloy.model.chat import user_message
 from modalloy.model.quantised import stored_bytes
 from modalloy.model.routing import TEXT
 
@@ -107,8 +106,8 @@ def held(chat: ChatModel) -> dict[str, int]:
 def forced(chat: ChatModel, answers: list[list[int]]) -> list[Tensor]:
     """Log-probabilities (tokens, vocabulary) at every place of the answers to the demo's questions."""
     found = []
-    for (media, question), ids in zip(QUESTIONS[: len(answers)], answers, strict=True):
-        prompt = chat.prompt(user_message(question, list(_files(media).items())))
+    for question, ids in zip(questions()[: len(answers)], answers, strict=True):
+        prompt = chat.prompt(question.message(question.media))
         logits = chat.model._forced(chat.inputs([prompt]), [[torch.tensor(ids)]])[0]
         found.append(logits[0].float().log_softmax(-1))
     return found
@@ -117,8 +116,8 @@ def forced(chat: ChatModel, answers: list[list[int]]) -> list[Tensor]:
 def answered(chat: ChatModel, count: int) -> list[list[int]]:
     """The greedy answers to the demo's questions as token ids, with the token that ended them."""
     found = []
-    for media, question in QUESTIONS[:count]:
-        prompt = chat.prompt(user_message(question, list(_files(media).items())))
+    for question in questions()[:count]:
+        prompt = chat.prompt(question.message(question.media))
         inputs = chat.inputs([prompt])
         ids = chat.model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)
         found.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("build/bench"))
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=len(QUESTIONS))
+    parser.add_argument("--questions", type=int, default=len(questions()))
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(2)

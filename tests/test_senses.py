@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from modalloy.evals import capitals, senses, spoken
-from modalloy.evals.benchmark import Answer, Sample
+from modalloy.evals.benchmark import Answer, Sample, Source
 from modalloy.evals.corpus import CATEGORIES, Clip
 from modalloy.evals.motion import MOTIONS
 from modalloy.evals.scores import baselines
@@ -235,3 +235,16 @@ def test_a_free_answer_counts_by_the_one_option_it_names(answer: str, expected: 
     sample = Sample("", "", ("a dog",), choices=("a dog", "a cat", "a fire engine", "an engine"))
     verdict = senses.by_mention(sample, Answer(answer))
     assert verdict.prediction == expected and verdict.correct == (expected == "a dog")
+
+
+@pytest.mark.parametrize("shown", [(), ("image",), ("image", "audio"), None])
+def test_only_what_may_be_shown_is_asked(
+    shown: tuple[str, ...] | None, clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of no sense at all only text is asked, not everything."""
+    (tmp_path / "manifest.json").write_text("[]")
+    monkeypatch.setattr(senses, "load", lambda source: clips)
+    found = senses.samples(Source(tmp_path, modalities=shown))
+    senses_shown = {modality for sample in found for modality, _ in sample.media}
+    assert senses_shown == set(("image", "audio", "video", "point") if shown is None else shown)
+    assert any(not sample.media for sample in found)

@@ -12,6 +12,7 @@ from modalloy.evals.corpus import Clip
 Report = Callable[[dict[str, Any]], None]
 LOGIT_SCALE = 1 / 0.07
 SIZE = 2.0  # weight of the squared distance to what is meant
+ROUNDS = (0.1, 0.2)  # noise on each feature of speech, round by round
 OWN_SHARE = 0.15  # of all files
 
 
@@ -91,7 +92,8 @@ def read_aloud(
     """Make a Q-Former write what is said: its i-th query gives the embedding of the transcript's i-th token.
 
     The loss is a softmax over the tokens that occur, of the cosine between what a query gives and their embeddings, and the
-    squared distance to the right one, so that the decoder meets the embeddings that it knows.
+    squared distance to the right one, so that the decoder meets the embeddings that it knows. Each round of `ROUNDS` warms up
+    and cools down on its own.
 
     Args:
         projector: (media, features, dim) → (media, queries, width).
@@ -101,18 +103,19 @@ def read_aloud(
     """
     directions = nn.functional.normalize(table, dim=-1)
     size = table.pow(2).mean()
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1.5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        rows = torch.randint(len(x), (32,), generator=generator)
-        noise = 0.1 * torch.randn(len(rows), *x.shape[1:], generator=generator)
-        given = projector(x[rows].float() + noise)
-        logits = LOGIT_SCALE * nn.functional.normalize(given, dim=-1) @ directions.T
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), transcripts[rows].flatten())
-        loss = loss + 0.5 * (given - table[transcripts[rows]]).pow(2).mean() / size
-        advance(optimizer, schedule, loss)
-        report({"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)})
+    for number, blur in enumerate(ROUNDS):
+        generator = torch.Generator().manual_seed(seed + number)
+        optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1.5e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
+        for step in range(steps):
+            rows = torch.randint(len(x), (32,), generator=generator)
+            noise = blur * torch.randn(len(rows), *x.shape[1:], generator=generator)
+            given = projector(x[rows].float() + noise)
+            logits = LOGIT_SCALE * nn.functional.normalize(given, dim=-1) @ directions.T
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), transcripts[rows].flatten())
+            loss = loss + 0.5 * (given - table[transcripts[rows]]).pow(2).mean() / size
+            advance(optimizer, schedule, loss)
+            report({"stage": "1a", "round": number + 1, "step": step + 1, "loss": round(loss.item(), 4)})
 
 
 @torch.no_grad()

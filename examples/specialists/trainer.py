@@ -19,6 +19,7 @@ from modalloy.model.processor import ModalloyProcessor
 from modalloy.model.routing import TEXT
 from modalloy.names import disk_name
 
+BLUR = 0.6  # of a feature of speech, at most
 POOL = 8  # batches that are drawn together and sorted by length, so that little is spent on padding
 
 
@@ -105,6 +106,8 @@ class Trainer:
             answer = tokenizer.encode(lesson.answer + tokenizer.eos_token, add_special_tokens=False)
             rows.append((prompt + answer, owners + [0] * len(answer), [-100] * len(prompt) + answer))
         features = torch.stack([self.features[str(lesson.clip.path)][lesson.view] for lesson in batch]).float()
+        if self.args.modality == "audio":  # voices that are new are read less surely
+            features = features + BLUR * torch.rand(len(batch), 1, 1) * torch.randn(features.shape)
         ids, owner, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
         mask = pad([[1] * len(row[0]) for row in rows], 0)
         embeds = self.embed(ids, owner, features, batch)

@@ -347,8 +347,7 @@ def samples(source: Source) -> list[Sample]:
     """
     source.need("manifest.json")
     questions = Questions(source.data, load(source), source.variant or "test").all()
-    known = set(source.modalities or MODALITIES)
-    return [one for one in questions if {modality for modality, _ in one.media} <= known] + capital_samples()
+    return [one for one in questions if all(source.shows(modality) for modality, _ in one.media)] + capital_samples()
 
 
 def by_likelihood(sample: Sample, answer: Answer) -> Verdict:
