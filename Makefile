@@ -16,7 +16,7 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt --upgrade --target $(QUANTIZE) torchao
 	touch $@
 
-demo: install  ## merge the built-in specialists and ask the result about pictures, sounds, videos and shapes
+demo: install  ## merge the built-in specialists and ask the result aloud about pictures, movements and shapes
 	$(BIN)/modalloy demo
 	@echo "To talk to it: $(BIN)/modalloy serve --demo opens http://127.0.0.1:8000 in a browser."
 

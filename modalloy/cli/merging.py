@@ -241,7 +241,7 @@ def methods(as_json: Json = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="where the merged model goes")] = Path("build/demo"),
 ) -> Path:
-    """Merge the built-in specialists and ask the result about pictures, sounds, videos and shapes."""
+    """Merge the built-in specialists and ask the result aloud about pictures, movements and shapes."""
     from modalloy.demo import demo as run
 
     with progress("merge") as on_job:
