@@ -425,6 +425,16 @@ def test_probes_of_a_run_and_mistakes_in_them(folder: Path) -> None:
     assert [probe.id for probe in read_probes(folder / "run")] == [probe.id for probe in probes]
 
 
+def test_a_probe_may_be_asked_aloud(folder: Path) -> None:
+    (folder / "aloud.jsonl").write_text('{"text": "", "media": [["image", "0.png"], ["audio", "0.png"]]}')
+    assert [probe.text for probe in read_probes(folder / "aloud.jsonl")] == [""]
+    (folder / "aloud.jsonl").write_text('{"text": "", "media": {"image": "0.png"}}')
+    with pytest.raises(
+        ModalloyError, match='line 1 has no "text"; write the question there, or "" where a sound asks it'
+    ):
+        read_probes(folder / "aloud.jsonl")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -21,8 +21,8 @@ def read_probes(path: Path) -> list[Sample]:
     """The probes of a file, or the questions of a folder that `modalloy eval` wrote.
 
     A line is {"text": …, "media": {"image": PATH, …} or [[modality, PATH], …], "choices": […], "gold": …}; all but the
-    text may be left out. Paths start at the file. A sample's `id` is a hash of all that is shown and asked, and its group
-    the senses.
+    text may be left out, which is "" where a sound asks the question. Paths start at the file. A sample's `id` is a hash of
+    all that is shown and asked, and its group the senses.
 
     Raises:
         MediaError: the file cannot be read, or a medium of it is missing.
@@ -60,9 +60,10 @@ def _probe(line: str, where: str, folder: Path) -> Sample:
     if unknown := [key for key in row if key not in KEYS]:
         raise ModalloyError(f"{where} has an unknown key '{plain(unknown[0])}'; {nearest(plain(unknown[0]), KEYS)}")
     text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise ModalloyError(f'{where} has no "text"; write the question there')
     media = tuple((modality, str(folder / file)) for modality, file in _media(row.get("media") or [], where))
+    aloud = text == "" and any(modality == "audio" for modality, _ in media)
+    if not aloud and (not isinstance(text, str) or not text.strip()):
+        raise ModalloyError(f'{where} has no "text"; write the question there, or "" where a sound asks it')
     choices, golds = row.get("choices") or [], row.get("gold")
     golds = [] if golds is None else golds if isinstance(golds, list) else [golds]
     for name, values in (("choices", choices), ("gold", golds)):
