@@ -24,6 +24,7 @@ import modalloy.inspection.text as tables
 from modalloy.errors import CheckpointError, ModalloyError, OutputError
 from modalloy.files import new_file
 from modalloy.inspection import measure as module
+from modalloy.inspection.advice import advise
 from modalloy.inspection.figures import Finding, Inspection
 from modalloy.inspection.findings import findings
 from modalloy.inspection.measure import inspect
@@ -225,6 +226,23 @@ def codes(inspection: Inspection) -> dict[str, Finding]:
 def test_a_usual_merge_has_no_findings(write_recipe: WriteRecipe) -> None:
     inspection = inspect(write_recipe(parameters={"rank": 6}))
     assert inspection.findings == () and inspection.verdict == "nothing looks wrong"
+
+
+def test_advice_follows_the_cosine(tmp_path: Path, write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
+    """Independent updates may be added; what is shared is not to be counted twice."""
+    apart = inspect(write_recipe(parameters={"rank": 6}))
+    advice = advise(apart.slots)
+    assert (
+        advice is not None
+        and advice.scale == "λ between 1/2 and 1, to be searched"
+        and "orthogonal" in advice.reasons[0]
+    )
+    assert apart.to_dict()["advice"]["scale"] == advice.scale and advice.sureness in advice.line
+    assert f"advice   {advice.line}" in tables.text(apart) and "<b>advice</b>" in report.page(apart)
+    models = [{"model": str(specialists["image"])}, {"model": str(write_compose(tmp_path / "one", "vision", seed=1))}]
+    shared = advise(inspect(write_recipe(models=models)).slots)
+    assert shared is not None and shared.scale == "λ = 1/2" and "2 times" in shared.reasons[0]
+    assert advise(inspect(write_recipe(models=models[:1])).slots) is None
 
 
 @pytest.mark.parametrize(("factor", "found"), [(4.0, False), (20.0, True), (-20.0, True)])

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 DENSE_LIMIT = 2048  # spectra of dense updates are computed up to this size: their cost grows with its cube
 IN_A_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # order of the data's way
+SURE = (
+    "a rule of thumb: two merges of one 135M base and a linear study stand behind it; search λ on questions of your own"
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,22 @@ class SpecialistFacts:
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What to merge with: `method`, `scale` (λ) and `rank` (SSAM's k) in words, the reasons, and how sure they are."""
+
+    method: str
+    scale: str
+    rank: str
+    reasons: tuple[str, ...]
+    sureness: str = SURE
+
+    @property
+    def line(self) -> str:
+        """All of it in a sentence or two."""
+        return f"{self.method}; {self.scale}; {self.rank}: {'; '.join(self.reasons)} ({self.sureness})"
+
+
+@dataclass(frozen=True)
 class Inspection:
     """Everything that was measured, weight by weight, and what it means. Deterministic, whatever the number of workers."""
 
@@ -111,6 +130,7 @@ class Inspection:
     specialists: tuple[SpecialistFacts, ...]
     slots: tuple[WeightFigures, ...]
     findings: tuple[Finding, ...]
+    advice: Advice | None
 
     @property
     def verdict(self) -> str:

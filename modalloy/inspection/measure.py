@@ -21,6 +21,7 @@ from modalloy.compute import Read, Surveys, merged_update, survey, weighted_upda
 from modalloy.delta import Delta, LowRank, norm, thin_svd
 from modalloy.engines import local
 from modalloy.errors import RecipeError
+from modalloy.inspection.advice import advise
 from modalloy.inspection.figures import (
     DENSE_LIMIT,
     Inspection,
@@ -107,7 +108,14 @@ def inspect(
     found.sort(key=lambda finding: finding.level != "warning")
     k_of = "the recipe's" if projects else f"SSAM's default, for comparison: {recipe.merge_method} projects nothing"
     return Inspection(
-        recipe.merge_method, planned.parameters, planned.base_name, k_of, facts, tuple(slots), tuple(found)
+        recipe.merge_method,
+        planned.parameters,
+        planned.base_name,
+        k_of,
+        facts,
+        tuple(slots),
+        tuple(found),
+        advise(slots),
     )
 
 

@@ -90,7 +90,9 @@ def _findings(inspection: Inspection) -> str:
         which = f"<details><summary>which weights</summary><ol>{slots}</ol></details>" if slots else ""
         message = html.escape(finding.message)
         items.append(f'<li class="{finding.level}"><b>{finding.level}</b> {message}{which}</li>')
-    return f'<p class="verdict">{inspection.verdict}</p><ul class="findings">{"".join(items)}</ul>'
+    advice = inspection.advice
+    advised = f"<p><b>advice</b> {html.escape(advice.line)}</p>" if advice else ""
+    return f'<p class="verdict">{inspection.verdict}</p><ul class="findings">{"".join(items)}</ul>{advised}'
 
 
 def _section(index: int, figure: Figure) -> str:

@@ -47,6 +47,8 @@ def text(inspection: Inspection, *, with_tables: bool = True) -> str:
     for head, rows in tables(inspection) if with_tables else []:
         lines += [*aligned([head, *rows]), ""]
     lines += [f"{finding.level:8} {finding.message}" for finding in inspection.findings]
+    advice = inspection.advice
+    lines += [f"advice   {advice.line}"] if advice else []
     return printable_lines([*lines, f"verdict  {inspection.verdict}"])
 
 
