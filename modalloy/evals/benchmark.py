@@ -17,7 +17,7 @@ from typing import Any
 from modalloy.errors import MediaError, ModalloyError, plain
 from modalloy.evals.files import MAX_FILE_BYTES, leads_out, own_folders, parquet_rows, parse_json, read_bytes
 
-LETTERS = "ABCDEFGHIJKL"  # of options; those after H are never read out of free text, where "I" is a word
+LETTERS = "ABCDEFGH"
 
 
 @dataclass(frozen=True)

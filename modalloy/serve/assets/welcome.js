@@ -32,7 +32,7 @@ export async function welcome(able, begun, onAsk) {
     const files = Promise.all(Object.entries(media).map(async ([modality, name]) => [modality, await sample(name)]));
     files.then((found) => shown.append(...found.map(([modality, file]) => preview({ file, modality, name: file.name, size: file.size }))),
       (error) => refuse(error.message));
-    const ask = h("button", { type: "button", text: text || "Ask what is said", onclick: async () => onAsk(text, await files) });
+    const ask = h("button", { type: "button", text: text || "Answer what is said", onclick: async () => onAsk(text, await files) });
     return h("article", { class: "card" }, shown, ask);
   });
   place.replaceChildren(
