@@ -4,10 +4,11 @@
     python benchmarks/search.py --data DIR [--merges NAME …] [--objectives NAME …] [--probes N] [--labelled N]
 
 Merges: the recipe; "unequal norms", the first specialist's update counted four times; "with a skill", a LoRA that learned the
-chemical elements added to the first specialist's text update; "without one", all specialists but the last. Questions are of the
-`senses` benchmark's validation set. N of every cell are the probes, whose answers no label is read for, except by the objective
-`labels`; N others of every cell, and of the elements where a specialist learned them, measure each candidate, options scored by
-likelihood. λ and k are varied one at a time, the other as in the recipe. The logs in --out make a stopped run go on.
+chemical elements added to the first specialist's text update; "without one", all specialists but the last; "two of them",
+the first two alone. Questions are of the `senses` benchmark's validation set. N of every cell are the probes, whose answers no
+label is read for, except by the objective `labels`; N others of every cell, and of the elements where a specialist learned
+them, measure each candidate, options scored by likelihood. λ and k are varied one at a time, the other as in the recipe. The
+logs in --out make a stopped run go on.
 
 Per merge, axis and objective: the choice, its accuracy on the labelled questions, its regret (what it loses to the choice by
 these labels, with a 95 % bootstrap of clusters, paired; that choice saw its own questions, so regrets are too large rather than
@@ -48,7 +49,7 @@ from modalloy.search.space import Axis, applied, default_axes, start
 from modalloy.specialists.layouts import open_specialist
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "senses-ssam.yaml"
-MERGES = ("recipe", "unequal norms", "with a skill", "without one")
+MERGES = ("recipe", "unequal norms", "with a skill", "without one", "two of them")
 AXES = ("scale", "rank")
 STEPS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # of λ, in units of the recipe's own
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -125,6 +126,8 @@ def merge_of(name: str, recipe: Recipe, lora: Path, out: Path) -> Recipe:
         content["models"][0]["model"] = str(skilled(first.folder, lora, out / "skilled").resolve())
     if name == "without one":
         content["models"] = content["models"][:-1]
+    if name == "two of them":
+        content["models"] = content["models"][:2]
     return Recipe(**content, folder=recipe.folder)
 
 

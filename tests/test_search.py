@@ -160,7 +160,7 @@ def test_consistency_from_start_to_a_recipe(
     folder: Path, run: Callable[..., Found], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "found"
-    found = run(out, vary=[SCALES, "rank=2,4,8,16"])
+    found = run(out, objective="consistency", vary=[SCALES, "rank=2,4,8,16"])
     document = json.loads((out / "search.json").read_text())
     assert document == json.loads(json.dumps(found.to_dict()))
     scale, rank = document["sweeps"]
@@ -178,8 +178,8 @@ def test_consistency_from_start_to_a_recipe(
     lines = (out / "trials.jsonl").read_text().splitlines(keepends=True)
     (out / "trials.jsonl").write_text("".join(lines[:-3]) + lines[-3][:40])  # as a killed search leaves it
     with pytest.raises(ModalloyError, match="holds a search already; go on with --resume"):
-        run(out, vary=[SCALES, "rank=2,4,8,16"])
-    again = run(out, vary=[SCALES, "rank=2,4,8,16"], resume=True)
+        run(out, objective="consistency", vary=[SCALES, "rank=2,4,8,16"])
+    again = run(out, objective="consistency", vary=[SCALES, "rank=2,4,8,16"], resume=True)
     assert again.chosen == found.chosen
     assert [sweep.to_dict() for sweep in again.sweeps] == [sweep.to_dict() for sweep in found.sweeps]
 
@@ -187,10 +187,12 @@ def test_consistency_from_start_to_a_recipe(
         raise AssertionError("a finished search loads no model")
 
     monkeypatch.setattr("modalloy.search.asking.RoutedBench", refuse)
-    assert run(out, vary=[SCALES, "rank=2,4,8,16"], resume=True).chosen == found.chosen
-    assert run(out, vary=["scale=0.25,0.5,0.75"], resume=True, variant="union").chosen == {"scale": 0.5}
+    assert run(out, objective="consistency", vary=[SCALES, "rank=2,4,8,16"], resume=True).chosen == found.chosen
+    assert run(out, objective="consistency", vary=["scale=0.25,0.5,0.75"], resume=True, variant="union").chosen == {
+        "scale": 0.5
+    }
     with pytest.raises(ModalloyError, match=r"is a search with another max_new_tokens; choose another folder"):
-        run(out, vary=[SCALES], resume=True, max_new_tokens=4)
+        run(out, objective="consistency", vary=[SCALES], resume=True, max_new_tokens=4)
 
 
 def test_labels_score_options_and_words(run: Callable[..., Found], tmp_path: Path) -> None:
@@ -365,13 +367,13 @@ def test_differences_by_meaning_and_by_teacher_forced_tokens(
     run: Callable[..., Found], base: Path, server: RoutedBench, tmp_path: Path
 ) -> None:
     out, scales = tmp_path / "found", "scale=0:3:1"
-    plain = run(out, vary=[scales])
-    found = run(out, vary=[scales], match="embedding", embedder=str(base), resume=True)
+    plain = run(out, objective="consistency", vary=[scales])
+    found = run(out, objective="consistency", vary=[scales], match="embedding", embedder=str(base), resume=True)
     assert found.settings["embedder"] == str(base)
     other, apart = (np.nan_to_num(one.sweeps[0].loss) for one in (plain, found))
     assert (apart <= 2 * other + 1e-9).all() and not np.isin(apart, (0, 1, 2)).all()
 
-    (forced,) = run(out, vary=[scales], match="top1", resume=True, aggregate="senses").sweeps
+    (forced,) = run(out, objective="consistency", vary=[scales], match="top1", resume=True, aggregate="senses").sweeps
     assert not forced.health and forced.accuracy is None
     lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
     said = {line["probe"]: line["text"] for line in lines if line.get("model") == "{}" and "predicted" not in line}
@@ -474,13 +476,23 @@ def test_bad_probes(
         (("--vary", "scale"), "not of the form NAME=VALUES"),
         (("--vary", "scale=1"), "one value leaves nothing to choose"),
         (("--vary", "scale=1,1,2"), "1.0 is given twice"),
-        (("--vary", "scale=1,2"), "consistency needs at least 3 values"),
-        (("--vary", "balance=none,updates"), "'none' is no number; use another --objective"),
-        (("--strategy", "grid"), "consistency compares neighbours along one axis; use --strategy coordinate"),
+        (("--objective", "consistency", "--vary", "scale=1,2"), "consistency needs at least 3 values"),
+        (
+            ("--objective", "consistency", "--vary", "balance=none,updates"),
+            "'none' is no number; use another --objective",
+        ),
+        (
+            ("--objective", "consistency", "--strategy", "grid"),
+            "consistency compares neighbours along one axis; use --strategy coordinate",
+        ),
         (("--objective", "label"), "did you mean 'labels'?"),
-        (("--variant", "product"), "known: one-sided, sum, union"),
+        (("--objective", "consistency", "--variant", "product"), "known: one-sided, sum, union"),
         (("--match", "embeding"), "did you mean 'embedding'?"),
-        (("--match", "embedding", "--embedder", "no-such-folder"), "--embedder no-such-folder: no such folder"),
+        (
+            ("--objective", "consistency", "--match", "embedding", "--embedder", "no-such-folder"),
+            "--embedder no-such-folder: no such folder",
+        ),
+        (("--match", "exact"), "is how consistency compares answers, and this is --objective kl; leave it out, or use"),
         (("--aggregate", "worst"), "known: minimax, probes, senses"),
     ],
 )
@@ -541,4 +553,4 @@ def test_the_command(
     monkeypatch.setattr(sys, "argv", ["modalloy", *map(str, words), *options, "--resume", "--json"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert json.loads(capsys.readouterr().out)["objective"] == "consistency"
+    assert json.loads(capsys.readouterr().out)["objective"] == "kl"

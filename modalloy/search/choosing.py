@@ -98,6 +98,11 @@ def _settled(given: Settings, recipe: Recipe) -> Settings:
     ):
         if value not in known:
             raise ModalloyError(f"{option} {value}: there is none of that name; {nearest(value, known)}")
+    if given.match != Settings.match and objective != "consistency":
+        raise ModalloyError(
+            f"--match {given.match}: is how consistency compares answers, and this is --objective {objective}; leave it out, "
+            "or use --objective consistency"
+        )
     return given
 
 
@@ -139,7 +144,8 @@ def _check_probes(probes: list[Sample], planned: Plan, given: Settings) -> None:
     own = [probe for probe in probes if any(shows_only(probe, one) for one in able or ())]
     if given.objective in OF_SPECIALISTS and not across and not own:
         raise ModalloyError(
-            f"no probe shows one sense alone, which --objective {given.objective} asks the specialists about; add some"
+            f"no probe shows one sense alone, which --objective {given.objective} asks the specialists about; add some, or use "
+            "--objective consistency"
         )
     if given.objective in ("kl", "option_agreement"):
         _check_options(own, given.objective, across=across)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["consistency", "labels", "agreement", "kl", "option_agreement"]
 OBJECTIVES = get_args(Objective)
-DEFAULT: Objective = "consistency"  # of merges of specialists; into a target consistency is the only one without labels
+DEFAULT: Objective = "kl"  # of merges of specialists; into a target consistency is the only one without labels
 OF_SPECIALISTS = ("agreement", "kl", "option_agreement")  # ask each about its own sense
 SAME = 1e-4  # relative distance below which two merges are one
 FACTORS = ("alpha", "scale")  # of the whole update: their steps are known, and would be blurred by tensors of few bits
