@@ -17,7 +17,8 @@ from typing import Any
 from modalloy.errors import MediaError, ModalloyError, plain
 from modalloy.evals.files import MAX_FILE_BYTES, leads_out, own_folders, parquet_rows, parse_json, read_bytes
 
-LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGHIJKL"
+READ = 8  # of them are read out of free text, where "I" is a word
 
 
 @dataclass(frozen=True)

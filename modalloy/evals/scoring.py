@@ -67,8 +67,8 @@ def parse_letter(text: str, choices: Sequence[str]) -> str | None:
     Tried in this order, within the last <answer>…</answer> if there is one: nothing but a letter; an option's text, also
     after "answer is", exactly, then up to case, punctuation and articles; a letter first, with punctuation or the option's
     own text after it ("A dog" has an article); "answer is", "option", "choice" and a letter; the only option whose text is
-    contained. A letter beyond the options is none. Without `choices`, letters are A to D. Options of equal text are the
-    first of them.
+    contained. A letter beyond the options, or after H, is none. Without `choices`, letters are A to D. Options of equal text
+    are the first of them.
     """
     text = text.replace("</s>", "").strip()
     if (tagged := _last_tagged(text)) is not None:

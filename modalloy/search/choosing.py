@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from modalloy.errors import ModalloyError, RecipeError, nearest, shown
-from modalloy.evals.benchmark import Sample
+from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.scores import golds_are_options
 from modalloy.planning.differences import settled_plan
 from modalloy.planning.kinship import check_kinship
@@ -17,7 +17,7 @@ from modalloy.search.embedding import Embedder
 from modalloy.search.folder import check_out, write
 from modalloy.search.found import Found
 from modalloy.search.objective import VARIANTS, Aggregate, Match, grouped
-from modalloy.search.probes import LETTERS, read_probes
+from modalloy.search.probes import read_probes
 from modalloy.search.settings import Settings
 from modalloy.search.space import default_axes, parse_axes, start
 from modalloy.search.strategies import STRATEGIES, by_coordinate, chosen_strategy, whole

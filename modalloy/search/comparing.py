@@ -11,7 +11,7 @@ import numpy as np
 
 from modalloy.errors import ModalloyError
 from modalloy.evals.ask import NO_TOKENS
-from modalloy.evals.benchmark import Answer, Sample
+from modalloy.evals.benchmark import LETTERS, Answer, Sample
 from modalloy.evals.scores import golds_are_options
 from modalloy.evals.scoring import normalized_match, parse_letter
 from modalloy.model.chat import Tokens
@@ -33,7 +33,6 @@ from modalloy.search.objective import (
     log_shares,
     scripts,
 )
-from modalloy.search.probes import LETTERS
 from modalloy.search.space import Axis, Changes, start
 
 if TYPE_CHECKING:

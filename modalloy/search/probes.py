@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from modalloy.errors import MediaError, ModalloyError, nearest, plain
-from modalloy.evals.benchmark import Sample
+from modalloy.evals.benchmark import LETTERS, Sample
 from modalloy.evals.files import parse_json, read_bytes
 from modalloy.evals.log import PREDS
 from modalloy.names import modality_name
 from modalloy.senses.media.limits import opened
 from modalloy.storage.folder import file_sha256
 
-LETTERS = "ABCDEFGHIJKL"  # of a probe's choices; those after H are never read out of free text, where "I" is a word
 KEYS = ("id", "text", "media", "choices", "gold")
 
 
