@@ -373,7 +373,7 @@ def test_damaged_input_is_refused(write_recipe: WriteRecipe, specialists: dict[s
 def test_json_has_a_stable_schema(run: Run, write_recipe: WriteRecipe) -> None:
     found = json.loads(run("inspect", write_recipe(parameters={"rank": 2}), "--json"))
     assert found.keys() == {
-        "method", "parameters", "base", "k_of", "specialists", "slots", "findings", "verdict"
+        "method", "parameters", "base", "k_of", "specialists", "slots", "findings", "advice", "verdict"
     }  # fmt: skip
     assert found["specialists"][0].keys() == {"label", "modality", "layout", "rank", "weight", "norm"}
     slot = found["slots"][0]
@@ -389,6 +389,7 @@ def test_json_has_a_stable_schema(run: Run, write_recipe: WriteRecipe) -> None:
         "sign_conflict_mass",
     }  # fmt: skip
     assert found["findings"][0].keys() == {"level", "code", "message", "specialists", "slots"}
+    assert found["advice"].keys() == {"method", "scale", "rank", "reasons", "sureness"}
     assert (slot["name"], slot["layer"]) == ("model.layers.0.self_attn.q_proj.weight", 0)
     assert slot["module"] == "model.layers.*.self_attn.q_proj"
 
