@@ -385,6 +385,8 @@ def test_mmau_refuses_rows_of_another_form(tmp_path: Path, sounds: list[Sample])
 
 def test_more_options_than_letters_that_are_read_may_be_named_in_words() -> None:
     """A probe may have twelve choices: the ninth is told by its text, and "I" is a word."""
-    twelve = [f"a {name}" for name in "cat dog cow pig owl bee fox hen ant bat elk emu".split()]
+    twelve = [
+        f"a {name}" for name in ["cat", "dog", "cow", "pig", "owl", "bee", "fox", "hen", "ant", "bat", "elk", "emu"]
+    ]
     assert parse_letter("an ant", twelve) == "I" and parse_letter("a emu.", twelve) == "L"
     assert parse_letter("I", twelve) is None and parse_letter("I think it is a hen.", twelve) == "H"
