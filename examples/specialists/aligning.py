@@ -62,6 +62,12 @@ def name_things(
         projector[0].bias.sub_(projector[0].weight @ mean)
 
 
+def embedded(name: str, table: Tensor, tokenizer: Any) -> Tensor:
+    """The mean embedding of a name's tokens, (width,)."""
+    found: Tensor = table[tokenizer.encode(f" {name}", add_special_tokens=False)].mean(0)
+    return found
+
+
 def artist_groups(clips: Sequence[Clip]) -> dict[str, str]:
     """The group of each family of artists: its own where it made a good share of the files, else "others"."""
     made = Counter(clip.family for clip in clips)

@@ -12,9 +12,10 @@ instruction-tuned model. No medium is read.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from aligning import written
+from aligning import embedded, written
 from safetensors.torch import save_file
 from single_path import SinglePath
 from torch import Tensor, nn
@@ -78,14 +79,14 @@ def said(clips: Sequence[Clip]) -> list[Clip]:
 class Words:
     """Embeddings of words in the places of media, by the file of the clip whose place they take."""
 
-    def __init__(self, tokenizer: object, table: Tensor, clips: Sequence[Clip], seed: int) -> None:
+    def __init__(self, tokenizer: Any, table: Tensor, clips: Sequence[Clip], seed: int) -> None:
         self.tokenizer, self.table, self.clips = tokenizer, table, clips
         self.generator = torch.Generator().manual_seed(seed)
         self.asker = Asker(clips, seed)
 
     def name(self, name: str) -> Tensor:
-        """The mean embedding of a name's tokens, (width,)."""
-        return self.table[self.tokenizer.encode(f" {name}", add_special_tokens=False)].mean(0)  # type: ignore[attr-defined]
+        """The embedding of a name, (width,)."""
+        return embedded(name, self.table, self.tokenizer)
 
     def shown(self, *, moving: bool) -> dict[str, Tensor]:
         """(views, 4 tokens, width) of each thing: its name, in part another's, in half how it moves, and noise."""

@@ -245,11 +245,11 @@ def align(trainer: Trainer) -> None:
 
 def name(trainer: Trainer, projector: nn.Module, clips: Sequence[Clip], report: aligning.Report) -> None:
     """Teach a projector what the clips show, among all names, and how videos move."""
-    args, encode = trainer.args, trainer.processor.tokenizer.encode
+    args, tokenizer = trainer.args, trainer.processor.tokenizer
     table = trainer.model.get_input_embeddings().weight.detach()
 
     def words(names: Iterable[str]) -> Tensor:
-        return torch.stack([table[encode(f" {name}", add_special_tokens=False)].mean(0) for name in names])
+        return torch.stack([aligning.embedded(name, table, tokenizer) for name in names])
 
     x = torch.cat([trainer.features[str(clip.path)] for clip in clips]).float()
     place = {concept: index for index, concept in enumerate(dict.fromkeys(clip.concept for clip in trainer.clips))}

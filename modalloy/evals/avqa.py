@@ -9,7 +9,7 @@ Variants:
 from dataclasses import replace
 from pathlib import Path
 
-from modalloy.evals.benchmark import READ, Benchmark, Sample, Source, choose_variant, fields, letter
+from modalloy.evals.benchmark import Benchmark, Sample, Source, check_letters, choose_variant, fields, letter
 from modalloy.evals.modelcompose import HUB, SENSES, clip_media, clip_questions, numbered, places, prompt, text_of
 from modalloy.evals.scoring import first_letter, robust_letter
 
@@ -40,8 +40,7 @@ def _official(source: Source, path: Path) -> list[Sample]:
                 raise TypeError(f"{choices!r} is not a list of options")
             if type(gold) is not int or not 0 <= gold < len(choices):
                 raise ValueError(f"answer {gold!r} to {len(choices)} options")
-            if len(choices) > READ:
-                raise ValueError(f"{len(choices)} options, of which {READ} have letters that answers are read by")
+            check_letters(len(choices))
             lines = [f"{letter(place)}. {choice}" for place, choice in enumerate(choices) if choice is not None]
             result.append(
                 Sample(

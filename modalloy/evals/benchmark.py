@@ -277,6 +277,12 @@ def choose_variant(benchmark: str, source: Source, found: dict[str, Path | None]
     return source.variant, path
 
 
+def check_letters(count: int) -> None:
+    """Raise ValueError if a question has more options than letters that answers are read by."""
+    if count > READ:
+        raise ValueError(f"{count} options, of which {READ} have letters that answers are read by")
+
+
 def letter(index: int) -> str:
     """ "A" for 0, "B" for 1, …"""
     return LETTERS[index]

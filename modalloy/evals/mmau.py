@@ -7,7 +7,7 @@ the same name, so compare only runs whose data have the same hash. "Always the f
 import re
 from collections.abc import Sequence
 
-from modalloy.evals.benchmark import LETTERS, READ, Answer, Benchmark, Sample, Source, Verdict, fields, letter
+from modalloy.evals.benchmark import LETTERS, Answer, Benchmark, Sample, Source, Verdict, check_letters, fields, letter
 from modalloy.evals.modelcompose import text_of
 from modalloy.evals.scoring import parse_letter
 
@@ -23,8 +23,7 @@ def samples(source: Source) -> list[Sample]:
             choices = tuple(row["choices"])
             if row["answer"] not in choices:
                 raise ValueError(f"the answer '{row['answer']}' is none of its choices")
-            if len(choices) > READ:
-                raise ValueError(f"{len(choices)} choices, of which {READ} have letters that answers are read by")
+            check_letters(len(choices))
             options = "\n".join(f"{letter(place)}. {choice.strip()}" for place, choice in enumerate(choices))
             sound = (("audio", source.medium(row["audio_id"], "audio")),) if source.shows("audio") else ()
             sample = Sample(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from modalloy.inspection.figures import Advice, WeightFigures
+from modalloy.inspection.figures import Advice, WeightFigures, median
 
 SHARED, APART = 0.3, 0.05  # cosines between which nothing was measured
 KEPT = 0.9  # of a specialist's energy
@@ -19,11 +18,11 @@ def advise(slots: Sequence[WeightFigures]) -> Advice | None:
     Updates of |cosine| ≤ 0.05 have nothing in common: λ = 1/n leaves each of them 1/n of what it learned. (An earlier set of
     specialists, of cosine 0: at λ = 1/n a skill fell from an AUC of 0.82 to 0.73; summed, single senses lost 5 points.)
     """
-    cosine = _median(pair.cosine for slot in slots for pair in slot.pairs)
+    cosine = median(pair.cosine for slot in slots for pair in slot.pairs)
     if cosine is None:
         return None
     n = max(len(slot.updates) for slot in slots)
-    kept = _median(update.kept for slot in slots for update in slot.updates)
+    kept = median(update.kept for slot in slots for update in slot.updates)
     told = f"the median cosine of two updates is {cosine:+.2f}"
     if cosine >= SHARED:
         method, scale = "average, ssam or ties", f"λ = 1/{n}"
@@ -43,8 +42,3 @@ def advise(slots: Sequence[WeightFigures]) -> Advice | None:
         return Advice(method, scale, "k as it is", (why, "what k keeps was not computed"))
     rank = "k as it is" if kept >= KEPT else "a larger k"
     return Advice(method, scale, rank, (why, f"k keeps {kept:.0%} of an update's energy in the median"))
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -157,6 +158,12 @@ def place_in_layer(module: str) -> int:
     """Where a kind of weight stands in a layer; unknown kinds come last."""
     leaf = module.rpartition(".")[2]
     return IN_A_LAYER.index(leaf) if leaf in IN_A_LAYER else len(IN_A_LAYER)
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def norms_of(slots: Sequence[WeightFigures]) -> defaultdict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable
 
-from modalloy.inspection.figures import Inspection
+from modalloy.inspection.figures import Inspection, median
 from modalloy.report.text import aligned, printable_lines
 
 Table = tuple[list[str], list[list[str]]]
@@ -53,5 +53,5 @@ def text(inspection: Inspection, *, with_tables: bool = True) -> str:
 
 
 def _median(values: Iterable[float | None], form: str = ".3g") -> str:
-    known = [value for value in values if value is not None]
-    return format(statistics.median(known), form) if known else "–"
+    middle = median(values)
+    return "–" if middle is None else format(middle, form)
