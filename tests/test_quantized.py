@@ -182,16 +182,17 @@ def test_updates_are_routed_exactly(kind: str, plain: ChatModel, quantised: dict
     "media", [{}, {"image": PICTURE}, {"image": OTHER, "audio": SOUND}], ids=["text", "one", "two"]
 )
 def test_logits_are_near(kind: str, media: dict[str, Path], plain: ChatModel, quantised: dict[str, ChatModel]) -> None:
-    """Within three times what one product is off by (two layers of random weights)."""
+    """Off by no more than the products of two layers of random weights are, if their errors add like independent ones."""
     wanted, got = logits(plain, **media), logits(quantised[kind], **media)
     off = float((got - wanted).norm() / wanted.norm())
-    assert 0 < off < 3 * OFF[kind]
+    assert 0 < off < (7 * LAYERS) ** 0.5 * OFF[kind]
 
 
 @needs_torchao
-def test_bfloat16_beside_codes(omni: Path, plain: ChatModel) -> None:
+def test_bfloat16_beside_codes(omni: Path) -> None:
+    """Near the model in bfloat16: what its encoders' weights lose by rounding is none of the codes' doing."""
     got = logits(load_model(omni, quantize="int8", dtype="bfloat16"), image=PICTURE)
-    wanted = logits(plain, image=PICTURE)
+    wanted = logits(load_model(omni, dtype="bfloat16"), image=PICTURE)
     assert got.dtype == torch.bfloat16 and float((got - wanted).norm() / wanted.norm()) < 0.05
 
 
