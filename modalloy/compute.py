@@ -56,12 +56,13 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
 def compute_several(job: Job, read: Read, *, surveys: Sequence[Surveys], device: str = "cpu") -> Done:
     """What every piece of several merges gives, as `parts`; equal ones, and what others have in common, are worked out once.
 
-    `surveys`: those of each merge.
+    `surveys`: those of each merge, of which the pieces' are told by the job.
     """
     given: list[Done] = []
+    own = [surveys[place] for place in job.parameters["of"]]
     with sharing():
-        for index, (piece, told) in enumerate(zip(job.pieces, surveys, strict=True)):
-            same = (before for before in range(index) if (job.pieces[before], surveys[before]) == (piece, told))
+        for index, (piece, told) in enumerate(zip(job.pieces, own, strict=True)):
+            same = (before for before in range(index) if (job.pieces[before], own[before]) == (piece, told))
             if (before := next(same, None)) is not None:
                 given.append(given[before])
                 continue

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from modalloy.outputs.manifest import SOURCES, build_manifest
 from modalloy.outputs.streamed import StreamedWeights
 from modalloy.planning import cost
 from modalloy.planning.differences import settle
-from modalloy.planning.job import Job, Run, Survey
+from modalloy.planning.job import Done, Job, Run, Survey
 from modalloy.planning.kinship import Kinship, check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
@@ -38,7 +38,9 @@ from modalloy.storage.staging import MANIFEST, Staging, check_apart
 from modalloy.verify import Verification, verify, verify_folder
 
 if TYPE_CHECKING:
-    from modalloy.engines.ray import Cluster
+    from modalloy.engines.ray import Cluster, Shard, WrittenShard
+
+Add = Callable[[Job, Done], None]  # takes what a job gives
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,7 @@ def merge(
     out = Path(out)
     staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
-    if engine == "ray" and device == "cuda":
-        raise OutputError("--engine ray: its tasks run on processors; use --device cpu")
-    chosen_device = resolve_device("cpu" if engine == "ray" else device)
+    chosen_device = resolve_device(device, engine)
     n_workers = 1 if chosen_device == "cuda" else jobs or default_workers()
     before = None if earlier is None else Earlier(Path(earlier), chosen_device)
     held = memory.peak_bytes()
@@ -139,13 +139,11 @@ def merge(
     if budget.n_bytes is not None:
         memory.return_freed_memory()
     fingerprint = planned.fingerprint
-    if resume and out.is_dir() and not staging.interrupted:
-        verification = _finished_before(out, fingerprint)
-        staging.clean()
+    if (verification := finished_before(staging, fingerprint)) is not None:
         return MergeReport(out, planned, verification, 0.0, time.perf_counter() - start, memory.peak_bytes(), budget)
     kinship = {} if allow_base_mismatch else check_kinship(planned)
     with (
-        _cluster(engine, ray_address, jobs, max_memory) as cluster,
+        cluster_of(engine, ray_address, jobs, max_memory) as cluster,
         staging.begin(fingerprint) as folder,
         disk_errors(out),
     ):
@@ -161,20 +159,29 @@ def merge(
     return MergeReport(out, planned, verification, merge_s, total_s, peak, budget, run.compression, kinship, n_reused)
 
 
-def resolve_device(device: str) -> str:
-    """ "auto" as "cuda" where there is one, else "cpu"; "cuda" without one is refused."""
+def resolve_device(device: str, engine: str = "local") -> str:
+    """ "auto" as "cuda" where there is one, else "cpu"; "cuda" without one, or on a cluster, is refused."""
+    if engine == "ray":
+        if device == "cuda":
+            raise OutputError("--engine ray: its tasks run on processors; use --device cpu")
+        return "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise OutputError("--device cuda: no CUDA device is available here; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _finished_before(out: Path, fingerprint: str) -> Verification:
-    """The check of a result that an earlier run finished; one of something else is refused."""
+def finished_before(staging: Staging, fingerprint: str) -> Verification | None:
+    """The check of a result that an earlier run finished, where one is to be resumed; one of something else is refused."""
+    out = staging.out
+    if not (staging.resume and out.is_dir()) or staging.interrupted:
+        return None
     if not (out / SOURCES).is_file() or read_json(out / SOURCES).get("fingerprint") != fingerprint:
         raise OutputError(
             f"{out}: already exists and is not this recipe's result; choose another folder, or replace it with --overwrite"
         )
-    return verify(out)
+    verification = verify(out)
+    staging.clean()
+    return verification
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -189,7 +196,9 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def _cluster(engine: str, address: str | None, jobs: int | None, max_memory: int | None) -> "Iterator[Cluster | None]":
+def cluster_of(
+    engine: str, address: str | None, jobs: int | None, max_memory: int | None
+) -> "Iterator[Cluster | None]":
     """The cluster that an engine needs."""
     if engine not in NAMES:
         raise OutputError(f"--engine {engine}: not an engine; known: {', '.join(NAMES)}")
@@ -225,9 +234,13 @@ def _write_weights(
         todo = [reused.get(job.outputs[0].name, job) for job in todo]
     work = partial(compute, surveys=surveys, device=device)
     if cluster is None:
-        results = _run_here(planned, weights, todo, inputs, work, budget)
+        results = run_here(planned, todo, inputs, work, budget, weights.add)
     else:
-        results = _run_there(planned, weights, todo, inputs, work, cluster)
+        from modalloy.engines.ray import Shard
+
+        place = weights.staging.folder.absolute()
+        shards = [Shard(index, (place,), (specs,), own) for index, specs, own in weights.shards(todo)]
+        results = run_there(planned, todo, shards, inputs, work, cluster, weights.add, weights.adopt)
     n_done = len(planned.jobs) - len(todo)
     try:
         for count in results:
@@ -255,40 +268,44 @@ def _surveyed(jobs: list[Job], inputs: Inputs) -> dict[str, Survey]:
     return survey(jobs, inputs.read)
 
 
-def _run_here(
-    planned: Plan, weights: StreamedWeights, jobs: list[Job], inputs: Inputs, work: Compute, budget: cost.Budget
+def run_here(
+    planned: Plan, jobs: Sequence[Job], inputs: Inputs, work: Compute, budget: cost.Budget, add: Add
 ) -> Generator[int, None, None]:
-    """Runs jobs in threads of this process and writes what they give; yields how many are done."""
+    """Runs jobs in threads of this process and hands what they give to `add`; yields how many are done."""
     planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
     for file in planned.hashed_files():
         file.hash_reads()
     results = ENGINES["local"](jobs, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
     with closing(results):
         for job, done in results:
-            weights.add(job, done)
+            add(job, done)
             del done  # or its tensors are held until the next result is there
             yield 1
 
 
-def _run_there(
-    planned: Plan, weights: StreamedWeights, jobs: list[Job], inputs: Inputs, work: Compute, cluster: "Cluster"
+def run_there(
+    planned: Plan,
+    jobs: Sequence[Job],
+    shards: Sequence["Shard"],
+    inputs: Inputs,
+    work: Compute,
+    cluster: "Cluster",
+    add: Add,
+    adopt: Callable[["WrittenShard"], None],
 ) -> Generator[int, None, None]:
     """The same on a cluster, whose workers write the shards, where the form has any, and hash the inputs."""
-    from modalloy.engines.ray import LEFT, Shard
-
     if planned.form.has_shards:
-        shards = [Shard(*parts) for parts in weights.shards(jobs)]
         counts = {shard.index: len(shard.jobs) for shard in shards}
-        with closing(cluster.write(shards, inputs, work, weights.staging.folder)) as written:
-            for one in written:
-                weights.adopt(one.index, one.path, one.sha256, one.compression)
-                yield counts[one.index]
-        for left in weights.staging.folder.glob(f"{LEFT}*"):
-            shutil.rmtree(left)
+        with closing(cluster.write(shards, inputs, work)) as written:
+            for parts in written:
+                for part in parts:
+                    adopt(part)
+                yield counts[parts[0].index]
+        cluster.remove_left(folder for shard in shards for folder in shard.folders)
     else:
         with closing(cluster.run(jobs, inputs, work)) as results:
             for job, done in results:
-                weights.add(job, done)
+                add(job, done)
                 yield 1
     files = planned.hashed_files()
     for file, sha256 in zip(files, cluster.hashes(planned.inputs, [file.path for file in files]), strict=True):

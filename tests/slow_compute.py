@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modalloy.compute import compute
+from modalloy.compute import compute, compute_several
 from modalloy.planning.job import Done, Job
 
 
@@ -15,6 +15,12 @@ def slow(job: Job, read: Any, *, place: str, seconds: float, **options: Any) -> 
     Path(place, str(os.getpid())).touch()
     time.sleep(seconds)
     return compute(job, read, **options)
+
+
+def slow_several(job: Job, read: Any, *, seconds: float, **options: Any) -> Done:
+    """What the job gives for each of several results, `seconds` later."""
+    time.sleep(seconds)
+    return compute_several(job, read, **options)
 
 
 def no_space(job: Job, read: Any, **options: Any) -> Done:

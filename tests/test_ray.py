@@ -19,6 +19,7 @@ from modalloy import merging
 from modalloy.errors import ModalloyError, OutputError, missing_package
 from modalloy.planning.planner import plan
 from modalloy.recipe import load_recipe
+from modalloy.search.sweep import sweep
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 
@@ -72,6 +73,53 @@ def test_the_bytes_are_those_of_the_local_engine(
     report = modalloy.merge(recipe, tmp_path / "ray", engine="ray", on_job=lambda n, of: done.append(n))
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert done == sorted(done) and done[-1] >= len(report.plan.jobs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"output": FULL}, ["scale=0.1,0.5"]),
+        ({"output": {"form": "adapter"}}, ["scale=0.1,0.5", "rank=2,4"]),
+        ({"output": FULL, "merge_method": "metagpt"}, ["weight.image=0.5,1"]),
+    ],
+    ids=["full", "adapter", "survey"],
+)
+def test_a_sweep_has_the_bytes_of_the_local_engine(
+    changes: dict[str, Any], given: list[str], address: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(**changes)
+    sweep(recipe, tmp_path / "local", given)
+    done: list[int] = []
+    sweep(recipe, tmp_path / "ray", given, engine="ray", on_job=lambda n, of: done.append(n))
+    folders = sorted(path.name for path in (tmp_path / "local").iterdir())
+    assert sorted(path.name for path in (tmp_path / "ray").iterdir()) == folders
+    for name in folders:
+        assert contents(tmp_path / "ray" / name) == contents(tmp_path / "local" / name)
+    assert done == sorted(done) and done[-1] >= len(plan(load_recipe(recipe)).jobs)
+
+
+SWEEP_DRIVER = """
+import sys
+from functools import partial
+from modalloy.search import sweep
+from slow_compute import slow_several
+sweep.compute_several = partial(slow_several, seconds=0.2)
+sweep.sweep(sys.argv[1], sys.argv[2], ["scale=0.1,0.5"], engine="ray", ray_address=sys.argv[3])
+"""
+
+
+def test_a_sweep_whose_driver_was_killed_is_resumed(address: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "ray"
+    log = out / ".scale=0.5.partial.log"
+    driver = subprocess.Popen([sys.executable, "-c", SWEEP_DRIVER, str(recipe), str(out), address])
+    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
+        time.sleep(0.02)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL and not list(out.glob("scale=*"))
+    sweep(recipe, out, ["scale=0.1,0.5"], engine="ray", resume=True)
+    sweep(recipe, tmp_path / "local", ["scale=0.1,0.5"])
+    for name in ("scale=0.1", "scale=0.5"):
+        assert contents(out / name) == contents(tmp_path / "local" / name)
 
 
 def test_killed_workers_change_nothing(
@@ -215,6 +263,9 @@ def test_a_shard_is_sent_with_its_own_jobs(write_recipe: WriteRecipe, tmp_path: 
 
     planned = plan(load_recipe(write_recipe(output=FULL)))
     weights = StreamedWeights(planned, Staging(tmp_path / "out"))
-    shards = [Shard(*parts) for parts in weights.shards(planned.jobs)]
-    assert [spec for shard in shards for spec in shard.specs] == [s for job in planned.jobs for s in job.outputs]
+    place = weights.staging.folder
+    shards = [Shard(index, (place,), (specs,), jobs) for index, specs, jobs in weights.shards(planned.jobs)]
+    assert [spec for shard in shards for specs in shard.specs for spec in specs] == [
+        s for job in planned.jobs for s in job.outputs
+    ]
     assert all(len(pickle.dumps(shard)) < 8192 for shard in shards) and len(shards) > 3

@@ -25,7 +25,7 @@ FLOORS = [
     {"cli"},
 ]
 MAX_LINES, MAX_PARAMETERS = 420, 8
-MANY = {("merging.py", "merge"), ("evals/ask.py", "evaluate"), ("evals/ask.py", "_entry")}
+MANY = {("merging.py", "merge"), ("search/sweep.py", "sweep"), ("evals/ask.py", "evaluate"), ("evals/ask.py", "_entry")}
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

@@ -1,6 +1,9 @@
 """Many merges from one pass: each result has the bytes of a merge alone, and every input is read once."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +16,10 @@ from typer.testing import CliRunner
 import modalloy
 from modalloy.cli import app
 from modalloy.errors import ModalloyError, OutputError, RecipeError
+from modalloy.planning.planner import plan
 from modalloy.recipe import load_recipe
 from modalloy.search.space import applied
-from modalloy.search.sweep import sweep
+from modalloy.search.sweep import sweep, together
 from modalloy.storage.inputs import Inputs
 from modalloy.storage.tensors import TensorRef
 from modalloy.verify import verify
@@ -127,3 +131,62 @@ def test_the_command(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     assert not done.exit_code, done.output
     told = json.loads(done.stdout)
     assert [one["set"] for one in told["results"]] == [{"rank": 2}, {"rank": 4}]
+
+
+def test_the_remaining_pieces_are_those_of_their_merges(write_recipe: WriteRecipe) -> None:
+    """A job that only some results still need has only their pieces, and says whose they are."""
+    recipe = load_recipe(write_recipe(output=FULL))
+    plans = [plan(applied(recipe, {"scale": scale})) for scale in (0.1, 0.2, 0.3)]
+    jobs = plans[0].jobs
+    work = together(plans, [jobs[:2], [], jobs[1:3]])
+    assert [(job.name, job.parameters["of"]) for job in work] == [
+        (jobs[0].name, (0,)),
+        (jobs[1].name, (0, 2)),
+        (jobs[2].name, (2,)),
+    ]
+    assert [piece.parameters["scale"] for job in work for piece in job.merges] == [
+        {0: 0.1, 2: 0.3}[number] for job in work if job.merges for number in job.parameters["of"]
+    ]
+
+
+KILLED = """
+import os, signal, sys
+from modalloy.search.sweep import sweep, together
+def stop(done, of):
+    if done == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sweep(sys.argv[1], sys.argv[2], ["scale=0.1,0.2,0.3"], on_job=stop)
+"""
+
+
+def test_a_killed_sweep_is_resumed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """What was finished is not made again, whichever results it was of; the bytes are those of an undisturbed sweep."""
+    recipe, out, values = write_recipe(output=FULL), tmp_path / "out", ["scale=0.1,0.2,0.3"]
+    sweep(recipe, tmp_path / "whole", values)
+    n_jobs = len(plan(load_recipe(recipe)).jobs)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(recipe), str(out), str(n_jobs // 2)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    logs = sorted(out.glob(".scale=*.partial.log"))
+    assert len(logs) == 3 and all('"file"' in log.read_text() for log in logs)
+    log = logs[1].read_text().splitlines(keepends=True)  # the second result lost its shards but one
+    logs[1].write_text("".join(log[:2]))
+    counts: list[int] = []
+    sweep(recipe, out, values, resume=True, on_job=lambda n, of: counts.append(n))
+    assert 1 < counts[0] < n_jobs // 2 and counts[-1] == n_jobs
+    for folder in (tmp_path / "whole").iterdir():
+        assert contents(out / folder.name) == contents(folder)
+    assert sorted(path.name for path in out.iterdir()) == ["scale=0.1", "scale=0.2", "scale=0.3"]
+
+
+def test_a_result_that_is_in_place_is_checked_and_kept(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """As after a kill between two results' taking their places."""
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    modalloy.merge(applied(load_recipe(recipe), {"scale": 0.1}), out / "scale=0.1")
+    before = (out / "scale=0.1/manifest.json").stat().st_mtime_ns
+    report = sweep(recipe, out, ["scale=0.1,0.2"], resume=True)
+    assert [one.changes["scale"] for one in report.results] == [0.1, 0.2]
+    assert (out / "scale=0.1/manifest.json").stat().st_mtime_ns == before
+    again = sweep(recipe, out, ["scale=0.1,0.2"], resume=True)
+    assert len(again.results) == 2 and again.merge_s == 0
+    with pytest.raises(OutputError, match=r"scale=0\.2: already exists and is not this recipe's result"):
+        sweep(write_recipe(output=FULL, merge_method="tsv"), out, ["scale=0.2,0.3"], resume=True)

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from modalloy.cli.options import DEVICES, Json, Mismatch, OutFolder, RecipePath, check_exists, choice, parse_size
+from modalloy.cli.options import (
+    DEVICES,
+    Json,
+    MaxMemory,
+    Mismatch,
+    OutFolder,
+    RayAddress,
+    RecipePath,
+    Resume,
+    Where,
+    Workers,
+    check_exists,
+    choice,
+    parse_size,
+)
 from modalloy.cli.progress import progress
 from modalloy.cli.terminal import say
 from modalloy.errors import ModalloyError
@@ -31,18 +45,16 @@ def merge(
         str, typer.Option("-o", "--out", help="folder to make, here or in an object store (s3://…)", show_default=False)
     ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print the plan")] = False,
-    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    jobs: Workers = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier result")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a merge that was killed")] = False,
+    resume: Resume = False,
     earlier: Annotated[
         Path | None, typer.Option("--from", help="an earlier result: recompute only what changed", show_default=False)
     ] = None,
-    max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: the machines of a cluster")] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="of a Ray cluster (default: RAY_ADDRESS, else one started here)")
-    ] = None,
+    max_memory: MaxMemory = None,
+    engine: Where = "local",
+    ray_address: RayAddress = None,
     sanity: Annotated[
         bool, typer.Option("--sanity", help="check the result beside its base and parents; add it to the card")
     ] = False,

@@ -26,6 +26,11 @@ RecipePath = Annotated[Path, typer.Argument(help="YAML recipe", show_default=Fal
 OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy merge`", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
+Workers = Annotated[int | None, typer.Option("--jobs", min=1, help="workers (default: one per core)")]
+MaxMemory = Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with one that was killed")]
+Where = Annotated[str, typer.Option("--engine", help="local, or ray: the machines of a cluster")]
+RayAddress = Annotated[str | None, typer.Option(help="of a Ray cluster (default: RAY_ADDRESS, else one started here)")]
 Media = list[Path]
 Task = Annotated[str, typer.Option(help="benchmark's name", show_default=False)]
 DataFolder = Annotated[

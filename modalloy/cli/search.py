@@ -6,7 +6,22 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from modalloy.cli.options import DEVICES, DTYPES, Json, Mismatch, RecipePath, check_exists, choice, kept, parse_size
+from modalloy.cli.options import (
+    DEVICES,
+    DTYPES,
+    Json,
+    MaxMemory,
+    Mismatch,
+    RayAddress,
+    RecipePath,
+    Resume,
+    Where,
+    Workers,
+    check_exists,
+    choice,
+    kept,
+    parse_size,
+)
 from modalloy.cli.progress import progress
 from modalloy.cli.terminal import say
 
@@ -101,9 +116,12 @@ def sweep(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUES", help="0.1,0.2 or 0.1:1.0:0.1, or a YAML file; may be repeated"),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="workers (default: one per core)")] = None,
+    jobs: Workers = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    max_memory: Annotated[str | None, typer.Option(help="memory to keep within, for example 4GB")] = None,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
+    engine: Where = "local",
+    ray_address: RayAddress = None,
     allow_base_mismatch: Mismatch = False,
     as_json: Json = False,
 ) -> Path:
@@ -121,6 +139,9 @@ def sweep(
             jobs=jobs,
             device=device,
             max_memory=limit,
+            resume=resume,
+            engine=engine,
+            ray_address=ray_address,
             allow_base_mismatch=allow_base_mismatch,
             on_job=on_job,
         )

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,10 +39,14 @@ class LostTaskError(OutputError, PassingError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its number, what is in it, and the jobs that give that."""
+    """An output file of this number in each of some results' folders: what is in it there, and the jobs that give that.
+
+    Of one result the jobs are its own; of more each is "several", with a piece for every result.
+    """
 
     index: int
-    specs: tuple[TensorSpec, ...]
+    folders: tuple[Path, ...]
+    specs: tuple[tuple[TensorSpec, ...], ...]
     jobs: tuple[Job, ...]
 
 
@@ -76,15 +80,15 @@ class Cluster:
         yield from self._in_order(jobs, lambda job: self._remote(_compute).remote(given, job))
 
     def write(
-        self, shards: Sequence[Shard], inputs: Inputs, compute: Compute, folder: Path
-    ) -> Generator[WrittenShard, None, None]:
-        """Yields every shard as soon as a worker has written it; it is then to be moved to its place."""
-        given, place = self._given(inputs, compute), str(folder.absolute())
+        self, shards: Sequence[Shard], inputs: Inputs, compute: Compute
+    ) -> Generator[tuple[WrittenShard, ...], None, None]:
+        """Yields every shard, of each of its results, as soon as a worker has written it; it is then to be moved to its place."""
+        given = self._given(inputs, compute)
         left, started, waiting = deque(shards), list[Any](), list[Any]()
         try:
             while left or waiting:
                 while left and len(waiting) < self.n_workers + AHEAD:
-                    waiting.append(self._remote(_write).remote(given, left.popleft(), place))
+                    waiting.append(self._remote(_write).remote(given, left.popleft()))
                     started.append(waiting[-1])
                 (done, *_), waiting = self.ray.wait(waiting)
                 try:
@@ -97,6 +101,12 @@ class Cluster:
         finally:
             for answer in waiting:
                 self.ray.cancel(answer, force=True)
+
+    @staticmethod
+    def remove_left(folders: Iterable[Path]) -> None:
+        """Remove what killed workers left in the folders of results."""
+        for left in (path for folder in set(folders) for path in folder.glob(f"{LEFT}*")):
+            shutil.rmtree(left)
 
     def hashes(self, inputs: Inputs, paths: Sequence[Path]) -> list[str]:
         """The hashes of input files, each taken by one worker."""
@@ -222,27 +232,44 @@ def _compute(given: Given, job: Job) -> Done:
         return compute(job, data.__getitem__)
 
 
-def _write(given: Given, shard: Shard, folder: str) -> WrittenShard:
+def _write(given: Given, shard: Shard) -> tuple[WrittenShard, ...]:
     *named, compute = given
-    own = Path(folder, f"{LEFT}{shard.index}-{secrets.token_hex(4)}")
-    own.mkdir()
-    names, compression = {spec.name for spec in shard.specs}, dict[str, float]()
-    writer = WeightWriter(own, "shard", list(shard.specs))
+    token = secrets.token_hex(4)
+    own = [folder / f"{LEFT}{shard.index}-{token}" for folder in shard.folders]
+    compression: list[dict[str, float]] = [{} for _ in own]
+    names = [{spec.name for spec in specs} for specs in shard.specs]
+    writers = []
     try:
+        for folder, specs in zip(own, shard.specs, strict=True):
+            folder.mkdir()
+            writers.append(WeightWriter(folder, "shard", list(specs)))
         with closing(local.run(shard.jobs, _opened(*named), compute, 1, lambda jobs: len(jobs) <= 2)) as results:
             for job, done in results:
-                compression |= done.compression
-                for spec, tensor in zip(job.outputs, done.tensors, strict=True):
-                    if spec.name in names:
-                        writer.add(spec.name, tensor)
-                del done
-        writer.close()
+                parts = zip(job.pieces, done.parts, strict=True) if job.kind == "several" else ((job, done),)
+                for writer, wanted, told, pair in zip(writers, names, compression, parts, strict=True):
+                    told |= _add(writer, wanted, *pair)
+                del done, parts, pair  # or their tensors are held until the next result is there
+        for writer in writers:
+            writer.close()
     except BaseException:
-        writer.abort()
-        shutil.rmtree(own, ignore_errors=True)
+        for writer in writers:
+            writer.abort()
+        for folder in own:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    ((name, sha256),) = writer.sha256.items()
-    return WrittenShard(shard.index, own / name, sha256, compression)
+    return tuple(
+        WrittenShard(shard.index, folder / name, sha256, told)
+        for folder, writer, told in zip(own, writers, compression, strict=True)
+        for name, sha256 in writer.sha256.items()
+    )
+
+
+def _add(writer: WeightWriter, wanted: set[str], job: Job, done: Done) -> dict[str, float]:
+    """Write those of a job's tensors that are `wanted`; what is known of their making."""
+    for spec, tensor in zip(job.outputs, done.tensors, strict=True):
+        if spec.name in wanted:
+            writer.add(spec.name, tensor)
+    return dict(done.compression)
 
 
 def _hash(given: Given, path: Path) -> str:

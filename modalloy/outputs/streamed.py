@@ -1,19 +1,22 @@
 """The weights of one result, streamed in the order of its plan's jobs into the folder where it is made."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from modalloy.planning.job import Done, Job, Run, Survey
 from modalloy.planning.plan import Plan
 from modalloy.storage.staging import Staging
 from modalloy.storage.writer import TensorSpec, WeightWriter
 
+if TYPE_CHECKING:
+    from modalloy.engines.ray import WrittenShard
+
 
 class StreamedWeights:
     """Writes what jobs give, and notes every finished shard so that a killed merge keeps it."""
 
     def __init__(self, planned: Plan, staging: Staging) -> None:
-        self.staging = staging
+        self.planned, self.staging = planned, staging
         specs = [spec for job in planned.jobs for spec in job.outputs]
         limit = planned.recipe.output.max_shard_size if planned.form.has_shards else None
         self.writer = WeightWriter(staging.folder, planned.form.stem, specs, limit)
@@ -40,12 +43,12 @@ class StreamedWeights:
             found.append((index, tuple(specs), tuple(own.values())))
         return found
 
-    def adopt(self, index: int, path: Path, sha256: str, compression: Mapping[str, float]) -> None:
+    def adopt(self, shard: "WrittenShard") -> None:
         """Take a shard that another process wrote."""
-        name = self.writer.adopt(index, path, sha256)
-        path.parent.rmdir()
-        self.compression |= compression
-        self.staging.note(name, sha256, dict(compression))
+        name = self.writer.adopt(shard.index, shard.path, shard.sha256)
+        shard.path.parent.rmdir()
+        self.compression |= shard.compression
+        self.staging.note(name, shard.sha256, dict(shard.compression))
 
     def close(self, surveys: dict[str, Survey]) -> Run:
         """What the merge found out, once everything is on the disk."""

@@ -41,7 +41,7 @@ class Job:
     - own: the update of one model, cut to the two factors that its own tokens use
     - keep: the tensor `start`, unchanged
     - carry: a specialist's tensor `start`, bit for bit
-    - several: `pieces` of as many merges that have inputs in common, which are read once
+    - several: `pieces` of as many merges that have inputs in common, which are read once; `parameters["of"]` numbers the merges
     - reuse: what an earlier result has of the same job, `models`; what was measured then is in `parameters`
     """
 

@@ -8,26 +8,38 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modalloy.compute import compute_several, survey
-from modalloy.engines import ENGINES
 from modalloy.errors import OutputError, RecipeError, memory_errors, shown
 from modalloy.files import disk_errors
 from modalloy.machine import memory
 from modalloy.machine.cores import default_workers
-from modalloy.merging import check_disk, inputs_of, resolve_device, write_beside
+from modalloy.merging import (
+    check_disk,
+    cluster_of,
+    finished_before,
+    inputs_of,
+    resolve_device,
+    run_here,
+    run_there,
+    write_beside,
+)
 from modalloy.outputs.streamed import StreamedWeights
 from modalloy.planning import cost
 from modalloy.planning.differences import settle
-from modalloy.planning.job import Job, Survey
+from modalloy.planning.job import Done, Job, Survey
 from modalloy.planning.kinship import check_kinship
 from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search.space import Axis, Changes, applied, parse_axes
+from modalloy.storage.inputs import Inputs
 from modalloy.storage.staging import Staging, check_apart
 from modalloy.verify import Verification
+
+if TYPE_CHECKING:
+    from modalloy.engines.ray import Cluster, Shard, WrittenShard
 
 MAX_RESULTS = 256
 SET = "--set"
@@ -72,47 +84,65 @@ def sweep(
     jobs: int | None = None,
     device: str = "auto",
     max_memory: int | None = None,
+    resume: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
     allow_base_mismatch: bool = False,
     on_job: Callable[[int, int], None] | None = None,
 ) -> SweepReport:
     """Merge `recipe` once for every combination of the values that `given` has (`NAME=VALUES`, see `parse_axes`).
 
     The results are folders in `out`, named after their values; each has the bytes that `merge` gives for its recipe.yaml.
-    They appear only when all are complete. The other arguments are those of `merge`.
+    They appear only when all are complete. With `resume`, what a sweep that was killed had finished is kept. The other
+    arguments are those of `merge`.
 
     Raises:
         ModalloyError: a mistake in the recipe, the inputs, the values or the target; nothing is written then.
     """
     file, recipe = (None, recipe) if isinstance(recipe, Recipe) else (Path(recipe), load_recipe(recipe))
     out, start = Path(out), time.perf_counter()
-    chosen = resolve_device(device)
+    chosen = resolve_device(device, engine)
     every = combinations(parse_axes(given, recipe, SET))
-    stagings = [Staging(out / name_of(changes)) for changes in every]
+    stagings = [Staging(out / name_of(changes), resume=resume) for changes in every]
     plans = _plans(recipe, every, allow_base_mismatch)
+    found = (finished_before(staging, planned.fingerprint) for staging, planned in zip(stagings, plans, strict=True))
+    checks = {index: check for index, check in enumerate(found) if check is not None}
+    todo = [index for index in range(len(plans)) if index not in checks]
     check_apart(out, inputs_of(plans[0], file))
-    check_disk(out, sum(map(cost.disk_bytes, plans)))
+    if not resume:
+        check_disk(out, sum(map(cost.disk_bytes, plans)))
     if not allow_base_mismatch:
         check_kinship(plans[0])
-    work = together(plans)
-    n_workers = 1 if chosen == "cuda" else jobs or default_workers()
-    budget = cost.budget(plans[0], n_workers, max_memory, jobs=work)
-    if budget.n_bytes is not None:
-        memory.return_freed_memory()
-    with ExitStack() as stack, disk_errors(out):
-        for staging, planned in zip(stagings, plans, strict=True):
-            stack.enter_context(staging.begin(planned.fingerprint))
-        begin = time.perf_counter()
-        streams = [StreamedWeights(planned, staging) for planned, staging in zip(plans, stagings, strict=True)]
-        surveys = _write_weights(plans, streams, work, budget, partial(compute_several, device=chosen), on_job)
-        merge_s = time.perf_counter() - begin
-        _share_hashes(plans)
-        results = []
-        for staging, planned, stream, changes, told in zip(stagings, plans, streams, every, surveys, strict=True):
-            run = stream.close(told)
-            checked = write_beside(planned, planned.recipe, run, staging, budget, chosen)
-            results.append(Result(staging.out, changes, checked))
+    merge_s = 0.0
+    if todo:
+        left = [(plans[index], stagings[index]) for index in todo]
+        n_workers = 1 if chosen == "cuda" else jobs or default_workers()
+        work = together([planned for planned, _ in left])
+        budget = cost.budget(left[0][0], n_workers, None if engine == "ray" else max_memory, jobs=work)
+        if budget.n_bytes is not None:
+            memory.return_freed_memory()
+        with (
+            cluster_of(engine, ray_address, jobs, max_memory) as cluster,
+            ExitStack() as stack,
+            disk_errors(out),
+        ):
+            folders = [stack.enter_context(staging.begin(planned.fingerprint)) for planned, staging in left]
+            there = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+            check_disk(out, sum(cost.disk_bytes(planned) for planned, _ in left) - there)
+            begin = time.perf_counter()
+            streams = [StreamedWeights(planned, staging) for planned, staging in left]
+            surveys = _write_weights(streams, budget, chosen, on_job, cluster)
+            merge_s = time.perf_counter() - begin
+            _share_hashes([planned for planned, _ in left])
+            for index, stream, told in zip(todo, streams, surveys, strict=True):
+                run = stream.close(told)
+                checks[index] = write_beside(stream.planned, stream.planned.recipe, run, stream.staging, budget, chosen)
     plans[0].inputs.forget()
-    return SweepReport(tuple(results), merge_s, time.perf_counter() - start, memory.peak_bytes())
+    results = tuple(
+        Result(staging.out, changes, checks[index])
+        for index, (staging, changes) in enumerate(zip(stagings, every, strict=True))
+    )
+    return SweepReport(results, merge_s, time.perf_counter() - start, memory.peak_bytes())
 
 
 def combinations(axes: Sequence[Axis]) -> list[Changes]:
@@ -134,8 +164,8 @@ def name_of(changes: Changes) -> str:
     return name
 
 
-def together(plans: Sequence[Plan]) -> list[Job]:
-    """The jobs of all plans that make the same tensor, as one.
+def together(plans: Sequence[Plan], left: Sequence[Sequence[Job]] | None = None) -> list[Job]:
+    """The jobs of all plans that make the same tensor, as one; only those that are `left` of each plan, if that is given.
 
     Raises:
         RecipeError: the plans are not of the same tensors.
@@ -143,10 +173,13 @@ def together(plans: Sequence[Plan]) -> list[Job]:
     names = [[job.name for job in planned.jobs] for planned in plans]
     if any(one != names[0] for one in names):
         raise RecipeError(f"{SET}: the values give results of other tensors; merge these one by one")
-    return [
-        Job("several", pieces[0].name, tuple(spec for piece in pieces for spec in piece.outputs), pieces=pieces)
-        for pieces in zip(*(planned.jobs for planned in plans), strict=True)
-    ]
+    wanted = None if left is None else [{job.name for job in jobs} for jobs in left]
+    found = []
+    for pieces in zip(*(planned.jobs for planned in plans), strict=True):
+        own = [n for n, piece in enumerate(pieces) if wanted is None or piece.name in wanted[n]]
+        if own:
+            found.append(_several(tuple(pieces[n] for n in own), own))
+    return found
 
 
 def _plans(recipe: Recipe, every: Sequence[Changes], allow: bool) -> list[Plan]:
@@ -174,49 +207,75 @@ def _share_hashes(plans: Sequence[Plan]) -> None:
                 file.trust(hashed[path].sha256)
 
 
-def _surveys(plans: Sequence[Plan]) -> list[dict[str, Survey]]:
+def _surveys(surveyed: Sequence[Sequence[Job]], inputs: Inputs) -> list[dict[str, Survey]]:
     """What methods must know of the whole model, for each plan; once for those that differ in λ only."""
     made: list[tuple[list[Job], dict[str, Survey]]] = []
-    for planned in plans:
-        group = [replace(job, parameters=job.parameters | {"scale": None}) for job in planned.surveyed()]
-        known = next((told for jobs, told in made if jobs == group), None)
-        made.append((group, survey(planned.merges(), planned.inputs.read) if known is None else known))
+    for jobs in surveyed:
+        group = [replace(job, parameters=job.parameters | {"scale": None}) for job in jobs]
+        known = next((told for before, told in made if before == group), None)
+        made.append((group, survey(jobs, inputs.read) if known is None else known))
     return [told for _, told in made]
 
 
 def _write_weights(
-    plans: Sequence[Plan],
     streams: Sequence[StreamedWeights],
-    work: Sequence[Job],
     budget: cost.Budget,
-    run: Callable[..., Any],
+    device: str,
     on_job: Callable[[int, int], None] | None,
+    cluster: "Cluster | None",
 ) -> list[dict[str, Survey]]:
     """Run the jobs of all plans at once, and stream each one's tensors to its own folder."""
-    inputs = plans[0].inputs
-    surveys = _surveys(plans)
-    inputs.keep(ref for one in cost.sample(plans[0]) for ref in (one.start, *one.reads) if ref is not None)
-    for file in plans[0].hashed_files():
-        file.hash_reads()
-    results = ENGINES["local"](
-        work,
-        inputs,
-        partial(run, surveys=surveys),
-        budget.n_workers,
-        budget.fits_merging,
-        ample=budget.is_ample,
-    )
+    plans = [stream.planned for stream in streams]
+    first, n_all, surveyed = plans[0], len(plans[0].jobs), [planned.surveyed() for planned in plans]
+    work = together(plans, [stream.remaining for stream in streams])
+
+    def add(job: Job, done: Done) -> None:
+        for number, piece, part in zip(job.parameters["of"], job.pieces, done.parts, strict=True):
+            streams[number].add(piece, part)
+
+    if cluster is None:
+        surveys = _surveys(surveyed, first.inputs)
+        compute = partial(compute_several, surveys=surveys, device=device)
+        results = run_here(first, work, first.inputs, compute, budget, add)
+    else:
+        cluster.check(first.inputs, streams[0].staging.folder)
+        surveys = cluster.call(partial(_surveys, surveyed), first.inputs) if any(surveyed) else [{} for _ in plans]
+        of = {stream.staging.folder.absolute(): stream for stream in streams}
+
+        def adopt(shard: "WrittenShard") -> None:
+            of[shard.path.parent.parent].adopt(shard)
+
+        shards, compute = _shards(streams) if first.form.has_shards else [], partial(compute_several, surveys=surveys)
+        results = run_there(first, work, shards, first.inputs, compute, cluster, add, adopt)
+    n_done = n_all - len(work)
     try:
-        for index, (job, done) in enumerate(results, 1):
-            for stream, piece, part in zip(streams, job.pieces, done.parts, strict=True):
-                stream.add(piece, part)
-            del done, part  # or their tensors are held until the next result is there
+        for count in results:
+            n_done += count
             if on_job is not None:
-                on_job(index, len(work))
-    except BaseException:
-        for stream in streams:
-            stream.abort()
-        raise
+                on_job(n_done, n_all)
     finally:
         results.close()
+        for stream in streams:
+            stream.abort()
     return surveys
+
+
+def _shards(streams: Sequence[StreamedWeights]) -> "list[Shard]":
+    """Every shard that is not written yet, of all results that miss it: one task writes them."""
+    from modalloy.engines.ray import Shard
+
+    own = [{index: parts for index, *parts in stream.shards(stream.remaining)} for stream in streams]
+    found = []
+    for index in sorted(set().union(*own)):
+        of = [number for number, shards in enumerate(own) if index in shards]
+        specs, jobs = zip(*(own[number][index] for number in of), strict=True)
+        pieces = zip(*jobs, strict=True)  # all results have the same tensors, and so the same shards
+        several = tuple(_several(parts, of) for parts in pieces)
+        found.append(Shard(index, tuple(streams[number].staging.folder.absolute() for number in of), specs, several))
+    return found
+
+
+def _several(pieces: tuple[Job, ...], of: Sequence[int]) -> Job:
+    """The pieces of these merges as one job."""
+    outputs = tuple(spec for piece in pieces for spec in piece.outputs)
+    return Job("several", pieces[0].name, outputs, pieces=pieces, parameters={"of": tuple(of)})
