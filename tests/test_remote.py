@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from conftest import write_compose
 from stores import COMMIT, FileServer, serving
 
 import modalloy
+from modalloy import merging
 from modalloy.errors import CheckpointError, OutputError
 from modalloy.recipe import load_recipe
 from modalloy.storage import ranges, remote
@@ -274,25 +276,57 @@ def s3(bucket: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return files
 
 
-def test_s3_in_and_out(
-    s3: Any, base: Path, specialists: dict[str, Path], write_recipe: Callable[..., Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[str]:
+    """Address of a server that speaks as Google's does, with the bucket `models`."""
+    pytest.importorskip("gcsfs", reason="the extra remote is not installed")
+    module = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = module.create_server("127.0.0.1", port, in_memory=True, default_bucket="models")
+    place.start()
+    yield f"http://127.0.0.1:{port}"
+    place.stop()
+
+
+@pytest.fixture
+def gs(emulator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The file system of that server."""
+    import fsspec
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", emulator)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # or Google's own machines are looked for
+    monkeypatch.setenv("MODALLOY_CACHE", str(tmp_path / "cache"))
+    return fsspec.filesystem("gs", use_listings_cache=False)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_stores_in_and_out(
+    scheme: str,
+    base: Path,
+    specialists: dict[str, Path],
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     from typer.testing import CliRunner
 
     from modalloy.cli import app
 
+    store = request.getfixturevalue(scheme)
     for path in (base, *specialists.values()):
         for file in path.iterdir():
-            s3.put_file(str(file), f"models/{tmp_path.name}/{path.name}/{file.name}")
-    root = f"s3://models/{tmp_path.name}"
+            store.put_file(str(file), f"models/{tmp_path.name}/{path.name}/{file.name}")
+    root = f"{scheme}://models/{tmp_path.name}"
     models = [{"model": f"{root}/{path.name}"} for path in specialists.values()]
     content = {"base_model": f"{root}/{base.name}", "models": models, "output": {"form": "full"}}
-    (tmp_path / "s3.yaml").write_text(yaml.safe_dump(content))
-    arguments = ["merge", str(tmp_path / "s3.yaml"), "-o", f"{root}/out"]
+    (tmp_path / "store.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["merge", str(tmp_path / "store.yaml"), "-o", f"{root}/out"]
     done = CliRunner().invoke(app, arguments)
     assert not done.exit_code, (done.output, done.exception)
     modalloy.merge(write_recipe(output={"form": "full"}), tmp_path / "local")
-    there = {path.rpartition("/")[2]: s3.cat_file(path) for path in s3.ls(f"{root}/out", detail=False)}
+    there = {path.rpartition("/")[2]: store.cat_file(path) for path in store.ls(f"{root}/out", detail=False)}
     assert there["model.safetensors"] == (tmp_path / "local/model.safetensors").read_bytes()
     outputs = json.loads(there["manifest.json"])["outputs"]
     assert outputs == {
@@ -301,6 +335,35 @@ def test_s3_in_and_out(
     assert not list((tmp_path / "cache/results").rglob("*.safetensors"))
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, OutputError) and "holds models/" in str(again.exception)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_an_object_that_changes_is_refused(
+    scheme: str, specialists: dict[str, Path], write_recipe: Callable[..., Path], tmp_path: Path, request: Any
+) -> None:
+    """Uploaded again with other bytes of the same length between the plan and the merge."""
+    store = request.getfixturevalue(scheme)
+    place = f"models/{tmp_path.name}/image"
+    for file in specialists["image"].iterdir():
+        store.put_file(str(file), f"{place}/{file.name}")
+    models = [
+        {"model": f"{scheme}://{place}", "modality": "image"},
+        {"model": str(specialists["audio"]), "modality": "audio"},
+    ]
+    recipe, plans = write_recipe(models=models), merging.plan
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        planned = plans(*arguments, **options)
+        name = f"{place}/adapter_model.safetensors"
+        data = store.cat_file(name)
+        store.pipe_file(name, data[:-4] + bytes(byte ^ 1 for byte in data[-4:]))
+        return planned
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(merging, "plan", changed)
+        with pytest.raises(CheckpointError, match="adapter_model.safetensors: was changed while being read") as raised:
+            modalloy.merge(recipe, tmp_path / "out")
+    assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
 def test_an_upload_that_fails_leaves_nothing_there(
