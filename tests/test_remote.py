@@ -361,7 +361,9 @@ def test_an_object_that_changes_is_refused(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(merging, "plan", changed)
-        with pytest.raises(CheckpointError, match="adapter_model.safetensors: was changed while being read") as raised:
+        with pytest.raises(
+            CheckpointError, match=r"adapter_model\.safetensors: was changed while being read"
+        ) as raised:
             modalloy.merge(recipe, tmp_path / "out")
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
