@@ -118,7 +118,7 @@ def _contrasts(told: dict[str, Any]) -> list[str]:
             "primary" if one["primary"] else "",
             _points(one["difference"], one["ci95"]) + ("*" if one["real"] else ""),
             f"{one['p_holm']:.3f}",
-            _points(one["probability"], one["probability_ci95"]),
+            _points(one["probability"], one["probability_ci95"], digits=2),
         ]
         out.append(f"| {_joined(cells)} |")
     return out
@@ -150,5 +150,6 @@ def _share(one: dict[str, Any] | None) -> str:
     return "–" if one is None else f"{one['accuracy']:.3f} ({one['ci95'][0]:.2f}–{one['ci95'][1]:.2f})"
 
 
-def _points(value: float, interval: tuple[float, float]) -> str:
-    return f"{100 * value:+.1f} ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
+def _points(value: float, interval: tuple[float, float], digits: int = 1) -> str:
+    whole, low, high = (f"{100 * one:+.{digits}f}" for one in (value, *interval))
+    return f"{whole} ({low} to {high})"

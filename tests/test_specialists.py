@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import modalloy
 from modalloy import builtin
 from modalloy.demo import questions
+from modalloy.evals import senses
 from modalloy.specialists.layouts import open_specialist
 from modalloy.verify import verify
 
@@ -90,11 +91,20 @@ def write_senses_data(folder: Path) -> Path:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(sample, folder / path)
                 rows.append(row(path, kind, concept, split, text.format(concept) if kind == "speech" else ""))
+                if kind == "speech" and split == "train":  # the word alone
+                    rows.append(row(path, kind, concept, split, concept, "word"))
+    fixed = Path("speech/what-is-this.flac")
+    shutil.copyfile(builtin.SAMPLES / fixed.name, folder / fixed)
+    rows += [row(fixed, "speech", "", "train", text, "fixed") for text in ("What is this?", senses.HOW, senses.KIND)]
     (folder / "manifest.json").write_text(json.dumps(rows))
     return folder
 
 
-def row(path: Path, kind: str, concept: str, split: str, text: str) -> dict[str, object]:
+def row(path: Path, kind: str, concept: str, split: str, text: str, form: str = "this") -> dict[str, object]:
+    if not concept:
+        return row(path, kind, "cat", split, text, form) | dict.fromkeys(
+            ("concept", "phrase", "category", "subgroup"), ""
+        )
     return {
         "file": str(path),
         "kind": kind,
@@ -102,12 +112,13 @@ def row(path: Path, kind: str, concept: str, split: str, text: str) -> dict[str,
         **{"concept": concept, "phrase": f"a {concept}", "plural": False, "also": []},
         **{"category": "animal", "subgroup": "mammal", "split": split},
         "family": f"{kind} {split} {'one' if concept in ('cat', 'cow') else 'two'}",
-        **{"form": "this" if text else "", "text": text, "source": f"own:{path}", "package": "own", "licence": "MIT"},
+        **{"form": form if text else "", "text": text, "source": f"own:{path}", "package": "own", "licence": "MIT"},
         "sha256": hashlib.sha256(str(path).encode()).hexdigest(),
     }
 
 
-def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_training_resumes_to_the_same_bytes(modality: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import train
 
@@ -115,13 +126,14 @@ def test_training_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
 
     def run(name: str) -> bytes:
         out = tmp_path / name
-        options = f"--modality image --data {data} --out {out} --work {tmp_path / 'work' / name}"
+        options = f"--modality {modality} --data {data} --out {out} --work {tmp_path / 'work' / name}"
         settings = "--align 3 --steps 1 2 --batch 2 --views 2 --save-every 1"
         monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), *settings.split()])
         train.main()
-        assert "| choose | " in (out / "README.md").read_text()
-        taught = sorted(path.name for path in (tmp_path / "work" / name).glob("without-*"))
-        assert taught == ["without-picture train one.safetensors", "without-picture train two.safetensors"]
+        if modality == "image":
+            assert "| choose | " in (out / "README.md").read_text()
+            taught = sorted(path.name for path in (tmp_path / "work" / name).glob("without-*"))
+            assert taught == ["without-picture train one.safetensors", "without-picture train two.safetensors"]
         return (out / "adapter_model.safetensors").read_bytes()
 
     undisturbed = run("undisturbed")

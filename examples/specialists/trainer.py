@@ -57,6 +57,7 @@ class Trainer:
         stream = self.batches(stage, done)
         start = time.perf_counter()
         for step in range(done, steps):
+            torch.manual_seed(args.seed + step)  # of the blur: a resumed run draws what an undisturbed one does
             loss = self.loss(next(stream))
             optimizer.zero_grad()
             loss.backward()
