@@ -25,7 +25,9 @@ def page(told: dict[str, Any]) -> str:
         check=_check(told["check"]) if "check" in told else "",
         curves="\n".join(_curves(one) for one in told["curves"]),
         methods=_methods(methods, told["curves"][-1]["alone"]) if methods else "",
-        search="".join(_search(one) for one in told.get("search", ())),
+        search=_search({donor: one for group in told["search"] for donor, one in group.items()})
+        if "search" in told
+        else "",
     )
 
 
@@ -55,13 +57,14 @@ def _methods(found: dict[str, Any], alone: dict[str, float]) -> str:
     rows = [f"| {name} | {' | '.join(_changed(one, cell) for cell in alone)} |" for name, one in found.items()]
     head = [f"| the donor's update by | {' | '.join(CELLS[cell] for cell in alone)} |", f"|---|{'---|' * len(alone)}"]
     target = f"| target alone | {' | '.join(f'{value:.2f}' for value in alone.values())} |"
-    return "\n".join(["## By method, with the base\n", *head, target, *rows, "", ""])
+    return "\n".join(["## By method, with the base\n", _gains(found, alone), *head, target, *rows, "", ""])
 
 
 def _search(found: dict[str, Any]) -> str:
-    """What AdaMMS's consistency chose without labels."""
+    """What AdaMMS's consistency chose without labels, by donor."""
     out = [
-        "## α without labels (`modalloy search`, consistency of answers)\n",
+        "## α without labels (`modalloy search --objective consistency`)\n",
+        "Accuracy is the mean of pictures and, where they are asked for, elements.\n",
         "| donor | α chosen | of bootstraps | accuracy | best α |",
         "|---|---|---|---|---|",
     ]
@@ -72,6 +75,20 @@ def _search(found: dict[str, Any]) -> str:
             f"| {donor} | {chosen:g} | {one['in_bootstrap']:.0%} | {of[chosen]:.2f} | {best:g}: {of[best]:.2f} |"
         )
     return "\n".join([*out, ""])
+
+
+def _gains(found: dict[str, Any], alone: dict[str, float]) -> str:
+    """Which methods bring something real, and which of these lose nothing that shows."""
+    real = {
+        name: [one[f"{cell} over target"]["difference"] > 0 for cell in alone if one[f"{cell} over target"]["real"]]
+        for name, one in found.items()
+    }
+    gained = [name for name, signs in real.items() if any(signs)]
+    free = [name for name in gained if all(real[name])]
+    return (
+        f"Of {len(found)} methods {len(gained)} bring a real gain; without a real loss in another column do so: "
+        f"{', '.join(free) or 'none'}.\n"
+    )
 
 
 def _shares(alone: dict[str, float], one: dict[str, Any]) -> str:
