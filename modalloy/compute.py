@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, once, sharing
-from modalloy.errors import MethodError
+from modalloy.errors import MethodError, ModalloyError
 from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
@@ -53,13 +53,16 @@ def compute(job: Job, read: Read, *, surveys: Surveys = NO_SURVEYS, device: str 
     return Done([_fitted(read(job.start), job.outputs[0])])
 
 
-def compute_several(job: Job, read: Read, *, surveys: Sequence[Surveys], device: str = "cpu") -> Done:
+def compute_several(
+    job: Job, read: Read, *, surveys: Sequence[Surveys], names: Sequence[str], device: str = "cpu"
+) -> Done:
     """What every piece of several merges gives, as `parts`; equal ones, and what others have in common, are worked out once.
 
-    `surveys`: those of each merge, of which the pieces' are told by the job.
+    `surveys`, `names`: those of each merge; whose the pieces are is told by the job.
     """
     given: list[Done] = []
-    own = [surveys[place] for place in job.parameters["of"]]
+    of = job.parameters["of"]
+    own = [surveys[place] for place in of]
     with sharing():
         for index, (piece, told) in enumerate(zip(job.pieces, own, strict=True)):
             same = (before for before in range(index) if (job.pieces[before], own[before]) == (piece, told))
@@ -67,7 +70,10 @@ def compute_several(job: Job, read: Read, *, surveys: Sequence[Surveys], device:
                 given.append(given[before])
                 continue
             copied = {ref for one in (piece, *piece.merges) for ref in _overwritten(one)}
-            given.append(compute(piece, partial(_copied, read, copied), surveys=told, device=device))
+            try:
+                given.append(compute(piece, partial(_copied, read, copied), surveys=told, device=device))
+            except ModalloyError as error:
+                raise type(error)(f"{names[of[index]]}: {error}") from error
     return Done([], parts=tuple(given))
 
 

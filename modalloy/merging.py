@@ -32,9 +32,10 @@ from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.specialists.specialist import Specialist
+from modalloy.storage.apart import check_apart
 from modalloy.storage.folder import read_json
 from modalloy.storage.inputs import Inputs
-from modalloy.storage.staging import MANIFEST, Staging, check_apart
+from modalloy.storage.staging import MANIFEST, Staging
 from modalloy.verify import Verification, verify, verify_folder
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def merge(
     """
     file, recipe = (None, recipe) if isinstance(recipe, Recipe) else (Path(recipe), load_recipe(recipe))
     out = Path(out)
+    check_engine(engine, ray_address)
     staging = Staging(out, overwrite=overwrite, resume=resume)
     start = time.perf_counter()
     chosen_device = resolve_device(device, engine)
@@ -177,7 +179,8 @@ def finished_before(staging: Staging, fingerprint: str) -> Verification | None:
         return None
     if not (out / SOURCES).is_file() or read_json(out / SOURCES).get("fingerprint") != fingerprint:
         raise OutputError(
-            f"{out}: already exists and is not this recipe's result; choose another folder, or replace it with --overwrite"
+            f"{out}: already exists and is not this recipe's result, or its inputs changed since; choose another folder, or "
+            f"{staging.remedy}"
         )
     verification = verify(out)
     staging.clean()
@@ -195,16 +198,20 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
+def check_engine(engine: str, address: str | None) -> None:
+    """Refuse an engine that there is not, and a cluster's address without one."""
+    if engine not in NAMES:
+        raise OutputError(f"--engine {engine}: not an engine; known: {', '.join(NAMES)}")
+    if engine == "local" and address is not None:
+        raise OutputError("--ray-address is of --engine ray: add it, or leave the address out")
+
+
 @contextmanager
 def cluster_of(
     engine: str, address: str | None, jobs: int | None, max_memory: int | None
 ) -> "Iterator[Cluster | None]":
     """The cluster that an engine needs."""
-    if engine not in NAMES:
-        raise OutputError(f"--engine {engine}: not an engine; known: {', '.join(NAMES)}")
     if engine == "local":
-        if address is not None:
-            raise OutputError("--ray-address is of --engine ray: add it, or leave the address out")
         yield None
         return
     from modalloy.engines.ray import Cluster, connected
@@ -295,12 +302,12 @@ def run_there(
 ) -> Generator[int, None, None]:
     """The same on a cluster, whose workers write the shards, where the form has any, and hash the inputs."""
     if planned.form.has_shards:
-        counts = {shard.index: len(shard.jobs) for shard in shards}
+        counts = {(shard.folders[0], shard.index): len(shard.jobs) for shard in shards}
         with closing(cluster.write(shards, inputs, work)) as written:
             for parts in written:
                 for part in parts:
                     adopt(part)
-                yield counts[parts[0].index]
+                yield counts[parts[0].folder, parts[0].index]
         cluster.remove_left(folder for shard in shards for folder in shard.folders)
     else:
         with closing(cluster.run(jobs, inputs, work)) as results:

@@ -51,7 +51,8 @@ def address() -> Iterator[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a result but where its inputs are on this machine."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "sources.json"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "sources.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,9 @@ def test_the_bytes_are_those_of_the_local_engine(
         ({"output": FULL}, ["scale=0.1,0.5"]),
         ({"output": {"form": "adapter"}}, ["scale=0.1,0.5", "rank=2,4"]),
         ({"output": FULL, "merge_method": "metagpt"}, ["weight.image=0.5,1"]),
+        ({"output": {"form": "omni", "max_shard_size": "6KB"}}, ["rank=1,4"]),
     ],
-    ids=["full", "adapter", "survey"],
+    ids=["full", "adapter", "survey", "other shards"],
 )
 def test_a_sweep_has_the_bytes_of_the_local_engine(
     changes: dict[str, Any], given: list[str], address: str, write_recipe: WriteRecipe, tmp_path: Path
@@ -269,3 +271,23 @@ def test_a_shard_is_sent_with_its_own_jobs(write_recipe: WriteRecipe, tmp_path: 
         s for job in planned.jobs for s in job.outputs
     ]
     assert all(len(pickle.dumps(shard)) < 8192 for shard in shards) and len(shards) > 3
+
+
+def test_more_memory_than_a_machine_has_is_one_line(address: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    with pytest.raises(
+        OutputError, match=r"--max-memory: no machine of the cluster has 900\.00 GB for a task"
+    ) as raised:
+        modalloy.merge(write_recipe(output=FULL), tmp_path / "out", engine="ray", max_memory=900 * 10**9)
+    assert "\n" not in str(raised.value) and not list(tmp_path.glob(".out*"))
+
+
+def test_an_address_where_nothing_listens_is_told_at_once(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray is not asked"))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(
+        OutputError, match=r"RAY_ADDRESS 127\.0\.0\.1:1: no cluster can be reached there .* or unset it"
+    ):
+        modalloy.merge(write_recipe(), tmp_path / "out", engine="ray")

@@ -20,7 +20,8 @@ import modalloy
 from modalloy.errors import CheckpointError, OutputError
 from modalloy.files import is_mount
 from modalloy.storage import staging
-from modalloy.storage.staging import Staging, check_apart, exchange
+from modalloy.storage.apart import check_apart
+from modalloy.storage.staging import Staging, exchange
 from modalloy.verify import verify
 
 

@@ -1,6 +1,8 @@
 """Many merges from one pass: each result has the bytes of a merge alone, and every input is read once."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from modalloy.recipe import load_recipe
 from modalloy.search.space import applied
 from modalloy.search.sweep import sweep, together
 from modalloy.storage.inputs import Inputs
+from modalloy.storage.staging import Staging
 from modalloy.storage.tensors import TensorRef
 from modalloy.verify import verify
 
@@ -190,3 +193,123 @@ def test_a_result_that_is_in_place_is_checked_and_kept(write_recipe: WriteRecipe
     assert len(again.results) == 2 and again.merge_s == 0
     with pytest.raises(OutputError, match=r"scale=0\.2: already exists and is not this recipe's result"):
         sweep(write_recipe(output=FULL, merge_method="tsv"), out, ["scale=0.2,0.3"], resume=True)
+
+
+def killed(recipe: Path, out: Path, values: str) -> dict[str, bytes]:
+    """A sweep of these values of λ that was killed half way; what it left, by name."""
+    n_jobs = len(plan(load_recipe(recipe)).jobs)
+    program = KILLED.replace("0.1,0.2,0.3", values)
+    done = subprocess.run([sys.executable, "-c", program, str(recipe), str(out), str(n_jobs // 2)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    return left_in(out)
+
+
+def left_in(out: Path) -> dict[str, bytes]:
+    """The shards of unfinished results that were whole."""
+    whole = {}
+    for log in out.glob(".scale=*.partial.log"):
+        head, *rows = map(json.loads, log.read_text().splitlines())
+        folder = log.with_name(f"{log.name.removesuffix('.log')}-{head['token']}")
+        whole |= {f"{folder.name}/{row['file']}": (folder / row["file"]).read_bytes() for row in rows}
+    return whole
+
+
+@pytest.mark.parametrize("reason", ["place taken", "no room", "another recipe"])
+def test_a_refused_resume_leaves_what_was_kept(reason: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    import modalloy.search.sweep as module
+
+    out, values, message = tmp_path / "out", "scale=0.1,0.2", "the disk is full"
+    if reason == "another recipe":
+        killed(write_recipe(output=FULL, merge_method="tsv"), out, "0.3,0.4")
+        values, message = "scale=0.1,0.2,0.3", r"scale=0\.3: the interrupted merge was of another recipe"
+    recipe = write_recipe(output=FULL)
+    kept = killed(recipe, out, "0.1,0.2")
+    assert len(kept) > 2
+    with pytest.MonkeyPatch.context() as patched:
+        if reason == "place taken":
+            (out / "scale=0.2").mkdir()
+            message = r"scale=0\.2: already exists"
+        if reason == "no room":
+            patched.setattr(module, "check_disk", refuse)
+        with pytest.raises(OutputError, match=message):
+            sweep(recipe, out, [values], resume=True)
+    left = left_in(out)
+    assert {name: left.get(name) for name in kept} == kept
+    if reason == "place taken":
+        (out / "scale=0.2").rmdir()
+    assert len(sweep(recipe, out, ["scale=0.1,0.2"], resume=True).results) == 2
+
+
+def refuse(*arguments: object) -> None:
+    raise OutputError("the disk is full")
+
+
+def test_a_place_that_is_taken_meanwhile_fails_before_any_result_is_placed(
+    write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+
+    def take(done: int, of: int) -> None:
+        (out / "scale=0.1").mkdir(exist_ok=True)
+
+    with pytest.raises(OutputError, match=r"scale=0\.1: was made by something else during the merge; .* --resume"):
+        sweep(recipe, out, ["scale=0.1,0.2,0.3"], on_job=take)
+    assert [path.name for path in out.iterdir()] == ["scale=0.1"]
+
+
+def test_a_failure_between_two_placings_keeps_the_rest(
+    write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fails at the second of three renames: what is in place stays, the others wait for --resume."""
+    recipe, out, placed = write_recipe(output=FULL), tmp_path / "out", []
+    take_place = Staging._take_place
+
+    def failing(self: Staging) -> Path | None:
+        placed.append(self.out.name)
+        if len(placed) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return take_place(self)
+
+    monkeypatch.setattr(Staging, "_take_place", failing)
+    message = "the disk is full.*; 1 of 3 results are in place, the others are whole and kept: go on with --resume"
+    with pytest.raises(OutputError, match=message) as raised:
+        sweep(recipe, out, ["scale=0.1,0.2,0.3"])
+    assert "nothing was written" not in str(raised.value)
+    counts: list[int] = []
+    report = sweep(recipe, out, ["scale=0.1,0.2,0.3"], resume=True, on_job=lambda n, of: counts.append(n))
+    assert len(report.results) == 3 and not counts  # nothing was merged again
+    for one in report.results:
+        modalloy.merge(applied(load_recipe(recipe), one.changes), tmp_path / "alone" / one.out.name)
+        assert contents(one.out) == contents(tmp_path / "alone" / one.out.name)
+    assert sorted(path.name for path in out.iterdir()) == ["scale=0.1", "scale=0.2", "scale=0.3"]
+
+
+def test_a_value_that_fails_late_is_named(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(output=FULL | {"dtype": "float16"})
+    with pytest.raises(ModalloyError, match=r"^scale=1e\+20: .* do not fit"):
+        sweep(recipe, tmp_path / "out", ["scale=0.1,1.0e+20"])
+
+
+def test_a_recipe_may_lie_beside_its_results(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe()
+    assert len(sweep(recipe, recipe.parent, ["scale=0.1,0.2"]).results) == 2 and recipe.is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "s3://bucket/x"], "s3://bucket/x: a sweep's results are made on this machine; give a folder"),
+        (["-o", "{out}", "--engine", "spark"], "--engine spark: not an engine; known: local, ray"),
+        (["-o", "{out}", "--ray-address", "auto"], "--ray-address is of --engine ray"),
+        (["-o", "{out}", "--engine", "ray", "--device", "cuda"], "--engine ray: its tasks run on processors"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: list[str], message: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, given = write_recipe(), [one.format(out=tmp_path / "out") for one in options]
+    before = sorted(tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["sweep", str(recipe), "--set", "scale=0.1,0.2", *given])
+    assert isinstance(done.exception, ModalloyError) and str(done.exception).startswith(message)
+    assert sorted(tmp_path.iterdir()) == before

@@ -111,7 +111,7 @@ def search(
 
 def sweep(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the results' folders", show_default=False)],
+    out: Annotated[str, typer.Option("-o", "--out", help="folder for the results' folders", show_default=False)],
     given: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUES", help="0.1,0.2 or 0.1:1.0:0.1, or a YAML file; may be repeated"),
@@ -147,8 +147,8 @@ def sweep(
         )
     if as_json:
         print(json.dumps(report.to_dict()))
-        return out
+        return Path(out)
     for one in report.results:
         say(f"wrote    {one.out}: {one.verification.summary()}")
     print(f"sweep    {len(report.results)} results in {report.total_s:.1f} s, peak {report.peak_bytes / 1e9:.2f} GB")
-    return out
+    return Path(out)

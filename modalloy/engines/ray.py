@@ -9,6 +9,7 @@ is in a folder of its own, so that no two write one file. Every job runs on one 
 import os
 import secrets
 import shutil
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -27,6 +28,7 @@ from modalloy.storage.inputs import Inputs
 from modalloy.storage.tensors import WeightFile
 from modalloy.storage.writer import TensorSpec, WeightWriter
 
+KNOCK_S = 5
 RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
 Compute = local.Compute
@@ -59,6 +61,11 @@ class WrittenShard:
     sha256: str
     compression: Mapping[str, float]
 
+    @property
+    def folder(self) -> Path:
+        """That of its result."""
+        return self.path.parent.parent
+
 
 class Cluster:
     """A Ray cluster that runs a merge's jobs."""
@@ -72,6 +79,12 @@ class Cluster:
         self.n_workers = max(1, min(n_workers or cpus, cpus))
         self.options: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         if task_bytes is not None:
+            most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+            if task_bytes > most:
+                raise OutputError(
+                    f"--max-memory: no machine of the cluster has {task_bytes / 1e9:.2f} GB for a task, the largest has "
+                    f"{most / 1e9:.2f} GB; give less"
+                )
             self.options["memory"] = task_bytes
 
     def run(self, jobs: Sequence[Job], inputs: Inputs, compute: Compute) -> Generator[tuple[Job, Done], None, None]:
@@ -133,7 +146,7 @@ class Cluster:
             for node in self.ray.nodes():
                 if node["Alive"] and node["Resources"].get("CPU"):
                     there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    task = self._remote(_look, scheduling_strategy=there)
+                    task = self._remote(_look, scheduling_strategy=there, memory=None)
                     asked[node["NodeManagerHostname"]] = task.remote(str(mark.absolute()), stamps)
             own = program()
             for name, answer in asked.items():
@@ -200,22 +213,31 @@ def connected(address: str | None) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    option = "--ray-address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     began = not ray.is_initialized()
     if began:
         try:
+            _knock(address)
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            where = address or "this machine"
+            where = f"{option} {address}" if address else "Ray on this machine"
             raise OutputError(
-                f"--ray-address {where}: no cluster can be reached there ({plain(error)}); start one with `ray start --head`, "
-                "or leave the address out"
+                f"{where}: no cluster can be reached there ({plain(error)}); start one with `ray start --head`, "
+                f"or {'unset it' if option == 'RAY_ADDRESS' else 'leave the address out'}"
             ) from error
     try:
         yield
     finally:
         if began:
             ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Fail at once where nothing listens, for which Ray itself waits minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 @lru_cache(maxsize=1)

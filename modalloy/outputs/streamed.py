@@ -26,6 +26,7 @@ class StreamedWeights:
 
     def add(self, job: Job, done: Done) -> None:
         """Write the tensors of the next job of `remaining`."""
+        self.staging.is_untouched = False
         self.compression |= done.compression
         for spec, tensor in zip(job.outputs, done.tensors, strict=True):
             if spec.name in self.kept:  # of a job whose other tensors are in a later shard
@@ -45,6 +46,7 @@ class StreamedWeights:
 
     def adopt(self, shard: "WrittenShard") -> None:
         """Take a shard that another process wrote."""
+        self.staging.is_untouched = False
         name = self.writer.adopt(shard.index, shard.path, shard.sha256)
         shard.path.parent.rmdir()
         self.compression |= shard.compression

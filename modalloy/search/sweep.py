@@ -3,20 +3,21 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modalloy.compute import compute_several, survey
-from modalloy.errors import OutputError, RecipeError, memory_errors, shown
+from modalloy.errors import ModalloyError, OutputError, RecipeError, memory_errors, shown
 from modalloy.files import disk_errors
 from modalloy.machine import memory
 from modalloy.machine.cores import default_workers
 from modalloy.merging import (
     check_disk,
+    check_engine,
     cluster_of,
     finished_before,
     inputs_of,
@@ -34,8 +35,10 @@ from modalloy.planning.plan import Plan
 from modalloy.planning.planner import plan
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.search.space import Axis, Changes, applied, parse_axes
+from modalloy.storage.apart import check_apart
 from modalloy.storage.inputs import Inputs
-from modalloy.storage.staging import Staging, check_apart
+from modalloy.storage.remote import is_remote
+from modalloy.storage.staging import Staging
 from modalloy.verify import Verification
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 MAX_RESULTS = 256
 SET = "--set"
+REMEDY = "remove it; a sweep that was killed goes on with --resume"
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,21 @@ def sweep(
         ModalloyError: a mistake in the recipe, the inputs, the values or the target; nothing is written then.
     """
     file, recipe = (None, recipe) if isinstance(recipe, Recipe) else (Path(recipe), load_recipe(recipe))
+    if is_remote(str(out)):
+        raise OutputError(f"{out}: a sweep's results are made on this machine; give a folder, and upload what you keep")
     out, start = Path(out), time.perf_counter()
     chosen = resolve_device(device, engine)
+    check_engine(engine, ray_address)
     every = combinations(parse_axes(given, recipe, SET))
-    stagings = [Staging(out / name_of(changes), resume=resume) for changes in every]
+    stagings = [Staging(out / name_of(changes), resume=resume, remedy=REMEDY) for changes in every]
     plans = _plans(recipe, every, allow_base_mismatch)
     found = (finished_before(staging, planned.fingerprint) for staging, planned in zip(stagings, plans, strict=True))
     checks = {index: check for index, check in enumerate(found) if check is not None}
     todo = [index for index in range(len(plans)) if index not in checks]
-    check_apart(out, inputs_of(plans[0], file))
+    for staging in stagings:
+        check_apart(staging.out, inputs_of(plans[0], file))
     if not resume:
-        check_disk(out, sum(map(cost.disk_bytes, plans)))
+        check_disk(stagings[0].out, sum(map(cost.disk_bytes, plans)))
     if not allow_base_mismatch:
         check_kinship(plans[0])
     merge_s = 0.0
@@ -121,14 +129,9 @@ def sweep(
         budget = cost.budget(left[0][0], n_workers, None if engine == "ray" else max_memory, jobs=work)
         if budget.n_bytes is not None:
             memory.return_freed_memory()
-        with (
-            cluster_of(engine, ray_address, jobs, max_memory) as cluster,
-            ExitStack() as stack,
-            disk_errors(out),
-        ):
-            folders = [stack.enter_context(staging.begin(planned.fingerprint)) for planned, staging in left]
-            there = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
-            check_disk(out, sum(cost.disk_bytes(planned) for planned, _ in left) - there)
+        with cluster_of(engine, ray_address, jobs, max_memory) as cluster, _placed(left), disk_errors(out):
+            there = sum(path.stat().st_size for _, staging in left for path in staging.folder.iterdir())
+            check_disk(stagings[0].out, sum(cost.disk_bytes(planned) for planned, _ in left) - there)
             begin = time.perf_counter()
             streams = [StreamedWeights(planned, staging) for planned, staging in left]
             surveys = _write_weights(streams, budget, chosen, on_job, cluster)
@@ -137,12 +140,36 @@ def sweep(
             for index, stream, told in zip(todo, streams, surveys, strict=True):
                 run = stream.close(told)
                 checks[index] = write_beside(stream.planned, stream.planned.recipe, run, stream.staging, budget, chosen)
-    plans[0].inputs.forget()
+    for planned in plans:
+        planned.inputs.forget()
     results = tuple(
         Result(staging.out, changes, checks[index])
         for index, (staging, changes) in enumerate(zip(stagings, every, strict=True))
     )
     return SweepReport(results, merge_s, time.perf_counter() - start, memory.peak_bytes())
+
+
+@contextmanager
+def _placed(left: Sequence[tuple[Plan, Staging]]) -> Iterator[None]:
+    """The results' folders; they take their places together once all are whole, and if one cannot, what remains is kept."""
+    stagings = [staging for _, staging in left]
+    try:
+        with ExitStack() as stack:
+            for planned, staging in left:
+                stack.enter_context(staging.begin(planned.fingerprint))
+            yield
+            for staging in stagings:
+                staging.check_free()
+            for staging in stagings:
+                staging.is_whole = True
+    except (ModalloyError, KeyboardInterrupt) as error:
+        n_placed = sum(staging.is_whole and not staging.folder.exists() for staging in stagings)
+        if n_placed and isinstance(error, ModalloyError):
+            raise OutputError(
+                f"{str(error).removesuffix('; nothing was written')}; {n_placed} of {len(left)} results are in place, the others "
+                "are whole and kept: go on with --resume"
+            ) from error
+        raise
 
 
 def combinations(axes: Sequence[Axis]) -> list[Changes]:
@@ -228,6 +255,7 @@ def _write_weights(
     plans = [stream.planned for stream in streams]
     first, n_all, surveyed = plans[0], len(plans[0].jobs), [planned.surveyed() for planned in plans]
     work = together(plans, [stream.remaining for stream in streams])
+    names = [stream.staging.out.name for stream in streams]
 
     def add(job: Job, done: Done) -> None:
         for number, piece, part in zip(job.parameters["of"], job.pieces, done.parts, strict=True):
@@ -235,7 +263,7 @@ def _write_weights(
 
     if cluster is None:
         surveys = _surveys(surveyed, first.inputs)
-        compute = partial(compute_several, surveys=surveys, device=device)
+        compute = partial(compute_several, surveys=surveys, names=names, device=device)
         results = run_here(first, work, first.inputs, compute, budget, add)
     else:
         cluster.check(first.inputs, streams[0].staging.folder)
@@ -243,16 +271,17 @@ def _write_weights(
         of = {stream.staging.folder.absolute(): stream for stream in streams}
 
         def adopt(shard: "WrittenShard") -> None:
-            of[shard.path.parent.parent].adopt(shard)
+            of[shard.folder].adopt(shard)
 
-        shards, compute = _shards(streams) if first.form.has_shards else [], partial(compute_several, surveys=surveys)
+        shards = _shards(streams) if first.form.has_shards else []
+        compute = partial(compute_several, surveys=surveys, names=names)
         results = run_there(first, work, shards, first.inputs, compute, cluster, add, adopt)
     n_done = n_all - len(work)
     try:
         for count in results:
             n_done += count
             if on_job is not None:
-                on_job(n_done, n_all)
+                on_job(min(n_done, n_all), n_all)  # a job of two shards is done twice
     finally:
         results.close()
         for stream in streams:
@@ -261,17 +290,25 @@ def _write_weights(
 
 
 def _shards(streams: Sequence[StreamedWeights]) -> "list[Shard]":
-    """Every shard that is not written yet, of all results that miss it: one task writes them."""
+    """Every shard that is not written yet, of all results that miss it: one task writes them.
+
+    Results whose tensors are of other sizes have other shards, which are tasks of their own.
+    """
     from modalloy.engines.ray import Shard
 
+    alike: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for number, stream in enumerate(streams):
+        names = tuple(tuple(spec.name for spec in shard) for shard in stream.writer.shards)
+        alike.setdefault(names, []).append(number)
     own = [{index: parts for index, *parts in stream.shards(stream.remaining)} for stream in streams]
     found = []
-    for index in sorted(set().union(*own)):
-        of = [number for number, shards in enumerate(own) if index in shards]
-        specs, jobs = zip(*(own[number][index] for number in of), strict=True)
-        pieces = zip(*jobs, strict=True)  # all results have the same tensors, and so the same shards
-        several = tuple(_several(parts, of) for parts in pieces)
-        found.append(Shard(index, tuple(streams[number].staging.folder.absolute() for number in of), specs, several))
+    for numbers in alike.values():
+        for index in sorted(set().union(*(own[number] for number in numbers))):
+            of = [number for number in numbers if index in own[number]]
+            specs, jobs = zip(*(own[number][index] for number in of), strict=True)
+            several = tuple(_several(parts, of) for parts in zip(*jobs, strict=True))
+            folders = tuple(streams[number].staging.folder.absolute() for number in of)
+            found.append(Shard(index, folders, specs, several))
     return found
 
 

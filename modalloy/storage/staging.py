@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import Any
 
 from modalloy.errors import CheckpointError, OutputError, PassingError
 from modalloy.files import disk_errors, is_file, is_folder, is_mount, kind, open_log, read_file
-from modalloy.storage.folder import read_json, reading
+from modalloy.storage.folder import read_json
 
 HEAD = b'{"modalloy merge": '  # how every log of ours begins
 LOG_BYTES = 64 << 20
@@ -34,16 +34,21 @@ class Staging:
     it, and its log `.OUT.partial.log` (JSON lines: what was being made, and where; every finished file with its hash).
     With `resume` the next run goes on from there, if it makes the same (`fingerprint`); without, it starts again. What
     else has the log's name is refused, links too. `finished` then holds the hashes of the finished files, and `facts`
-    what was noted with them. The log is locked while a process works on it. A PassingError leaves both as a kill does.
+    what was noted with them. The log is locked while a process works on it. A PassingError leaves both as a kill does, and
+    so does any error before a resumed run has written (`is_untouched`), or once the result waits for others to be whole
+    (`is_whole`).
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Refuse, before any work, what cannot be written to.
+    def __init__(
+        self, out: Path, *, overwrite: bool = False, resume: bool = False, remedy: str = "replace it with --overwrite"
+    ) -> None:
+        """Refuse, before any work, what cannot be written to; `remedy`: what else than another folder helps then.
 
         Raises:
             OutputError: `out` exists (or with `overwrite` is not a result alone), is a link or a mount point.
         """
-        self.out, self.overwrite, self.resume = out, overwrite, resume
+        self.out, self.overwrite, self.resume, self.remedy = out, overwrite, resume, remedy
+        self.is_untouched = self.is_whole = False
         self.finished: dict[str, str] = {}
         self.facts: dict[str, float] = {}
         self.replaces: int | None = None  # the inode of the folder whose place is taken
@@ -68,6 +73,15 @@ class Staging:
     def note(self, name: str, sha256: str, facts: dict[str, float]) -> None:
         """Record a finished file, and what is known of its making, so that a resumed run keeps both."""
         self._record({"file": name, "sha256": sha256, "facts": facts})
+
+    def check_free(self) -> None:
+        """Refuse a place that was taken meanwhile.
+
+        Raises:
+            OutputError: it was.
+        """
+        if os.path.lexists(self.out) and not self.overwrite:
+            raise self._taken()
 
     def clean(self) -> None:
         """Remove what a process left that was killed after the result was in place."""
@@ -110,7 +124,8 @@ class Staging:
             if isinstance(error, PassingError):  # as a kill does, it leaves what `resume` goes on from
                 return
             if kind is not None:
-                self._remove()
+                if not (self.is_untouched or self.is_whole):
+                    self._remove()
                 return
             with disk_errors(self.out):
                 if self.overwrite and os.path.lexists(self.out):
@@ -118,7 +133,8 @@ class Staging:
                 try:
                     old = self._take_place()
                 except BaseException:
-                    self._remove()
+                    if not self.is_whole:
+                        self._remove()
                     raise
                 try:
                     if old is not None:
@@ -216,6 +232,7 @@ class Staging:
             )
         self.overwrite = head["overwrite"]
         self._check_target()
+        self.is_untouched = True
         os.ftruncate(self.lock, self.whole)  # what the kill cut would spoil the next record
         for record in files:
             if "file" in record:
@@ -242,7 +259,7 @@ class Staging:
         if not os.path.lexists(self.out):
             return
         if not self.overwrite:
-            raise OutputError(f"{self.out}: already exists; choose another folder, or replace it with --overwrite")
+            raise OutputError(f"{self.out}: already exists; choose another folder, or {self.remedy}")
         if found := next(_strangers(self.out), None):
             raise OutputError(
                 f"{self.out}: holds {found}, which its manifest.json does not list, so --overwrite will not replace it; "
@@ -262,9 +279,7 @@ class Staging:
             self.folder.rename(self.out)
             return None
         if not self.overwrite:
-            raise OutputError(
-                f"{self.out}: was made by something else during the merge; choose another folder, or say --overwrite"
-            )
+            raise self._taken()
         self.replaces = self.out.lstat().st_ino
         self._record({"replaces": self.replaces})
         if exchange(self.folder, self.out):
@@ -272,6 +287,11 @@ class Staging:
         self.out.rename(self.replaced)
         self.folder.rename(self.out)
         return self.replaced
+
+    def _taken(self) -> OutputError:
+        return OutputError(
+            f"{self.out}: was made by something else during the merge; choose another folder, or {self.remedy}"
+        )
 
     def _discard(self, old: Path) -> None:
         """Remove an old result's own files, the manifest last; anything else, put there in the last moment, is kept."""
@@ -302,29 +322,6 @@ class Staging:
         for parent in self.new_parents:
             with suppress(OSError):
                 parent.rmdir()
-
-
-def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
-    """Refuse an `out` that is, holds or lies in one of the named inputs, by whatever path, link or mount.
-
-    Raises:
-        OutputError: it does.
-    """
-    place = Path(os.path.realpath(out))
-    around = {found for path in (place, *place.parents) if (found := _identity(path))}
-    own = _identity(place)
-    inside = {found for path in _all_below(place) if (found := _identity(path))} if own and place.is_dir() else set()
-    for label, given in inputs:
-        real = Path(os.path.realpath(given))
-        if real.is_dir() and _identity(real) in around:
-            what = "is" if _identity(real) == own else "lies in"
-            raise OutputError(f"{out}: {what} {label} ({given}), which is only read; choose another folder")
-        with reading(real):
-            parts = [real, *map(Path, map(os.path.realpath, real.iterdir()))] if real.is_dir() else [real]
-        for part in parts:
-            above = {_identity(path) for path in (part, *part.parents)}
-            if own and (own in above or _identity(part) in inside):
-                raise OutputError(f"{out}: holds {label} ({given}), which would be lost; choose another folder")
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -361,7 +358,7 @@ def _own_files(folder: Path) -> list[Path]:
     if not isinstance(manifest.get("modalloy"), str) or not isinstance(listed, dict):
         return []
     names = {name for name, sha256 in listed.items() if re.fullmatch("[0-9a-f]{64}", str(sha256))}
-    found = (path for path in _all_below(folder) if is_file(path))
+    found = (path for path in all_below(folder) if is_file(path))
     return [path for path in found if path.relative_to(folder).as_posix() in names | {MANIFEST, SOURCES, SIGNATURE}]
 
 
@@ -373,23 +370,15 @@ def _strangers(out: Path) -> Iterator[str]:
             f"{out}: is not a folder that modalloy wrote, so --overwrite will not replace it; remove it yourself"
         )
     folders = {parent for path in own for parent in path.parents}
-    for path in _all_below(out):
+    for path in all_below(out):
         if path not in own and not (path in folders and not is_mount(path)):
             yield str(path.relative_to(out))
 
 
-def _all_below(folder: Path) -> Iterator[Path]:
+def all_below(folder: Path) -> Iterator[Path]:
     """Everything in a folder and its folders, not through links."""
     for place, folders, files in os.walk(folder):
         yield from (Path(place, name) for name in sorted(folders + files))
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _is_record(record: Any, *, first: bool) -> bool:

@@ -8,6 +8,8 @@ const MOST_SECONDS = 600; // the server's limit
 /** A sound as 16 kHz samples, or an error if this browser cannot decode it. */
 export const decoded = async (blob) => new OfflineAudioContext(1, 1, RATE).decodeAudioData(await blob.arrayBuffer());
 
+/** "1:05", and what is shorter than ten seconds as "0.7 s". */
+const length = (seconds) => (seconds < 9.95 ? `${seconds.toFixed(1)} s` : clock(seconds));
 const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
 
 /** Lowest and highest sample of each of `n` stretches. */
@@ -64,7 +66,7 @@ export async function waveform(file, name) {
   });
   keepDrawn(canvas, render);
   return h("figure", { class: "medium sound" }, h("div", { class: "row" }, button, canvas),
-    h("figcaption", { text: `${name} · ${clock(buffer.duration)}` }));
+    h("figcaption", { text: `${name} · ${length(buffer.duration)}` }));
 }
 
 /** 16-bit mono WAV of a decoded sound. */
