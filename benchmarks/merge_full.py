@@ -7,23 +7,57 @@ that size can cost. They alternate; before each, base and adapters are dropped f
 the clock stops when everything is on the disk (sync). Bytes are those that the storage layer read and wrote for the
 process (/proc/PID/io), memory is its peak resident size. The inputs are made by `vicuna7b.py` in DIR (16 GB) and kept; a
 result (13.5 GB) is removed as soon as it is measured. On file systems that can share blocks the copy is a true copy
-(--reflink=never). Prints a table, then one JSON document as its last line.
+(--reflink=never).
+
+The floor is measured in the same run, from what such a merge cannot do without on all cores: the subspaces of the adapters
+(`merge_adapters.py`), the product of each merged update added to its weight, in float32 and back to 16 bits, and sha256 of what
+is read and written. Reading and writing go on beside it, so the floor is this or the copy, whichever takes longer. Prints a
+table, then one JSON document as its last line.
 """
 
 import argparse
+import functools
+import hashlib
 import json
+import os
 import shutil
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import measuring
+import merge_adapters
+import torch
 import vicuna7b
 from measuring import Usage, table
 from merge_layer import K
+from torch import Tensor
 
-AIMS = {"× cp -r": 1.6, "peak GB": 3.0}
+AIMS = {"× cp -r": 1.5, "peak GB": 3.0, "planning and verifying": 0.05}
+
+
+def arithmetic(size: vicuna7b.Size, hashed_bytes: int) -> dict[str, float]:
+    """Seconds of each part of the arithmetic, on all cores."""
+    adding = 0.0
+    for out, in_ in vicuna7b.LINEARS.values():
+        added = functools.partial(add, torch.randn(out, in_).half(), torch.randn(out, K), torch.randn(K, in_))
+        adding += size.layers * min(measuring.timed(added)[0] for _ in range(4))
+    cores = len(os.sched_getaffinity(0))
+    block = bytes(64 << 20)
+    with ThreadPoolExecutor(cores) as pool:
+        hashing, _ = measuring.timed(lambda: list(pool.map(hashlib.sha256, [block] * 4 * cores)))
+    return {
+        "subspaces": sum(merge_adapters.arithmetic(size).values()),
+        "updates added": adding,
+        f"sha256 of {hashed_bytes / 1e9:.1f} GB": hashing * hashed_bytes / (4 * cores * len(block)),
+    }
+
+
+def add(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """weight + up · down, in its type."""
+    return torch.addmm(weight.float(), up, down).to(weight.dtype)
 
 
 def main() -> None:
@@ -37,6 +71,7 @@ def main() -> None:
     recipe = vicuna7b.ssam_recipe(base, adapters, K, {"form": "full"})
     out = args.data / "merged-full"
     runs: dict[str, list[Usage]] = {"cp -r, sync": [], "modalloy merge": []}
+    beside: list[float] = []
     for number in range(args.repeats):
         print(f"run {number + 1} of {args.repeats} …", file=sys.stderr)
         shutil.rmtree(out, ignore_errors=True)
@@ -44,11 +79,15 @@ def main() -> None:
         runs["cp -r, sync"].append(measuring.run(["cp", "-r", "--reflink=never", base, out])[0])
         shutil.rmtree(out)
         measuring.evict([base, *adapters])
-        runs["modalloy merge"].append(measuring.merge(recipe, out)[0])
+        usage, told = measuring.merge(recipe, out)
+        runs["modalloy merge"].append(usage)
+        beside.append(told["total_seconds"] - told["merge_seconds"])
         shutil.rmtree(out)
     seconds = {name: statistics.median(usage.synced_seconds for usage in usages) for name, usages in runs.items()}
-    copy_s = seconds["cp -r, sync"]
-    print(f"a base of {measuring.folder_bytes(base) / 1e9:.1f} GB and four rank-{vicuna7b.RANK} adapters, k = {K}\n")
+    copy_s, base_bytes = seconds["cp -r, sync"], measuring.folder_bytes(base)
+    parts = arithmetic(size, 2 * base_bytes + sum(map(measuring.folder_bytes, adapters)))
+    floor_s = max(sum(parts.values()), copy_s)
+    print(f"a base of {base_bytes / 1e9:.1f} GB and four rank-{vicuna7b.RANK} adapters, k = {K}\n")
     rows = [
         [
             name,
@@ -62,9 +101,12 @@ def main() -> None:
     ]
     print(table(["", "seconds (median)", "× cp -r", "read, GB", "written, GB", "peak memory, GB"], rows))
     peak = max(usage.peak_bytes for usage in runs["modalloy merge"])
-    found = {"× cp -r": seconds["modalloy merge"] / copy_s, "peak GB": peak / 1e9}
+    merge_s = seconds["modalloy merge"]
+    found = {"× cp -r": merge_s / copy_s, "× floor": merge_s / floor_s, "peak GB": peak / 1e9}
+    found["planning and verifying"] = statistics.median(beside) / merge_s
+    print("\nfloor, seconds of all cores: " + ", ".join(f"{name} {part:.1f}" for name, part in parts.items()))
     print(f"\naims: {json.dumps(AIMS, ensure_ascii=False)}\nfound: {json.dumps(found, ensure_ascii=False)}")
-    document = {"layers": args.layers, "aims": AIMS, "found": found, "machine": measuring.machine()}
+    document = {"layers": args.layers, "aims": AIMS, "found": found, "floor_s": parts, "machine": measuring.machine()}
     print(json.dumps(document | {"runs": {name: [asdict(u) for u in usages] for name, usages in runs.items()}}))
 
 

@@ -7,14 +7,18 @@ The model is made of headers: the names, shapes and types of a mixture of expert
 planned as any recipe is; the plan's shards are those that `--engine ray` makes tasks of. Simulated is what its driver does
 (tasks in order, each to the first free worker) with the rates below, which are stated, not measured, but for the arithmetic: that
 is the processor time of one worker on one expert's weight here. Reading, arithmetic and writing of a task overlap, as they do
-in `engines/local.py`. `--check` runs tasks of known length on a real Ray of 1, 2 and 4 workers on this machine and compares the
-time with the simulated one: it checks the scheduling, not the rates. Prints a table, then one JSON document as its last line.
+in `engines/local.py`. `--check` merges 24 such experts, with data, on a real Ray of 1, 2 and 4 workers on this machine, each in a
+task of its own. What one worker takes for a task and for hashing the inputs is measured with one worker; what 2 and 4 take is
+simulated from it (workers beyond this machine's cores share them) and compared with what they took. Prints a table, then one
+JSON document as its last line.
 """
 
 import argparse
+import hashlib
 import heapq
 import json
 import math
+import os
 import shutil
 import struct
 import tempfile
@@ -28,6 +32,7 @@ import measuring
 import torch
 from measuring import table
 
+from modalloy import merge
 from modalloy.compute import compute
 from modalloy.machine.threads import one_thread
 from modalloy.outputs.streamed import StreamedWeights
@@ -38,6 +43,19 @@ from modalloy.storage.staging import Staging
 
 LAYERS, EXPERTS, WIDTH, EXPERT, DENSE = 61, 384, 7168, 2048, 18432
 MODEL_SHARD_BYTES = 5_000_000_000
+CHECKED = 24  # experts that are really merged
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 64,
+    "n_routed_experts": EXPERTS,
+    "moe_intermediate_size": EXPERT,
+    "intermediate_size": DENSE,
+    "first_k_dense_replace": 1,
+    "vocab_size": 163840,
+}
 NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -125,19 +143,7 @@ def write_headers(folder: Path) -> None:
             out.truncate(8 + len(text) + offset)
     weight_map = {name: file for file, held in zip(names, shards, strict=True) for name in held}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 64,
-        "n_routed_experts": EXPERTS,
-        "moe_intermediate_size": EXPERT,
-        "intermediate_size": DENSE,
-        "first_k_dense_replace": 1,
-        "vocab_size": 163840,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
 
 
 def planned_merge(data: Path, shard_bytes: int) -> Plan:
@@ -147,15 +153,19 @@ def planned_merge(data: Path, shard_bytes: int) -> Plan:
         if not folder.exists():
             write_headers(folder)
     base, *models = map(str, folders)
-    content: dict[str, Any] = {
+    content = recipe_of(base, models, shard_bytes) | {"modules": {"*.gate.*": {"policy": "keep"}}}
+    return plan(Recipe(**content))
+
+
+def recipe_of(base: str, models: Sequence[str], shard_bytes: int) -> dict[str, Any]:
+    """base + λ (δ_1 + δ_2)."""
+    return {
         "base_model": base,
         "merge_method": "task_arithmetic",
         "parameters": {"scale": 0.5},
         "models": [{"model": model} for model in models],
-        "modules": {"*.gate.*": {"policy": "keep"}},
         "output": {"form": "full", "max_shard_size": shard_bytes},
     }
-    return plan(Recipe(**content))
 
 
 def seconds_per_byte() -> float:
@@ -237,30 +247,65 @@ def simulated(tasks: Sequence[Task], nodes: int, rates: Rates, input_bytes: int)
     )
 
 
-def checked(workers: Sequence[int]) -> list[dict[str, float]]:
-    """Real and simulated seconds of tasks of known length on a Ray of so many workers."""
+def write_experts(folder: Path, seed: int) -> None:
+    """A model of `CHECKED` experts, with data."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    for number in range(CHECKED):
+        stem, file = f"model.layers.1.mlp.experts.{number}", f"model-{number + 1:05d}-of-{CHECKED:05d}.safetensors"
+        held = {f"{stem}.{side}_proj.weight": torch.randn(EXPERT, WIDTH).bfloat16() for side in ("gate", "up")}
+        held[f"{stem}.down_proj.weight"] = torch.randn(WIDTH, EXPERT).bfloat16()
+        save_file(held, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2, "n_routed_experts": CHECKED}))
+
+
+def checked(place: Path, workers: Sequence[int]) -> list[dict[str, float]]:
+    """Real and simulated seconds of a merge of experts on a Ray of so many workers of this machine."""
     import ray
 
-    lengths = [1.0 + index % 4 for index in range(12)]
-    found = []
+    names = ("base", "one", "two")
+    for seed, name in enumerate(names):
+        write_experts(place / name, seed)
+    base, *models = (str(place / name) for name in names)
+    recipe = Recipe(**recipe_of(base, models, 3 * 2 * EXPERT * WIDTH))
+    files = [path for name in names for path in sorted((place / name).glob("*.safetensors"))]
+    begin = time.perf_counter()
+    for path in files[:CHECKED]:
+        hashlib.sha256(path.read_bytes())
+    hashing = (time.perf_counter() - begin) * len(names)
+    cores, found, task = len(os.sched_getaffinity(0)), list[dict[str, float]](), 0.0
     for count in workers:
         ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
-            wait = ray.remote(num_cpus=1)(lambda seconds: time.sleep(seconds))
-            ray.get([wait.remote(0.5) for _ in range(count)])  # workers have started
-            begin = time.perf_counter()
-            ray.get([wait.remote(length) for length in lengths])
-            real = time.perf_counter() - begin
+            start = ray.remote(num_cpus=1)(started)
+            ray.get([start.remote() for _ in range(count)])
+            real = min(merge(recipe, place / "out", engine="ray", overwrite=True).merge_s for _ in range(2))
         finally:
             ray.shutdown()
-        found.append({"workers": count, "real_s": real, "simulated_s": scheduled(lengths, count)[0]})
+        task = task or (real - hashing) / CHECKED
+        shared = max(1.0, count / cores)  # workers of one core take turns
+        phases = ([task * shared] * CHECKED, [hashing / len(files) * shared] * len(files))
+        simulated_s = sum(scheduled(lengths, count)[0] for lengths in phases)
+        found.append({"workers": count, "cores": cores, "real_s": real, "simulated_s": simulated_s})
     return found
+
+
+def started() -> None:
+    """What a worker does first: it imports what a merge needs."""
+    import modalloy.compute  # noqa: F401
+
+    time.sleep(1)  # so that no worker does it for another
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/bench/headers"), help="where the headers go")
-    parser.add_argument("--check", action="store_true", help="also run tasks on a real Ray")
+    parser.add_argument("--check", action="store_true", help="also merge on a real Ray")
     args = parser.parse_args()
     rates, per_byte = Rates(), seconds_per_byte()
     rows, outcomes = [], []
@@ -304,7 +349,7 @@ def main() -> None:
             rows,
         )
     )
-    checks = checked((1, 2, 4)) if args.check else []
+    checks = checked(args.data / "check", (1, 2, 4)) if args.check else []
     for check in checks:
         print(f"{check['workers']} workers: {check['real_s']:.1f} s on Ray, {check['simulated_s']:.1f} s simulated")
     document = {

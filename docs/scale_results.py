@@ -73,9 +73,13 @@ def _simulated(stored: dict[str, Any]) -> list[str]:
             f"| {one['shard_bytes'] / 1e9:g} | {one['nodes']} | {one['seconds']:,.0f} | {one['hashing_seconds']:,.0f} | "
             f"{one['imbalance']:.2f} | {one['idle']:.0%} | {one['binds']} |"
         )
+    if stored["checks"]:
+        out += [
+            "\n24 such experts, with data, merged on a real Ray of this machine's cores, beside what is simulated from one worker's",
+            "tasks (without what workers of one machine share beside the cores: its disk and memory):\n",
+            "| workers | cores | real, s | simulated, s |",
+            "|---|---|---|---|",
+        ]
     for one in stored["checks"]:
-        out.append(
-            f"\nTasks of known length on a real Ray of {one['workers']:.0f} workers: {one['real_s']:.1f} s, simulated "
-            f"{one['simulated_s']:.1f} s."
-        )
+        out.append(f"| {one['workers']} | {one['cores']} | {one['real_s']:.1f} | {one['simulated_s']:.1f} |")
     return [*out, ""]

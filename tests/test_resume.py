@@ -11,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,24 @@ def test_finished_shards_are_not_made_again(
     modalloy.merge(recipe, out, resume=True)
     changed = [name for name in shards if (out / name).stat().st_mtime_ns != times[name]]
     assert changed == [shards[1]]  # whose hash was not the recorded one
+    assert contents(out) == undisturbed
+
+
+def test_a_refused_resume_leaves_what_was_kept(
+    write_recipe: WriteRecipe, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    """Refused for the disk's room, which is looked at once the folder is there."""
+    from modalloy import merging
+
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    assert killed_at([30], recipe, out)[0][0] == "killed"
+    log = (tmp_path / ".out.partial.log").read_text()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(merging.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(OutputError, match="the disk is full"):
+            modalloy.merge(recipe, out, resume=True)
+    assert (tmp_path / ".out.partial.log").read_text() == log
+    modalloy.merge(recipe, out, resume=True)
     assert contents(out) == undisturbed
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modalloy.errors import CheckpointError, OutputError, PassingError
+from modalloy.errors import CheckpointError, ModalloyError, OutputError, PassingError
 from modalloy.files import disk_errors, is_file, is_folder, is_mount, kind, open_log, read_file
 from modalloy.storage.folder import read_json
 
@@ -35,8 +35,8 @@ class Staging:
     With `resume` the next run goes on from there, if it makes the same (`fingerprint`); without, it starts again. What
     else has the log's name is refused, links too. `finished` then holds the hashes of the finished files, and `facts`
     what was noted with them. The log is locked while a process works on it. A PassingError leaves both as a kill does, and
-    so does any error before a resumed run has written (`is_untouched`), or once the result waits for others to be whole
-    (`is_whole`).
+    so do a refusal before a resumed run has written (`is_untouched`), and whatever fails once the result is to be put in
+    place with others (`is_whole`).
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class Staging:
             if isinstance(error, PassingError):  # as a kill does, it leaves what `resume` goes on from
                 return
             if kind is not None:
-                if not (self.is_untouched or self.is_whole):
+                refused = self.is_untouched and isinstance(error, ModalloyError)
+                if not (refused or self.is_whole):
                     self._remove()
                 return
             with disk_errors(self.out):
