@@ -75,8 +75,8 @@ def _simulated(stored: dict[str, Any]) -> list[str]:
         )
     if stored["checks"]:
         out += [
-            "\n24 such experts, with data, merged on a real Ray of this machine's cores, beside what is simulated from one worker's",
-            "tasks (without what workers of one machine share beside the cores: its disk and memory):\n",
+            "\n24 such experts, with data, merged on a real Ray of this machine's cores, beside what is simulated from",
+            "one worker's tasks (without what workers of one machine share beside the cores: its disk and memory):\n",
             "| workers | cores | real, s | simulated, s |",
             "|---|---|---|---|",
         ]
