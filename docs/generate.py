@@ -370,9 +370,9 @@ def speed() -> str:
     return "\n".join(
         [
             "# How fast is it?\n",
-            "Two cores of a virtual machine with an Intel Xeon (the full checkpoint: an AMD EPYC, whose disk is slower) and nothing",
-            "else on them; each row measured in one run of its script in `benchmarks/`; weights of true Vicuna-7B shapes. Aims that",
-            "were missed are named as such.\n",
+            "Two cores of a virtual machine with an Intel Xeon (the full checkpoint: an AMD EPYC, whose disk is slower),",
+            "nothing else on them; each row measured in one run of its script in `benchmarks/`; weights of true Vicuna-7B",
+            "shapes. Aims that were missed are named as such.\n",
             "| work | modalloy | against | ratio | aim |",
             "|---|---|---|---|---|",
             *rows,
