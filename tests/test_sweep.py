@@ -244,17 +244,22 @@ def refuse(*arguments: object) -> None:
     raise OutputError("the disk is full")
 
 
-def test_a_place_that_is_taken_meanwhile_fails_before_any_result_is_placed(
+def test_a_place_that_is_taken_meanwhile_is_told_before_any_result_is_placed(
     write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    recipe, out, values = write_recipe(output=FULL), tmp_path / "out", ["scale=0.1,0.2,0.3"]
 
     def take(done: int, of: int) -> None:
         (out / "scale=0.1").mkdir(exist_ok=True)
 
-    with pytest.raises(OutputError, match=r"scale=0\.1: was made by something else during the merge; .* --resume"):
-        sweep(recipe, out, ["scale=0.1,0.2,0.3"], on_job=take)
-    assert [path.name for path in out.iterdir()] == ["scale=0.1"]
+    message = r"scale=0\.1: was made by something else during the merge; .*; 0 of 3 results are in place, the others are whole"
+    with pytest.raises(OutputError, match=message):
+        sweep(recipe, out, values, on_job=take)
+    assert [path.name for path in out.glob("scale=*")] == ["scale=0.1"]
+    (out / "scale=0.1").rmdir()
+    counts: list[int] = []
+    assert len(sweep(recipe, out, values, resume=True, on_job=lambda n, of: counts.append(n)).results) == 3
+    assert not counts  # nothing was merged again
 
 
 def test_a_failure_between_two_placings_keeps_the_rest(
@@ -271,7 +276,7 @@ def test_a_failure_between_two_placings_keeps_the_rest(
         return take_place(self)
 
     monkeypatch.setattr(Staging, "_take_place", failing)
-    message = "the disk is full.*; 1 of 3 results are in place, the others are whole and kept: go on with --resume"
+    message = "the disk is full.*; 1 of 3 results are in place, the others are whole and kept: then go on with --resume"
     with pytest.raises(OutputError, match=message) as raised:
         sweep(recipe, out, ["scale=0.1,0.2,0.3"])
     assert "nothing was written" not in str(raised.value)

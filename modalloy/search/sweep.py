@@ -159,17 +159,17 @@ def _placed(left: Sequence[tuple[Plan, Staging]]) -> Iterator[None]:
                 stack.enter_context(staging.begin(planned.fingerprint))
             yield
             for staging in stagings:
-                staging.check_free()
-            for staging in stagings:
                 staging.is_whole = True
-    except (ModalloyError, KeyboardInterrupt) as error:
-        n_placed = sum(staging.is_whole and not staging.folder.exists() for staging in stagings)
-        if n_placed and isinstance(error, ModalloyError):
-            raise OutputError(
-                f"{str(error).removesuffix('; nothing was written')}; {n_placed} of {len(left)} results are in place, the others "
-                "are whole and kept: go on with --resume"
-            ) from error
-        raise
+            for staging in stagings:
+                staging.check_free()
+    except ModalloyError as error:
+        if not all(staging.is_whole for staging in stagings):
+            raise
+        n_placed = sum(not staging.folder.exists() for staging in stagings)
+        raise OutputError(
+            f"{str(error).removesuffix('; nothing was written')}; {n_placed} of {len(left)} results are in place, the others "
+            "are whole and kept: then go on with --resume"
+        ) from error
 
 
 def combinations(axes: Sequence[Axis]) -> list[Changes]:
