@@ -31,6 +31,7 @@ from typing import Any
 import measuring
 import torch
 from measuring import table
+from safetensors.torch import save_file
 
 from modalloy import merge
 from modalloy.compute import compute
@@ -249,8 +250,6 @@ def simulated(tasks: Sequence[Task], nodes: int, rates: Rates, input_bytes: int)
 
 def write_experts(folder: Path, seed: int) -> None:
     """A model of `CHECKED` experts, with data."""
-    from safetensors.torch import save_file
-
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     weight_map: dict[str, str] = {}

@@ -112,11 +112,11 @@ def sweep(
     every = combinations(parse_axes(given, recipe, SET))
     stagings = [Staging(out / name_of(changes), resume=resume, remedy=REMEDY) for changes in every]
     plans = _plans(recipe, every, allow_base_mismatch)
+    for staging in stagings:
+        check_apart(staging.out, inputs_of(plans[0], file))
     found = (finished_before(staging, planned.fingerprint) for staging, planned in zip(stagings, plans, strict=True))
     checks = {index: check for index, check in enumerate(found) if check is not None}
     todo = [index for index in range(len(plans)) if index not in checks]
-    for staging in stagings:
-        check_apart(staging.out, inputs_of(plans[0], file))
     if not resume:
         check_disk(stagings[0].out, sum(map(cost.disk_bytes, plans)))
     if not allow_base_mismatch:

@@ -81,7 +81,9 @@ class Staging:
             OutputError: it was.
         """
         if os.path.lexists(self.out) and not self.overwrite:
-            raise self._taken()
+            raise OutputError(
+                f"{self.out}: was made by something else during the merge; choose another folder, or {self.remedy}"
+            )
 
     def clean(self) -> None:
         """Remove what a process left that was killed after the result was in place."""
@@ -276,11 +278,10 @@ class Staging:
 
     def _take_place(self) -> Path | None:
         """Give the folder its name; returns where the old result is now."""
+        self.check_free()
         if not os.path.lexists(self.out):
             self.folder.rename(self.out)
             return None
-        if not self.overwrite:
-            raise self._taken()
         self.replaces = self.out.lstat().st_ino
         self._record({"replaces": self.replaces})
         if exchange(self.folder, self.out):
@@ -288,11 +289,6 @@ class Staging:
         self.out.rename(self.replaced)
         self.folder.rename(self.out)
         return self.replaced
-
-    def _taken(self) -> OutputError:
-        return OutputError(
-            f"{self.out}: was made by something else during the merge; choose another folder, or {self.remedy}"
-        )
 
     def _discard(self, old: Path) -> None:
         """Remove an old result's own files, the manifest last; anything else, put there in the last moment, is kept."""
