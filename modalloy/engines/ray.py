@@ -77,6 +77,7 @@ class Cluster:
         self.ray = ray
         cpus = int(ray.cluster_resources().get("CPU", 1))
         self.n_workers = max(1, min(n_workers or cpus, cpus))
+        self.functions: dict[Callable[..., Any], Any] = {}
         self.options: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         if task_bytes is not None:
             most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
@@ -170,7 +171,10 @@ class Cluster:
         return self.ray.put((secrets.token_hex(8), owners, compute))
 
     def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
-        return self.ray.remote(**(self.options | options))(function)
+        """The function as a task; Ray is given each function once, not with every task."""
+        if function not in self.functions:
+            self.functions[function] = self.ray.remote(**self.options)(function)
+        return self.functions[function].options(**options) if options else self.functions[function]
 
     def _in_order(self, items: Sequence[Any], submit: Callable[[Any], Any]) -> Generator[tuple[Any, Any], None, None]:
         """Every item with its task's answer; a few more tasks are on their way than there are workers."""
