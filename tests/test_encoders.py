@@ -19,6 +19,7 @@ from modalloy.errors import CheckpointError, MediaError, RecipeError
 from modalloy.evals.motion import move
 from modalloy.senses import encoders
 from modalloy.senses.encoders import ENCODERS, PUBLISHED, build, encoder_class, load_encoder, modalities
+from modalloy.senses.encoders.efficientnet_lite0_motion import LEAST
 from modalloy.senses.encoders.whisper_speech import EDGE
 
 EXAMPLE = Path(__file__).parents[1] / "examples/fifth_modality"
@@ -123,13 +124,21 @@ def test_motion_to_the_left_and_to_the_right_are_told_apart() -> None:
     still = np.full((64, 64, 3), 255, np.uint8)
     still[16:48, 16:48] = (200, 30, 30)
     seen = {one: encoder(encoder.preprocess(move(still, one, seed=3))[None])[0] for one in ("left", "right")}
-    places = torch.arange(16, dtype=torch.float32) % 4  # columns of the 4 × 4 places
+    places = torch.arange(64, dtype=torch.float32) % 8  # columns of the 8 × 8 places
     paths = {}
     for one, features in seen.items():
-        where = features[0, -8 * 16 :].reshape(8, 16)
-        middle = (where * places).sum(1) / where.sum(1)
+        assert torch.equal(features[0, 1472:], features[3, 1472:])  # all of a video's features tell all of its motion
+        changes = features[0, 1472 + 8 * 64 : -7].reshape(7, 64)
+        middle = (changes * places).sum(1) / changes.sum(1)
         paths[one] = float(middle[-1] - middle[0])
     assert paths["left"] < 0 < paths["right"]
+
+
+def test_a_video_that_stands_still_is_told_as_no_change() -> None:
+    encoder = load_encoder("builtin:efficientnet-lite0-motion")
+    features = encoder(encoder.preprocess(np.full((4, 64, 64, 3), 200, np.uint8))[None])[0]
+    assert features.isfinite().all() and torch.equal(features[:, -7:], torch.full((4, 7), LEAST).log())
+    assert not features[:, -7 - 7 * 64 : -7].any()
 
 
 def test_published_encoders_open_bare_locations() -> None:

@@ -28,7 +28,7 @@ THINGS = {  # concept → (phrase, plural, category, subgroup)
     "moon": ("the moon", False, "other", "sky"),
     "sun": ("the sun", False, "other", "sky"),
 }
-ARTISTS = {"train": ("noto", "fluent"), "validation": ("emojione",), "test": ("twemoji", "fxemoji")}
+ARTISTS = {"train": ("noto", "fluent"), "validation": ("fxemoji",), "test": ("twemoji", "streamline")}
 VOICES = {"train": ("espeak:a", "espeak:b"), "validation": ("flite:rms",), "test": ("piper:joe",)}
 
 

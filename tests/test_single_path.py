@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import modalloy
 from modalloy import builtin
-from modalloy.evals import spoken
+from modalloy.evals import corpus, spoken
 from modalloy.model import load_model
 from modalloy.specialists.layouts import open_specialist
 
@@ -64,7 +64,7 @@ def test_the_joint_models_folders_average_to_it(tmp_path: Path, monkeypatch: pyt
     import single_path
 
     data, out, start = write_data(tmp_path / "data"), tmp_path / "references" / "joint", tmp_path / "start"
-    untrained, _ = single_path.build(SENSES)
+    untrained, _ = single_path.build(SENSES, corpus.load(data))
     for modality in SENSES:
         single_path.save_specialist(untrained, modality, start / modality)
     options = (
@@ -129,7 +129,7 @@ def test_a_specialist_starts_from_writing_on_both_its_paths(tmp_path: Path, monk
     stored = load_file(out)
     assert all(stored[name].abs().sum() > 0 for name in stored if ".lora_B." in name)
     for modality, around in (("point", "vision"), ("audio", "audio")):
-        model, _ = train.build([modality])
+        model, _ = train.build([modality], corpus.load(data))
         train.start_from(out, model, modality)
         for name, linear in model.linears.items():
             for side, letter in (("down", "A"), ("up", "B")):

@@ -8,58 +8,64 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.evals.corpus import Clip
+from modalloy.senses.projectors.embedding_table import EmbeddingTable
+from modalloy.senses.projectors.reader import Reader
 
 Report = Callable[[dict[str, Any]], None]
 LOGIT_SCALE = 1 / 0.07
-SIZE = 2.0  # weight of the squared distance to what is meant
 ROUNDS = (0.1, 0.2)  # noise on each feature of speech, round by round
 OWN_SHARE = 0.15  # of all files
 
 
 def name_things(
-    projector: Any, x: Tensor, asked: Sequence[tuple[Tensor, Tensor]], steps: int, seed: int, report: Report
+    projector: EmbeddingTable,
+    x: Tensor,
+    asked: Sequence[tuple[Tensor, Tensor]],
+    steps: int,
+    seed: int,
+    report: Report,
 ) -> None:
-    """Turn the tokens of what is shown towards the embedding of its name, and of how it moves where that is asked too.
+    """Teach a projector what things are called, and how they move where that is asked too: its heads, on tables of names.
 
-    The loss is a softmax over all names of the cosine between their embeddings and the medium's mean token (and, at a quarter
-    of the weight, each token), added up over what is asked. Lengths are free while it runs; in the end the last layer is scaled
-    so that tokens have the size of word embeddings.
+    Features are standardised while it runs, so that one that varies little is learned as soon as others; in the end that is
+    folded into the heads.
 
     Args:
-        projector: an `Mlp` of two layers.
+        projector: its tables become the names' embeddings.
         x: (media, tokens, dim), encoder features.
-        asked: of each thing that is asked (media,), the right name's index, and (names, width), the mean embedding of each
-            name. The names of the first are drawn in equal shares.
+        asked: for each table (media,), the right name's index, and (names, width), the mean embedding of each name. The names
+            of the first are drawn in equal shares.
     """
+    for table, (_, words) in zip(projector.tables, asked, strict=True):
+        table.get_parameter("weight").data.copy_(words)
     first = asked[0][0]
     share = torch.bincount(first, minlength=len(asked[0][1])).float()
     generator = torch.Generator().manual_seed(seed)
     mean, spread = x.flatten(0, 1).mean(0), x.flatten(0, 1).std(0) + 1e-3
-    x = (x - mean) / spread  # so that a feature that varies little is learned as soon as others
-    optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(projector.heads.requires_grad_(True).parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     drop = nn.Dropout(0.5)
-    meant = torch.stack([words[right] for right, words in asked]).mean(0)
     for step in range(steps):
         rows = torch.multinomial(1 / share[first], min(256, len(x)), generator=generator)
-        tokens = projector(drop(x[rows]))
-        loss = x.new_zeros(())
-        for right, words in asked:
-            directions = nn.functional.normalize(words, dim=-1)
-            whole = LOGIT_SCALE * nn.functional.normalize(tokens.mean(1), dim=-1) @ directions.T
-            parts = LOGIT_SCALE * nn.functional.normalize(tokens, dim=-1) @ directions.T
-            each = right[rows, None].expand(parts.shape[:2])
-            loss = loss + nn.functional.cross_entropy(whole, right[rows])
-            loss = loss + 0.25 * nn.functional.cross_entropy(parts.flatten(0, 1), each.flatten())
-        loss = loss + SIZE * (tokens - meant[rows, None]).pow(2).mean() / meant.pow(2).mean()
+        given = drop((x[rows] - mean) / spread)
+        loss = told_loss(projector, given, [right[rows] for right, _ in asked])
         advance(optimizer, schedule, loss)
         report({"stage": "1a", "step": step + 1, "loss": round(loss.item(), 4)})
     with torch.no_grad():
-        scale = (asked[0][1].pow(2).mean() / projector(x[:1000]).pow(2).mean()).sqrt()
-        projector[2].weight.mul_(scale)
-        projector[2].bias.mul_(scale)
-        projector[0].weight.div_(spread)  # what the features were standardised by is folded into the first layer
-        projector[0].bias.sub_(projector[0].weight @ mean)
+        for head in projector.heads:
+            head.get_parameter("weight").div_(spread)
+            head.get_parameter("bias").sub_(head.get_parameter("weight") @ mean)
+
+
+def told_loss(projector: EmbeddingTable, x: Tensor, asked: Sequence[Tensor]) -> Tensor:
+    """Nats of the right entries by the mean of a medium's tokens and, at a quarter of the weight, by each token."""
+    loss = x.new_zeros(())
+    for place, right in enumerate(asked):
+        told = projector.told(x, place).clamp_min(1e-9)
+        each = right[:, None].expand(told.shape[:2])
+        loss = loss + nn.functional.nll_loss(told.mean(1).log(), right)
+        loss = loss + 0.25 * nn.functional.nll_loss(told.log().flatten(0, 1), each.flatten())
+    return loss
 
 
 def embedded(name: str, table: Tensor, tokenizer: Any) -> Tensor:
@@ -93,7 +99,7 @@ class Blind(nn.Module):
 
 
 def read_aloud(
-    projector: nn.Module, x: Tensor, transcripts: Tensor, table: Tensor, steps: int, seed: int, report: Report
+    projector: Reader, x: Tensor, transcripts: Tensor, table: Tensor, steps: int, seed: int, report: Report
 ) -> None:
     """Make a Q-Former write what is said: its i-th query gives the embedding of the transcript's i-th token.
 
@@ -102,21 +108,23 @@ def read_aloud(
     and cools down on its own.
 
     Args:
-        projector: (media, features, dim) → (media, queries, width).
+        projector: its table becomes `table`.
         x: (media, features, dim), encoder features.
         transcripts: (media, queries), rows of `table`; what is shorter ends in the token of a line's end.
         table: (tokens, width), embeddings of the tokens that occur.
     """
+    projector.table.weight.data.copy_(table)
     directions = nn.functional.normalize(table, dim=-1)
     size = table.pow(2).mean()
     for number, blur in enumerate(ROUNDS):
         generator = torch.Generator().manual_seed(seed + number)
-        optimizer = torch.optim.AdamW(projector.requires_grad_(True).parameters(), lr=1.5e-3, weight_decay=0.01)
+        learned = [p for p in projector.requires_grad_(True).parameters() if p is not projector.table.weight]
+        optimizer = torch.optim.AdamW(learned, lr=1.5e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
         for step in range(steps):
             rows = torch.randint(len(x), (32,), generator=generator)
             noise = blur * torch.randn(len(rows), *x.shape[1:], generator=generator)
-            given = projector(x[rows].float() + noise)
+            given = projector.queried(x[rows].float() + noise)
             logits = LOGIT_SCALE * nn.functional.normalize(given, dim=-1) @ directions.T
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), transcripts[rows].flatten())
             loss = loss + 0.5 * (given - table[transcripts[rows]]).pow(2).mean() / size
@@ -125,10 +133,10 @@ def read_aloud(
 
 
 @torch.no_grad()
-def read_share(projector: nn.Module, x: Tensor, transcripts: Tensor, table: Tensor) -> tuple[float, float]:
+def read_share(projector: Reader, x: Tensor, transcripts: Tensor, table: Tensor) -> tuple[float, float]:
     """Shares of tokens, and of whole utterances, whose nearest embedding is the right one."""
     directions = nn.functional.normalize(table, dim=-1)
-    given = torch.cat([projector(part.float()) for part in x.split(64)])
+    given = torch.cat([projector.queried(part.float()) for part in x.split(64)])
     right = (nn.functional.normalize(given, dim=-1) @ directions.T).argmax(-1) == transcripts
     return right.float().mean().item(), right.all(1).float().mean().item()
 

@@ -38,12 +38,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     joint = args.modality == "all"
     modalities = list(ENCODER) if joint else [args.modality]
-    model, processor = build(modalities, single_path=True)
+    clips, parts = corpus.load(args.data), []
+    model, processor = build(modalities, clips, single_path=True)
     for modality in modalities:
         if args.start:
             start_from(args.start, model, modality)
         stage_1_of(args.specialists / modality, model, modality)
-    clips, parts = corpus.load(args.data), []
     for modality in modalities:
         own = argparse.Namespace(**vars(args) | {"modality": modality, "views": VIEWS[modality]})
         own.work = args.work / modality

@@ -37,7 +37,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
     clips = [clip for clip in corpus.load(args.data) if clip.split == "train"]
-    model, processor = build(SENSES, single_path=True)
+    model, processor = build(SENSES, clips, single_path=True)
     table = model.get_input_embeddings().weight.detach()
     parts = []
     for modality in SENSES:

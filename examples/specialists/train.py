@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from augment import VIEW
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from trainer import Trainer, log, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,7 +50,7 @@ RANK = 8
 ALPHA = 16
 PREFIX = SUFFIX = 1
 ENCODER = {
-    "image": "builtin:efficientnet-lite0",
+    "image": "builtin:efficientnet-lite0-layers",
     "audio": "builtin:whisper-tiny.en-speech",
     "video": "builtin:efficientnet-lite0-motion",
     "point": "builtin:depth-views",
@@ -76,7 +76,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     clips = corpus.load(args.data)
     own = training_clips(clips, args.modality)
-    model, processor = build([args.modality])
+    model, processor = build([args.modality], clips)
     features = cached_features(model, processor, own, args)
     trainer = Trainer(model, processor, features, own, args)
     if args.start:
@@ -134,11 +134,12 @@ def training_clips(clips: Sequence[Clip], modality: str) -> list[Clip]:
 
 
 def build(
-    modalities: Sequence[str], *, single_path: bool = False
+    modalities: Sequence[str], clips: Sequence[Clip], *, single_path: bool = False
 ) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
     """The untrained model: the base decoder with zero updates, and randomly initialised projectors.
 
-    Every modality's tokens have an update of their own; on a single path, all tokens use the text update.
+    Every modality's tokens have an update of their own; on a single path, all tokens use the text update. Pictures and videos
+    are told apart as the concepts of their training clips, of which `clips` are all.
     """
     pretrained = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(builtin.base())
@@ -148,10 +149,15 @@ def build(
     update = {"rank": RANK, "scale": 1.0, "linears": None}
     sizes: dict[str, dict[str, Any]] = {}
     for modality, encoder in encoders.items():
-        projector: dict[str, Any] = {"type": "mlp", "widths": [encoder.dim, width, width]}
+        projector: dict[str, Any]
         if modality == "audio":
             reader = {"n_queries": QUERIES, "n_positions": encoder.n_tokens, "dim": encoder.dim, "width": width}
-            projector = {"type": "qformer", **READER, **reader}
+            entries = len(spoken_tokens(training_clips(clips, modality), tokenizer))
+            projector = {"type": "reader", "entries": entries, **READER, **reader}
+        else:  # the names of what is shown, and how it moves
+            tables = [len({clip.concept for clip in training_clips(clips, modality)})]
+            tables += [len(MOTIONS)] if modality == "video" else []
+            projector = {"type": "embedding_table", "dim": encoder.dim, "width": width, "entries": tables}
         sizes[modality] = {
             "encoder": {"name": ENCODER[modality], "settings": {}},
             "projector": projector,
@@ -224,7 +230,7 @@ def align(trainer: Trainer) -> None:
     """Stage 1a of the trainer's modality."""
     args, clips, tokenizer = trainer.args, trainer.clips, trainer.processor.tokenizer
     table = trainer.model.get_input_embeddings().weight.detach()
-    projector = trainer.model.projectors[args.modality]
+    projector: Any = trainer.model.projectors[args.modality]
 
     def report(entry: dict[str, Any]) -> None:
         log(args, entry, quiet=entry["step"] % 50)
@@ -232,7 +238,8 @@ def align(trainer: Trainer) -> None:
     if args.modality == "audio":
         x = torch.cat([trainer.features[str(clip.path)] for clip in clips])
         rows = torch.tensor(aligning.written([clip.text for clip in clips], tokenizer, QUERIES))
-        known, transcripts = rows.unique(return_inverse=True)
+        known = spoken_tokens(clips, tokenizer)
+        transcripts = torch.searchsorted(known, rows)
         transcripts = transcripts.repeat_interleave(args.views, 0)
         aligning.read_aloud(projector, x, transcripts, table[known], args.align, args.seed, report)
         tokens, whole = aligning.read_share(
@@ -243,7 +250,12 @@ def align(trainer: Trainer) -> None:
     name(trainer, projector, clips, report)
 
 
-def name(trainer: Trainer, projector: nn.Module, clips: Sequence[Clip], report: aligning.Report) -> None:
+def spoken_tokens(clips: Sequence[Clip], tokenizer: Any) -> Tensor:
+    """The ids of all tokens of what is said, in order."""
+    return torch.tensor(aligning.written([clip.text for clip in clips], tokenizer, QUERIES)).unique()
+
+
+def name(trainer: Trainer, projector: Any, clips: Sequence[Clip], report: aligning.Report) -> None:
     """Teach a projector what the clips show, among all names, and how videos move."""
     args, tokenizer = trainer.args, trainer.processor.tokenizer
     table = trainer.model.get_input_embeddings().weight.detach()
@@ -265,10 +277,11 @@ def name(trainer: Trainer, projector: nn.Module, clips: Sequence[Clip], report: 
 def blind_projectors(trainer: Trainer) -> aligning.Blind | None:
     """A projector for each group of artists, taught with the others' media, and kept in the work folder.
 
-    None where there is but one group, and for speech: a voice is no artist who made a good share of it.
+    None where there is but one group, for speech, of which no voice made a good share, and for shapes: most things are the
+    shape of one group alone, and a projector that was taught without it knows no such thing.
     """
     args, groups, taught = trainer.args, aligning.artist_groups(trainer.clips), {}
-    if args.modality == "audio" or len(set(groups.values())) < 2:
+    if args.modality in ("audio", "point") or len(set(groups.values())) < 2:
         return None
     for group in sorted(set(groups.values())):
         path = args.work / f"without-{group}.safetensors"
@@ -296,6 +309,7 @@ def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out:
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     text = model.config.text_config
+    kind = model.config.modalities[modality]["projector"]["type"]
     config = {
         "_name_or_path": builtin.BASE,
         "model_type": "multimodal",
@@ -309,9 +323,7 @@ def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out:
         "local_suffix_tokens": SUFFIX,
         f"mm_{disk}_encoder": ENCODER[modality],
         f"mm_{disk}_hidden_size": model.projectors[modality].dim,
-        f"mm_{disk}_projector_type": f"qformer_{QUERIES}N_{READER['n_layers']}L"
-        if modality == "audio"
-        else "mlp2x_gelu",
+        f"mm_{disk}_projector_type": "mlp2x_gelu" if kind == "mlp" else kind,
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE.read_text())

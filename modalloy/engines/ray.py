@@ -29,6 +29,7 @@ from modalloy.storage.tensors import WeightFile
 from modalloy.storage.writer import TensorSpec, WeightWriter
 
 KNOCK_S = 5
+CANCEL_S = 60  # to wait for interrupted tasks
 RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
 Compute = local.Compute
@@ -113,8 +114,7 @@ class Cluster:
                     raise
                 yield shard
         finally:
-            for answer in waiting:
-                self.ray.cancel(answer, force=True)
+            self._cancel(waiting)
 
     @staticmethod
     def remove_left(folders: Iterable[Path]) -> None:
@@ -189,8 +189,17 @@ class Cluster:
                 first, answer = waiting.popleft()
                 yield first, self._get(answer)
         finally:
-            for _, answer in waiting:
-                self.ray.cancel(answer, force=True)
+            self._cancel([answer for _, answer in waiting])
+
+    def _cancel(self, answers: list[Any]) -> None:
+        """Interrupt tasks and wait until they have ended, so that none writes any more where its driver cleans up.
+
+        They are not killed: Ray (2.60) aborts the driver where one that it kills ends by itself meanwhile.
+        """
+        for answer in answers:
+            self.ray.cancel(answer)
+        if answers:
+            self.ray.wait(answers, num_returns=len(answers), timeout=CANCEL_S)
 
     def _get(self, answer: Any) -> Any:
         from ray import exceptions

@@ -38,6 +38,7 @@ from modalloy.evals.corpus import MODALITY, SPLITS
 
 HERE = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
+MOVED = "moved"  # the folder of moving pictures, which footage.py makes of these and keeps up to date
 BATCH = 200  # files that a process makes in one go
 WORKERS = 2
 
@@ -221,13 +222,15 @@ def check_replaceable(out: Path) -> None:
         listed = {MANIFEST, *(record["file"] for record in known)}
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{out / MANIFEST} is not that of an earlier build; choose another folder") from error
-    if others := sorted(found - listed):
+    if others := sorted(file for file in found - listed if not file.startswith(f"{MOVED}/")):
         raise DataError(f"{out} holds other files ({others[0]}); move them away, or choose another folder")
 
 
 def replace_folder(stage: Path, out: Path) -> None:
-    """Puts the staged folder in the place of an earlier build."""
+    """Puts the staged folder in the place of an earlier build, whose moving pictures it takes over."""
     retired = out.with_name(f".{out.name}.old-{secrets.token_hex(4)}")
+    if (out / MOVED).is_dir():
+        os.replace(out / MOVED, stage / MOVED)
     if out.exists():
         os.replace(out, retired)
     os.replace(stage, out)

