@@ -400,9 +400,17 @@ def speed() -> str:
 
 
 def stored(name: str, page: Callable[[dict[str, Any]], str], called: str | None = None) -> dict[str, str]:
-    """A page of a benchmark whose results are stored; the page as it is until there are any."""
+    """A page of a benchmark whose results are stored; the page as it is until there are any.
+
+    A document that was measured with other built-in specialists than today's names the commit they are of.
+    """
     path = RESULTS / f"{name}.json"
-    return {f"results/{called or name}.md": page(json.loads(path.read_text()))} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    told = json.loads(path.read_text())
+    whose = told.get("specialists")
+    note = f"\nMeasured with the built-in specialists of commit {whose}, which newer ones have replaced.\n" if whose else ""
+    return {f"results/{called or name}.md": page(told) + note}
 
 
 def _text(text: str) -> str:
