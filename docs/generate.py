@@ -409,7 +409,11 @@ def stored(name: str, page: Callable[[dict[str, Any]], str], called: str | None 
         return {}
     told = json.loads(path.read_text())
     whose = told.get("specialists")
-    note = f"\nMeasured with the built-in specialists of commit {whose}, which newer ones have replaced.\n" if whose else ""
+    note = (
+        f"\nMeasured with the built-in specialists of commit {whose}, which newer ones have replaced.\n"
+        if whose
+        else ""
+    )
     return {f"results/{called or name}.md": page(told) + note}
 
 
