@@ -41,7 +41,7 @@ from modalloy.model import load_model
 from modalloy.model.config import ModalloyConfig
 from modalloy.model.omni import ModalloyForConditionalGeneration
 from modalloy.model.processor import ModalloyProcessor
-from modalloy.model.routing import low_rank_zeros
+from modalloy.model.routing import TEXT, low_rank_zeros
 from modalloy.names import disk_name
 from modalloy.senses.encoders import load_encoder
 from modalloy.senses.projectors import build_projector
@@ -134,7 +134,7 @@ def training_clips(clips: Sequence[Clip], modality: str) -> list[Clip]:
 
 
 def build(
-    modalities: Sequence[str], clips: Sequence[Clip], *, single_path: bool = False
+    modalities: Sequence[str], clips: Sequence[Clip], *, single_path: bool = False, rank: int = RANK
 ) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
     """The untrained model: the base decoder with zero updates, and randomly initialised projectors.
 
@@ -146,7 +146,7 @@ def build(
     tokenizer.chat_template = CHAT_TEMPLATE.read_text()
     encoders = {modality: load_encoder(ENCODER[modality]) for modality in modalities}
     width = pretrained.config.hidden_size
-    update = {"rank": RANK, "scale": 1.0, "linears": None}
+    update = {"rank": rank, "scale": 1.0, "linears": None}
     sizes: dict[str, dict[str, Any]] = {}
     for modality, encoder in encoders.items():
         projector: dict[str, Any]
@@ -177,7 +177,7 @@ def build(
     generator = torch.Generator().manual_seed(zlib.crc32("+".join(modalities).encode()))
     for linear in model.linears.values():
         for owner in model.config.updates:
-            linear.add(owner, low_rank_zeros(linear, RANK, generator))
+            linear.add(owner, low_rank_zeros(linear, rank, generator))
     return model, ModalloyProcessor(tokenizer, sizes)
 
 
@@ -300,10 +300,10 @@ def blind_projectors(trainer: Trainer) -> aligning.Blind | None:
 
 def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out: Path) -> None:
     """The specialist in ModelCompose's layout (DAMC, or `same`): adapter_model.safetensors (bfloat16) and config.json."""
-    disk = disk_name(modality)
+    disk, rank = disk_name(modality), model.config.updates[TEXT]["rank"]
     tensors = {}
     for name, tensor in trained(model, modality).items():
-        tensors[name] = (tensor * RANK / ALPHA if ".lora_B." in name else tensor).to(torch.bfloat16).contiguous()
+        tensors[name] = (tensor * rank / ALPHA if ".lora_B." in name else tensor).to(torch.bfloat16).contiguous()
     for side in ("prefix", "suffix"):  # the layout has them; nothing reads them
         tensors[f"{side}_tokens.default"] = torch.zeros_like(tensors[f"{side}_tokens.{disk}"])
     out.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,7 @@ def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out:
         "intermediate_size": text.intermediate_size,
         "num_hidden_layers": text.num_hidden_layers,
         "lora_strategy": "modal+language" if model.config.modalities[modality]["update"] else "same",
-        "lora_r": RANK,
+        "lora_r": rank,
         "lora_alpha": ALPHA,
         "local_prefix_tokens": PREFIX,
         "local_suffix_tokens": SUFFIX,

@@ -14,7 +14,7 @@ def advise(slots: Sequence[WeightFigures]) -> Advice | None:
     """Advice for updates of these figures; None where there is but one specialist, or nothing could be compared.
 
     The medians are over all weights and pairs. Updates of cosine ≥ 0.3 share what they hold: a sum counts it once for each
-    specialist (on the built-in specialists, of cosine 0.97, task arithmetic loses 12.6 points to SSAM; `docs/results/senses.md`).
+    specialist (on the built-in specialists, of cosine 0.98, task arithmetic loses 13.9 points to SSAM; `docs/results/senses.md`).
     Updates of |cosine| ≤ 0.05 have nothing in common: λ = 1/n leaves each of them 1/n of what it learned. (An earlier set of
     specialists, of cosine 0: at λ = 1/n a skill fell from an AUC of 0.82 to 0.73; summed, single senses lost 5 points.)
     """
