@@ -18,6 +18,7 @@ SINGLE = ("image", "audio", "video", "point")
 ALOUD = "image+audio"
 OURS = "SSAM"
 JOINT = "joint training"
+OTHERS = ("Iso-C", "NaiveMC", JOINT)  # of which a run may lack some
 PAGE = """# Does merging work?
 
 `benchmarks/senses.py` asks {total} questions of the built-in specialists, of their merges, and of models beside them. Pictures
@@ -30,8 +31,7 @@ Options are scored by likelihood; intervals are 95 % bootstraps of concepts and,
 
 *Best blind answer*: the best of chance, the most frequent answer, and that of each kind of question. A specialist is asked what
 needs no other sense than its own. *Joint training*: one update for all tokens, which starts where the specialists' did and is
-trained on the four senses in turn, for as many steps as theirs together (`single_path.py --modality all --steps 1300`).
-*NaiveMC* was not trained.
+trained on the four senses in turn, for as many steps as theirs together (`single_path.py --modality all --steps 1300`).{missing}
 
 ## What was aimed at
 
@@ -71,6 +71,7 @@ def page(told: dict[str, Any]) -> str:
         total=sum(one["n"] for one in told["cells"].values()),
         header=f"| | {_joined(CELLS[cell] for cell in cells)} |\n|---|{'---|' * len(cells)}",
         rows="\n".join(rows),
+        missing="".join(f"\nNot asked: *{name}*." for name in OTHERS if name not in told["rows"]),
         aims="\n".join(_aims(told)),
         n=max(one["n"] for one in told["ssam_minus"].values()),
         contrasts="\n".join(_contrasts(told)),
