@@ -9,8 +9,8 @@ of each sense (`independent`) or of both (`common`), or with A orthogonal to wha
 numbers, products; `conflict`: both are asked the same about an element, one answers its number, the other its symbol).
 
 In every corner a picture and a speech specialist are merged by every method at its defaults and asked validation questions.
-The figures of `inspect` that are to tell a method's distance from averaging beforehand are chosen on the corners of the first
-two sizes' halves named in `CHOOSING` and tested on the others. Corners that are done are kept in --work and not run again.
+The figures of `inspect` that are to tell a method's distance from averaging beforehand are chosen on one half of the
+corners (`CHOOSING`) and tested on the other. Corners that are done are kept in --work and not run again.
 Prints Markdown for people and one JSON document as its last line.
 """
 

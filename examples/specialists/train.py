@@ -138,8 +138,8 @@ def build(
 ) -> tuple[ModalloyForConditionalGeneration, ModalloyProcessor]:
     """The untrained model: the base decoder with zero updates, and randomly initialised projectors.
 
-    Every modality's tokens have an update of their own; on a single path, all tokens use the text update. Pictures and videos
-    are told apart as the concepts of their training clips, of which `clips` are all.
+    Every modality's tokens have an update of their own; on a single path, all tokens use the text update. What is shown
+    is told apart as the concepts of their training clips, of which `clips` are all.
     """
     pretrained = AutoModelForCausalLM.from_pretrained(builtin.base(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(builtin.base())
@@ -238,8 +238,7 @@ def align(trainer: Trainer) -> None:
     if args.modality == "audio":
         x = torch.cat([trainer.features[str(clip.path)] for clip in clips])
         rows = torch.tensor(aligning.written([clip.text for clip in clips], tokenizer, QUERIES))
-        known = spoken_tokens(clips, tokenizer)
-        transcripts = torch.searchsorted(known, rows)
+        known, transcripts = rows.unique(return_inverse=True)
         transcripts = transcripts.repeat_interleave(args.views, 0)
         aligning.read_aloud(projector, x, transcripts, table[known], args.align, args.seed, report)
         tokens, whole = aligning.read_share(
@@ -309,7 +308,6 @@ def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out:
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     text = model.config.text_config
-    kind = model.config.modalities[modality]["projector"]["type"]
     config = {
         "_name_or_path": builtin.BASE,
         "model_type": "multimodal",
@@ -323,7 +321,7 @@ def save_specialist(model: ModalloyForConditionalGeneration, modality: str, out:
         "local_suffix_tokens": SUFFIX,
         f"mm_{disk}_encoder": ENCODER[modality],
         f"mm_{disk}_hidden_size": model.projectors[modality].dim,
-        f"mm_{disk}_projector_type": "mlp2x_gelu" if kind == "mlp" else kind,
+        f"mm_{disk}_projector_type": model.config.modalities[modality]["projector"]["type"],
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "chat_template.jinja").write_text(CHAT_TEMPLATE.read_text())
