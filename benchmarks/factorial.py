@@ -1,11 +1,11 @@
 """When do merging methods differ, and what says so beforehand? Pairs of specialists, trained anew in every corner of a design.
 
-    python benchmarks/factorial.py --data DIR --start FILE --stage-1 DIR [--corners NAME …]
+    python benchmarks/factorial.py --data DIR --stage-1 DIR [--corners NAME …]
 
-Fixed in advance, 24 corners. Where the updates start: at what `start.py` trained on writing (`written`), at random from a seed
-of each sense (`independent`) or of both (`common`), or with A orthogonal to what the other sense's prompts give the layer
-(`osrm`; Zhang and Zhou, "Unraveling LoRA interference", arXiv 2505.22934). Their size: rank 8 and 80 steps (`small`), or rank
-32, twice the steps and four times A's rate (`large`). What each learns in writing beside its sense (`none`; `private`: atomic
+Fixed in advance, 18 corners. Where the updates start: at random from a seed of each sense (`independent`) or of both
+(`common`), or with A orthogonal to what the other sense's prompts give the layer (`osrm`; Zhang and Zhou, "Unraveling LoRA
+interference", arXiv 2505.22934). Their size: rank 8 and 64 steps (`small`), or rank 32, twice the steps and four times A's
+rate (`large`). What each learns in writing beside its sense (`none`; `private`: atomic
 numbers, products; `conflict`: both are asked the same about an element, one answers its number, the other its symbol).
 
 In every corner a picture and a speech specialist are merged by every method at its defaults and asked validation questions.
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,17 @@ from modalloy.recipe import Output, Recipe, SpecialistEntry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "specialists"))
 import train
-from trainer import Trainer, pad
+from trainer import Trainer
 
 SENSES = ("image", "audio")
 STARTS, SIZES, SKILLS = (
-    ("written", "independent", "common", "osrm"),
+    ("independent", "common", "osrm"),
     ("small", "large"),
     ("none", "private", "conflict"),
 )
 RANK = {"small": 8, "large": 32}
-STEPS = {"small": 80, "large": 160}
-METHODS = ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi", "knots", "iso_c")
+STEPS = {"small": 64, "large": 128}
+METHODS = ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi", "iso_c")
 ASKED = {"image": 60, "audio": 60, "image+audio": 80}  # validation questions of each cell
 FACTS = 40  # questions of each skill
 SKILLED = 3  # every third batch teaches the skill
@@ -92,7 +93,9 @@ class Corner:
 
 
 CORNERS = [Corner(*chosen) for chosen in product(STARTS, SIZES, SKILLS)]
-CHOOSING = {corner.name for number, corner in enumerate(CORNERS) if (number // 3 + number) % 2 == 0}
+CHOOSING = {  # every other corner, like the white fields of a chessboard
+    c.name for c in CORNERS if (STARTS.index(c.start) + SIZES.index(c.size) + SKILLS.index(c.skill)) % 2 == 0
+}
 
 
 class Skilled(Trainer):
@@ -127,24 +130,13 @@ class Skilled(Trainer):
         """Mean cross-entropy of the answers' tokens, in nats."""
         if not isinstance(batch[0], tuple):
             return super().loss(batch)
-        tokenizer, rows = self.processor.tokenizer, []
-        for question, answer in batch:
-            prompt, _ = self.processor.render([{"role": "user", "content": question}])
-            ids = tokenizer.encode(answer + tokenizer.eos_token, add_special_tokens=False)
-            rows.append((prompt + ids, [-100] * len(prompt) + ids))
-        ids, labels = pad([row[0] for row in rows], 0), pad([row[1] for row in rows], -100)
-        mask, owner = pad([[1] * len(row[0]) for row in rows], 0), torch.zeros_like(ids)
-        with self.model.routes.use(self.model.path(owner), self.model.config.owners):
-            embeds = self.model.embed(ids, owner, {})
-            hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-        wanted = labels[:, 1:] != -100
-        return nn.functional.cross_entropy(self.model.decoder.lm_head(hidden[:, :-1][wanted]), labels[:, 1:][wanted])
+        said = [([{"role": "user", "content": question}], answer) for question, answer in batch]
+        return self.cross_entropy(said, lambda ids, owner: self.model.embed(ids, owner, {}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder made by `make data`")
-    parser.add_argument("--start", type=Path, required=True, help="what start.py wrote")
     parser.add_argument("--stage-1", type=Path, required=True, help="train.py's work folders: features and projectors")
     parser.add_argument(
         "--work", type=Path, default=Path("build/factorial"), help="specialists and answers of each corner"
@@ -176,12 +168,12 @@ def run(corner: Corner, args: argparse.Namespace) -> dict[str, Any]:
     recipe = Recipe(
         base_model=builtin.BASE, merge_method="ssam", models=entries, output=Output(form="omni", dtype="float32")
     )
-    questions, cache = asked(corner, args.data), FeatureCache()
-    right = {m: rights(folder / m, [q for q in questions if own(q, m)], cache) for m in SENSES}
+    questions, features = asked(corner, args.data), FeatureCache()
+    right = {m: rights(folder / m, [q for q in questions if own(q, m)], features) for m in SENSES}
     merged = {}
     for method in METHODS:
         merge(replace(recipe, merge_method=method), folder / "merged", overwrite=True)
-        merged[method] = rights(folder / "merged", questions, cache)
+        merged[method] = rights(folder / "merged", questions, features)
     accuracy = {name: grouped(questions, one) for name, one in (right | merged).items()}
     return {"figures": figures(inspect(recipe)), "accuracy": accuracy, "minus_average": differences(questions, merged)}
 
@@ -211,38 +203,27 @@ def specialist(corner: Corner, modality: str, args: argparse.Namespace, out: Pat
 
 @torch.no_grad()
 def begin(corner: Corner, modality: str, model: Any, args: argparse.Namespace) -> None:
-    """Where the text update starts; the modality's own starts as it does in `train.py`, at what was written or at random."""
-    if corner.start == "written":
-        stored = load_file(args.start)
-        for name, linear in model.linears.items():
-            stem = name.removesuffix(".weight")
-            for owner in (TEXT, modality):
-                for side, letter in (("down", "A"), ("up", "B")):
-                    given, kept = (
-                        stored[f"{stem}.lora_{letter}.default.weight"],
-                        getattr(linear, f"{side}_{owner}").data,
-                    )
-                    (kept[: len(given)] if side == "down" else kept[:, : given.shape[1]]).copy_(given)
-        return
-    directions = other_inputs(modality, args) if corner.start == "osrm" else {}
+    """Where the text update starts; the modality's own starts at random, as in `train.py`."""
+    directions = least_used(modality, args.data, args.stage_1) if corner.start == "osrm" else {}
     generator = torch.Generator().manual_seed(SEED)
     for name, linear in model.linears.items():
         down = getattr(linear, f"down_{TEXT}").data
         if corner.start == "common":
             down.copy_((torch.rand(down.shape, generator=generator) * 2 - 1) / down.shape[1] ** 0.5)
         elif corner.start == "osrm":
-            least = torch.linalg.eigh(directions[name]).eigenvectors[:, : len(down)].T
+            least = directions[name][: len(down)]
             down.copy_((least * down.norm() / least.norm()).to(down.dtype))
 
 
+@cache
 @torch.no_grad()
-def other_inputs(modality: str, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Of every linear layer X Xᵀ (in, in), float64, of what it is given in 64 prompts of the other sense."""
+def least_used(modality: str, data: Path, stage_1: Path) -> dict[str, Tensor]:
+    """Of every linear layer the 32 directions (32, in), float64, that 64 prompts of the other sense use least, orthonormal."""
     (other,) = (one for one in SENSES if one != modality)
-    clips = corpus.load(args.data)
+    clips = corpus.load(data)
     model, processor = train.build([other], clips)
-    model.projectors[other].load_state_dict(load_file(args.stage_1 / other / "aligned.safetensors"))
-    own = argparse.Namespace(modality=other, work=args.stage_1 / other, views=train.VIEWS[other], seed=SEED, batch=8)
+    model.projectors[other].load_state_dict(load_file(stage_1 / other / "aligned.safetensors"))
+    own = argparse.Namespace(modality=other, work=stage_1 / other, views=train.VIEWS[other], seed=SEED, batch=8)
     chosen = train.training_clips(clips, other)
     trainer = Trainer(model, processor, train.cached_features(model, processor, chosen, own), chosen, own)
     sums: dict[str, Tensor] = {}
@@ -260,7 +241,9 @@ def other_inputs(modality: str, args: argparse.Namespace) -> dict[str, Tensor]:
         trainer.loss(next(batches))
     for hook in hooks:
         hook.remove()
-    return sums
+    return {
+        name: torch.linalg.eigh(total).eigenvectors[:, : max(RANK.values())].T.clone() for name, total in sums.items()
+    }
 
 
 def asked(corner: Corner, data: Path) -> list[Sample]:
@@ -291,9 +274,9 @@ def own(question: Sample, modality: str) -> bool:
     return question.group["cell"] in (modality, f"{modality} skill")
 
 
-def rights(model: Path, questions: Sequence[Sample], cache: FeatureCache) -> list[bool]:
+def rights(model: Path, questions: Sequence[Sample], features: FeatureCache) -> list[bool]:
     """Whether each question is answered rightly, by likelihood."""
-    entries = [e for batch in answers(load_model(model), list(enumerate(questions)), 0, 8, cache) for e in batch]
+    entries = [e for batch in answers(load_model(model), list(enumerate(questions)), 0, 8, features) for e in batch]
     entries.sort(key=lambda entry: entry.index)
     return [senses.by_likelihood(entry.sample, entry.answer).correct for entry in entries]
 

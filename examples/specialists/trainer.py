@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,17 +101,22 @@ class Trainer:
 
     def loss(self, batch: list[Lesson]) -> Tensor:
         """Mean cross-entropy of the answers' tokens, in nats."""
-        tokenizer, rows = self.processor.tokenizer, []
-        for lesson in batch:
-            prompt, owners = self.processor.render(lesson.messages())
-            answer = tokenizer.encode(lesson.answer + tokenizer.eos_token, add_special_tokens=False)
-            rows.append((prompt + answer, owners + [0] * len(answer), [-100] * len(prompt) + answer))
+        said = [(lesson.messages(), lesson.answer) for lesson in batch]
         features = torch.stack([self.features[str(lesson.clip.path)][lesson.view] for lesson in batch]).float()
         if self.args.modality == "audio":  # voices that are new are read less surely
             features = features + BLUR * torch.rand(len(batch), 1, 1) * torch.randn(features.shape)
+        return self.cross_entropy(said, lambda ids, owner: self.embed(ids, owner, features, batch))
+
+    def cross_entropy(self, said: Sequence[tuple[Any, str]], embed: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The mean over the tokens of the answers in (messages, answer); `embed` gives the embeddings of ids and owners."""
+        tokenizer, rows = self.processor.tokenizer, []
+        for messages, answer in said:
+            prompt, owners = self.processor.render(messages)
+            tokens = tokenizer.encode(answer + tokenizer.eos_token, add_special_tokens=False)
+            rows.append((prompt + tokens, owners + [0] * len(tokens), [-100] * len(prompt) + tokens))
         ids, owner, labels = (pad([row[i] for row in rows], value) for i, value in ((0, 0), (1, 0), (2, -100)))
         mask = pad([[1] * len(row[0]) for row in rows], 0)
-        embeds = self.embed(ids, owner, features, batch)
+        embeds = embed(ids, owner)
         with self.model.routes.use(self.model.path(owner), self.model.config.owners):
             hidden = self.model.decoder.model(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         targets = labels[:, 1:]

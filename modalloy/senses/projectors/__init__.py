@@ -5,7 +5,7 @@ A projector's class gives `settings(shapes)` (its keywords, from the names and s
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,23 @@ def build_projector(settings: dict[str, Any], *, meta: bool = False) -> Any:
     """The projector of `settings`, with weights yet to be loaded; `meta`: without memory for them."""
     with torch.device("meta" if meta else "cpu"):
         return projector_class(settings["type"])(**{key: value for key, value in settings.items() if key != "type"})
+
+
+def check_shapes(
+    projector: type[nn.Module],
+    keywords: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    published: Callable[[str], str] = str,
+) -> None:
+    """Refuse, with a ValueError that names the first, tensors that are not those that this projector would have.
+
+    `published`: the name in `shapes` of a key of the projector's state dict.
+    """
+    with torch.device("meta"):
+        wanted = {published(name): tuple(tensor.shape) for name, tensor in projector(**keywords).state_dict().items()}
+    found = {name: tuple(shape) for name, shape in shapes.items()}
+    if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise ValueError(f"{wrong[0]} is {found.get(wrong[0], 'missing')}, not {wanted.get(wrong[0], 'known')}")
 
 
 def projector_class(name: str) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modalloy.senses.projectors import check_shapes
+
 
 class EmbeddingTable(nn.Module):
     """Features (media, n, dim) → (media, n, width). `heads.I` tells the entries of `tables.I` apart.
@@ -47,10 +49,7 @@ class EmbeddingTable(nn.Module):
         if any(len(shape) != 2 for shape in (*heads, *tables)):
             raise ValueError("a head or a table of it has no two dimensions")
         found: dict[str, Any] = {"dim": heads[0][1], "width": tables[0][1], "entries": [count for count, _ in tables]}
-        with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in cls(**found).state_dict().items()}
-        if wrong := sorted(name for name in wanted | dict(shapes) if wanted.get(name) != shapes.get(name)):
-            raise ValueError(f"{wrong[0]} is {shapes.get(wrong[0], 'missing')}, not {wanted.get(wrong[0], 'known')}")
+        check_shapes(cls, found, shapes)
         return found
 
     @staticmethod

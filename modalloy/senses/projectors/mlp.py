@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
+
+from modalloy.senses.projectors import check_shapes
 
 
 class Mlp(nn.Sequential):
@@ -30,10 +31,7 @@ class Mlp(nn.Sequential):
             widths.append(found[name][0])
         if len(widths) < 2:
             raise ValueError("it has no 0.weight")
-        with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in cls(widths).state_dict().items()}
-        if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-            raise ValueError(f"{wrong[0]} is {found.get(wrong[0], 'missing')}, not {wanted.get(wrong[0], 'known')}")
+        check_shapes(cls, {"widths": widths}, found)
         return {"widths": widths}
 
     @staticmethod

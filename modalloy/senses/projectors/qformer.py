@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from modalloy.errors import CheckpointError
+from modalloy.senses.projectors import check_shapes
 
 # how a published name begins, and how ours does instead
 OWN = {
@@ -86,12 +87,7 @@ class QFormer(nn.Module):
         }
         if min(settings.values()) < 1 or hidden % settings["heads"]:
             raise ValueError(f"its sizes {settings} are impossible")
-        with torch.device("meta"):
-            own = cls(**settings).state_dict()
-        wanted = {published_name(name): tuple(tensor.shape) for name, tensor in own.items()}
-        found = {name: tuple(shape) for name, shape in shapes.items()}
-        if wrong := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-            raise ValueError(f"{wrong[0]} is {found.get(wrong[0], 'missing')}, not {wanted.get(wrong[0], 'known')}")
+        check_shapes(cls, settings, shapes, published_name)
         return settings
 
     @staticmethod
