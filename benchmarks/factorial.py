@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -169,12 +169,15 @@ def run(corner: Corner, args: argparse.Namespace) -> dict[str, Any]:
         base_model=builtin.BASE, merge_method="ssam", models=entries, output=Output(form="omni", dtype="float32")
     )
     questions, features = asked(corner, args.data), FeatureCache()
-    right = {m: rights(folder / m, [q for q in questions if own(q, m)], features) for m in SENSES}
+    accuracy = {}
+    for modality in SENSES:
+        alone = [q for q in questions if own(q, modality)]
+        accuracy[modality] = grouped(alone, rights(folder / modality, alone, features))
     merged = {}
     for method in METHODS:
-        merge(replace(recipe, merge_method=method), folder / "merged", overwrite=True)
+        merge(recipe.model_copy(update={"merge_method": method}), folder / "merged", overwrite=True)
         merged[method] = rights(folder / "merged", questions, features)
-    accuracy = {name: grouped(questions, one) for name, one in (right | merged).items()}
+    accuracy |= {method: grouped(questions, one) for method, one in merged.items()}
     return {"figures": figures(inspect(recipe)), "accuracy": accuracy, "minus_average": differences(questions, merged)}
 
 
@@ -284,11 +287,10 @@ def rights(model: Path, questions: Sequence[Sample], features: FeatureCache) -> 
 def grouped(questions: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:
     """Accuracy by cell, and the mean over cells."""
     cells: dict[str, list[bool]] = {}
-    known = questions if len(questions) == len(right) else []
-    for question, one in zip(known, right, strict=True):
+    for question, one in zip(questions, right, strict=True):
         cells.setdefault(question.group["cell"], []).append(one)
     found = {cell: sum(values) / len(values) for cell, values in cells.items()}
-    return found | ({"all": sum(found.values()) / len(found)} if found else {"all": sum(right) / len(right)})
+    return found | {"all": sum(found.values()) / len(found)}
 
 
 def differences(questions: Sequence[Sample], right: dict[str, list[bool]]) -> dict[str, Any]:
