@@ -8,7 +8,8 @@ interference", arXiv 2505.22934). Their size: rank 8 and 64 steps (`small`), or 
 rate (`large`). What each learns in writing beside its sense (`none`; `private`: atomic
 numbers, products; `conflict`: both are asked the same about an element, one answers its number, the other its symbol).
 
-In every corner a picture and a speech specialist are merged by every method at its defaults and asked validation questions.
+In every corner a picture and a speech specialist are merged by every method at its defaults, and by SSAM at a fourth of its
+rank and with norms matched (`match: norm`), and asked validation questions.
 The figures of `inspect` that are to tell a method's distance from averaging beforehand are chosen on one half of the
 corners (`CHOOSING`) and tested on the other. Corners that are done are kept in --work and not run again.
 Prints Markdown for people and one JSON document as its last line.
@@ -58,7 +59,14 @@ STARTS, SIZES, SKILLS = (
 )
 RANK = {"small": 8, "large": 32}
 STEPS = {"small": 64, "large": 128}
-METHODS = ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi", "iso_c")
+METHODS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # the method and its parameters; `rank` in shares of the specialists' own
+    **{name: (name, {}) for name in ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi", "iso_c")},
+    "ssam, k = r/4": ("ssam", {"rank": 0.25}),
+    "ssam, norms matched": ("ssam", {"match": "norm"}),
+}
+OTHERS = [name for name in METHODS if name != "average"]
 ASKED = {"image": 60, "audio": 60, "image+audio": 80}  # validation questions of each cell
 FACTS = 40  # questions of each skill
 SKILLED = 3  # every third batch teaches the skill
@@ -174,9 +182,14 @@ def run(corner: Corner, args: argparse.Namespace) -> dict[str, Any]:
         alone = [q for q in questions if own(q, modality)]
         accuracy[modality] = grouped(alone, rights(folder / modality, alone, features))
     merged = {}
-    for method in METHODS:
-        merge(recipe.model_copy(update={"merge_method": method}), folder / "merged", overwrite=True)
-        merged[method] = rights(folder / "merged", questions, features)
+    for method, (function, parameters) in METHODS.items():
+        place = folder / f"{method.replace('/', ' of ')}.json"
+        if not place.is_file():
+            rank = {"rank": int(parameters["rank"] * RANK[corner.size])} if "rank" in parameters else {}
+            chosen = {"merge_method": function, "parameters": parameters | rank}
+            merge(recipe.model_copy(update=chosen), folder / "merged", overwrite=True)
+            place.write_text(json.dumps(rights(folder / "merged", questions, features)))
+        merged[method] = json.loads(place.read_text())
     accuracy |= {method: grouped(questions, one) for method, one in merged.items()}
     return {"figures": figures(inspect(recipe)), "accuracy": accuracy, "minus_average": differences(questions, merged)}
 
@@ -297,7 +310,7 @@ def differences(questions: Sequence[Sample], right: dict[str, list[bool]]) -> di
     """Every method minus averaging on the same questions, with paired clustered intervals."""
     clusters = [question.cluster for question in questions]
     found = {}
-    for method in METHODS[1:]:
+    for method in OTHERS:
         values = [float(a) - float(b) for a, b in zip(right[method], right["average"], strict=True)]
         found[method] = {"difference": sum(values) / len(values), "ci95": bootstrap_interval(values, clusters)}
     return found
@@ -322,7 +335,7 @@ def predicted(corners: dict[str, Any]) -> dict[str, Any]:
     """For each method the figure whose rank correlation with its distance from averaging is largest on the choosing corners,
     and that correlation on the others."""
     found = {}
-    for method in METHODS[1:] if len(corners) >= 8 else ():
+    for method in OTHERS if len(corners) >= 8 else ():
         rho = {}
         for figure in next(iter(corners.values()))["figures"]:
             for chosen in (True, False):
@@ -337,7 +350,7 @@ def predicted(corners: dict[str, Any]) -> dict[str, Any]:
 
 def report(document: dict[str, Any]) -> str:
     """Tables of the corners: each method minus averaging, in points, and the figures."""
-    rows, names = [], list(METHODS[1:])
+    rows, names = [], OTHERS
     for name, one in document["corners"].items():
         told = one["minus_average"]
         cells = [

@@ -13,6 +13,7 @@ from typing import Any
 
 import across_results
 import click
+import factorial_results
 import paper_results
 import scale_results
 import search_results
@@ -69,6 +70,7 @@ def pages() -> dict[str, str]:
         **stored("senses", senses_results.page),
         **stored("senses", paper_results.page, "paper"),
         **stored("across", across_results.page),
+        **stored("factorial", factorial_results.page),
         "results/serve.md": serve_results.page(RESULTS),
         "results/scale.md": scale_results.page(RESULTS),
         "results/export.md": export(),

@@ -1,0 +1,96 @@
+"""The page of when merging methods differ, from the document of `benchmarks/factorial.py`."""
+
+from typing import Any
+
+
+def page(told: dict[str, Any]) -> str:
+    """The whole page, in Markdown."""
+    corners: dict[str, dict[str, Any]] = told["corners"]
+    methods = list(next(iter(corners.values()))["minus_average"])
+    wins = {name: _winners(one) for name, one in corners.items()}
+    ahead = sum(bool(found) for found in wins.values())
+    return "\n".join(
+        [
+            "# When do merging methods differ?\n",
+            f"`benchmarks/factorial.py`: {len(corners)} pairs of a picture and a speech specialist, each pair trained anew in another "
+            "corner of a design that was fixed before it ran; every pair merged by every method at its defaults and asked "
+            "validation questions about pictures, speech and both at once, and about what the two learned in writing.\n",
+            "- **start** of the text updates: `independent` (random, a seed of each sense), `common` (one seed) or `osrm` (A orthogonal to "
+            "what the other sense's prompts give the layer; Zhang and Zhou, arXiv 2505.22934)",
+            "- **size**: `small` (rank 8, 64 steps) or `large` (rank 32, 128 steps, A's rate four times as high)",
+            "- **skill** beside the sense: `none`, `private` (atomic numbers; products) or `conflict` (asked the same about an element, "
+            "one answers its number, the other its symbol)\n",
+            f"In {ahead} of {len(corners)} corners some method is ahead of averaging by more than its interval.\n",
+            "## Methods minus averaging\n",
+            "Points of accuracy over all questions of a corner; * where the 95 % interval (bootstrap of clusters, paired) excludes 0.\n",
+            _table(
+                ["start, size, skill", "average", *methods, "ahead of averaging"],
+                [
+                    [
+                        name.replace("-", ", "),
+                        f"{one['accuracy']['average']['all']:.3f}",
+                        *[_points(one["minus_average"][method]) for method in methods],
+                        ", ".join(wins[name]) or "none",
+                    ]
+                    for name, one in corners.items()
+                ],
+            ),
+            "## What is kept\n",
+            "Accuracy by cell: each specialist alone / averaged / SSAM / task arithmetic. Chance is 0.50 for both at once, 0.25 for skills.\n",
+            _kept(corners),
+            "## What says so beforehand\n",
+            "For each method the figure of `modalloy inspect` (median over all weights) whose rank correlation with the method's distance "
+            "from averaging was largest on one half of the corners, and that correlation on the other half.\n",
+            _table(
+                ["method", "figure", "Spearman where chosen", "on the other corners"],
+                [
+                    [method, one["figure"], _signed(one["chosen_on"]), _signed(one["tested_on"])]
+                    for method, one in told["predictors"].items()
+                ],
+            ),
+            _figures(corners),
+        ]
+    )
+
+
+def _winners(corner: dict[str, Any]) -> list[str]:
+    """The methods whose interval over averaging lies above 0, best first."""
+    found = {name: one["difference"] for name, one in corner["minus_average"].items() if one["ci95"][0] > 0}
+    return sorted(found, key=lambda name: -found[name])
+
+
+def _kept(corners: dict[str, dict[str, Any]]) -> str:
+    cells = ("image", "audio", "image+audio", "image skill", "audio skill")
+    rows = []
+    for name, one in corners.items():
+        told = one["accuracy"]
+        row = [name.replace("-", ", ")]
+        for cell in cells:
+            alone = told[cell.partition(" ")[0]].get(cell) if "+" not in cell else None
+            merged = [told[method].get(cell) for method in ("average", "ssam", "task_arithmetic")]
+            row.append(" / ".join("–" if value is None else f"{value:.2f}" for value in (alone, *merged)))
+        rows.append(row)
+    return _table(["start, size, skill", *cells], rows)
+
+
+def _figures(corners: dict[str, dict[str, Any]]) -> str:
+    names = list(next(iter(corners.values()))["figures"])
+    rows = [
+        [name.replace("-", ", "), *["–" if one["figures"][f] is None else f"{one['figures'][f]:.3f}" for f in names]]
+        for name, one in corners.items()
+    ]
+    return _table(["start, size, skill", *names], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _points(one: dict[str, Any]) -> str:
+    low, high = one["ci95"]
+    return _signed(100 * one["difference"], 1) + ("" if low <= 0 <= high else "\\*")
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
