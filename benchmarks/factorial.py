@@ -62,7 +62,7 @@ STEPS = {"small": 64, "large": 128}
 METHODS: dict[
     str, tuple[str, dict[str, Any]]
 ] = {  # the method and its parameters; `rank` in shares of the specialists' own
-    **{name: (name, {}) for name in ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi", "iso_c")},
+    **{name: (name, {}) for name in ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi")},
     "ssam, k = r/4": ("ssam", {"rank": 0.25}),
     "ssam, norms matched": ("ssam", {"match": "norm"}),
 }
