@@ -2,11 +2,11 @@
 
     python benchmarks/factorial.py --data DIR --stage-1 DIR [--corners NAME …]
 
-Fixed in advance, 18 corners. Where the updates start: at random from a seed of each sense (`independent`) or of both
+Twelve corners. Where the updates start: at random from a seed of each sense (`independent`) or of both
 (`common`), or with A orthogonal to what the other sense's prompts give the layer (`osrm`; Zhang and Zhou, "Unraveling LoRA
 interference", arXiv 2505.22934). Their size: rank 8 and 64 steps (`small`), or rank 32, twice the steps and four times A's
-rate (`large`). What each learns in writing beside its sense (`none`; `private`: atomic
-numbers, products; `conflict`: both are asked the same about an element, one answers its number, the other its symbol).
+rate (`large`). What each learns in writing beside its sense (`private`: atomic numbers, products; `conflict`: both are asked the
+same about an element, one answers its number, the other its symbol).
 
 In every corner a picture and a speech specialist are merged by every method at its defaults, and by SSAM at a fourth of its
 rank and with norms matched (`match: norm`), and asked validation questions.
@@ -55,7 +55,7 @@ SENSES = ("image", "audio")
 STARTS, SIZES, SKILLS = (
     ("independent", "common", "osrm"),
     ("small", "large"),
-    ("none", "private", "conflict"),
+    ("private", "conflict"),
 )
 RANK = {"small": 8, "large": 32}
 STEPS = {"small": 64, "large": 128}
@@ -129,7 +129,7 @@ class Skilled(Trainer):
         lessons, draw, count = super().batches(stage, 0), random.Random(SEED), 0
         while True:
             count += 1
-            facts = bool(self.facts) and count % SKILLED == 0
+            facts = count % SKILLED == 0
             batch = draw.sample(sorted(self.facts.items()), 3 * self.args.batch) if facts else next(lessons)
             if count > done:
                 yield batch
@@ -179,8 +179,10 @@ def run(corner: Corner, args: argparse.Namespace) -> dict[str, Any]:
     questions, features = asked(corner, args.data), FeatureCache()
     accuracy = {}
     for modality in SENSES:
-        alone = [q for q in questions if own(q, modality)]
-        accuracy[modality] = grouped(alone, rights(folder / modality, alone, features))
+        alone, place = [q for q in questions if own(q, modality)], folder / f"{modality}.json"
+        if not place.is_file():
+            place.write_text(json.dumps(rights(folder / modality, alone, features)))
+        accuracy[modality] = grouped(alone, json.loads(place.read_text()))
     merged = {}
     for method, (function, parameters) in METHODS.items():
         place = folder / f"{method.replace('/', ' of ')}.json"
@@ -208,7 +210,7 @@ def specialist(corner: Corner, modality: str, args: argparse.Namespace, out: Pat
     model.projectors[modality].load_state_dict(load_file(work / "aligned.safetensors"))
     trainer.blind = train.blind_projectors(trainer)
     begin(corner, modality, model, args)
-    trainer.facts = FACTS_OF.get((corner.skill, modality), {})
+    trainer.facts = FACTS_OF[corner.skill, modality]
     trainer.rate_of_a = 4.0 if corner.size == "large" else 1.0
     own.work = out.with_name(f"{modality}-work")
     own.work.mkdir(parents=True, exist_ok=True)
@@ -267,8 +269,8 @@ def asked(corner: Corner, data: Path) -> list[Sample]:
     every = senses.samples(Source(data, variant="validation", modalities=SENSES))
     found = [q for cell, count in ASKED.items() for q in [q for q in every if q.group["cell"] == cell][:count]]
     for modality in SENSES:
-        facts, draw = FACTS_OF.get((corner.skill, modality), {}), random.Random(SEED)
-        for text in draw.sample(sorted(facts), min(FACTS, len(facts))):
+        facts, draw = FACTS_OF[corner.skill, modality], random.Random(SEED)
+        for text in draw.sample(sorted(facts), FACTS):
             others = draw.sample(sorted(set(facts.values()) - {facts[text]}), 3)
             options = tuple(draw.sample([facts[text], *others], 4))
             found.append(
@@ -327,6 +329,7 @@ def figures(found: Inspection) -> dict[str, float | None]:
         "output overlap": median(pair.left_overlap for pair in pairs),
         "stable rank / k": median(u.stable_rank / k if u.stable_rank and k else None for k, u in updates),
         "norm ratio": max(norms) / min(norms),
+        "norm": median(norms),
         "sign conflict": median(pair.sign_conflict for pair in pairs),
     }
 

@@ -12,17 +12,20 @@ def page(told: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# When do merging methods differ?\n",
-            f"`benchmarks/factorial.py`: {len(corners)} pairs of a picture and a speech specialist, each pair trained anew in another "
-            "corner of a design that was fixed before it ran; every pair merged by every method at its defaults and asked "
-            "validation questions about pictures, speech and both at once, and about what the two learned in writing.\n",
-            "- **start** of the text updates: `independent` (random, a seed of each sense), `common` (one seed) or `osrm` (A orthogonal to "
-            "what the other sense's prompts give the layer; Zhang and Zhou, arXiv 2505.22934)",
+            f"`benchmarks/factorial.py`: {len(corners)} pairs of a picture and a speech specialist of the built-in base, each "
+            "trained anew for a\ncorner of a design, merged by every method at its defaults, and asked validation questions about "
+            "pictures, speech, both\nat once, and what the two learned in writing. One run of each; SSAM's two variants were "
+            "added after three corners.\n",
+            "- **start** of the text updates: `independent` (random, a seed of each sense), `common` (one seed) or `osrm` (A "
+            "orthogonal to\n  what the other sense's prompts give the layer; Zhang and Zhou, arXiv 2505.22934)",
             "- **size**: `small` (rank 8, 64 steps) or `large` (rank 32, 128 steps, A's rate four times as high)",
-            "- **skill** beside the sense: `none`, `private` (atomic numbers; products) or `conflict` (asked the same about an element, "
-            "one answers its number, the other its symbol)\n",
+            "- **skill** learned in writing beside the sense: `private` (atomic numbers; products) or `conflict` (asked the same "
+            "about an\n  element, one answers its number, the other its symbol)\n",
             f"In {ahead} of {len(corners)} corners some method is ahead of averaging by more than its interval.\n",
+            _sizes(corners, methods),
             "## Methods minus averaging\n",
-            "Points of accuracy over all questions of a corner; * where the 95 % interval (bootstrap of clusters, paired) excludes 0.\n",
+            "Points of accuracy over all questions of a corner; \\* where the 95 % interval (bootstrap of clusters, "
+            "paired)\nexcludes 0.\n",
             _table(
                 ["start, size, skill", "average", *methods, "ahead of averaging"],
                 [
@@ -36,11 +39,13 @@ def page(told: dict[str, Any]) -> str:
                 ],
             ),
             "## What is kept\n",
-            "Accuracy by cell: each specialist alone / averaged / SSAM / task arithmetic. Chance is 0.50 for both at once, 0.25 for skills.\n",
+            "Accuracy by cell: each specialist alone / averaged / SSAM / task arithmetic. Chance is 0.50 for both at once, "
+            "0.25\nfor skills.\n",
             _kept(corners),
             "## What says so beforehand\n",
-            "For each method the figure of `modalloy inspect` (median over all weights) whose rank correlation with the method's distance "
-            "from averaging was largest on one half of the corners, and that correlation on the other half.\n",
+            "For each method the figure of `modalloy inspect` (median over all weights) whose rank correlation with the "
+            "method's\ndistance "
+            "from averaging was largest on one half of the corners, and that correlation on the other half (aim: 0.8).\n",
             _table(
                 ["method", "figure", "Spearman where chosen", "on the other corners"],
                 [
@@ -51,6 +56,21 @@ def page(told: dict[str, Any]) -> str:
             _figures(corners),
         ]
     )
+
+
+def _sizes(corners: dict[str, dict[str, Any]], methods: list[str]) -> str:
+    """By the size of the updates: each method's mean distance from averaging, and how often it is ahead or behind."""
+    sizes = sorted({name.split("-")[1] for name in corners}, reverse=True)
+    rows = []
+    for method in methods:
+        row = [method]
+        for size in sizes:
+            own = [one["minus_average"][method] for name, one in corners.items() if name.split("-")[1] == size]
+            mean = 100 * sum(one["difference"] for one in own) / len(own)
+            ahead, behind = (sum(one["ci95"][0] > 0 for one in own), sum(one["ci95"][1] < 0 for one in own))
+            row.append(f"{_signed(mean, 1)} (ahead in {ahead}, behind in {behind} of {len(own)})")
+        rows.append(row)
+    return _table(["minus averaging, points, mean", *sizes], rows)
 
 
 def _winners(corner: dict[str, Any]) -> list[str]:

@@ -229,14 +229,10 @@ def test_a_usual_merge_has_no_findings(write_recipe: WriteRecipe) -> None:
 
 
 def test_advice_follows_the_cosine(tmp_path: Path, write_recipe: WriteRecipe, specialists: dict[str, Path]) -> None:
-    """Independent updates may be added; what is shared is not to be counted twice."""
+    """Updates with little in common are not to be thinned; what is shared is not to be counted twice."""
     apart = inspect(write_recipe(parameters={"rank": 6}))
     advice = advise(apart.slots)
-    assert (
-        advice is not None
-        and advice.scale == "λ between 1/2 and 1, to be searched"
-        and "orthogonal" in advice.reasons[0]
-    )
+    assert advice is not None and advice.method == "tsv, or ssam with match: norm" and "thins" in advice.reasons[0]
     assert apart.to_dict()["advice"]["scale"] == advice.scale and advice.sureness in advice.line
     assert f"advice   {advice.line}" in tables.text(apart) and "<b>advice</b>" in report.page(apart)
     models = [{"model": str(specialists["image"])}, {"model": str(write_compose(tmp_path / "one", "vision", seed=1))}]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 DENSE_LIMIT = 2048  # spectra of dense updates are computed up to this size: their cost grows with its cube
 IN_A_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # order of the data's way
 SURE = (
-    "a rule of thumb: two merges of one 135M base and a linear study stand behind it; search λ on questions of your own"
+    "a rule of thumb: merges of specialists of one 135M base stand behind it, twelve pairs and a set of four; search λ on "
+    "questions of your own"
 )
 
 
