@@ -80,10 +80,11 @@ def test_a_projector_is_known_by_its_tensors(kind: str, settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("changed", "shape", "reason"),
     [
-        ("heads.1.weight", None, r"a head or a table of it has no two dimensions"),
+        ("heads.1.weight", None, r"heads\.1\.weight is missing, not \(3, 6\)"),
+        ("heads.0.weight", None, r"it has no heads\.0\.weight"),
         ("heads.1.bias", (4,), r"heads\.1\.bias is \(4,\), not \(3,\)"),
         ("tables.1.weight", (3, 4), r"tables\.1\.weight is \(3, 4\), not \(3, 5\)"),
-        ("tables.0.weight", (7,), r"a head or a table of it has no two dimensions"),
+        ("tables.0.weight", (7,), r"tables\.0\.weight is \(7,\), not of 2 dimensions"),
         ("heads.2.weight", (3, 6), r"heads\.2\.weight is \(3, 6\), not known"),
     ],
 )
@@ -96,8 +97,43 @@ def test_tables_that_do_not_fit_are_refused_by_name(changed: str, shape: tuple[i
         recognise(shapes, "image")
 
 
-@pytest.mark.parametrize("shape", [(9,), (9, 4), (0, 5)])
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"tables.0.weight": (0, 5), "heads.0.weight": (0, 6)}, r"heads\.0\.weight is \(0, 6\), which holds no number"),
+        ({"0.weight": (0, 1 << 40, 1 << 40)}, r"0\.weight is .*, which holds no number"),
+        ({"0.weight": ()}, r"mlp: 0\.weight is \(\), not of 2 dimensions"),
+        ({"0.weight": (5, 6), "2.weight": ()}, r"mlp: 2\.weight is \(\), not of 2 dimensions"),
+        ({"audio_query_tokens": (3, 64)}, r"qformer: audio_query_tokens is \(3, 64\), not of 3 dimensions"),
+    ],
+)
+def test_shapes_of_no_projector_are_refused_by_name(shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        recognise(shapes, "image")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"type": "foo"}, r"a projector of type 'foo'; known are mlp, "),
+        ({"type": ["mlp"]}, r"a projector of type \['mlp'\]"),
+        ({"type": "embedding_table", **TABLES, "entries": 5}, r"'entries' of a projector is 5, not a size"),
+        ({"type": "embedding_table", **TABLES, "entries": [True]}, r"'entries' of a projector is \[True\], not a size"),
+        ({"type": "embedding_table", **TABLES, "entries": None}, r"'entries' of a projector is None, not a size"),
+        ({"type": "embedding_table", **TABLES, "dim": -1}, r"'dim' of a projector is -1, not a size"),
+        ({"type": "embedding_table", **TABLES, "foo": 1}, r"not its own \(got an unexpected keyword argument 'foo'\)"),
+        ({"type": "embedding_table", "dim": 6}, r"not its own \(missing a required argument"),
+        ({"type": "reader", **READER, "n_layers": 10**9}, r"'n_layers' of a projector is 1000000000, not a size"),
+    ],
+)
+def test_settings_of_no_projector_are_refused(settings: dict[str, Any], message: str) -> None:
+    """They stand in a config, which a stranger may have written."""
+    with pytest.raises(CheckpointError, match=f"^config.json: .*{message}"):
+        build_projector(settings, meta=True)
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 4)])
 def test_a_readers_table_of_another_width_is_refused(shape: tuple[int, ...]) -> None:
     shapes = {published_name(own): tuple(tensor.shape) for own, tensor in Reader(**READER).state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"table\.weight is .*, not \(entries, 5\)"):
+    with pytest.raises(CheckpointError, match=r"table\.weight is .*, not (\(entries, 5\)|of 2 dimensions)"):
         recognise(shapes | {"table.weight": shape}, "audio")

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modalloy.delta import LowRank, norm
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
 from modalloy.machine.memory import release_memory
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.decoder import build_decoder
@@ -64,8 +64,14 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 self.senses[modality] = NativeSense(sizes["native"]["config"], sizes["native"]["rows"], width)
                 continue
             encoder = sizes["encoder"]
-            self.encoders[modality] = build(encoder["name"], encoder["settings"])
-            self.projectors[modality] = build_projector(sizes["projector"])
+            encoded = self.encoders[modality] = build(encoder["name"], encoder["settings"])
+            projector = self.projectors[modality] = build_projector(sizes["projector"])
+            made = projector.n_tokens(encoded.n_tokens)
+            if made != sizes["n_tokens"]:
+                raise CheckpointError(
+                    f"config.json: {modality} has n_tokens {shown(sizes['n_tokens'])}, but its projector makes {made} of what its "
+                    "encoder gives; merge again"
+                )
             for side, tokens in (("prefix", self.prefix_tokens), ("suffix", self.suffix_tokens)):
                 if sizes[f"n_{side}"]:
                     tokens[modality] = nn.Parameter(torch.zeros(1, sizes[f"n_{side}"], width))

@@ -141,6 +141,12 @@ def open_sense(given: str | dict[str, Any], specialist: Specialist, width: int, 
     path = None if choice.location is None else locate(choice.location, folder)
     settings = choice.settings(path)
     dim, n_features = sizes(choice.name, settings)
+    for ref in specialist.projector.values():
+        if not ref.dtype.is_floating_point or ref.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{specialist.label} specialist: {ref.name} of its projector is stored as {str(ref.dtype).removeprefix('torch.')} "
+                f"({ref.file}), codes whose scales are not known here; give it in float32, bfloat16 or float16"
+            )
     projector = recognise({name: ref.shape for name, ref in specialist.projector.items()}, specialist.label)
     built = build_projector(projector, meta=True)
     if (built.dim, built.width) != (dim, width):

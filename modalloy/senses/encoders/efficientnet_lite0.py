@@ -57,17 +57,13 @@ class EfficientNetLite0(Encoder):
 
     def maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """The last layer (batch, 1280, height, width), and what the blocks of these numbers, from 0, gave on the way to it."""
-        kept: list[Tensor] = []
-
-        def keep(block: nn.Module, given: Any, made: Tensor) -> None:
-            kept.append(made)
-
-        hooks = [self.backbone.get_submodule(f"_blocks.{n}").register_forward_hook(keep) for n in blocks]
-        try:
-            return [self.backbone.extract_features(pixels), *kept]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        net, kept = self.backbone, dict[int, Tensor]()
+        made = net._swish(net._bn0(net._conv_stem(pixels)))
+        for number, block in enumerate(net._blocks):
+            made = block(made)
+            if number in blocks:
+                kept[number] = made
+        return [net._swish(net._bn1(net._conv_head(made))), *(kept[number] for number in blocks)]
 
     def forward(self, pixels: Tensor) -> Tensor:
         return quarters(self.backbone.extract_features(pixels))

@@ -5,13 +5,16 @@ A projector's class gives `settings(shapes)` (its keywords, from the names and s
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, shown
+
+MAX_SIZE = 1 << 24  # of a layer, or number of layers or entries
 
 # type → module:class, tried in this order
 PROJECTORS = {
@@ -24,6 +27,11 @@ PROJECTORS = {
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], label: str) -> dict[str, Any]:
     """The settings, with their `type`, of the projector that has tensors of these published names and shapes."""
+    if empty := sorted(name for name, shape in shapes.items() if 0 in shape):
+        raise CheckpointError(
+            f"{label} specialist: its projector's {empty[0]} is {tuple(shapes[empty[0]])}, which holds no number; the file is "
+            "damaged: download it again"
+        )
     reasons = []
     for name in PROJECTORS:
         try:
@@ -37,9 +45,44 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], label: str) -> dict[str, An
 
 
 def build_projector(settings: dict[str, Any], *, meta: bool = False) -> Any:
-    """The projector of `settings`, with weights yet to be loaded; `meta`: without memory for them."""
+    """The projector of `settings`, with weights yet to be loaded; `meta`: without memory for them.
+
+    Raises:
+        CheckpointError: the settings, which a config gives, are of no known type, or are not that type's sizes.
+    """
+    kind, sizes = settings.get("type"), {key: value for key, value in settings.items() if key != "type"}
+    if not isinstance(kind, str) or kind not in PROJECTORS:
+        raise CheckpointError(f"config.json: a projector of type {shown(kind)}; known are {', '.join(PROJECTORS)}")
+    made = projector_class(kind)
+    signature = inspect.signature(made)
+    for key, value in sizes.items():
+        several = key in signature.parameters and signature.parameters[key].annotation == list[int]
+        every = value if several else [value]
+        if not (isinstance(every, list) and every and all(map(_is_size, every))):
+            raise CheckpointError(
+                f"config.json: {shown(key)} of a projector is {shown(value)}, not a size up to {MAX_SIZE}"
+            )
+    try:
+        signature.bind(**sizes)
+    except TypeError as error:
+        raise CheckpointError(
+            f"config.json: the settings of a projector of type {kind} are not its own ({error})"
+        ) from error
     with torch.device("meta" if meta else "cpu"):
-        return projector_class(settings["type"])(**{key: value for key, value in settings.items() if key != "type"})
+        return made(**sizes)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value is not True and 0 < value <= MAX_SIZE
+
+
+def dimensions(shapes: Mapping[str, tuple[int, ...]], name: str, count: int) -> tuple[int, ...]:
+    """The shape of a tensor of `count` dimensions; ValueError if there is none of that name, or it has others."""
+    if name not in shapes:
+        raise ValueError(f"it has no {name}")
+    if len(shapes[name]) != count:
+        raise ValueError(f"{name} is {tuple(shapes[name])}, not of {count} dimensions")
+    return tuple(shapes[name])
 
 
 def check_shapes(

@@ -5,14 +5,13 @@ A linear head gives each feature a probability of every entry, and the token is 
 Here there may be several tables, as of what is seen and how it moves; the token is then the mean of what each gives.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modalloy.senses.projectors import check_shapes
+from modalloy.senses.projectors import check_shapes, dimensions
 
 
 class EmbeddingTable(nn.Module):
@@ -41,14 +40,11 @@ class EmbeddingTable(nn.Module):
     @classmethod
     def settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """{"dim": …, "width": …, "entries": …} from the weights' shapes; ValueError if they are no heads and tables."""
-        places = {match[1] for name in shapes if (match := re.fullmatch(r"tables\.(\d+)\.weight", name))}
-        if not places:
-            raise ValueError("it has no tables.0.weight")
-        heads = [tuple(shapes.get(f"heads.{place}.weight", ())) for place in sorted(places, key=int)]
-        tables = [tuple(shapes[f"tables.{place}.weight"]) for place in sorted(places, key=int)]
-        if any(len(shape) != 2 for shape in (*heads, *tables)):
-            raise ValueError("a head or a table of it has no two dimensions")
-        found: dict[str, Any] = {"dim": heads[0][1], "width": tables[0][1], "entries": [count for count, _ in tables]}
+        _, dim = dimensions(shapes, "heads.0.weight", 2)
+        tables = [dimensions(shapes, "tables.0.weight", 2)]
+        while (name := f"tables.{len(tables)}.weight") in shapes:
+            tables.append(dimensions(shapes, name, 2))
+        found: dict[str, Any] = {"dim": dim, "width": tables[0][1], "entries": [count for count, _ in tables]}
         check_shapes(cls, found, shapes)
         return found
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from modalloy.senses.projectors import check_shapes
+from modalloy.senses.projectors import check_shapes, dimensions
 
 
 class Mlp(nn.Sequential):
@@ -26,11 +26,9 @@ class Mlp(nn.Sequential):
     def settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """{"widths": …} from the weights' shapes; ValueError if they are not a chain of linear layers."""
         found = {cls.own_name(name): tuple(shape) for name, shape in shapes.items()}
-        widths = [found["0.weight"][-1]] if "0.weight" in found else []
+        widths = [dimensions(found, "0.weight", 2)[1]]
         while (name := f"{2 * (len(widths) - 1)}.weight") in found:
-            widths.append(found[name][0])
-        if len(widths) < 2:
-            raise ValueError("it has no 0.weight")
+            widths.append(dimensions(found, name, 2)[0])
         check_shapes(cls, {"widths": widths}, found)
         return {"widths": widths}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from modalloy.errors import CheckpointError
-from modalloy.senses.projectors import check_shapes
+from modalloy.senses.projectors import check_shapes, dimensions
 
 # how a published name begins, and how ours does instead
 OWN = {
@@ -23,6 +23,7 @@ OWN = {
 }
 LAYERS = "audio_Qformer.bert.encoder.layer."
 HEAD_WIDTH = 64
+MAX_LAYERS = 100  # each takes time to build; published ones have two
 
 
 class QFormer(nn.Module):
@@ -66,13 +67,10 @@ class QFormer(nn.Module):
 
         The number of heads shows in no shape: as published, they are 64 wide (one head if `hidden` is less than that).
         """
-        try:
-            _, n_queries, hidden = shapes["audio_query_tokens"]
-            n_positions, dim = shapes["audio_position_embedding.weight"]
-            ffn, _ = shapes[f"{LAYERS}0.intermediate_query.dense.weight"]
-            width, _ = shapes["audio_llama_proj.weight"]
-        except KeyError as error:
-            raise ValueError(f"it has no {error.args[0]}") from error
+        _, n_queries, hidden = dimensions(shapes, "audio_query_tokens", 3)
+        n_positions, dim = dimensions(shapes, "audio_position_embedding.weight", 2)
+        ffn, _ = dimensions(shapes, f"{LAYERS}0.intermediate_query.dense.weight", 2)
+        width, _ = dimensions(shapes, "audio_llama_proj.weight", 2)
         settings = {
             "n_queries": n_queries,
             "n_layers": len(
@@ -85,7 +83,7 @@ class QFormer(nn.Module):
             "ffn": ffn,
             "width": width,
         }
-        if min(settings.values()) < 1 or hidden % settings["heads"]:
+        if min(settings.values()) < 1 or hidden % settings["heads"] or settings["n_layers"] > MAX_LAYERS:
             raise ValueError(f"its sizes {settings} are impossible")
         check_shapes(cls, settings, shapes, published_name)
         return settings

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modalloy.senses.projectors import dimensions
 from modalloy.senses.projectors.qformer import QFormer
 
 SHARPNESS = 2 / 0.07  # of the softmax: twice that of training
@@ -37,10 +38,9 @@ class Reader(QFormer):
     def settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """The constructor's keywords, from the shapes of the published tensors; ValueError if they are no reader's."""
         rest = dict(shapes)
-        table = tuple(rest.pop("table.weight", ()))
-        if not table:
-            raise ValueError("it has no table.weight")
+        table = dimensions(shapes, "table.weight", 2)
+        del rest["table.weight"]
         found = QFormer.settings(rest)
-        if len(table) != 2 or table[1] != found["width"] or not table[0]:
+        if table[1] != found["width"]:
             raise ValueError(f"table.weight is {table}, not (entries, {found['width']})")
         return {"entries": table[0], **found}
