@@ -1,12 +1,20 @@
 """Projectors that take features for entries of tables: their equations, by hand in float64; their settings; what is refused."""
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_compose, write_omni
+from safetensors.torch import load_file, save_file
 
 from modalloy.errors import CheckpointError
+from modalloy.model import load_model
+from modalloy.planning.planner import plan
+from modalloy.recipe import Output, Recipe, SpecialistEntry
 from modalloy.senses.projectors import build_projector, recognise
 from modalloy.senses.projectors.embedding_table import EmbeddingTable
 from modalloy.senses.projectors.qformer import QFormer, published_name
@@ -137,3 +145,32 @@ def test_a_readers_table_of_another_width_is_refused(shape: tuple[int, ...]) -> 
     shapes = {published_name(own): tuple(tensor.shape) for own, tensor in Reader(**READER).state_dict().items()}
     with pytest.raises(CheckpointError, match=r"table\.weight is .*, not (\(entries, 5\)|of 2 dimensions)"):
         recognise(shapes | {"table.weight": shape}, "audio")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_without_scales_are_refused(dtype: torch.dtype, base: Path, tmp_path: Path) -> None:
+    """Taken for numbers they would give a projector that says something else."""
+    folder = write_compose(tmp_path / "one", "vision")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("modal_projectors.vision.0.weight"))
+    save_file(tensors | {name: tensors[name].to(dtype)}, file)
+    recipe = Recipe(
+        base_model=str(base),
+        models=(SpecialistEntry(model=str(folder), modality="image"),),
+        output=Output(form="omni"),
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"image specialist: {re.escape(name)} of its projector is stored as .*8"
+    ):
+        plan(recipe)
+
+
+def test_tokens_that_a_projector_does_not_make_are_refused(base: Path, tmp_path: Path) -> None:
+    """Fewer would be the first ones of what it makes, and the rest lost."""
+    config = write_omni(tmp_path, base) / "config.json"
+    told = json.loads(config.read_text())
+    told["modalities"]["image"]["n_tokens"] -= 1
+    config.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"config\.json: image has n_tokens 3, but its projector makes 4 of"):
+        load_model(config.parent)
