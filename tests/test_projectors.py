@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_compose, write_omni
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modalloy.errors import CheckpointError
@@ -129,8 +130,15 @@ def test_shapes_of_no_projector_are_refused_by_name(shapes: dict[str, tuple[int,
         ({"type": "embedding_table", **TABLES, "entries": [True]}, r"'entries' of a projector is \[True\], not a size"),
         ({"type": "embedding_table", **TABLES, "entries": None}, r"'entries' of a projector is None, not a size"),
         ({"type": "embedding_table", **TABLES, "dim": -1}, r"'dim' of a projector is -1, not a size"),
-        ({"type": "embedding_table", **TABLES, "foo": 1}, r"not its own \(got an unexpected keyword argument 'foo'\)"),
-        ({"type": "embedding_table", "dim": 6}, r"not its own \(missing a required argument"),
+        (
+            {"type": "embedding_table", **TABLES, "foo": 1},
+            r"not its own \(.*got an unexpected keyword argument 'foo'\)",
+        ),
+        ({"type": "embedding_table", "dim": 6}, r"not its own \(.*missing 2 required positional arguments"),
+        ({"type": "reader", **READER, "foo": 1}, r"not its own \(.*unexpected keyword argument 'foo'\)"),
+        ({"type": "reader", **READER, "self": 1}, r"not its own"),
+        ({"type": "reader", **READER, "heads": 4}, r"a Q-Former of width 64 with 4 heads and 1 layers"),
+        ({"type": "reader", **READER, "n_layers": 2000}, r"a Q-Former of width 64 with 1 heads and 2000 layers"),
         ({"type": "reader", **READER, "n_layers": 10**9}, r"'n_layers' of a projector is 1000000000, not a size"),
     ],
 )
@@ -166,11 +174,55 @@ def test_codes_without_scales_are_refused(dtype: torch.dtype, base: Path, tmp_pa
         plan(recipe)
 
 
-def test_tokens_that_a_projector_does_not_make_are_refused(base: Path, tmp_path: Path) -> None:
-    """Fewer would be the first ones of what it makes, and the rest lost."""
+@pytest.mark.parametrize(
+    ("altered", "message"),
+    [
+        ({"n_tokens": 3}, r"config\.json: image has n_tokens 3, but its projector makes 4 of"),
+        ({"projector": {"type": "foo"}}, r"config\.json: a projector of type 'foo'"),
+        (
+            {"projector": {"type": "mlp", "widths": [1280, 7, 32]}},
+            r"projectors\.image\.0\.bias \(stored as \(32,\), not \(7,\)\)",
+        ),
+        (
+            {"encoder": {"name": "builtin:efficientnet-lite0", "settings": {"foo": 1}}},
+            r"the settings of encoder .*'foo'",
+        ),
+    ],
+)
+def test_an_altered_config_is_refused(altered: dict[str, Any], message: str, base: Path, tmp_path: Path) -> None:
+    """Fewer tokens would be the first ones of what a projector makes, and the rest lost."""
     config = write_omni(tmp_path, base) / "config.json"
     told = json.loads(config.read_text())
-    told["modalities"]["image"]["n_tokens"] -= 1
+    told["modalities"]["image"] |= altered
     config.write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match=r"config\.json: image has n_tokens 3, but its projector makes 4 of"):
+    with pytest.raises(CheckpointError, match=message):
         load_model(config.parent)
+
+
+def test_a_projector_with_a_nan_is_not_asked(base: Path, tmp_path: Path) -> None:
+    """Its answers would be empty."""
+    folder = write_omni(tmp_path, base)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("modal_projectors.vision.0.weight"))
+    tensors[name][0, 0] = float("nan")
+    with safe_open(file, "pt") as stored:
+        save_file(tensors, file, stored.metadata())
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds NaN or infinite values"):
+        load_model(folder)
+
+
+def test_a_config_that_names_another_projector_is_refused(base: Path, tmp_path: Path) -> None:
+    """The tensors of a table say nothing of how it is used."""
+    folder = write_compose(tmp_path / "one", "vision")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mm_vision_projector_type": "reader"}))
+    recipe = Recipe(
+        base_model=str(base),
+        models=(SpecialistEntry(model=str(folder), modality="image"),),
+        output=Output(form="omni"),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"its config says that its projector is 'reader', but its tensors are those of mlp"
+    ):
+        plan(recipe)

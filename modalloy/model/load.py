@@ -32,7 +32,7 @@ from modalloy.specialists.specialist import COMPOSE_LORA, LOCAL_TOKENS, PROJECTO
 from modalloy.specialists.templates import own_template
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import locate, open_base
-from modalloy.storage.tensors import Checkpoint, TensorRef
+from modalloy.storage.tensors import Checkpoint, TensorRef, checked
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
@@ -310,13 +310,17 @@ def _stored(checkpoint: Checkpoint, ref: Any) -> Stored:
 def _omni_weights(folder: Path, config: ModalloyConfig) -> dict[str, Stored]:
     """Adapters, projectors and extra tokens from the folder's file of weights, which has ModelCompose's names."""
     checkpoint = Checkpoint(folder, ("adapter_model",))
-    return _owned(checkpoint.read, checkpoint.refs, config)
+
+    def read(ref: TensorRef) -> Tensor:
+        return checked(checkpoint.read(ref), ref, str(folder))
+
+    return _owned(read, checkpoint.refs, config)
 
 
 def _specialist_weights(specialist: Specialist, config: ModalloyConfig) -> dict[str, Stored]:
     """The text and modality adapters, projector and extra tokens of one specialist."""
     refs = adapter_names(specialist.text_lora, "default") | specialist.carried()
-    return _owned(specialist.checkpoint.read, refs, config)
+    return _owned(specialist.read, refs, config)
 
 
 def _owned(read: Read, refs: dict[str, TensorRef], config: ModalloyConfig) -> dict[str, Stored]:
@@ -343,7 +347,7 @@ def _own_name(name: str, config: ModalloyConfig) -> str | None:
         modality = modality_name(projector["modality"])
         if modality not in config.modalities:
             return None
-        kind = projector_class(config.modalities[modality]["projector"]["type"])
+        kind = projector_class(config.modalities[modality]["projector"].get("type"))
         return f"projectors.{modality}.{kind.own_name(projector['rest'])}"
     if native := NATIVE.fullmatch(name):
         return name if "native" in config.modalities.get(native["modality"], {}) else None

@@ -118,7 +118,8 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config"):
             config = config or ModalloyConfig.from_pretrained(where)
             kwargs |= {"quantization_config": only_the_base(kwargs.get("quantization_config"), config, named)}
-        with quiet():  # what it would report is refused below
+        kwargs["ignore_mismatched_sizes"] = True  # and so named, as all that the loader reports: it is refused below
+        with quiet():
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
         check_loaded(named, info)
         settle(model.linears)

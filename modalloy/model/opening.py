@@ -181,11 +181,19 @@ def set_ends(model: Any, folder: Path, content: dict[str, Any]) -> None:
 def check_loaded(where: Any, info: dict[str, Any]) -> None:
     """Refuse what transformers' loader reports: a tensor that is missing, unknown, or of another shape."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if names := sorted(map(str, info[problem])):
+        if names := sorted(map(_told, info[problem])):
             raise CheckpointError(
                 f"{where}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
                 "the files do not belong together, or are incomplete: merge or download them again"
             )
+
+
+def _told(problem: Any) -> str:
+    """A tensor's name, and both shapes where they differ."""
+    if not isinstance(problem, tuple):
+        return str(problem)
+    name, stored, wanted = problem
+    return f"{name} (stored as {tuple(stored)}, not {tuple(wanted)})"
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modalloy.errors import CheckpointError, RecipeError
+from modalloy.errors import CheckpointError, RecipeError, shown
 from modalloy.names import disk_name
 from modalloy.planning.native import check_sense
 from modalloy.recipe import Recipe
 from modalloy.senses.encoders import EncoderChoice, choose, registered, sizes
-from modalloy.senses.projectors import build_projector, recognise
+from modalloy.senses.projectors import NAMED, build_projector, recognise
 from modalloy.specialists.companions import companions
 from modalloy.specialists.specialist import Native, Specialist
 from modalloy.storage.folder import present
@@ -148,6 +148,12 @@ def open_sense(given: str | dict[str, Any], specialist: Specialist, width: int, 
                 f"({ref.file}), codes whose scales are not known here; give it in float32, bfloat16 or float16"
             )
     projector = recognise({name: ref.shape for name, ref in specialist.projector.items()}, specialist.label)
+    said = specialist.config.get(f"mm_{disk_name(modality)}_projector_type")
+    if said is not None and said != projector["type"] and NAMED & {said, projector["type"]}:
+        raise CheckpointError(
+            f"{specialist.label} specialist: its config says that its projector is {shown(said)}, but its tensors are those of "
+            f"{projector['type']}, which computes otherwise; say which in the config, or use the checkpoint as it was published"
+        )
     built = build_projector(projector, meta=True)
     if (built.dim, built.width) != (dim, width):
         raise CheckpointError(

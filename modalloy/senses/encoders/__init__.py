@@ -112,7 +112,15 @@ def choose(given: str | Mapping[str, Any], modality: str) -> EncoderChoice:
 
 
 def build(name: str, settings: dict[str, Any], *, meta: bool = False) -> Encoder:
-    """The encoder's architecture in eval mode, frozen; `meta`: without memory for its weights."""
+    """The encoder's architecture in eval mode, frozen; `meta`: without memory for its weights.
+
+    Raises:
+        CheckpointError: the settings, which a config gives, are not this encoder's.
+    """
+    try:
+        inspect.signature(encoder_class(name)).bind(**settings)
+    except TypeError as error:
+        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({error})") from error
     with torch.device("meta" if meta else "cpu"):
         encoder: Encoder = _loaded(encoder_class(name), name, **settings)
     return encoder.requires_grad_(False).eval()

@@ -23,6 +23,7 @@ PROJECTORS = {
     "reader": "modalloy.senses.projectors.reader:Reader",
     "embedding_table": "modalloy.senses.projectors.embedding_table:EmbeddingTable",
 }
+NAMED = {"reader", "embedding_table"}  # whose tensors do not say how they are used: a config may name no other
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], label: str) -> dict[str, Any]:
@@ -51,25 +52,22 @@ def build_projector(settings: dict[str, Any], *, meta: bool = False) -> Any:
         CheckpointError: the settings, which a config gives, are of no known type, or are not that type's sizes.
     """
     kind, sizes = settings.get("type"), {key: value for key, value in settings.items() if key != "type"}
-    if not isinstance(kind, str) or kind not in PROJECTORS:
-        raise CheckpointError(f"config.json: a projector of type {shown(kind)}; known are {', '.join(PROJECTORS)}")
     made = projector_class(kind)
-    signature = inspect.signature(made)
+    parameters = inspect.signature(made).parameters
     for key, value in sizes.items():
-        several = key in signature.parameters and signature.parameters[key].annotation == list[int]
+        several = key in parameters and parameters[key].annotation == list[int]
         every = value if several else [value]
         if not (isinstance(every, list) and every and all(map(_is_size, every))):
             raise CheckpointError(
                 f"config.json: {shown(key)} of a projector is {shown(value)}, not a size up to {MAX_SIZE}"
             )
     try:
-        signature.bind(**sizes)
+        with torch.device("meta" if meta else "cpu"):
+            return made(**sizes)
     except TypeError as error:
         raise CheckpointError(
             f"config.json: the settings of a projector of type {kind} are not its own ({error})"
         ) from error
-    with torch.device("meta" if meta else "cpu"):
-        return made(**sizes)
 
 
 def _is_size(value: Any) -> bool:
@@ -102,8 +100,10 @@ def check_shapes(
         raise ValueError(f"{wrong[0]} is {found.get(wrong[0], 'missing')}, not {wanted.get(wrong[0], 'known')}")
 
 
-def projector_class(name: str) -> Any:
+def projector_class(name: Any) -> Any:
     """The class of a projector's type: an `nn.Module` with `settings`, `own_name` and `n_tokens`."""
+    if not isinstance(name, str) or name not in PROJECTORS:
+        raise CheckpointError(f"config.json: a projector of type {shown(name)}; known are {', '.join(PROJECTORS)}")
     module, _, attribute = PROJECTORS[name].partition(":")
     found: type[nn.Module] = getattr(importlib.import_module(module), attribute)
     return found

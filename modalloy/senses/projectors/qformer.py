@@ -45,6 +45,11 @@ class QFormer(nn.Module):
         width: int = 4096,
     ) -> None:
         super().__init__()
+        if heads != max(1, hidden // HEAD_WIDTH) or n_layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"config.json: a Q-Former of width {hidden} with {heads} heads and {n_layers} layers; published heads are "
+                f"{HEAD_WIDTH} wide, and layers at most {MAX_LAYERS}"
+            )
         self.dim, self.width, self.n_queries, self.n_positions = dim, width, n_queries, n_positions
         self.queries = nn.Parameter(torch.zeros(1, n_queries, hidden))
         self.positions = nn.Embedding(n_positions, dim)
