@@ -56,7 +56,7 @@ def test_every_published_tensor_of_the_full_size_has_its_place() -> None:
     ("name", "shape", "message"),
     [
         ("audio_query_tokens", None, "it has no audio_query_tokens"),
-        ("audio_query_tokens", (4, 128), "not enough values to unpack"),
+        ("audio_query_tokens", (4, 128), r"audio_query_tokens is \(4, 128\), not of 3 dimensions"),
         ("audio_llama_proj.bias", None, r"audio_llama_proj\.bias is missing, not \(32,\)"),
         ("audio_llama_proj.bias", (31,), r"audio_llama_proj\.bias is \(31,\), not \(32,\)"),
         (f"{LAYER}.1.crossattention.self.key.weight", (128, 25), r"key\.weight is \(128, 25\), not \(128, 24\)"),
