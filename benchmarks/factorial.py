@@ -2,16 +2,16 @@
 
     python benchmarks/factorial.py --data DIR --stage-1 DIR [--corners NAME …]
 
-Twelve corners. Where the updates start: at random from a seed of each sense (`independent`) or of both
-(`common`), or with A orthogonal to what the other sense's prompts give the layer (`osrm`; Zhang and Zhou, "Unraveling LoRA
-interference", arXiv 2505.22934). Their size: rank 8 and 64 steps (`small`), or rank 32, twice the steps and four times A's
+Twelve corners. Where the updates start: at random from a seed of each sense (`independent`) or of both (`common`), or with A
+orthogonal to what the other sense's prompts give the layer (`osrm`; Zhang and Zhou, "Unraveling LoRA interference", arXiv
+2505.22934). Their size: rank 8 and 64 steps (`small`), or rank 32, twice the steps and four times A's
 rate (`large`). What each learns in writing beside its sense (`private`: atomic numbers, products; `conflict`: both are asked the
 same about an element, one answers its number, the other its symbol).
 
 In every corner a picture and a speech specialist are merged by every method at its defaults, and by SSAM at a fourth of its
-rank and with norms matched (`match: norm`), and asked validation questions.
-The figures of `inspect` that are to tell a method's distance from averaging beforehand are chosen on one half of the
-corners (`CHOOSING`) and tested on the other. Corners that are done are kept in --work and not run again.
+rank and with norms matched (`match: norm`), and asked validation questions. The figures of `inspect` that are to tell a
+method's distance from averaging beforehand are chosen on one half of the corners (`CHOOSING`) and tested on the other. Corners
+that are done are kept in --work and not run again.
 Prints Markdown for people and one JSON document as its last line.
 """
 
@@ -20,10 +20,9 @@ import json
 import random
 import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,8 @@ STARTS, SIZES, SKILLS = (
 )
 RANK = {"small": 8, "large": 32}
 STEPS = {"small": 64, "large": 128}
-METHODS: dict[
-    str, tuple[str, dict[str, Any]]
-] = {  # the method and its parameters; `rank` in shares of the specialists' own
+# the method and its parameters; `rank` in shares of the specialists' own
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("average", "ssam", "task_arithmetic", "ties", "tsv", "wudi")},
     "ssam, k = r/4": ("ssam", {"rank": 0.25}),
     "ssam, norms matched": ("ssam", {"match": "norm"}),
@@ -155,9 +153,8 @@ def main() -> None:
     for corner in CORNERS:
         place = args.work / f"{corner.name}.json"
         if not place.is_file() and (args.corners is None or corner.name in args.corners):
-            start = time.perf_counter()
             found = run(corner, args)
-            place.write_text(json.dumps(found | {"seconds": round(time.perf_counter() - start)}))
+            place.write_text(json.dumps(found))
             print(f"{corner.name}: {found['accuracy']}", file=sys.stderr, flush=True)
     places = {corner.name: args.work / f"{corner.name}.json" for corner in CORNERS}
     done = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
@@ -179,19 +176,20 @@ def run(corner: Corner, args: argparse.Namespace) -> dict[str, Any]:
     questions, features = asked(corner, args.data), FeatureCache()
     accuracy = {}
     for modality in SENSES:
-        alone, place = [q for q in questions if own(q, modality)], folder / f"{modality}.json"
-        if not place.is_file():
-            place.write_text(json.dumps(rights(folder / modality, alone, features)))
-        accuracy[modality] = grouped(alone, json.loads(place.read_text()))
-    merged = {}
-    for method, (function, parameters) in METHODS.items():
-        place = folder / f"{method.replace('/', ' of ')}.json"
-        if not place.is_file():
-            rank = {"rank": int(parameters["rank"] * RANK[corner.size])} if "rank" in parameters else {}
-            chosen = {"merge_method": function, "parameters": parameters | rank}
-            merge(recipe.model_copy(update=chosen), folder / "merged", overwrite=True)
-            place.write_text(json.dumps(rights(folder / "merged", questions, features)))
-        merged[method] = json.loads(place.read_text())
+        alone = [q for q in questions if own(q, modality)]
+        asking = partial(rights, folder / modality, alone, features)
+        accuracy[modality] = grouped(alone, kept(folder / f"{modality}.json", asking))
+
+    def of_merge(function: str, parameters: dict[str, Any]) -> list[bool]:
+        rank = {"rank": int(parameters["rank"] * RANK[corner.size])} if "rank" in parameters else {}
+        chosen = {"merge_method": function, "parameters": parameters | rank}
+        merge(recipe.model_copy(update=chosen), folder / "merged", overwrite=True)
+        return rights(folder / "merged", questions, features)
+
+    merged = {
+        method: kept(folder / f"{method.replace('/', ' of ')}.json", partial(of_merge, *chosen))
+        for method, chosen in METHODS.items()
+    }
     accuracy |= {method: grouped(questions, one) for method, one in merged.items()}
     return {"figures": figures(inspect(recipe)), "accuracy": accuracy, "minus_average": differences(questions, merged)}
 
@@ -297,6 +295,14 @@ def rights(model: Path, questions: Sequence[Sample], features: FeatureCache) -> 
     entries = [e for batch in answers(load_model(model), list(enumerate(questions)), 0, 8, features) for e in batch]
     entries.sort(key=lambda entry: entry.index)
     return [senses.by_likelihood(entry.sample, entry.answer).correct for entry in entries]
+
+
+def kept(place: Path, asking: Callable[[], list[bool]]) -> list[bool]:
+    """What `asking` gives, from the file that an earlier run wrote if there is one."""
+    if not place.is_file():
+        place.write_text(json.dumps(asking()))
+    found: list[bool] = json.loads(place.read_text())
+    return found
 
 
 def grouped(questions: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from search_results import signed
+
 
 def page(told: dict[str, Any]) -> str:
     """The whole page, in Markdown."""
@@ -49,7 +51,7 @@ def page(told: dict[str, Any]) -> str:
             _table(
                 ["method", "figure", "Spearman where chosen", "on the other corners"],
                 [
-                    [method, one["figure"], _signed(one["chosen_on"]), _signed(one["tested_on"])]
+                    [method, one["figure"], signed(one["chosen_on"], 2), signed(one["tested_on"], 2)]
                     for method, one in told["predictors"].items()
                 ],
             ),
@@ -68,7 +70,7 @@ def _sizes(corners: dict[str, dict[str, Any]], methods: list[str]) -> str:
             own = [one["minus_average"][method] for name, one in corners.items() if name.split("-")[1] == size]
             mean = 100 * sum(one["difference"] for one in own) / len(own)
             ahead, behind = (sum(one["ci95"][0] > 0 for one in own), sum(one["ci95"][1] < 0 for one in own))
-            row.append(f"{_signed(mean, 1)} (ahead in {ahead}, behind in {behind} of {len(own)})")
+            row.append(f"{signed(mean, 1)} (ahead in {ahead}, behind in {behind} of {len(own)})")
         rows.append(row)
     return _table(["minus averaging, points, mean", *sizes], rows)
 
@@ -109,8 +111,4 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _points(one: dict[str, Any]) -> str:
     low, high = one["ci95"]
-    return _signed(100 * one["difference"], 1) + ("" if low <= 0 <= high else "\\*")
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return signed(100 * one["difference"], 1) + ("" if low <= 0 <= high else "\\*")

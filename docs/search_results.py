@@ -18,7 +18,7 @@ def page(told: dict[str, Any]) -> str:
     ]
     figures = ("regret", "worst_regret", "over_default", "spearman", "spearman_probability")
     rows = [
-        f"| {label} | {' | '.join(_signed(one[figure]) for figure in figures)} | {one['seconds']:.0f} |"
+        f"| {label} | {' | '.join(signed(one[figure]) for figure in figures)} | {one['seconds']:.0f} |"
         for label, one in sorted(overall.items(), key=lambda item: item[1]["regret"])
     ]
     out = [
@@ -54,7 +54,7 @@ def _searched(title: str, axis: dict[str, Any]) -> list[str]:
         interval = "" if one["regret_ci95"] is None else " ({:.3f} to {:.3f})".format(*one["regret_ci95"])
         rows.append(
             f"| {label} | {one['chosen']:.4g} ({one['in_bootstrap']:.0%}) | {one['accuracy']:.3f} | "
-            f"{one['regret']:.3f}{interval} | {_signed(one['spearman'])} | {_signed(one['spearman_probability'])} |"
+            f"{one['regret']:.3f}{interval} | {signed(one['spearman'])} | {signed(one['spearman_probability'])} |"
         )
     return [
         title,
@@ -66,8 +66,9 @@ def _searched(title: str, axis: dict[str, Any]) -> list[str]:
     ]
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+def signed(value: float | None, digits: int = 3) -> str:
+    """With its sign, a minus as it is printed; a dash where there is none."""
+    return "–" if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _points(share: float) -> str:

@@ -149,7 +149,7 @@ def open_sense(given: str | dict[str, Any], specialist: Specialist, width: int, 
             )
     projector = recognise({name: ref.shape for name, ref in specialist.projector.items()}, specialist.label)
     said = specialist.config.get(f"mm_{disk_name(modality)}_projector_type")
-    if said is not None and said != projector["type"] and NAMED & {said, projector["type"]}:
+    if said not in (None, projector["type"]) and (said in NAMED or projector["type"] in NAMED):
         raise CheckpointError(
             f"{specialist.label} specialist: its config says that its projector is {shown(said)}, but its tensors are those of "
             f"{projector['type']}, which computes otherwise; say which in the config, or use the checkpoint as it was published"

@@ -23,7 +23,7 @@ PROJECTORS = {
     "reader": "modalloy.senses.projectors.reader:Reader",
     "embedding_table": "modalloy.senses.projectors.embedding_table:EmbeddingTable",
 }
-NAMED = {"reader", "embedding_table"}  # whose tensors do not say how they are used: a config may name no other
+NAMED = ("reader", "embedding_table")  # whose tensors do not say how they are used: a config may name no other
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], label: str) -> dict[str, Any]:

@@ -37,10 +37,8 @@ class Reader(QFormer):
     @classmethod
     def settings(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """The constructor's keywords, from the shapes of the published tensors; ValueError if they are no reader's."""
-        rest = dict(shapes)
         table = dimensions(shapes, "table.weight", 2)
-        del rest["table.weight"]
-        found = QFormer.settings(rest)
+        found = QFormer.settings({name: shape for name, shape in shapes.items() if name != "table.weight"})
         if table[1] != found["width"]:
             raise ValueError(f"table.weight is {table}, not (entries, {found['width']})")
         return {"entries": table[0], **found}
