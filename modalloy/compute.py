@@ -259,28 +259,39 @@ def _averaged(job: Job, read: Read) -> Tensor:
     spec, scale = job.outputs[0], job.parameters["scale"]
     base, *tuned = (read(ref).reshape(-1) for ref in job.reads)
     out = torch.empty(spec.shape, dtype=spec.dtype)
-    flat = out.view(-1)
-    for start in range(0, len(flat), BLOCK_ENTRIES):
-        block = slice(start, start + BLOCK_ENTRIES)
+    for block in _blocks(out.numel()):
         old = base[block].to(torch.float64)
         update = torch.zeros_like(old)
         for weight, one in zip(job.weights, tuned, strict=True):
             update.add_(one[block].to(torch.float64).sub_(old), alpha=weight)
         update.mul_(scale / max(1, len(tuned)))
-        flat[block] = _fitted(torch.where(update == 0, old, old + update), spec)
+        out.view(-1)[block] = _fitted(torch.where(update == 0, old, old + update), spec)
     return out
 
 
 def _interpolated(job: Job, read: Read) -> Tensor:
-    """A tensor of any shape on its way from the target's to the donors', in float64 until the one cast."""
+    """A tensor of any shape on its way from the target's to the donors', by blocks in float64 until the one cast."""
     assert job.start is not None
-    target = read(job.start).to(torch.float64)
-    total = target.clone()
-    for donor, weight in zip(job.models, job.weights, strict=True):
-        if isinstance(donor, TensorRef):
-            share = job.parameters["alpha"] / len(job.models) * weight
-            total.add_(read(donor).to(torch.float64).sub_(target), alpha=share)
-    return _fitted(total, job.outputs[0])
+    spec, start = job.outputs[0], read(job.start).reshape(-1)
+    shares = [job.parameters["alpha"] / len(job.models) * weight for weight in job.weights]
+    donors = [
+        (read(donor).reshape(-1), share)
+        for donor, share in zip(job.models, shares, strict=True)
+        if isinstance(donor, TensorRef)
+    ]
+    out = torch.empty(spec.shape, dtype=spec.dtype)
+    for block in _blocks(out.numel()):
+        target = start[block].to(torch.float64)
+        total = target.clone()
+        for donor, share in donors:
+            total.add_(donor[block].to(torch.float64).sub_(target), alpha=share)
+        out.view(-1)[block] = _fitted(total, spec)
+    return out
+
+
+def _blocks(n_entries: int) -> Iterator[slice]:
+    """Blocks of a flat tensor, of BLOCK_ENTRIES at most."""
+    return (slice(begin, min(begin + BLOCK_ENTRIES, n_entries)) for begin in range(0, n_entries, BLOCK_ENTRIES))
 
 
 def _fitted(tensor: Tensor, spec: TensorSpec) -> Tensor:

@@ -18,6 +18,7 @@ from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
+from modalloy.names import pattern_of
 from modalloy.storage.scaled import ScaledRef, codes_of, numbers_of, scales_of
 from modalloy.storage.tensors import TensorRef
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 COMPUTED = 1e-5  # relative error of an update that was merged in float32
 SUMMED = 1e-7  # and of its sum with the base
-SAMPLED = 12  # tensors of each kind, of those merged by each method, that are recomputed of a large result
+SAMPLED = 12  # tensors of each kind, of those merged by each method, that `verify OUT` recomputes of a large result
+CHECKED = 6  # of which a merge itself recomputes at least so many, one of each place in a layer among them
 SMALL_BYTES = 64 << 20  # of inputs and of the weights that they update, up to which a result is recomputed as a whole
 PART_BYTES = 8 << 20  # of a tensor that is compared bit for bit
 DENSE_CHECK_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
@@ -36,12 +38,25 @@ Read = Callable[[TensorRef], Tensor]
 Surveys = dict[str, dict[str, Any]]
 
 
-def spread(items: Sequence[Item]) -> list[Item]:
-    """SAMPLED of the items, evenly from the first to the last; all if there are fewer."""
-    last = SAMPLED - 1
-    if len(items) <= SAMPLED:
+def spread(items: Sequence[Item], n: int = SAMPLED) -> list[Item]:
+    """So many of the items, evenly from the first to the last; all if there are fewer."""
+    if len(items) <= n:
         return list(items)
-    return [items[round(index * (len(items) - 1) / last)] for index in range(SAMPLED)]
+    return [items[round(index * (len(items) - 1) / (n - 1))] for index in range(n)]
+
+
+def spread_over_places(items: Sequence[Item], name_of: Callable[[Item], str]) -> list[Item]:
+    """Some of the items of every place in a layer (q_proj, up_proj, …), at least CHECKED of all, evenly over the layers.
+
+    A mistake that is made at one place of every layer is always among these.
+    """
+    places: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        places.setdefault(pattern_of(name_of(item)), []).append(index)
+    turns = list(places.values()) * math.ceil(CHECKED / max(1, len(places)))
+    last = max(1, len(turns) - 1)
+    chosen = {place[round(step * (len(place) - 1) / last)] for step, place in enumerate(turns)}
+    return [items[index] for index in sorted(chosen)]
 
 
 def parts_of(ref: TensorRef, n_entries: int) -> Iterator[TensorRef]:
@@ -244,11 +259,12 @@ def _distance(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]
         rows = slice(start, start + step)
         update = update_of(rows)
         update = (update.dense() if isinstance(update, LowRank) else update).to(torch.float64)
-        exact = base[rows].to(torch.float64) + update
-        nearest = (exact.to(written.dtype).to(torch.float64) - exact).abs()
-        distance = math.hypot(distance, float(((written[rows].to(torch.float64) - exact).abs() - nearest).norm()))
-        size = math.hypot(size, float(exact.norm()))
         changed = math.hypot(changed, float(update.norm()))
+        exact = base[rows].to(torch.float64, copy=True).add_(update)
+        size = math.hypot(size, float(exact.norm()))
+        nearest = exact.to(written.dtype).to(torch.float64).sub_(exact).abs_()
+        excess = written[rows].to(torch.float64).sub_(exact).abs_().sub_(nearest)
+        distance = math.hypot(distance, float(excess.norm()))
     return _ratio(distance, size), 2 * (SUMMED + COMPUTED * _ratio(changed, size))
 
 

@@ -41,7 +41,7 @@ from modalloy.recompute import (
     is_survey,
     parts_of,
     same_bits,
-    spread,
+    spread_over_places,
     survey_of,
     surveyed_groups,
     weight_error,
@@ -237,7 +237,7 @@ class _Check:
         raise CheckpointError(f"{self.folder}: {missing} is missing, which must be {promise.kind}; merge again")
 
     def _sample(self, draw: random.Random | None) -> list[Promise]:
-        """All of a small result, else some of each kind and method, and of each file; drawn, or spread evenly."""
+        """All of a small result, else some of each kind and method, and of each file; drawn, or spread over layers."""
         promised = self.promised
         if sum(promise.n_bytes_with_start for promise in promised) <= SMALL_BYTES:
             return promised
@@ -246,7 +246,10 @@ class _Check:
             groups.setdefault((promise.kind, promise.method), []).append(index)
         chosen: set[int] = set()
         for group in groups.values():
-            chosen |= set(spread(group) if draw is None else draw.sample(group, min(SAMPLED, len(group))))
+            if draw is None:
+                chosen |= set(spread_over_places(group, lambda index: promised[index].slot))
+            else:
+                chosen |= set(draw.sample(group, min(SAMPLED, len(group))))
         exact = [index for index, promise in enumerate(promised) if promise.kind in ("kept", "carried")]
         if draw is not None and sum(promised[index].n_bytes for index in exact) <= EXACT_BYTES:
             chosen.update(exact)

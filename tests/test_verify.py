@@ -568,3 +568,16 @@ def test_means_between_two_neighbours_may_be_rounded_to_either(models: Path, tmp
     forged(tmp_path / "out", "model.safetensors", one_step_further)
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.down_proj\.weight differs"):
         verify(tmp_path / "out", full=True)
+
+
+def test_what_a_merge_recomputes_holds_every_place_of_a_layer_over_all_depths() -> None:
+    places = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+    names = [f"model.layers.{layer}.{place}.weight" for layer in range(32) for place in places]
+    some = recompute.spread_over_places(names, str)
+    assert len(some) == recompute.CHECKED and some == sorted(some, key=names.index)
+    assert {name.split(".", 3)[3] for name in some} == {f"{place}.weight" for place in places}
+    depths = [int(name.split(".")[2]) for name in some]
+    assert min(depths) == 0 and max(depths) == 31 and max(b - a for a, b in zip(depths, depths[1:], strict=False)) < 8
+    many = [f"model.layers.{layer}.part{kind}.weight" for layer in range(4) for kind in range(40)]
+    assert len(recompute.spread_over_places(many, str)) == 40  # one of each
+    assert recompute.spread_over_places(names[:1], str) == names[:1] and not recompute.spread_over_places([], str)

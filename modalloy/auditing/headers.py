@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from modalloy.auditing.found import Finding
-from modalloy.auditing.opened import NUMBER, Opened
+from modalloy.auditing.opened import Opened
+from modalloy.names import pattern_of
 from modalloy.planning.kinds import is_of_tokens
 from modalloy.storage.config import NESTED
 
@@ -132,7 +133,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def listed(names: Sequence[str]) -> str:
     """Patterns of names, the most frequent first, with how many each stands for."""
-    counted = Counter(NUMBER.sub("*", name) for name in names).most_common()
+    counted = Counter(pattern_of(name) for name in names).most_common()
     text = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counted[:SHOWN])
     return text + (f" and {len(counted) - SHOWN} kinds more" if len(counted) > SHOWN else "")
 

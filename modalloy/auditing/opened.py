@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from modalloy.errors import CheckpointError
+from modalloy.names import pattern_of
 from modalloy.planning.checks import check_shapes, place
 from modalloy.planning.kinds import check_numbers
 from modalloy.specialists.full import decoder_name
@@ -25,7 +25,6 @@ from modalloy.storage.locate import open_base
 from modalloy.storage.scaled import CODES
 from modalloy.storage.tensors import Checkpoint, TensorRef, checked
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\[)\d+(?=\])")
 Update = TensorRef | StoredLora  # a tuned copy, or factors
 MOST_OTHER = 0.5  # of the base's tensors that a folder may lack, or have of another shape, and still be a merge of it
 
@@ -46,7 +45,7 @@ class Slot:
     @property
     def pattern(self) -> str:
         """Its name with * for numbers: tensors of one kind share it."""
-        return NUMBER.sub("*", self.name)
+        return pattern_of(self.name)
 
     @property
     def n_bytes(self) -> int:

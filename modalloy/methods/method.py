@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modalloy.methods.parameters import Rank, documentation, is_whole, schema
+from modalloy.methods.parameters import Rank, arguments, documentation, is_whole, schema
 
 Receives = Literal["core", "factored_core", "left_core", "factors", "dense"]
 Condition = Callable[[dict[str, Any]], bool]  # of a method's parameters
@@ -156,4 +156,4 @@ class Method:
     def takes(self, name: str) -> bool:
         """Whether the function asks for `name`, a parameter or something given (`slot`, `fishers`, `whole`,
         `base`, `weights`)."""
-        return name in inspect.signature(self.function).parameters
+        return name in arguments(self.function)

@@ -1,5 +1,6 @@
 """What a method's parameters may be. A method's signature is its schema: types and ranges are read from its annotations."""
 
+import functools
 import inspect
 import re
 import typing
@@ -25,6 +26,12 @@ Rank = Annotated[int | float, "rank"]  # a whole number from 1; below 1 the shar
 
 # what the caller gives a method beside its parameters, if its signature names it
 GIVEN = ("shape", "slot", "fishers", "whole", "base", "weights", "folded")
+
+
+@functools.cache
+def arguments(function: Callable[..., Any]) -> frozenset[str]:
+    """What it takes: parameters, and what the caller gives."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def schema(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:

@@ -15,7 +15,7 @@ from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
 from modalloy.planning.kinship import kinship_pairs
-from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_dense_check, spread
+from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_dense_check, spread_over_places
 from modalloy.storage.source import BLOCK_BYTES
 from modalloy.storage.views import MappedRef
 
@@ -60,7 +60,7 @@ def sample(planned: Plan) -> list[Job]:
     groups: dict[tuple[str, str], list[Job]] = {}
     for one in every:
         groups.setdefault((one.kind, one.method), []).append(one)
-    return [job for group in groups.values() for job in spread(group)]
+    return [job for group in groups.values() for job in spread_over_places(group, lambda job: job.name)]
 
 
 def _bytes_with_start(job: Job) -> int:
@@ -211,8 +211,7 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
     assembling = max((ref.largest_bytes for ref in job.reads if isinstance(ref, MappedRef)), default=0)
     if job.kind in ("average", "interpolate"):
         entries = job.outputs[0].n_bytes // job.outputs[0].dtype.itemsize
-        blocks = 5 * min(entries, BLOCK_ENTRIES) if job.kind == "average" else 3 * entries
-        return assembling + 8 * blocks
+        return assembling + 8 * 5 * min(entries, BLOCK_ENTRIES)
     if job.kind not in ("merge", "own"):
         return 0
     rows, columns = job.shape
