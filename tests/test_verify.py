@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -577,7 +578,7 @@ def test_what_a_merge_recomputes_holds_every_place_of_a_layer_over_all_depths() 
     assert len(some) == recompute.CHECKED and some == sorted(some, key=names.index)
     assert {name.split(".", 3)[3] for name in some} == {f"{place}.weight" for place in places}
     depths = [int(name.split(".")[2]) for name in some]
-    assert min(depths) == 0 and max(depths) == 31 and max(b - a for a, b in zip(depths, depths[1:], strict=False)) < 8
+    assert min(depths) == 0 and max(depths) == 31 and max(b - a for a, b in pairwise(depths)) < 8
     many = [f"model.layers.{layer}.part{kind}.weight" for layer in range(4) for kind in range(40)]
     assert len(recompute.spread_over_places(many, str)) == 40  # one of each
     assert recompute.spread_over_places(names[:1], str) == names[:1] and not recompute.spread_over_places([], str)
