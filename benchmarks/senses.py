@@ -78,6 +78,7 @@ MERGES = [
     Row("KnOTS", "knots"),
     Row("Core Space", "core_space"),
     Row("Iso-C", "iso_c"),
+    Row("SSAM, norms matched", "ssam", {"match": "norm"}),
     Row("no text update (λ = 0)", "ssam", {"scale": 0.0}),
     Row("NaiveMC", "average", specialists=f"{REFERENCES}/same/"),
     Row("joint training", "average", specialists=f"{REFERENCES}/joint/"),

@@ -16,7 +16,7 @@ from modalloy.evals.senses import mentioned
 from modalloy.files import cache_folder
 from modalloy.machine import memory
 from modalloy.merging import merge
-from modalloy.outputs.manifest import read_sources
+from modalloy.outputs.sources import read_sources
 from modalloy.recipe import Output, Recipe, SpecialistEntry
 from modalloy.report.text import aligned
 from modalloy.storage.staging import MANIFEST

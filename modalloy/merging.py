@@ -22,7 +22,8 @@ from modalloy.machine.cores import default_workers
 from modalloy.outputs import WRITERS
 from modalloy.outputs.card import model_card
 from modalloy.outputs.earlier import Earlier, records
-from modalloy.outputs.manifest import SOURCES, build_manifest
+from modalloy.outputs.manifest import build_manifest
+from modalloy.outputs.sources import SOURCES
 from modalloy.outputs.streamed import StreamedWeights
 from modalloy.planning import cost
 from modalloy.planning.differences import settle
@@ -329,7 +330,7 @@ def write_beside(
     write_text(folder / "README.md", model_card(planned))
     manifest = build_manifest(planned, run, folder)
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    sources = _sources(planned) | {"fingerprint": staging.fingerprint} | records(planned, run.surveys, device)
+    sources = _sources(planned) | {"fingerprint": staging.fingerprint} | records(planned, run, folder, device)
     write_text(folder / SOURCES, json.dumps(sources, indent=1) + "\n")
     return verify_folder(folder, planned, manifest, rehash=False, budget=budget)
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from modalloy.errors import CheckpointError, ModalloyError, OutputError, cut, missing_package
 from modalloy.files import disk_errors
-from modalloy.outputs.manifest import NOT_HASHED, SIGNATURE, SOURCES, read_manifest, read_sources, result_files
+from modalloy.outputs.manifest import NOT_HASHED, SIGNATURE, read_manifest, result_files
+from modalloy.outputs.sources import SOURCES, read_sources
 from modalloy.recipe import load_recipe
 from modalloy.storage.folder import file_sha256, reading
 

@@ -17,16 +17,14 @@ from modalloy.errors import CheckpointError, MethodError, shown
 from modalloy.machine.cores import default_workers
 from modalloy.outputs.manifest import (
     MANIFEST,
-    SOURCES,
-    Sources,
     check_described,
     check_recipe,
     differences,
     read_manifest,
-    read_sources,
     result_files,
     start_names,
 )
+from modalloy.outputs.sources import SOURCES, Sources, read_sources
 from modalloy.planning import cost
 from modalloy.promise import Promises
 from modalloy.promise.across import promises_across

@@ -23,7 +23,7 @@ from torch import Tensor
 import modalloy
 from modalloy import recompute
 from modalloy.errors import CheckpointError
-from modalloy.outputs import manifest
+from modalloy.outputs import manifest, sources
 from modalloy.planning import differences
 from modalloy.planning import jobs as planner
 from modalloy.planning.plan import Plan
@@ -178,16 +178,15 @@ def at_sources(out: Path) -> Any:
     from modalloy.verify import recipe_at
 
     written = modalloy.load_recipe(out / "recipe.yaml")
-    return recipe_at(written, manifest.read_sources(out, written))
+    return recipe_at(written, sources.read_sources(out, written))
 
 
 def test_sources_of_other_types_and_places_are_refused_in_one_line(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     modalloy.merge(recipe(tmp_path, models), out)
     right = json.loads((out / "sources.json").read_text())
-    right = {
-        key: value for key, value in right.items() if key not in ("made_by", "files", "jobs")
-    }  # --from reads these
+    read_by_from = ("made_by", "files", "outputs", "jobs")
+    right = {key: value for key, value in right.items() if key not in read_by_from}
     os.mkfifo(tmp_path / "pipe")
     for path, what, wrong in changes(right):
         (out / "sources.json").write_text(json.dumps(wrong))

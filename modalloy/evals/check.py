@@ -24,7 +24,8 @@ from modalloy.model import load_model
 from modalloy.model.chat import ChatModel, user_message
 from modalloy.model.hosted import is_hosted
 from modalloy.model.load import is_language_model, load_text_path
-from modalloy.outputs.manifest import SOURCES, read_manifest, read_sources
+from modalloy.outputs.manifest import read_manifest
+from modalloy.outputs.sources import SOURCES, read_sources
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.storage.folder import read_json
 from modalloy.storage.locate import locate

@@ -14,24 +14,27 @@ from typing import Any
 import torch
 
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.outputs.manifest import SOURCES, InputFile, read_manifest, read_places
-from modalloy.planning.job import Job, Survey
+from modalloy.outputs.manifest import read_manifest
+from modalloy.outputs.sources import SOURCES, KnownFile, read_places
+from modalloy.planning.job import Job, Run, Survey
 from modalloy.planning.plan import Plan
 from modalloy.planning.program import program
+from modalloy.storage.source import stamp_of
 from modalloy.storage.tensors import Checkpoint
 
 INSTEAD = "merge without --from"
 
 
-def records(planned: Plan, surveys: Mapping[str, Survey], device: str) -> dict[str, Any]:
-    """What `sources.json` says of a merge that was done, so that a later one can take its tensors over."""
+def records(planned: Plan, run: Run, folder: Path, device: str) -> dict[str, Any]:
+    """What `sources.json` says of a merge that was done into a folder, so that a later one can take its tensors over."""
     hashed = _hashed(planned)
     of = {path: file for path, (file, _) in planned.inputs.files.items()}
-    files = {path: InputFile(stamp=of[path].stamp, sha256=of[path].sha256 if path in hashed else None) for path in of}
+    files = {path: KnownFile(stamp=of[path].stamp, sha256=of[path].sha256 if path in hashed else None) for path in of}
     identities = {path: _identity(record.stamp, record.sha256) for path, record in files.items()}
-    keys = {job.outputs[0].name: _key(job, identities, surveys) for job in planned.jobs}
+    keys = {job.outputs[0].name: _key(job, identities, run.surveys) for job in planned.jobs}
     told = {str(path.resolve()): record.model_dump() for path, record in files.items()}
-    return {"made_by": program(device), "files": told, "jobs": keys}
+    written = {name: {"stamp": stamp_of(folder / name), "sha256": sha256} for name, sha256 in run.sha256.items()}
+    return {"made_by": program(device), "files": told, "outputs": written, "jobs": keys}
 
 
 class Earlier:
@@ -52,7 +55,7 @@ class Earlier:
             raise CheckpointError(
                 f"{folder}: was made by {theirs}, and this is {ours}: their bytes may differ; {INSTEAD}"
             )
-        self.files, self.keys = places.files, places.jobs
+        self.files, self.outputs, self.keys = places.files, places.outputs or {}, places.jobs
         self.weights = Checkpoint(folder, ("adapter_model", "model"))
         for file in self.weights.files:
             if file.path.name not in self.manifest["outputs"]:
@@ -61,7 +64,7 @@ class Earlier:
     def reused(self, planned: Plan, surveys: Mapping[str, Survey]) -> dict[str, Job]:
         """The jobs that are done already, by the name of their first output, as jobs that copy their tensors.
 
-        Inputs that are as they were when the result was made are not hashed again.
+        Files that are as they were when the result was made, its own among them, are not hashed again.
 
         Raises:
             RecipeError: there is none.
@@ -80,6 +83,9 @@ class Earlier:
         names = {ref.file for job in found.values() for ref in job.reads}
         self.taken = [file for file in self.weights.files if file.path in names]
         for file in self.taken:
+            record = self.outputs.get(file.path.name)
+            if record is not None and record.sha256 is not None and record.stamp == file.stamp:
+                file.trust(record.sha256)
             file.hash_reads()
         return found
 

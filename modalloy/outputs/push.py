@@ -6,7 +6,8 @@ from pathlib import Path
 
 from modalloy.errors import CheckpointError, OutputError
 from modalloy.files import cache_folder
-from modalloy.outputs.manifest import MANIFEST, SOURCES, result_files
+from modalloy.outputs.manifest import MANIFEST, result_files
+from modalloy.outputs.sources import SOURCES
 from modalloy.storage.remote import Store
 
 

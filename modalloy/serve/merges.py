@@ -13,7 +13,8 @@ from typing import Any
 
 from modalloy.errors import CheckpointError, ModalloyError, plain
 from modalloy.files import read_file
-from modalloy.outputs.manifest import SOURCES, read_manifest, read_sources
+from modalloy.outputs.manifest import read_manifest
+from modalloy.outputs.sources import SOURCES, read_sources
 from modalloy.recipe import load_recipe
 from modalloy.serve.refusal import RefusalError
 from modalloy.storage.folder import reading

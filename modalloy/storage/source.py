@@ -26,6 +26,12 @@ class Reader(Protocol):
         ...
 
 
+def stamp_of(path: Path) -> list[int]:
+    """What every change of a file changes: size, times of change of data and of inode in ns, inode."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
 class Source:
     """The bytes of one file, for several threads, and their hash taken on the way.
 
@@ -36,9 +42,8 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = path.stat()
-        self.size, self.changed_ns = found.st_size, found.st_mtime_ns
-        self.stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        self.stamp = stamp_of(path)
+        self.size, self.changed_ns = self.stamp[:2]
         self.lock = threading.Lock()
         self.digest = hashlib.sha256()
         self.hashed = 0

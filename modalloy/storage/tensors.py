@@ -132,7 +132,7 @@ class WeightFile:
 
     @property
     def stamp(self) -> list[int]:
-        """What every change of the file changes: size, times of change of data and of inode in ns, inode."""
+        """What every change of the file changes (see `stamp_of`)."""
         return self._source.stamp
 
     def keep(self, ref: TensorRef) -> None:
