@@ -17,13 +17,11 @@ table, then one JSON document as its last line.
 
 import argparse
 import functools
-import hashlib
 import json
-import os
 import shutil
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,31 +31,33 @@ import torch
 import vicuna7b
 from measuring import Usage, table
 from merge_layer import K
-from torch import Tensor
 
 AIMS = {"× cp -r": 1.5, "peak GB": 3.0, "planning and verifying": 0.05}
+ROWS = 128  # of a weight at once
 
 
 def arithmetic(size: vicuna7b.Size, hashed_bytes: int) -> dict[str, float]:
     """Seconds of each part of the arithmetic, on all cores."""
     adding = 0.0
     for out, in_ in vicuna7b.LINEARS.values():
-        added = functools.partial(add, torch.randn(out, in_).half(), torch.randn(out, K), torch.randn(K, in_))
-        adding += size.layers * min(measuring.timed(added)[0] for _ in range(4))
-    cores = len(os.sched_getaffinity(0))
-    block = bytes(64 << 20)
-    with ThreadPoolExecutor(cores) as pool:
-        hashing, _ = measuring.timed(lambda: list(pool.map(hashlib.sha256, [block] * 4 * cores)))
+        make = functools.partial(adding_to, out, in_)
+        adding += size.layers * merge_adapters.busy_seconds(make)
     return {
         "subspaces": sum(merge_adapters.arithmetic(size).values()),
         "updates added": adding,
-        f"sha256 of {hashed_bytes / 1e9:.1f} GB": hashing * hashed_bytes / (4 * cores * len(block)),
+        **merge_adapters.hashing(hashed_bytes),
     }
 
 
-def add(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """weight + up · down, in its type."""
-    return torch.addmm(weight.float(), up, down).to(weight.dtype)
+def adding_to(out: int, in_: int) -> Callable[[], None]:
+    """The product of an update's factors added to a weight, in float32 and back to its type, by blocks that caches hold."""
+    weight, up, down = torch.randn(out, in_).half(), torch.randn(out, K), torch.randn(K, in_)
+
+    def add() -> None:
+        for rows in (slice(start, start + ROWS) for start in range(0, out, ROWS)):
+            weight[rows] = torch.addmm(weight[rows].float(), up[rows], down)
+
+    return add
 
 
 def main() -> None:

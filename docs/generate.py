@@ -19,6 +19,7 @@ import scale_results
 import search_results
 import senses_results
 import serve_results
+import speed_results
 from typer.main import get_command
 
 import modalloy
@@ -64,7 +65,10 @@ def pages() -> dict[str, str]:
         "reference/python.md": python(),
         "results/safety.md": safety(),
         "results/native.md": native(),
-        "results/speed.md": speed(),
+        "results/speed.md": speed_results.page(
+            {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in speed_results.NAMES},
+            (RESULTS / "earlier_speed.md").read_text(),
+        ),
         "results/classes.md": classes(),
         **stored("search", search_results.page),
         **stored("senses", senses_results.page),
@@ -322,80 +326,6 @@ def _export(told: dict[str, Any]) -> str:
             "",
             "“exact” keeps keys and values in float32 and uses no flash attention; the others are as `--engine llama.cpp` runs.",
             "Peak memory is of a process that loads the model and answers one question with a picture: encoders are in each.",
-            "",
-        ]
-    )
-
-
-def speed() -> str:
-    """What merges cost, from the stored results of the benchmarks; and rows that were measured before results were stored."""
-    names = ("merge_adapters", "merge_layer", "merge_full", "merge_across", "merge_dense", "optmerge", "cuda")
-    of = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in names}
-    layers, layer, full = of["merge_adapters"], of["merge_layer"]["rows"], of["merge_full"]
-    across, dense, descent = of["merge_across"]["runs"], of["merge_dense"]["spectra"]["1/j"], of["optmerge"]
-    floor = sum(layers["floor_s"].values())
-    arithmetic = sum(full["floor_s"].values())
-    parts = ", ".join(f"{name} {part:.1f}" for name, part in full["floor_s"].items())
-    ours, copied = (full["runs"][name][0]["synced_seconds"] for name in ("modalloy merge", "cp -r, sync"))
-    linear, published, copy = (across[name]["synced_seconds"] for name in ("linear", "as published", "cp -r, sync"))
-    weight, literal = dense["ours"]["4096 × 4096"], dense["literal"]["4096 × 4096"]
-    mean = sum(run["seconds"] for run in weight) / len(weight)
-    rows = [
-        f"| four rank-128 adapters of {layers['layers']} layers → adapter, SSAM k = 128 (`merge_adapters.py --peft`) | "
-        f"{layers['found']['seconds']:.1f} s, peak {layers['found']['peak GB']:.2f} GB | floor {floor:.1f} s | "
-        f"{layers['found']['× floor']:.2f} × the floor | ≤ 2 ×, ≤ 2 GB, ≤ 45 s |",
-        f"| one decoder layer of these in memory | {layers['decoder_layer']['ours_s']:.2f} s | PEFT `svd`: "
-        f"{layers['decoder_layer']['peft_s']:.0f} s | {layers['found']['× PEFT svd']:.0f} × faster | ≥ 300 ×: **missed** |",
-        f"| one 4096 × 4096 weight of four adapters (`merge_layer.py`) | {layer['ours']['seconds']:.3f} s | floor "
-        f"{layer['floor']['seconds']:.3f} s; Algorithm 1 {layer['Algorithm 1']['seconds']:.1f} s; PEFT `svd` "
-        f"{layer['PEFT svd']['seconds']:.1f} s | {layer['ours']['seconds'] / layer['floor']['seconds']:.1f} × the floor; "
-        f"{layer['Algorithm 1']['seconds'] / layer['ours']['seconds']:.0f} × faster than Algorithm 1 | ≤ 2 × the floor |",
-        f"| the adapters and a 13.5 GB base → full checkpoint, hashed and verified (`merge_full.py`) | {ours:.1f} s, peak "
-        f"{full['found']['peak GB']:.2f} GB | `cp -r` and `sync` of the base {copied:.1f} s; floor of arithmetic and hashing "
-        f"{arithmetic:.1f} s | {ours / copied:.1f} × `cp`, {full['found']['× floor']:.2f} × the floor | ≤ 3 GB; "
-        "≤ 1.5 × `cp`: **missed** |",
-        f"| across architectures, 3.8 GB + 2.1 GB, 4 layers, `linear` (`merge_across.py`) | {linear:.1f} s, peak "
-        f"{across['linear']['peak_bytes'] / 1e9:.1f} GB | whole models in memory: {published:.1f} s, "
-        f"{across['as published']['peak_bytes'] / 1e9:.1f} GB; `cp -r` {copy:.1f} s | {linear / published:.2f} × that, "
-        f"{linear / copy:.1f} × `cp`; hashed and verified | – |",
-        f"| a full fine-tune's 4096 × 4096 weight, singular values ∝ 1/j (`merge_dense.py`) | {mean:.1f} s | "
-        f"Algorithm 1 in float32 {literal['seconds']:.1f} s | {literal['seconds'] / mean:.1f} × faster; error "
-        f"{literal['error']:.0e} (its own {literal['float32_error']:.0e}) | ≥ 5 × a layer: **not shown here**, ≤ 1e-4 |",
-        f"| OptMerge `lora`, one 4096 × 4096 weight, 3 × rank 128 (`optmerge.py`) | {descent['ours_s']:.3f} s | 300 steps of SGD "
-        f"{descent['found']['× SGD'] * descent['ours_s']:.0f} s (extrapolated from {descent['steps']}) | "
-        f"{descent['found']['× SGD']:.0f} ×, same result to {descent['found']['error']:.0e} | ≥ 100 ×, ≤ 1e-6 |",
-    ]
-    timed = of["cuda"]["rows"].items()
-    cards = [
-        f"| {name} | {one['cpu']:.3f} | {one['cuda']:.4f} | {one['cpu'] / one['cuda']:.0f} |" for name, one in timed
-    ]
-    return "\n".join(
-        [
-            "# How fast is it?\n",
-            "Two cores of a virtual machine with an Intel Xeon (the full checkpoint: an AMD EPYC, whose disk is slower),",
-            "nothing else on them; each row measured in one run of its script in `benchmarks/`; weights of true Vicuna-7B",
-            "shapes. Aims that were missed are named as such.\n",
-            "| work | modalloy | against | ratio | aim |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            "The floor of the first row is what cannot be avoided, measured in the same run: reading the adapters and writing the",
-            "result, (out + in)(R² + 2Rk) multiply-adds a matrix in float32, and two float64 eigendecompositions of size R = 512 a",
-            "matrix. That of the full checkpoint is the same arithmetic, the product of each merged update with its weight, and",
-            f"sha256 of what is read and written: {parts} seconds of all cores. Where that is more",
-            "than the copy, no merge can be as fast as a copy. Planning and verifying it are "
-            f"{full['found']['planning and verifying']:.0%} of its time (aim: 5 %).\n",
-            f"## On a {of['cuda']['device']} (`benchmarks/cuda.py`)\n",
-            "One 4096 × 4096 weight of four rank-128 specialists, seconds, against two threads of its machine's CPU:\n",
-            "| case | CPU | CUDA | ratio |",
-            "|---|---|---|---|",
-            *cards,
-            "",
-            "## Measured before results were stored\n",
-            "On another machine of two cores, noisy, once each; these scripts are the same today.\n",
-            "| work | modalloy | against | ratio | aim |",
-            "|---|---|---|---|---|",
-            (RESULTS / "earlier_speed.md").read_text().rstrip(),
             "",
         ]
     )
