@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modalloy.errors import CheckpointError
+from modalloy.machine.memory import peak_bytes
 from modalloy.model import load_model
 from modalloy.planning.planner import plan
 from modalloy.recipe import Output, Recipe, SpecialistEntry
@@ -199,6 +200,19 @@ def test_an_altered_config_is_refused(altered: dict[str, Any], message: str, bas
     config.write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=message):
         load_model(config.parent)
+
+
+def test_a_config_gets_no_memory_for_more_than_is_stored(base: Path, tmp_path: Path) -> None:
+    config = write_omni(tmp_path, base) / "config.json"
+    told = json.loads(config.read_text())
+    told["modalities"]["image"]["update"]["rank"] = 1 << 19  # two gigabytes of factors
+    config.write_text(json.dumps(told))
+    load_model(base)  # what libraries take once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_bytes()
+    with pytest.raises(CheckpointError, match=r"mismatched tensor .*down_image \(stored as \(4, \d+\), not \(524288, "):
+        load_model(config.parent)
+    assert peak_bytes() - before < 200e6
 
 
 def test_a_projector_with_a_nan_is_not_asked(base: Path, tmp_path: Path) -> None:

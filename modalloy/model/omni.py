@@ -1,7 +1,7 @@
 """The merged model: any Llama-shaped decoder of transformers, routed, with one projector and encoder per modality."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from modalloy.errors import CheckpointError, shown
 from modalloy.machine.memory import release_memory
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.decoder import build_decoder
-from modalloy.model.opening import check_loaded, quiet
+from modalloy.model.opening import check_loaded, check_stored, quiet, stored_in
 from modalloy.model.quantised import check_writable, only_the_base, settle
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 from modalloy.model.sequence import Features, blocks_of, by_row, deepstack, masks, seen_together, three_positions
@@ -88,6 +88,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             linear.text_weight = nn.Parameter(torch.zeros(linear.out_features, linear.in_features))
         for linear in self.linears.values():
             linear.folded = config.folded
+        check_stored(self, config)
         self._no_split_modules = [type(encoder).__name__ for encoder in self.encoders.values()]
         self.post_init()
         self.requires_grad_(False)
@@ -119,7 +120,10 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = config or ModalloyConfig.from_pretrained(where)
             kwargs |= {"quantization_config": only_the_base(kwargs.get("quantization_config"), config, named)}
         kwargs["ignore_mismatched_sizes"] = True  # and so named, as all that the loader reports: it is refused below
-        with quiet():
+        stored = kwargs.get("state_dict") or (
+            {} if config is None or folder is None else composed_weights(config, folder)
+        )
+        with quiet(), nullcontext() if config is None else stored_in(config, named, stored):
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
         check_loaded(named, info)
         settle(model.linears)

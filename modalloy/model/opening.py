@@ -6,7 +6,7 @@ names the folder and the cause. What a line of modalloy itself raises is our bug
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -178,10 +178,31 @@ def set_ends(model: Any, folder: Path, content: dict[str, Any]) -> None:
     model.generation_config.eos_token_id = ends or None
 
 
+@contextmanager
+def stored_in(config: Any, where: Any, stored: Mapping[str, Any]) -> Iterator[None]:
+    """A model that is made of the config in this block refuses tensors that are stored in other shapes than its own.
+
+    It is made without memory then; the loader would give it to all that do not fit.
+    """
+    config.stored = where, {name: tuple(one.shape) for name, one in stored.items()}
+    try:
+        yield
+    finally:
+        del config.stored
+
+
+def check_stored(model: Any, config: Any) -> None:
+    """Refuse tensors that are stored in other shapes than the model has, where `stored_in` says how they are."""
+    where, shapes = config.__dict__.pop("stored", ("", {}))
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in shapes}
+    wrong = [(name, shapes[name], shape) for name, shape in own.items() if shapes[name] != shape]
+    check_loaded(where, {"mismatched_keys": wrong})
+
+
 def check_loaded(where: Any, info: dict[str, Any]) -> None:
     """Refuse what transformers' loader reports: a tensor that is missing, unknown, or of another shape."""
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if names := sorted(map(_told, info[problem])):
+        if names := sorted(map(_told, info.get(problem, ()))):
             raise CheckpointError(
                 f"{where}: {problem.split('_')[0]} tensor {names[0]} ({len(names)} in all); "
                 "the files do not belong together, or are incomplete: merge or download them again"

@@ -7,6 +7,7 @@ A projector's class gives `settings(shapes)` (its keywords, from the names and s
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def build_projector(settings: dict[str, Any], *, meta: bool = False) -> Any:
                 f"config.json: {shown(key)} of a projector is {shown(value)}, not a size up to {MAX_SIZE}"
             )
     try:
-        with torch.device("meta" if meta else "cpu"):
+        with torch.device("meta") if meta else nullcontext():  # of a model that is being loaded: as its other parts
             return made(**sizes)
     except TypeError as error:
         raise CheckpointError(
