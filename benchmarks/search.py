@@ -134,8 +134,11 @@ def merge_of(name: str, recipe: Recipe, lora: Path, out: Path) -> Recipe:
 def skilled(specialist: Path, lora: Path, out: Path) -> Path:
     """A copy of a specialist in ModelCompose's layout whose text update is its own and a LoRA's together.
 
-    The factors stand side by side; those of its own tokens are filled up with zeros to the same rank.
+    The factors stand side by side; those of its own tokens are filled up with zeros to the same rank. One that is there is
+    kept: to a search's log a file that was written again is another.
     """
+    if (out / "config.json").is_file():
+        return out
     skill, own = open_specialist(lora, label="skill"), load_file(specialist / "adapter_model.safetensors")
     config = json.loads((specialist / "config.json").read_text())
     rank, scale = config["lora_r"], config["lora_alpha"] / config["lora_r"]
