@@ -256,11 +256,15 @@ def die_at(change: int) -> list[int]:
 
 
 def contents(folder: Path) -> Contents:
-    """Every file in a folder, and the links with where they lead to."""
+    """Every file in a folder, and the links with where they lead to; of `sources.json` not when files were written."""
     if folder.is_symlink():
         return {"link": os.fsencode(os.readlink(folder))}
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    for name in [name for name in found if name.endswith("sources.json")]:
+        told = json.loads(found[name])
+        found[name] = json.dumps({key: value for key, value in told.items() if key != "outputs"}).encode()
+    return found
 
 
 def write_inputs(folder: Path) -> None:
