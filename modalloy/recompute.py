@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMPUTED = 1e-5  # relative error of an update that was merged in float32
 SUMMED = 1e-7  # and of its sum with the base
 SAMPLED = 12  # tensors of each kind, of those merged by each method, that `verify OUT` recomputes of a large result
-CHECKED = 6  # of which a merge itself recomputes at least so many, one of each place in a layer among them
+CHECKED = 6  # of which a merge itself recomputes so many, and one of each place in a layer
 SMALL_BYTES = 64 << 20  # of inputs and of the weights that they update, up to which a result is recomputed as a whole
 PART_BYTES = 8 << 20  # of a tensor that is compared bit for bit
 DENSE_CHECK_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
@@ -40,13 +40,13 @@ Surveys = dict[str, dict[str, Any]]
 
 def spread(items: Sequence[Item], n: int = SAMPLED) -> list[Item]:
     """So many of the items, evenly from the first to the last; all if there are fewer."""
-    if len(items) <= n:
-        return list(items)
+    if len(items) <= n or n <= 1:
+        return list(items[: max(0, n)])
     return [items[round(index * (len(items) - 1) / (n - 1))] for index in range(n)]
 
 
 def spread_over_places(items: Sequence[Item], name_of: Callable[[Item], str]) -> list[Item]:
-    """Some of the items of every place in a layer (q_proj, up_proj, …), at least CHECKED of all, evenly over the layers.
+    """One of the items of every place in a layer (q_proj, up_proj, …), at least CHECKED if there are, evenly over the layers.
 
     A mistake that is made at one place of every layer is always among these.
     """
@@ -56,6 +56,8 @@ def spread_over_places(items: Sequence[Item], name_of: Callable[[Item], str]) ->
     turns = list(places.values()) * math.ceil(CHECKED / max(1, len(places)))
     last = max(1, len(turns) - 1)
     chosen = {place[round(step * (len(place) - 1) / last)] for step, place in enumerate(turns)}
+    others = [index for index in range(len(items)) if index not in chosen]
+    chosen.update(spread(others, CHECKED - len(chosen)))
     return [items[index] for index in sorted(chosen)]
 
 
@@ -262,8 +264,8 @@ def _distance(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]
         changed = math.hypot(changed, float(update.norm()))
         exact = base[rows].to(torch.float64, copy=True).add_(update)
         size = math.hypot(size, float(exact.norm()))
-        nearest = exact.to(written.dtype).to(torch.float64).sub_(exact).abs_()
-        excess = written[rows].to(torch.float64).sub_(exact).abs_().sub_(nearest)
+        nearest = exact.to(written.dtype).to(torch.float64, copy=True).sub_(exact).abs_()
+        excess = written[rows].to(torch.float64, copy=True).sub_(exact).abs_().sub_(nearest)
         distance = math.hypot(distance, float(excess.norm()))
     return _ratio(distance, size), 2 * (SUMMED + COMPUTED * _ratio(changed, size))
 

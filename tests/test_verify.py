@@ -578,6 +578,22 @@ def test_what_a_merge_recomputes_holds_every_place_of_a_layer_over_all_depths() 
     assert {name.split(".", 3)[3] for name in some} == {f"{place}.weight" for place in places}
     depths = [int(name.split(".")[2]) for name in some]
     assert min(depths) == 0 and max(depths) == 31 and max(b - a for a, b in pairwise(depths)) < 8
+    unequal = [f"model.layers.{layer}.norm.weight" for layer in range(32)] + ["model.norm.weight"]
+    assert len(recompute.spread_over_places(unequal, str)) == recompute.CHECKED
     many = [f"model.layers.{layer}.part{kind}.weight" for layer in range(4) for kind in range(40)]
     assert len(recompute.spread_over_places(many, str)) == 40  # one of each
     assert recompute.spread_over_places(names[:1], str) == names[:1] and not recompute.spread_over_places([], str)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ssam"])
+@pytest.mark.parametrize("kind", ["lora", "tuned"])
+def test_a_result_in_float64_is_right(method: str, kind: str, models: Path, tmp_path: Path) -> None:
+    """What is compared in float64 is not what was written or read, which stay as they are."""
+    for folder in models.iterdir():
+        shutil.copytree(folder, tmp_path / "models" / folder.name)
+        if (file := tmp_path / "models" / folder.name / "model.safetensors").is_file():
+            save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    out = tmp_path / "out"
+    modalloy.merge(recipe(tmp_path, tmp_path / "models", kind, merge_method=method, output={"form": "full"}), out)
+    assert next(iter(load_file(out / "model.safetensors").values())).dtype == torch.float64
+    assert verify(out, full=True).worst_error is not None

@@ -1,7 +1,7 @@
 """The merged model: any Llama-shaped decoder of transformers, routed, with one projector and encoder per modality."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             linear.text_weight = nn.Parameter(torch.zeros(linear.out_features, linear.in_features))
         for linear in self.linears.values():
             linear.folded = config.folded
-        check_stored(self, config)
+        check_stored(self)
         self._no_split_modules = [type(encoder).__name__ for encoder in self.encoders.values()]
         self.post_init()
         self.requires_grad_(False)
@@ -120,10 +120,10 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = config or ModalloyConfig.from_pretrained(where)
             kwargs |= {"quantization_config": only_the_base(kwargs.get("quantization_config"), config, named)}
         kwargs["ignore_mismatched_sizes"] = True  # and so named, as all that the loader reports: it is refused below
-        stored = kwargs.get("state_dict") or (
-            {} if config is None or folder is None else composed_weights(config, folder)
-        )
-        with quiet(), nullcontext() if config is None else stored_in(config, named, stored):
+        stored = kwargs.get("state_dict") or {}
+        if config is not None and folder is not None and not {"subfolder", "variant", "gguf_file"} & kwargs.keys():
+            stored = stored or composed_weights(config, folder)
+        with quiet(), stored_in(named, stored):
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
         check_loaded(named, info)
         settle(model.linears)

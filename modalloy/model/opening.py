@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ CODED = (
     "video_preprocessor_config.json",
     "generation_config.json",
 )
+STORED: ContextVar[tuple[Any, dict[str, tuple[int, ...]]]] = ContextVar("stored", default=("", {}))
 NEVER_ALONE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
@@ -179,22 +181,22 @@ def set_ends(model: Any, folder: Path, content: dict[str, Any]) -> None:
 
 
 @contextmanager
-def stored_in(config: Any, where: Any, stored: Mapping[str, Any]) -> Iterator[None]:
-    """A model that is made of the config in this block refuses tensors that are stored in other shapes than its own.
+def stored_in(where: Any, stored: Mapping[str, Any]) -> Iterator[None]:
+    """A model that is made in this block refuses tensors that are stored in other shapes than its own.
 
-    It is made without memory then; the loader would give it to all that do not fit.
+    What transformers' loader makes has no memory yet; it would give it to all that do not fit.
     """
-    config.stored = where, {name: tuple(one.shape) for name, one in stored.items()}
+    token = STORED.set((where, {name: tuple(one.shape) for name, one in stored.items()}))
     try:
         yield
     finally:
-        del config.stored
+        STORED.reset(token)
 
 
-def check_stored(model: Any, config: Any) -> None:
+def check_stored(model: Any) -> None:
     """Refuse tensors that are stored in other shapes than the model has, where `stored_in` says how they are."""
-    where, shapes = config.__dict__.pop("stored", ("", {}))
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in shapes}
+    where, shapes = STORED.get()
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in shapes} if shapes else {}
     wrong = [(name, shapes[name], shape) for name, shape in own.items() if shapes[name] != shape]
     check_loaded(where, {"mismatched_keys": wrong})
 

@@ -83,9 +83,9 @@ class Earlier:
         names = {ref.file for job in found.values() for ref in job.reads}
         self.taken = [file for file in self.weights.files if file.path in names]
         for file in self.taken:
-            record = self.outputs.get(file.path.name)
-            if record is not None and record.sha256 is not None and record.stamp == file.stamp:
-                file.trust(record.sha256)
+            sha256 = self.manifest["outputs"][file.path.name]
+            if self.outputs.get(file.path.name) == KnownFile(stamp=file.stamp, sha256=sha256):
+                file.trust(sha256)
             file.hash_reads()
         return found
 
