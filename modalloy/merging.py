@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -280,6 +281,8 @@ def run_here(
     planned: Plan, jobs: Sequence[Job], inputs: Inputs, work: Compute, budget: cost.Budget, add: Add
 ) -> Generator[int, None, None]:
     """Runs jobs in threads of this process and hands what they give to `add`; yields how many are done."""
+    read = Counter(source for job in jobs for source in {source for ref in job.reads for source in ref.sources})
+    planned.inputs.keep(source for source, count in read.items() if count > 1)
     planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
     for file in planned.hashed_files():
         file.hash_reads()

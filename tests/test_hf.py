@@ -1,6 +1,7 @@
 """The merged model as a citizen of transformers: Auto classes, batches, beams, saving, types, families, folding."""
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import yaml
 from conftest import SLOTS, WIDTH, base_tokenizer, write_compose
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel, TextStreamer
 
 import modalloy
 import modalloy.model
@@ -141,6 +142,25 @@ def test_saved_model_is_the_same_model(model: Any, processor: Any, tmp_path: Pat
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing tensor projectors\.audio\.0\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("named", [{"subfolder": "sub"}, {"variant": "fp16"}])
+def test_a_saved_model_is_found_by_subfolder_and_variant(model: Any, named: dict[str, str], tmp_path: Path) -> None:
+    place = tmp_path / named.get("subfolder", "")
+    model.save_pretrained(place, variant=named.get("variant"))
+    found = type(model).from_pretrained(tmp_path, **named).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_saved_models_larger_sizes_get_no_memory(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before transformers' loader, which would fill them in and then say so."""
+    model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "config.json").read_text())
+    told["modalities"]["image"]["update"]["rank"] = 4000
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", lambda *_: pytest.fail("the loader was reached"))
+    with pytest.raises(CheckpointError, match=r"mismatched tensor .*down_image \(stored as \(\d+, \d+\), not \(4000, "):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_generation_config_of_the_base_is_used(omni: Path, tmp_path: Path) -> None:

@@ -25,10 +25,9 @@ class Inputs:
         return both
 
     def keep(self, refs: Iterable[TensorRef]) -> None:
-        """These tensors will be read twice: those of a store are then asked for once (see `storage/ranges.py`)."""
-        for ref in refs:
-            if not isinstance(ref, ComposedRef):
-                self.files[ref.file][0].keep(ref)
+        """These tensors will be read again: those of a store are then asked for once (see `storage/ranges.py`)."""
+        for source in (source for ref in refs for source in ref.sources):
+            self.files[source.file][0].keep(source)
 
     def forget(self) -> None:
         """Nothing will be read again."""

@@ -58,7 +58,7 @@ class RemoteSource(Source):
     def _opened(self) -> Iterator["RemoteSource"]:
         yield self
 
-    def read_some(self, target: memoryview, begin: int) -> int:
+    def read_some(self, target: memoryview, begin: int, *, again: bool = False) -> int:
         """Some of the bytes from `begin` on; 0 at the end."""
         if begin >= self.size:
             return 0

@@ -21,8 +21,8 @@ DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
 class Reader(Protocol):
     """What gives bytes of an opened file."""
 
-    def read_some(self, target: memoryview, begin: int) -> int:
-        """Some of the bytes from `begin` on; 0 at the end."""
+    def read_some(self, target: memoryview, begin: int, *, again: bool = False) -> int:
+        """Some of the bytes from `begin` on, which are read `again` soon; 0 at the end."""
         ...
 
 
@@ -48,14 +48,15 @@ class Source:
         self.digest = hashlib.sha256()
         self.hashed = 0
         self.hashes_reads = False
+        self.kept: set[int] = set()  # where tensors begin that are read again
         self.known: str | None = None  # its hash, where an earlier merge took it
 
     def read_into(self, target: memoryview, begin: int, what: str) -> None:
         """Fill `target` with the bytes from `begin` on."""
         with self._opened() as file:
-            done = 0
+            done, again = 0, begin in self.kept
             while done < len(target):
-                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done)
+                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done, again=again)
                 if not count:
                     raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
                 done += count
@@ -93,7 +94,8 @@ class Source:
             self._hash(block[:count])
 
     def keep(self, begin: int, end: int) -> None:
-        """These bytes will be read again: nothing to do where they are on a disk."""
+        """These bytes will be read again: the page cache shall hold them."""
+        self.kept.add(begin)
 
     def forget(self) -> None:
         """They will not be any more."""
@@ -121,9 +123,14 @@ class _Opened:
         if self.direct is not None:
             os.close(self.direct)
 
-    def read_some(self, target: memoryview, begin: int) -> int:
-        """Some of the bytes from `begin` on: from the page cache if they are there, else past it; 0 at the end."""
-        if len(target) < 16 * PAGE_BYTES or not DIRECT_READS:
+    def read_some(self, target: memoryview, begin: int, *, again: bool = False) -> int:
+        """Some of the bytes from `begin` on: from the page cache if they are there, else past it; 0 at the end.
+
+        What is read again is read into the page cache.
+        """
+        if again and DIRECT_READS:
+            os.posix_fadvise(self.cached, begin, len(target), os.POSIX_FADV_WILLNEED)
+        if again or len(target) < 16 * PAGE_BYTES or not DIRECT_READS:
             return os.preadv(self.cached, [target], begin)
         try:
             if count := os.preadv(self.cached, [target], begin, os.RWF_NOWAIT):

@@ -59,6 +59,11 @@ class TensorRef:
             count *= size
         return count * self.dtype.itemsize
 
+    @property
+    def sources(self) -> "tuple[TensorRef, ...]":
+        """The stored tensors that reading it reads, as far as it is made of rows of them."""
+        return (self,)
+
     def one(self, index: int) -> "TensorRef":
         """One of the tensors along its first dimension: of matrices that are stored as one tensor, of their scales.
 
@@ -74,6 +79,10 @@ class TensorRef:
 
 class ComposedRef(TensorRef):
     """A tensor that is made of stored ones."""
+
+    @property
+    def sources(self) -> tuple[TensorRef, ...]:
+        return ()
 
     def composed(self, read: Callable[[TensorRef], Tensor], buffer: Tensor | None = None) -> Tensor:
         """Its data, from what `read` gives of the stored ones."""

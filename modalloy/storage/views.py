@@ -26,6 +26,10 @@ class MappedRef(ComposedRef):
     keeps: bool = False
 
     @property
+    def sources(self) -> tuple[TensorRef, ...]:
+        return tuple(dict.fromkeys(one for source, _, _ in self.parts for one in source.sources))
+
+    @property
     def largest_bytes(self) -> int:
         """Size of the largest source, which is read whole."""
         return max(source.n_bytes for source, _, _ in self.parts)
