@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def pages() -> dict[str, str]:
         "results/classes.md": classes(),
         **stored("search", search_results.page),
         **stored("senses", senses_results.page),
-        **stored("senses", paper_results.page, "paper"),
+        **stored(
+            "senses", partial(paper_results.page, search=json.loads((RESULTS / "search.json").read_text())), "paper"
+        ),
         **stored("across", across_results.page),
         **stored("factorial", factorial_results.page),
         "results/serve.md": serve_results.page(RESULTS),

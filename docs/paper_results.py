@@ -1,4 +1,4 @@
-"""The page that sets what SSAM's paper claims beside what was seen here, from the document of `benchmarks/senses.py`."""
+"""The page that sets what SSAM's paper claims beside what was seen here, from what `senses.py` and `search.py` found."""
 
 from typing import Any
 
@@ -14,6 +14,23 @@ interval holds 0. Recipes that make the paper's own merges are in `recipes/`.
 |---|---|---|---|
 {rows}
 
+## Methods by what is shown together (as the paper's Tables 1 to 3)
+
+{together}
+
+V is a moving picture, I a picture, A what is said, human A a recorded word. The average is that of the four columns.
+
+## Specialists and their merge, each sense alone, and language (as Tables 4 and S1)
+
+{alone}
+
+## By λ and by k (as Figures 5 and 6)
+
+{curves}
+
+SSAM of the four specialists on {labelled} validation questions ([search](search.md)), the other value as in the recipe
+(λ = 1/4, k = 8, in bold).
+
 What is not repeated: MUSIC-AVQA, AVQA, MCUB, MMLU, OCRBench and MMAU themselves ([they can be asked](../evaluate.md) where their
 files are), 7B decoders, and models that were trained jointly by others.
 """
@@ -28,10 +45,50 @@ CLAIMS = {
 }
 
 
-def page(told: dict[str, Any]) -> str:
-    """The whole page, in Markdown."""
+# cell of the benchmark → its column, in the paper's letters
+TOGETHER = {"image+audio": "I+A", "video+audio": "V+A", "image+video+audio": "I+V+A", "image+audio human": "I+human A"}
+METHODS = ("task arithmetic", "TSV", "WUDI", "OptMerge", "NaiveMC", "average (= DAMC)", "SSAM")  # in the paper's order
+
+
+def page(told: dict[str, Any], search: dict[str, Any]) -> str:
+    """The whole page, in Markdown; `search` is what `benchmarks/search.py` found."""
     rows = [_contrast(told["ssam_minus"].get(name), *claim) for name, claim in CLAIMS.items()]
-    return PAGE.format(rows="\n".join([*rows, *_singles(told), _language(told)]))
+    curves = search["merges"]["recipe"]
+    return PAGE.format(
+        rows="\n".join([*rows, *_singles(told), _language(told)]),
+        together=_together(told["rows"]),
+        alone=_alone(told["rows"]),
+        curves="\n\n".join(_curve(curves[axis], letter) for axis, letter in (("scale", "λ"), ("rank", "k"))),
+        labelled=curves["rank"]["labelled"],
+    )
+
+
+def _together(rows: dict[str, Any]) -> str:
+    """Methods by mixtures of media, and their average."""
+    lines = []
+    for name in (name for name in METHODS if name in rows):
+        shares = [100 * rows[name]["cell"][cell]["accuracy"] for cell in TOGETHER]
+        lines.append([name, *(f"{share:.1f}" for share in (*shares, sum(shares) / len(shares)))])
+    return _table(["method", *TOGETHER.values(), "average"], lines)
+
+
+def _alone(rows: dict[str, Any]) -> str:
+    """What each model knows of one sense, and of language."""
+    lines = []
+    for name in ("base", *(f"{sense} specialist" for sense in SINGLE), "SSAM"):
+        found = (rows[name]["cell"].get(cell) for cell in (*SINGLE, "text"))
+        lines.append([name, *("–" if one is None else f"{100 * one['accuracy']:.1f}" for one in found)])
+    return _table(["model", *SINGLE, "language"], lines)
+
+
+def _curve(axis: dict[str, Any], letter: str) -> str:
+    """Accuracy by one of its values."""
+    values = [f"**{value:.4g}**" if value == axis["default"] else f"{value:.4g}" for value, _ in axis["accuracy"]]
+    return _table([letter, *values], [["accuracy", *(f"{100 * share:.1f}" for _, share in axis["accuracy"])]])
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def _contrast(one: dict[str, Any] | None, claim: str, paper: str) -> str:
