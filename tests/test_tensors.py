@@ -86,6 +86,26 @@ def test_hundreds_of_shards_need_few_descriptors(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_what_is_read_again_is_read_into_the_page_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(512, 512)
+    save_file({"again": weights, "once": weights + 1}, folder / "two.safetensors")
+    file = WeightFile(folder / "two.safetensors")
+    file.keep(file.refs["again"])
+    past: list[int] = []
+    direct = source._Opened._past_cache
+
+    def noted(self: source._Opened) -> int:
+        past.append(1)
+        return direct(self)
+
+    monkeypatch.setattr(source._Opened, "_past_cache", noted)
+    with (folder / "two.safetensors").open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert torch.equal(file.read(file.refs["again"]), weights) and not past
+    assert torch.equal(file.read(file.refs["once"]), weights + 1)
+
+
 def test_a_file_that_changes_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(5)}, path)
