@@ -19,9 +19,9 @@ from modalloy.storage.source import _Opened
 
 read = 0
 some = _Opened.read_some
-def counting(self, target, begin):
+def counting(self, *given, **named):
     global read
-    count = some(self, target, begin)
+    count = some(self, *given, **named)
     read += count
     return count
 _Opened.read_some = counting
