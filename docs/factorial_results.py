@@ -28,7 +28,7 @@ def page(told: dict[str, Any]) -> str:
             "## Methods minus averaging\n",
             "Points of accuracy over all questions of a corner; \\* where the 95 % interval (bootstrap of clusters, "
             "paired)\nexcludes 0.\n",
-            _table(
+            table(
                 ["start, size, skill", "average", *methods, "ahead of averaging"],
                 [
                     [
@@ -48,7 +48,7 @@ def page(told: dict[str, Any]) -> str:
             "For each method the figure of `modalloy inspect` (median over all weights) whose rank correlation with the "
             "method's\ndistance "
             "from averaging was largest on one half of the corners, and that correlation on the other half (aim: 0.8).\n",
-            _table(
+            table(
                 ["method", "figure", "Spearman where chosen", "on the other corners"],
                 [
                     [method, one["figure"], signed(one["chosen_on"], 2), signed(one["tested_on"], 2)]
@@ -72,7 +72,7 @@ def _sizes(corners: dict[str, dict[str, Any]], methods: list[str]) -> str:
             ahead, behind = (sum(one["ci95"][0] > 0 for one in own), sum(one["ci95"][1] < 0 for one in own))
             row.append(f"{signed(mean, 1)} (ahead in {ahead}, behind in {behind} of {len(own)})")
         rows.append(row)
-    return _table(["minus averaging, points, mean", *sizes], rows)
+    return table(["minus averaging, points, mean", *sizes], rows)
 
 
 def _winners(corner: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def _kept(corners: dict[str, dict[str, Any]]) -> str:
             merged = [told[method].get(cell) for method in ("average", "ssam", "task_arithmetic")]
             row.append(" / ".join("–" if value is None else f"{value:.2f}" for value in (alone, *merged)))
         rows.append(row)
-    return _table(["start, size, skill", *cells], rows)
+    return table(["start, size, skill", *cells], rows)
 
 
 def _figures(corners: dict[str, dict[str, Any]]) -> str:
@@ -101,10 +101,11 @@ def _figures(corners: dict[str, dict[str, Any]]) -> str:
         [name.replace("-", ", "), *["–" if one["figures"][f] is None else f"{one['figures'][f]:.3f}" for f in names]]
         for name, one in corners.items()
     ]
-    return _table(["start, size, skill", *names], rows)
+    return table(["start, size, skill", *names], rows)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, with a line's end."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from factorial_results import table
+
 SINGLE = ("image", "audio", "video", "point")
 PAGE = """# What the paper claims, and what was seen here
 
@@ -17,17 +19,14 @@ interval holds 0. Recipes that make the paper's own merges are in `recipes/`.
 ## Methods by what is shown together (as the paper's Tables 1 to 3)
 
 {together}
-
 V is a moving picture, I a picture, A what is said, human A a recorded word. The average is that of the four columns.
 
 ## Specialists and their merge, each sense alone, and language (as Tables 4 and S1)
 
 {alone}
-
 ## By λ and by k (as Figures 5 and 6)
 
 {curves}
-
 SSAM of the four specialists on {labelled} validation questions ([search](search.md)), the other value as in the recipe
 (λ = 1/4, k = 8, in bold).
 
@@ -58,7 +57,7 @@ def page(told: dict[str, Any], search: dict[str, Any]) -> str:
         rows="\n".join([*rows, *_singles(told), _language(told)]),
         together=_together(told["rows"]),
         alone=_alone(told["rows"]),
-        curves="\n\n".join(_curve(curves[axis], letter) for axis, letter in (("scale", "λ"), ("rank", "k"))),
+        curves="\n".join(_curve(curves[axis], letter) for axis, letter in (("scale", "λ"), ("rank", "k"))),
         labelled=curves["rank"]["labelled"],
     )
 
@@ -69,7 +68,7 @@ def _together(rows: dict[str, Any]) -> str:
     for name in (name for name in METHODS if name in rows):
         shares = [100 * rows[name]["cell"][cell]["accuracy"] for cell in TOGETHER]
         lines.append([name, *(f"{share:.1f}" for share in (*shares, sum(shares) / len(shares)))])
-    return _table(["method", *TOGETHER.values(), "average"], lines)
+    return table(["method", *TOGETHER.values(), "average"], lines)
 
 
 def _alone(rows: dict[str, Any]) -> str:
@@ -78,17 +77,13 @@ def _alone(rows: dict[str, Any]) -> str:
     for name in ("base", *(f"{sense} specialist" for sense in SINGLE), "SSAM"):
         found = (rows[name]["cell"].get(cell) for cell in (*SINGLE, "text"))
         lines.append([name, *("–" if one is None else f"{100 * one['accuracy']:.1f}" for one in found)])
-    return _table(["model", *SINGLE, "language"], lines)
+    return table(["model", *SINGLE, "language"], lines)
 
 
 def _curve(axis: dict[str, Any], letter: str) -> str:
     """Accuracy by one of its values."""
     values = [f"**{value:.4g}**" if value == axis["default"] else f"{value:.4g}" for value, _ in axis["accuracy"]]
-    return _table([letter, *values], [["accuracy", *(f"{100 * share:.1f}" for _, share in axis["accuracy"])]])
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    return table([letter, *values], [["accuracy", *(f"{100 * share:.1f}" for _, share in axis["accuracy"])]])
 
 
 def _contrast(one: dict[str, Any] | None, claim: str, paper: str) -> str:
