@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,12 +12,17 @@ from modalloy.errors import MethodError
 MAX_INVERSE = (
     3e3  # norm of L⁻¹ up to which Q = X̂ L⁻ᵀ is orthonormal to 1e-9: rounding in the Gram grows with its square
 )
+PROBES = 32  # random vectors that a norm is estimated from
 MAX_WEIGHTS = (
     10.0  # a combination Xw of unit columns in float32 loses 6e-8 · ‖w‖ / ‖Xw‖ (times √n at worst) to rounding
 )
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
-BLOCK_ENTRIES = 1 << 20  # of a full weight that are worked on at once
-BLOCK_ROWS = 4096  # rows of a tall factor that are held in float64 at once
+BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once
+BLOCK_ROWS = 2048  # rows of a tall factor that are held in float64 at once
+SMALL_GRAM = 64  # columns up to which a Gram is multiplied whole
+SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
+MIN_GAP = 1e-5  # of the eigenvalues at the cut, in the largest: what float32 can tell apart
+SPAN_TOLERANCE = 1e-9  # of a span of eigenvectors: the sines of its angles, root mean square
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
 OVERSAMPLING = 2  # size of the iterated block, in ranks
 MAX_ITERATIONS = 30
@@ -35,20 +41,80 @@ def frobenius(matrix: Tensor) -> float:
 
 
 def gram(*matrices: Tensor) -> Tensor:
-    """Σ XᵀX (n, n) in float64 over matrices X (m, n). Only the upper block triangle is multiplied: 5/8 of the work. O(m n²)."""
+    """Σ XᵀX (n, n) in float64 over matrices X (m, n). Little more than its upper triangle is multiplied. O(m n²)."""
     n = matrices[0].shape[1]
     out = torch.zeros(n, n, dtype=torch.float64, device=matrices[0].device)
-    step = -(-n // 4) or 1
     for rows in (block for matrix in matrices for block in matrix.split(BLOCK_ROWS)):
-        across = rows.T.contiguous().to(torch.float64)  # (n, rows): both operands are then read along their rows
-        for start in range(0, n, step):
-            out[: start + step, start : start + step].addmm_(across[: start + step], across[start : start + step].T)
+        _add_upper_gram(out, rows.T.contiguous().to(torch.float64))  # both operands are then read along their rows
     return out.triu() + out.triu(1).T
 
 
+def _add_upper_gram(out: Tensor, across: Tensor) -> None:
+    """Add the upper triangle of Y Yᵀ to that of `out`, by halves and halves of them; what is below it means nothing."""
+    if len(out) <= SMALL_GRAM:
+        out.addmm_(across, across.T)
+        return
+    first, second = slice(0, len(out) // 2), slice(len(out) // 2, None)
+    out[first, second].addmm_(across[first], across[second].T)
+    for half in (first, second):
+        _add_upper_gram(out[half, half], across[half])
+
+
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Orthonormal eigenvectors (n, rank) of the largest eigenvalues of a symmetric float64 matrix (n, n). O(n³)."""
-    return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :rank]
+    """Orthonormal columns (n, rank) that span the eigenvectors of the largest eigenvalues of a float64 matrix; see `Spectrum`."""
+    return Spectrum(symmetric).top(rank)
+
+
+class Spectrum:
+    """The leading eigenvectors of a symmetric positive semidefinite float64 matrix A (n, n), decomposed once. O(n³)."""
+
+    def __init__(self, symmetric: Tensor) -> None:
+        self.A = symmetric
+
+    def top(self, rank: int) -> Tensor:
+        """Orthonormal columns (n, rank) that span the eigenvectors of the largest eigenvalues, to 1e-9 or better.
+
+        Each column is one of the eigenvectors where more than a third of them are asked for.
+        """
+        found = self._corrected(rank) if len(self.A) >= SMALL_EIGH and 0 < rank <= len(self.A) / 3 else None
+        return self._in_double[:, :rank] if found is None else found
+
+    @cached_property
+    def _in_double(self) -> Tensor:
+        return torch.linalg.eigh(self.A).eigenvectors.flip(1)
+
+    @cached_property
+    def _in_single(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues over the trace, and eigenvectors, in float32, the largest first."""
+        values, vectors = torch.linalg.eigh((self.A / self.A.trace()).to(torch.float32))
+        return values.flip(0), vectors.flip(1)
+
+    def _corrected(self, rank: int) -> Tensor | None:
+        """Those of float32, corrected by float64 residuals; None if the eigenvalues at the cut are too close for that.
+
+        To first order the span of X lacks Y S, of the other eigenvectors Y, with S_ij = y_iᵀ (A x_j − X Xᵀ A x_j) / (λ_j − λ_i):
+        a Newton step, whose size is the error before it. A step in float32 leaves the part of the error to which Y and λ are
+        known; the steps end where the last one says that nothing is missing.
+        """
+        size = self.A.trace()
+        if not float(size) > 0:
+            return None
+        values, vectors = self._in_single
+        if not float(values[rank - 1] - values[rank]) > MIN_GAP * float(values[0]):
+            return None
+        X, Y, gaps = vectors[:, :rank].to(torch.float64), vectors[:, rank:], values[:rank] - values[rank:, None]
+        before = 1e-2 * rank**0.5
+        for step in range(MAX_ITERATIONS):
+            AX = self.A @ X
+            missing = Y.T @ ((AX - X @ (X.T @ AX)) / size).to(torch.float32) / gaps
+            error = float(missing.norm())
+            if step and error <= SPAN_TOLERANCE * rank**0.5:
+                return X
+            if not error < before / 10:
+                break
+            X, before = X + Y @ missing, error
+            X = torch.linalg.solve_triangular(torch.linalg.cholesky(X.T @ X).T, X, upper=True, left=False)
+        return None
 
 
 def leading_eigenvectors(symmetric: Tensor, cut: float) -> Tensor:
@@ -200,6 +266,13 @@ def inverse(squares: Tensor) -> Tensor:
     return torch.where(squares > RANK_TOLERANCE**2 * squares[-1:], 1 / squares, 0.0)
 
 
+def _inverse_norm(lower: Tensor) -> float:
+    """The Frobenius norm of L⁻¹, from what it makes of `PROBES` random vectors: rarely off by more than a third. O(n²)."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(len(lower), PROBES, generator=generator, dtype=torch.float64).to(lower.device)
+    return float(torch.linalg.solve_triangular(lower, probes, upper=False).norm()) / PROBES**0.5
+
+
 class Basis:
     """An orthonormal basis Q (m, p) of the columns of a tall X = Q @ triangle, p ≤ min(m, n), all in float64.
 
@@ -213,7 +286,7 @@ class Basis:
         squares = gram(columns) if m > n else None
         require_finite(columns if squares is None else squares.diagonal())
         self.q: Tensor | None = None
-        self.inverse: Tensor | None = None
+        self.lower: Tensor | None = None
         if squares is None:
             self.triangle = columns.to(torch.float64)
             return
@@ -224,12 +297,10 @@ class Basis:
         p = len(self.lengths)
         self.triangle = torch.zeros(p, n, dtype=torch.float64, device=columns.device)
         lower, failed = torch.linalg.cholesky_ex(squares / self.lengths.outer(self.lengths))
-        if not int(failed):
-            inverse = torch.linalg.solve_triangular(lower, torch.eye(p).to(lower), upper=False)
-            if float(inverse.norm()) <= MAX_INVERSE:
-                self.triangle[:, kept] = lower.T * self.lengths
-                self.inverse = inverse
-                return
+        if not int(failed) and _inverse_norm(lower) <= MAX_INVERSE:
+            self.triangle[:, kept] = lower.T * self.lengths
+            self.lower = lower
+            return
         self.q, upper = torch.linalg.qr(self.columns.to(torch.float64) / self.lengths)
         self.triangle[:, kept] = upper * self.lengths
 
@@ -237,9 +308,9 @@ class Basis:
         """Q @ coefficients: (m, k) in `dtype` from (p, k) in float64."""
         if self.q is not None:
             return (self.q @ coefficients).to(dtype)
-        if self.inverse is None:
+        if self.lower is None:
             return coefficients.to(dtype)
-        weights = self.inverse.T @ coefficients  # of the columns at unit length
+        weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True)  # of the columns at unit length
         well_separated = float(weights.norm()) <= MAX_WEIGHTS * float(coefficients.norm())
         weights /= self.lengths[:, None]
         if well_separated and self.columns.dtype == dtype:

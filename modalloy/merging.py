@@ -286,7 +286,10 @@ def run_here(
     planned.inputs.keep(ref for job in cost.sample(planned) for ref in (job.start, *job.reads) if ref is not None)
     for file in planned.hashed_files():
         file.hash_reads()
-    results = ENGINES["local"](jobs, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample)
+    shared = cost.shared(jobs) if budget.is_ample else {}
+    results = ENGINES["local"](
+        jobs, inputs, work, budget.n_workers, budget.fits_merging, ample=budget.is_ample, shared=shared
+    )
     with closing(results):
         for job, done in results:
             add(job, done)

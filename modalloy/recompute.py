@@ -21,6 +21,7 @@ from modalloy.methods.apply import apply, survey_model
 from modalloy.names import pattern_of
 from modalloy.storage.scaled import ScaledRef, codes_of, numbers_of, scales_of
 from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import cut_rows
 
 if TYPE_CHECKING:
     from modalloy.promise.promise import Promise, Update
@@ -31,6 +32,9 @@ SAMPLED = 12  # tensors of each kind, of those merged by each method, that `veri
 CHECKED = 6  # of which a merge itself recomputes so many, and one of each place in a layer
 SMALL_BYTES = 64 << 20  # of inputs and of the weights that they update, up to which a result is recomputed as a whole
 PART_BYTES = 8 << 20  # of a tensor that is compared bit for bit
+BLOCKS = (
+    8  # of rows of a large tensor, or such parts, that a merge itself checks: the first, the last, and some between
+)
 DENSE_CHECK_LIMIT = 2048  # weights up to this size are recomputed on dense float64 matrices where that is equivalent
 
 Item = TypeVar("Item")
@@ -172,7 +176,28 @@ def weight_error(
     """Relative Frobenius distance of a whole tensor from base plus update, and how large rounding may make it."""
 
     written, base = torch.atleast_1d(written), torch.atleast_1d(read(promise.start))
-    return _distance(written, base, exact_update(promise, read, surveys, double=double))
+    update_of = exact_update(promise, read, surveys, double=double)
+    return _distance((written[rows], base[rows], update_of(rows)) for rows in blocks_of_rows(written.shape))
+
+
+def sampled_error(
+    promise: "Promise", written: TensorRef, read_written: Read, read: Read, surveys: Surveys, *, double: bool
+) -> tuple[float, float, int] | None:
+    """The same of some blocks of rows, and how many entries these hold; None where the tensor is to be read whole."""
+    blocks = blocks_of_rows(written.shape)
+    if len(blocks) <= BLOCKS or promise.rows or promise.fishers or promise.start.shape != written.shape:
+        return None
+    tuned = any(update.tuned is not None for update in promise.updates)
+    by_rows = promise.kind == "averaged" or (tuned and METHODS[promise.method].rowwise)
+    whole = None if by_rows else exact_update(promise, read, surveys, double=double)
+    parts: list[tuple[Tensor, Tensor, Delta]] = []
+    for rows in spread(blocks, BLOCKS):
+        own, found = promise.cut(rows), cut_rows(written, rows)
+        if own is None or found is None:
+            return None
+        update = whole(rows) if whole else exact_update(own, read, surveys, double=double)(slice(None))
+        parts.append((read_written(found), read(own.start), update))
+    return *_distance(parts), sum(found.numel() for found, _, _ in parts)
 
 
 def exact_update(promise: "Promise", read: Read, surveys: Surveys, *, double: bool) -> Callable[[slice], Delta]:
@@ -249,36 +274,46 @@ def _apart(one: Delta, other: Delta) -> float:
     return norm(dense[0].to(torch.float64) - dense[1])
 
 
-def _distance(written: Tensor, base: Tensor, update_of: Callable[[slice], Delta]) -> tuple[float, float]:
-    """By blocks of rows: how much farther from base plus update what is written is than the nearest value of its type.
+def blocks_of_rows(shape: tuple[int, ...]) -> list[slice]:
+    """Consecutive blocks of rows, of about BLOCK_ENTRIES."""
+    step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def _distance(parts: Iterable[tuple[Tensor, Tensor, Delta]]) -> tuple[float, float]:
+    """How much farther from base plus update what is written is than the nearest value of its type; all three by rows.
 
     An update that was worked out `computed` away from the exact one makes it at most twice that: a sum in the middle of two
     neighbours, as the mean of two bfloat16 models often is, may be rounded to either.
     """
-    step = max(1, BLOCK_ENTRIES // max(1, math.prod(written.shape[1:])))
     distance = size = changed = 0.0
-    for start in range(0, len(written), step):
-        rows = slice(start, start + step)
-        update = update_of(rows)
+    for written, base, update in parts:
         update = (update.dense() if isinstance(update, LowRank) else update).to(torch.float64)
         changed = math.hypot(changed, float(update.norm()))
-        exact = base[rows].to(torch.float64, copy=True).add_(update)
+        exact = base.to(torch.float64, copy=True).add_(update)
         size = math.hypot(size, float(exact.norm()))
         nearest = exact.to(written.dtype).to(torch.float64, copy=True).sub_(exact).abs_()
-        excess = written[rows].to(torch.float64, copy=True).sub_(exact).abs_().sub_(nearest)
+        excess = written.to(torch.float64, copy=True).sub_(exact).abs_().sub_(nearest)
         distance = math.hypot(distance, float(excess.norm()))
     return _ratio(distance, size), 2 * (SUMMED + COMPUTED * _ratio(changed, size))
 
 
-def same_bits(written: TensorRef, read_written: Read, start: TensorRef, read: Read) -> bool:
-    """Whether a written tensor is a stored one bit for bit, in the type that is written; both are read in parts."""
+def same_bits(
+    written: TensorRef, read_written: Read, start: TensorRef, read: Read, n_parts: int | None = None
+) -> tuple[bool, int]:
+    """Whether a written tensor is a stored one bit for bit, in the type that is written; and how many entries were compared.
+
+    Both are read in parts: all of them, or `n_parts` from the first to the last.
+    """
     if written.shape != start.shape:
-        return False
-    if start.begin < 0:  # it is read whole
-        return _equal(read_written(written), read(start))
-    n_entries = PART_BYTES // max(written.dtype.itemsize, start.dtype.itemsize)
-    parts = zip(parts_of(written, n_entries), parts_of(start, n_entries), strict=True)
-    return all(_equal(read_written(own), read(other)) for own, other in parts)
+        return False, 0
+    parts = [(written, start)]
+    if start.begin >= 0:  # else it is read whole
+        n_entries = PART_BYTES // max(written.dtype.itemsize, start.dtype.itemsize)
+        parts = list(zip(parts_of(written, n_entries), parts_of(start, n_entries), strict=True))
+    some = parts if n_parts is None else spread(parts, n_parts)
+    same = all(_equal(read_written(own), read(other)) for own, other in some)
+    return same, sum(math.prod(own.shape) for own, _ in some)
 
 
 def _equal(written: Tensor, start: Tensor) -> bool:

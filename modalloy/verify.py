@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections import Counter
@@ -31,6 +32,7 @@ from modalloy.promise.across import promises_across
 from modalloy.promise.promise import Promise
 from modalloy.recipe import Recipe, load_recipe
 from modalloy.recompute import (
+    BLOCKS,
     SAMPLED,
     SMALL_BYTES,
     alike,
@@ -39,6 +41,7 @@ from modalloy.recompute import (
     is_survey,
     parts_of,
     same_bits,
+    sampled_error,
     spread_over_places,
     survey_of,
     surveyed_groups,
@@ -46,7 +49,7 @@ from modalloy.recompute import (
 )
 from modalloy.storage.folder import file_sha256, read_json, reading
 from modalloy.storage.scaled import ScaledRef
-from modalloy.storage.tensors import Checkpoint, all_finite
+from modalloy.storage.tensors import Checkpoint, TensorRef, all_finite
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
@@ -162,11 +165,8 @@ def verify_folder(
                     f"{folder}: {spec.name} should be {spec.shape} of {spec.dtype}, found {found}; merge again"
                 )
     check = _Check(folder, planned, weights, manifest)
-    checked, worst = check.run(full=full, draw=draw, budget=budget)
+    checked, n_entries, worst = check.run(full=full, draw=draw, budget=budget)
     counted, of = (Counter(str(promise.kind) for promise in some) for some in (checked, check.promised))
-    sizes = {ref.name: ref.n_bytes // ref.dtype.itemsize for ref in weights.refs.values()}
-    share = sum(sizes[name] for promise in checked for name in promise.names if not promise.rows)
-    share += sum(_entries(promise) for promise in checked if promise.rows)
     return Verification(
         len(listed),
         len(weights.refs),
@@ -175,7 +175,7 @@ def verify_folder(
         note,
         {kind: counted[kind] for kind in of},
         dict(of),
-        share / (sum(sizes.values()) or 1),
+        n_entries / (sum(map(entries_of, weights.refs.values())) or 1),
         full,
     )
 
@@ -203,24 +203,28 @@ class _Check:
 
     def run(
         self, *, full: bool, draw: random.Random | None, budget: cost.Budget | None
-    ) -> tuple[list[Promise], float | None]:
-        """Those that were recomputed, and the largest relative error of one that is not exact."""
+    ) -> tuple[list[Promise], int, float | None]:
+        """Those that were recomputed, how many entries of them, and the largest relative error of one that is not exact."""
         self._check_surveys(full)
-        some = self.promised if full else self._sample(draw)
+        is_small = sum(promise.n_bytes_with_start for promise in self.promised) <= SMALL_BYTES
+        some = self.promised if full or is_small else self._sample(draw)
+        in_part = not full and not is_small and draw is None
         self._check_cuts()
         worst: float | None = None
+        n_entries = 0
         jobs = {job.name: job for job in self.planned.jobs} | {job.name: job for job in self.planned.merges()}
         results = local.in_order(
             some,
             lambda _: None,
-            lambda promise, _: self._error(promise),
+            lambda promise, _: self._error(promise, in_part=in_part),
             default_workers() if budget is None else budget.n_workers,
             lambda promises: budget is None or budget.fits_verifying([jobs[promise.slot] for promise in promises]),
         )
         with closing(results):
-            for _, error in results:
+            for _, (error, count) in results:
                 worst = error if worst is None else worst if error is None else max(worst, error)
-        return some, worst
+                n_entries += count
+        return some, n_entries, worst
 
     def _placed(self, promise: Promise) -> Promise | None:
         """The promise with the names that are there: a pair of factors, or a weight of its own; None if none is needed."""
@@ -235,10 +239,8 @@ class _Check:
         raise CheckpointError(f"{self.folder}: {missing} is missing, which must be {promise.kind}; merge again")
 
     def _sample(self, draw: random.Random | None) -> list[Promise]:
-        """All of a small result, else some of each kind and method, and of each file; drawn, or spread over layers."""
+        """Some of each kind and method, and of each file; drawn, or spread over layers."""
         promised = self.promised
-        if sum(promise.n_bytes_with_start for promise in promised) <= SMALL_BYTES:
-            return promised
         groups: dict[tuple[str, str], list[int]] = {}
         for index, promise in enumerate(promised):
             groups.setdefault((promise.kind, promise.method), []).append(index)
@@ -256,23 +258,28 @@ class _Check:
         chosen.update(map(file_of.index, untouched))
         return [promised[index] for index in sorted(chosen)]
 
-    def _error(self, promise: Promise) -> float | None:
-        """How far a tensor is from what it must be, None if it had to be so bit for bit.
+    def _error(self, promise: Promise, *, in_part: bool) -> tuple[float | None, int]:
+        """How far a tensor is from what it must be, None if it had to be so bit for bit; and how many entries were compared.
 
         Raises:
             CheckpointError: too far.
         """
         if promise.is_exact and len(promise.names) == 1 and not promise.rows:
-            self._check_bits(promise)
-            return None
-        inputs = {ref: self.read(ref) for ref in promise.refs}
-        stored = promise.stored(self.weights.refs[promise.names[0]])
-        read, surveys, double, lost = inputs.__getitem__, self.surveys, self.double, None
+            return None, self._check_bits(promise, in_part=in_part)
+        refs = [self.weights.refs[name] for name in promise.names]
+        read = functools.cache(self.read)
+        stored, surveys, double, lost = promise.stored(refs[0]), self.surveys, self.double, None
+        n_entries = entries_of(promise.start) if promise.rows else sum(map(entries_of, refs))
         try:
-            if isinstance(stored, ScaledRef):
+            some = None
+            if in_part and len(refs) == 1 and not isinstance(stored, ScaledRef):
+                some = sampled_error(promise, stored, self.weights.read, read, surveys, double=double)
+            if some is not None:
+                error, allowed, n_entries = some
+            elif isinstance(stored, ScaledRef):
                 error, allowed, lost = codes_error(promise, stored, self.weights.read, read, surveys, double=double)
             else:
-                written = promise.within([self.weights.read(self.weights.refs[name]) for name in promise.names])
+                written = promise.within([self.weights.read(ref) for ref in refs])
                 if len(written) == 1:
                     error, allowed = weight_error(promise, written[0], read, surveys, double=double)
                 else:
@@ -286,12 +293,13 @@ class _Check:
             )
         if len(promise.names) == 2 or isinstance(stored, ScaledRef):
             self._check_cut(promise.slot, lost)
-        return error
+        return error, n_entries
 
-    def _check_bits(self, promise: Promise) -> None:
+    def _check_bits(self, promise: Promise, *, in_part: bool) -> int:
         written = self.weights.refs[promise.names[0]]
-        if same_bits(written, self.weights.read, promise.start, self.read):
-            return
+        same, count = same_bits(written, self.weights.read, promise.start, self.read, BLOCKS if in_part else None)
+        if same:
+            return count
         whose = "its specialist's" if promise.kind == "carried" else "the base's"
         raise CheckpointError(
             f"{self.folder}: {written.name} differs from what the recipe gives: it must be {whose} bit for bit; merge again"
@@ -329,8 +337,9 @@ class _Check:
         return CheckpointError(f"{self.folder / MANIFEST}: {place} {what}; merge again")
 
 
-def _entries(promise: Promise) -> int:
-    return promise.start.n_bytes // promise.start.dtype.itemsize
+def entries_of(ref: TensorRef) -> int:
+    """How many numbers a stored tensor holds."""
+    return ref.n_bytes // ref.dtype.itemsize
 
 
 def _percent(share: float) -> str:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from modalloy import linalg
-from modalloy.linalg import Basis, top_eigenvectors, top_subspace
+from modalloy.delta import LowRank, norm
+from modalloy.linalg import Basis, Spectrum, gram, top_eigenvectors, top_subspace
 
 M, N, K = 240, 260, 16
 TAIL = torch.arange(1, M + 1, dtype=torch.float64)
@@ -77,3 +78,60 @@ def test_basis_of_badly_scaled_columns_in_float32(spread: int) -> None:
     basis = Basis((tall * torch.logspace(-spread, spread, 64, dtype=torch.float64)).float())
     exact = basis.q_in(torch.float64)
     assert 0 < (basis.q_in(torch.float32).to(torch.float64) - exact).norm() < 2e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 130, 257])
+def test_a_gram_is_that_of_float64(size: int) -> None:
+    tall = torch.randn(5000, size, generator=torch.Generator().manual_seed(0))
+    wanted = tall.double().T @ tall.double()
+    assert torch.allclose(gram(tall), wanted, rtol=1e-12, atol=1e-9)
+    assert torch.equal(gram(tall), gram(tall).T)
+
+
+def symmetric(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix of these eigenvalues, and its eigenvectors."""
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64))[0]
+    return (vectors * values) @ vectors.T, vectors
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1.0, 1e40])
+@pytest.mark.parametrize("spectrum", ["random", *SPECTRA])
+def test_a_span_found_in_float32_is_corrected_to_that_of_float64(spectrum: str, scale: float) -> None:
+    """`with_spectrum` has singular values; here they are eigenvalues, and K of 400 is asked for."""
+    n = 400
+    fill = torch.zeros(n - M, dtype=torch.float64)
+    values = (
+        torch.linspace(2, 1, n, dtype=torch.float64) if spectrum == "random" else torch.cat([SPECTRA[spectrum], fill])
+    )
+    values = values.sort(descending=True).values * scale
+    A, vectors = symmetric(values)
+    found = Spectrum(A).top(K)
+    assert found.shape == (n, K) and found.dtype == torch.float64
+    assert (found.T @ found - torch.eye(K, dtype=torch.float64)).norm() < 1e-12
+    assert float((found.T @ A @ found).trace()) >= float(values[:K].sum()) * (1 - 1e-9)
+    gap = float((values[K - 1] - values[K]) / (values[0] or 1))
+    if gap > 1e-4:
+        assert (found - vectors[:, :K] @ (vectors[:, :K].T @ found)).norm() < 1e-8
+
+
+def test_the_correction_is_taken_where_there_is_a_gap_and_not_where_there_is_none() -> None:
+    """Otherwise the test above would compare float64 with itself."""
+    n = 400
+    spread, _ = symmetric(torch.linspace(2, 1, n, dtype=torch.float64))
+    assert Spectrum(spread)._corrected(K) is not None
+    tied = torch.linspace(2, 1, n, dtype=torch.float64)
+    tied[K] = tied[K - 1]
+    assert Spectrum(symmetric(tied)[0])._corrected(K) is None
+    assert Spectrum(torch.zeros(n, n, dtype=torch.float64))._corrected(K) is None
+
+
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-7, 0.0])
+def test_the_norm_of_factors_is_exact_whatever_cancels(apart: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down, other = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((300, 8), (8, 200), (8, 200))
+    )
+    wanted = apart * float((up @ other).norm())
+    found = norm(LowRank(up, down + apart * other) + -1.0 * LowRank(up, down))
+    assert abs(found - wanted) <= 1e-6 * wanted + 1e-12 * float((up @ down).norm())

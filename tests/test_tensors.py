@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import resource
-import threading
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from modalloy.errors import CheckpointError
 from modalloy.storage import source
-from modalloy.storage.tensors import Checkpoint, WeightFile
+from modalloy.storage.inputs import Inputs
+from modalloy.storage.tensors import Checkpoint, TensorRef, WeightFile
+from modalloy.storage.views import MappedRef, cut_rows
 from modalloy.storage.writer import DIRECT_BYTES, TensorSpec, WeightWriter, _header
 
 MEMORY = Path("/dev/shm")  # a file system without O_DIRECT on many kernels
@@ -58,7 +60,6 @@ def odd_sizes() -> dict[str, torch.Tensor]:
 def test_any_order_gives_the_same_bytes_and_hash(order: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "BLOCK_BYTES", 1 << 18)
     monkeypatch.setattr(source, "MAX_SKIPPED_BYTES", 1 << 17)
-    monkeypatch.setattr(source._Opened, "bounce", threading.local())
     path, wanted = folder / "model.safetensors", odd_sizes()
     save_file(wanted, path)
     drop_from_cache(path)
@@ -69,6 +70,42 @@ def test_any_order_gives_the_same_bytes_and_hash(order: str, folder: Path, monke
         for ref, found in zip(chosen, pool.map(file.read, chosen), strict=True):
             assert torch.equal(found, wanted[ref.name])
     assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_reads_whose_hashing_is_put_off_give_the_same_hash(folder: Path) -> None:
+    path, wanted = folder / "model.safetensors", odd_sizes()
+    save_file(wanted, path)
+    drop_from_cache(path)
+    file = WeightFile(path)
+    file.hash_reads()
+    later: list[Any] = []
+    inputs = Inputs([("it", [file])])
+    found = {name: inputs.read(ref, None, later.append) for name, ref in file.refs.items()}
+    assert len(later) == 2 * len(wanted) and not file._source.hashed
+    for call in later:
+        call()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert file._source.hashed == sum(file.refs[name].n_bytes for name in wanted) + min(
+        ref.begin for ref in file.refs.values()
+    )
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 3), (2, 5), (4, 9), (0, 9)])
+def test_some_rows_of_a_tensor_are_those_rows(begin: int, end: int, tmp_path: Path) -> None:
+    whole = torch.arange(9 * 4.0).reshape(9, 4)
+    save_file({"top": whole[:5].clone(), "rest": whole[5:].clone(), "all": whole}, tmp_path / "a.safetensors")
+    file = WeightFile(tmp_path / "a.safetensors")
+    inputs = Inputs([("it", [file])])
+    top, rest, all_ = (file.refs[name] for name in ("top", "rest", "all"))
+    parts = ((top, ((0, 5),), ((0, 5),)), (rest, ((0, 4),), ((5, 9),)))
+    joined = MappedRef("joined", torch.float32, (9, 4), top.file, -1, parts)
+    for ref in (all_, joined):
+        cut = cut_rows(ref, slice(begin, end))
+        assert cut is not None and cut.shape == (end - begin, 4)
+        assert torch.equal(inputs.read(cut), whole[begin:end])
+    scattered = MappedRef("s", torch.float32, (9, 4), top.file, -1, ((all_, ((0, 4), (5, 9)), ((0, 4), (4, 8))),))
+    assert cut_rows(scattered, slice(begin, end)) is None
 
 
 def test_hundreds_of_shards_need_few_descriptors(tmp_path: Path) -> None:
@@ -86,11 +123,11 @@ def test_hundreds_of_shards_need_few_descriptors(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_what_is_read_again_is_read_into_the_page_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_page_cache_holds_comes_from_there_and_the_rest_past_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = torch.randn(512, 512)
-    save_file({"again": weights, "once": weights + 1}, folder / "two.safetensors")
-    file = WeightFile(folder / "two.safetensors")
-    file.keep(file.refs["again"])
+    save_file({"a": weights, "b": weights + 1}, tmp_path / "two.safetensors")
     past: list[int] = []
     direct = source._Opened._past_cache
 
@@ -99,11 +136,41 @@ def test_what_is_read_again_is_read_into_the_page_cache(folder: Path, monkeypatc
         return direct(self)
 
     monkeypatch.setattr(source._Opened, "_past_cache", noted)
-    with (folder / "two.safetensors").open("rb") as opened:
+    file = WeightFile(tmp_path / "two.safetensors")
+    assert torch.equal(file.read(file.refs["a"]), weights)
+    with (tmp_path / "two.safetensors").open("rb") as opened:
         os.fsync(opened.fileno())
+        assert source.cached_share(opened.fileno(), 0, 1 << 20) in (0.0, 1.0)
+        if source.cached_share(opened.fileno(), 0, 1 << 20):  # the system can tell
+            assert not past
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    assert torch.equal(file.read(file.refs["again"]), weights) and not past
-    assert torch.equal(file.read(file.refs["once"]), weights + 1)
+        dropped = not source.cached_share(opened.fileno(), 0, 1 << 20)
+    assert torch.equal(file.read(file.refs["b"]), weights + 1)
+    assert bool(past) or not dropped
+
+
+def test_a_shared_tensor_is_read_once_and_let_go_after_its_last_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.randn(64, 64)
+    save_file({"shared": weights, "own": weights + 1}, folder / "two.safetensors")
+    file = WeightFile(folder / "two.safetensors")
+    inputs = Inputs([("it", [file])])
+    reads: list[str] = []
+    read = WeightFile.read
+
+    def noted(self: WeightFile, ref: TensorRef, *given: Any) -> torch.Tensor:
+        reads.append(ref.name)
+        return read(self, ref, *given)
+
+    monkeypatch.setattr(WeightFile, "read", noted)
+    shared = file.refs["shared"]
+    inputs.share({shared: 3})
+    first, second, third = (inputs.read(shared) for _ in range(3))
+    assert first is second is third and torch.equal(first, weights) and not inputs.held
+    assert torch.equal(inputs.read(shared), weights) and inputs.read(shared) is not first
+    assert torch.equal(inputs.read(file.refs["own"]), weights + 1)
+    assert reads == ["shared", "shared", "shared", "own"]
 
 
 def test_a_file_that_changes_after_its_header_was_read_is_refused(tmp_path: Path) -> None:

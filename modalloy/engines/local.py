@@ -1,9 +1,10 @@
 """Threads on this machine. Each job runs on one BLAS thread, so its bytes do not depend on how many run at once."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -14,12 +15,13 @@ from modalloy.machine.threads import one_thread
 from modalloy.planning.job import Done, Job
 from modalloy.storage.buffers import Buffers
 from modalloy.storage.inputs import Inputs
-from modalloy.storage.tensors import TensorRef
+from modalloy.storage.tensors import TensorRef, room_for
 
 Item = TypeVar("Item")
 Input = TypeVar("Input")
 Result = TypeVar("Result")
 Compute = Callable[[Job, Callable[[TensorRef], Tensor]], Done]
+Fetched = tuple[dict[TensorRef, Tensor], list[Callable[[], object]]]  # data, and what is to be done before it is used
 Fits = Callable[[Sequence[Job]], bool]
 
 
@@ -31,20 +33,34 @@ def run(
     fits: Fits = lambda jobs: True,
     *,
     ample: bool = True,
+    shared: Mapping[TensorRef, int] = MappingProxyType({}),
 ) -> Generator[tuple[Job, Done], None, None]:
     """Yields every job with what it gives, in the jobs' order; the tensors are gone once the next pair is asked for.
 
-    One thread reads, `n_workers` compute. With `ample` memory, what inputs were read into is used again.
+    One thread reads, one hashes and checks what was read, `n_workers` compute. With `ample` memory, what inputs were read into
+    is used again. Tensors that several jobs read and none changes, `shared`, are read once; it tells how often they are used.
     """
     buffers = Buffers(keep=ample)
 
-    def fetch(job: Job) -> dict[TensorRef, Tensor]:
-        return {ref: inputs.read(ref, buffers.take(ref.n_bytes)) for ref in job.reads}
+    inputs.share(shared)
 
-    def work(job: Job, data: dict[TensorRef, Tensor]) -> tuple[Done, list[Tensor]]:
-        return compute(job, data.__getitem__), list(data.values())
+    def fetch(job: Job) -> Fetched:
+        checks: list[Callable[[], object]] = []
+        data = {}
+        for ref in job.reads:
+            buffer = None if ref in shared else buffers.take(room_for(ref.n_bytes))
+            data[ref] = inputs.read(ref, buffer, checks.append)
+        return data, checks
 
-    with closing(in_order(jobs, fetch, work, n_workers, fits)) as results:
+    def check(fetched: Fetched) -> None:
+        for one in fetched[1]:
+            one()
+
+    def work(job: Job, fetched: Fetched) -> tuple[Done, list[Tensor]]:
+        data = fetched[0]
+        return compute(job, data.__getitem__), [tensor for ref, tensor in data.items() if ref not in shared]
+
+    with closing(in_order(jobs, fetch, work, n_workers, fits, check)) as results:
         for job, (done, data) in results:
             yield job, done
             del done  # or its tensors are held until the next result is there
@@ -58,21 +74,28 @@ def in_order(
     work: Callable[[Item, Input], Result],
     n_workers: int,
     fits: Callable[[Sequence[Item]], bool] = lambda items: True,
+    check: Callable[[Input], object] = lambda fetched: None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Yields every item with the result of its work, in the items' order.
 
-    One thread fetches the inputs, in order; `n_workers` threads work. At most n_workers + AHEAD items are in flight: being
-    fetched, being worked on, or waiting to be taken; no more than one unless they may be held together (`fits`).
+    One thread fetches inputs, one checks them, both in the items' order; `n_workers` threads work. At most n_workers + AHEAD
+    items are in flight: being fetched, being worked on, or waiting to be taken; no more than one unless they may be held
+    together (`fits`).
     """
-    reader, pool = (
-        ThreadPoolExecutor(1),
-        ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)),
-    )
+    reader, checker = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
+    executors = (reader, checker, pool)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
 
     def submit(item: Item) -> None:
         fetched = reader.submit(fetch, item)
-        waiting.append((item, pool.submit(lambda item, fetched: work(item, fetched.result()), item, fetched)))
+        checked = checker.submit(lambda: check(fetched.result()))
+
+        def worked() -> Result:
+            checked.result()
+            return work(item, fetched.result())
+
+        waiting.append((item, pool.submit(worked)))
 
     with one_thread():
         try:
@@ -83,9 +106,9 @@ def in_order(
             while waiting:
                 yield _first(waiting)
         finally:
-            for executor in (reader, pool):
+            for executor in executors:
                 executor.shutdown(wait=False, cancel_futures=True)
-            for executor in (reader, pool):
+            for executor in executors:
                 executor.shutdown(wait=True)
 
 

@@ -4,7 +4,8 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -34,15 +35,18 @@ def arguments(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def schema(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+@functools.cache
+def schema(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any]]:
     """Name → (annotation, default) of the parameters that a recipe may set; default "auto" where the caller works it out."""
     hints = typing.get_type_hints(function, include_extras=True)
     empty = inspect.Parameter.empty
-    return {
-        p.name: (hints[p.name], "auto" if p.default is empty else p.default)
-        for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN
-    }
+    return MappingProxyType(
+        {
+            p.name: (hints[p.name], "auto" if p.default is empty else p.default)
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN
+        }
+    )
 
 
 def documentation(function: Callable[..., Any]) -> dict[str, str]:

@@ -16,7 +16,9 @@ from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
 from modalloy.planning.kinship import kinship_pairs
 from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_dense_check, spread_over_places
+from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.source import BLOCK_BYTES
+from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import MappedRef
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ LIBRARY_BYTES = 24 << 20  # of torch, BLAS and LAPACK, which the first product a
 THREAD_BYTES = 2 << 20  # of a worker: its stack, and what BLAS keeps for it
 LISTED_BYTES = 2 << 10  # of a tensor in lists: those of the plan, the headers, the manifest
 KEPT_FREED = 1.3  # times what is used is the most that glibc was seen to hold when it keeps what was freed
+NEAR = 12  # jobs over which a tensor is held that several of them read
 MARGIN = 0.01  # by which the memory that a process begins with differs from run to run
 # float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
 EIGEN_COPIES = 5
@@ -146,8 +149,46 @@ def peak_bytes(planned: Plan, n_workers: int, together: int | None = None, jobs:
     merging = max((_together(costs[i : i + window], n_workers) for i in range(len(costs))), default=0)
     checks = sorted((0, _check_bytes(planned, job)) for job in sample(planned))
     verifying = _together(checks[-window:], n_workers)
-    most = max(merging + _written_bytes(planned, jobs), verifying, _compared_bytes(planned), _surveyed_bytes(planned))
+    shared_bytes = 0 if together else _shared_bytes(jobs)  # where memory is limited nothing is held for later
+    most = max(
+        merging + shared_bytes + _written_bytes(planned, jobs),
+        verifying,
+        _compared_bytes(planned),
+        _surveyed_bytes(planned),
+    )
     return _anyway_bytes(planned, n_workers) + most
+
+
+def shared(jobs: Sequence[Job]) -> dict[TensorRef, int]:
+    """The stored tensors that several jobs read, one soon after the other, and none changes; and how often they are read."""
+    return {ref: len(places) for ref, places in _shared_places(jobs).items()}
+
+
+def _shared_places(jobs: Sequence[Job]) -> dict[TensorRef, list[int]]:
+    places: dict[TensorRef, list[int]] = {}
+    changed: set[TensorRef] = set()
+    for index, job in enumerate(jobs):
+        changed |= _changed(job)
+        for source in (source for ref in job.reads for source in set(ref.sources)):
+            places.setdefault(source, []).append(index)
+    return {ref: at for ref, at in places.items() if 0 < at[-1] - at[0] <= NEAR and ref not in changed}
+
+
+def _changed(job: Job) -> set[TensorRef]:
+    """The stored tensors in whose memory the job may write."""
+    starts = set() if job.start is None else set(job.start.sources)
+    if isinstance(job.start, ScaledRef):
+        starts |= {ref for ref in (job.start.codes, job.start.scales) if ref is not None}
+    return starts.union(*map(_changed, job.pieces))
+
+
+def _shared_bytes(jobs: Sequence[Job]) -> int:
+    """What is held at most for jobs that come later."""
+    held = [0] * (len(jobs) + 1)
+    for ref, places in _shared_places(jobs).items():
+        for index in range(places[0], places[-1]):
+            held[index] += ref.n_bytes
+    return max(held)
 
 
 def _together(costs: Sequence[tuple[int, int]], n_workers: int) -> int:

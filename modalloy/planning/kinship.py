@@ -1,5 +1,6 @@
 """Are two models' weights related? Cosines of a few linear weights of models of other architectures with the target's."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod, sqrt
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from modalloy.errors import CheckpointError
 from modalloy.families.mapping import ModelMap
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.planning.kinds import layer_of
+from modalloy.recompute import BLOCKS, blocks_of_rows, spread
 from modalloy.storage.tensors import TensorRef
+from modalloy.storage.views import cut_rows
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
 # leaves a factor of ten above the unrelated; relatives below it would both have moved by twice their ancestor's norm
 LEAST_COSINE = 0.2
 SAMPLED_LAYERS = 5
-BLOCK_ENTRIES = 1 << 20  # compared at once, in float64
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -44,11 +47,13 @@ def check_kinship(planned: "Plan") -> dict[str, Kinship]:
     """How near every donor's weights, and the base's, are to the target's, by label; refuses those that are unrelated.
 
     Compares one linear weight in each of five layers: the smallest that serves all tokens and is no copy made for image
-    tokens. Two tensors are held at a time. Models of which the recipe merges no such weight are not compared.
+    tokens; of a large one, some of its rows. Two tensors are held at a time. Models of which the recipe merges no such
+    weight are not compared.
     """
     measured: dict[str, list[Kinship]] = {}
     for label, name, own, other in kinship_pairs(planned):
-        measured.setdefault(label, []).append(_compared(name, planned.inputs.read(own), planned.inputs.read(other)))
+        pairs = ((planned.inputs.read(one), planned.inputs.read(same)) for one, same in _rows(own, other))
+        measured.setdefault(label, []).append(_compared(name, pairs))
     found = {}
     for label, one in measured.items():
         cosines = sorted(one, key=lambda kinship: kinship.cosine)
@@ -112,9 +117,18 @@ def _spread(layers: Mapping[int, list[tuple[int, str]]]) -> list[str]:
     return [smallest[round(index * (len(smallest) - 1) / last)] for index in range(SAMPLED_LAYERS)]
 
 
-def _compared(name: str, own: Tensor, other: Tensor) -> Kinship:
+def _rows(own: TensorRef, other: TensorRef) -> list[tuple[TensorRef, TensorRef]]:
+    """Two large tensors of one shape by blocks of some of their rows; else as they are."""
+    some = spread(blocks_of_rows(own.shape), BLOCKS)
+    cut = [(cut_rows(own, rows), cut_rows(other, rows)) for rows in some]
+    found = [(one, same) for one, same in cut if one is not None and same is not None]
+    return found if len(found) == len(cut) == BLOCKS else [(own, other)]
+
+
+def _compared(name: str, pairs: Iterator[tuple[Tensor, Tensor]]) -> Kinship:
     dot = size = other_size = distance = 0.0
-    for some, others in zip(own.flatten().split(BLOCK_ENTRIES), other.flatten().split(BLOCK_ENTRIES), strict=True):
+    blocks = (zip(a.flatten().split(BLOCK_ENTRIES), b.flatten().split(BLOCK_ENTRIES), strict=True) for a, b in pairs)
+    for some, others in itertools.chain.from_iterable(blocks):
         a, b = some.to(torch.float64), others.to(torch.float64)
         dot, size, other_size = dot + float(a @ b), size + float(a @ a), other_size + float(b @ b)
         distance += float((b - a).square().sum())

@@ -1,7 +1,7 @@
 """What one tensor of a result must be."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from modalloy.methods import METHODS
 from modalloy.specialists.stacked import StackedLora
 from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import TensorRef
-from modalloy.storage.views import TransposedRef
+from modalloy.storage.views import TransposedRef, cut_rows
 
 Kind = Literal["merged", "averaged", "kept", "carried"]
 Rows = tuple[tuple[int, int], ...]
@@ -92,6 +92,17 @@ class Promise:
     def group(self) -> str:
         """Merged weights of one group share what their method must know of the whole model."""
         return json.dumps([self.method, self.parameters | {"scale": None}], sort_keys=True)
+
+    def cut(self, rows: slice) -> "Promise | None":
+        """The promise of some rows of its weight, of which only these are read; None where the bytes do not allow that."""
+        start = cut_rows(self.start, rows)
+        tuned = [None if one.tuned is None else cut_rows(one.tuned, rows) for one in self.updates]
+        if start is None or any(
+            one.tuned is not None and ref is None for one, ref in zip(self.updates, tuned, strict=True)
+        ):
+            return None
+        updates = tuple(replace(one, tuned=ref) for one, ref in zip(self.updates, tuned, strict=True))
+        return replace(self, start=start, updates=updates)
 
     def stored(self, written: TensorRef) -> TensorRef:
         """Where it is stored: in a tensor of its own, or as one of the experts' codes and scales."""

@@ -21,6 +21,8 @@ from modalloy.storage.source import Source
 class RemoteSource(Source):
     """As `Source`, of a file of a store, whose header alone is here."""
 
+    align = 1  # no more is asked for than what is needed
+
     def __init__(self, path: Path, file: RemoteFile) -> None:
         super().__init__(path)
         self.file = file
@@ -58,7 +60,7 @@ class RemoteSource(Source):
     def _opened(self) -> Iterator["RemoteSource"]:
         yield self
 
-    def read_some(self, target: memoryview, begin: int, *, again: bool = False) -> int:
+    def read_some(self, target: memoryview, begin: int) -> int:
         """Some of the bytes from `begin` on; 0 at the end."""
         if begin >= self.size:
             return 0

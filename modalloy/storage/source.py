@@ -1,12 +1,14 @@
 """The bytes of a file, read where they are: from the page cache, or past it; and hashed on the way."""
 
+import ctypes
 import errno
 import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,14 +17,18 @@ from modalloy.errors import CheckpointError
 BLOCK_BYTES = 8 << 20  # what is read or written at once
 MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
 PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
-DIRECT_READS = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")  # of Linux
+DIRECT_READS = hasattr(os, "O_DIRECT")  # of Linux
+CACHESTAT = 451  # the number of its call that counts cached pages, from Linux 6.5 on
+
+
+Later = Callable[[Callable[[], object]], object]  # has a call made later: one after another, in the order given
 
 
 class Reader(Protocol):
     """What gives bytes of an opened file."""
 
-    def read_some(self, target: memoryview, begin: int, *, again: bool = False) -> int:
-        """Some of the bytes from `begin` on, which are read `again` soon; 0 at the end."""
+    def read_some(self, target: memoryview, begin: int) -> int:
+        """Some of the bytes from `begin` on; 0 at the end."""
         ...
 
 
@@ -40,6 +46,8 @@ class Source:
     out of descriptors.
     """
 
+    align = PAGE_BYTES  # of places in the file, and of memory, between which data goes without a copy
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stamp = stamp_of(path)
@@ -48,26 +56,32 @@ class Source:
         self.digest = hashlib.sha256()
         self.hashed = 0
         self.hashes_reads = False
-        self.kept: set[int] = set()  # where tensors begin that are read again
         self.known: str | None = None  # its hash, where an earlier merge took it
 
-    def read_into(self, target: memoryview, begin: int, what: str) -> None:
-        """Fill `target` with the bytes from `begin` on."""
+    def read_into(self, target: memoryview, begin: int, what: str, later: Later | None = None) -> None:
+        """Fill `target` with the bytes from `begin` on. With `later`, they are hashed by what is given to it."""
         with self._opened() as file:
-            done, again = 0, begin in self.kept
+            done = 0
             while done < len(target):
-                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done, again=again)
+                count = file.read_some(target[done : done + BLOCK_BYTES], begin + done)
                 if not count:
                     raise CheckpointError(f"{self.path}: ends inside {what}; the file was cut while being read")
                 done += count
-            if not self.hashes_reads or self.known is not None:
-                return
-            with self.lock:
-                if begin <= self.hashed < begin + len(target):
-                    self._hash(target[self.hashed - begin :])
-                elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
+        if self.hashes_reads and self.known is None:
+            if later is None:
+                self._hash_read(target, begin)
+            else:
+                later(partial(self._hash_read, target, begin))
+
+    def _hash_read(self, data: memoryview, begin: int) -> None:
+        """Hash what was read, if it comes next or little lies between."""
+        with self.lock:
+            if begin <= self.hashed < begin + len(data):
+                self._hash(data[self.hashed - begin :])
+            elif self.hashed < begin <= self.hashed + MAX_SKIPPED_BYTES:
+                with self._opened() as file:
                     self._catch_up(file, begin)
-                    self._hash(target)
+                self._hash(data)
 
     def sha256(self) -> str:
         """Hash of the whole file."""
@@ -86,16 +100,17 @@ class Source:
             yield file
 
     def _catch_up(self, file: Reader, end: int) -> None:
-        block = memoryview(bytearray(min(BLOCK_BYTES, max(end - self.hashed, 0))))
+        begin = self.hashed - self.hashed % self.align
+        block = memoryview(aligned_block(min(BLOCK_BYTES, max(end - begin, 1))))
         while self.hashed < end:
-            count = file.read_some(block[: end - self.hashed], self.hashed)
-            if not count:
+            count = file.read_some(block[: end - begin], begin)
+            if begin + count <= self.hashed:
                 raise CheckpointError(f"{self.path}: was cut while being read; download or copy it again")
-            self._hash(block[:count])
+            self._hash(block[self.hashed - begin : count])
+            begin += count - count % self.align
 
     def keep(self, begin: int, end: int) -> None:
-        """These bytes will be read again: the page cache shall hold them."""
-        self.kept.add(begin)
+        """These bytes will be read again."""
 
     def forget(self) -> None:
         """They will not be any more."""
@@ -108,12 +123,12 @@ class Source:
 class _Opened:
     """A file opened to read through the page cache, and past it where that is possible and needed."""
 
-    bounce = threading.local()  # a block of memory as the disk wants it, one for each thread
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cached = os.open(path, os.O_RDONLY)
         self.direct: int | None = None
+        if DIRECT_READS:  # or a small read would bring megabytes of what follows into the page cache
+            os.posix_fadvise(self.cached, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __enter__(self) -> "_Opened":
         return self
@@ -123,44 +138,38 @@ class _Opened:
         if self.direct is not None:
             os.close(self.direct)
 
-    def read_some(self, target: memoryview, begin: int, *, again: bool = False) -> int:
+    def read_some(self, target: memoryview, begin: int) -> int:
         """Some of the bytes from `begin` on: from the page cache if they are there, else past it; 0 at the end.
 
-        What is read again is read into the page cache.
+        Past it go whole pages of the file, into memory that begins with a page.
         """
-        if again and DIRECT_READS:
-            os.posix_fadvise(self.cached, begin, len(target), os.POSIX_FADV_WILLNEED)
-        if again or len(target) < 16 * PAGE_BYTES or not DIRECT_READS:
+        whole = len(target) - len(target) % PAGE_BYTES
+        if (
+            not DIRECT_READS
+            or begin % PAGE_BYTES
+            or whole < 16 * PAGE_BYTES
+            or cached_share(self.cached, begin, whole) > 0.5
+        ):
             return os.preadv(self.cached, [target], begin)
         try:
-            if count := os.preadv(self.cached, [target], begin, os.RWF_NOWAIT):
-                return count
+            return os.preadv(self._past_cache(), [target[:whole]], begin)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            if error.errno != errno.EINVAL:
                 raise
-        skip = begin % PAGE_BYTES
-        wanted = -(-(skip + len(target)) // PAGE_BYTES) * PAGE_BYTES
-        with memoryview(self._block()) as block:
-            try:
-                count = os.preadv(self._past_cache(), [block[:wanted]], begin - skip) - skip
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                return os.preadv(self.cached, [target], begin)  # no O_DIRECT here, or a disk with larger sectors
-            count = max(0, min(count, len(target)))
-            target[:count] = block[skip : skip + count]
-            return count
+            return os.preadv(self.cached, [target], begin)  # no O_DIRECT here, or a disk with larger sectors
 
     def _past_cache(self) -> int:
         if self.direct is None:
             self.direct = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
         return self.direct
 
-    def _block(self) -> mmap.mmap:
-        if not hasattr(self.bounce, "block"):
-            self.bounce.block = aligned_block(BLOCK_BYTES + 2 * PAGE_BYTES)
-        block: mmap.mmap = self.bounce.block
-        return block
+
+def cached_share(descriptor: int, begin: int, count: int) -> float:
+    """How much of these bytes of a file the page cache holds; 0 where the system cannot tell."""
+    span, counts = (ctypes.c_uint64 * 2)(begin, count), (ctypes.c_uint64 * 5)()
+    if not DIRECT_READS or ctypes.CDLL(None).syscall(CACHESTAT, descriptor, span, counts, 0):
+        return 0.0
+    return float(counts[0] * PAGE_BYTES / count)
 
 
 def aligned_block(n_bytes: int) -> mmap.mmap:

@@ -20,7 +20,7 @@ from torch import Tensor
 from modalloy.errors import CheckpointError, shown
 from modalloy.storage.folder import MAX_TEXT_BYTES, is_there, open_file, parse_json, present, read_json, reading
 from modalloy.storage.pickled import ENDINGS, OtherTensor, PickledFile, StoredTensor, checked_count
-from modalloy.storage.source import BLOCK_BYTES, Source
+from modalloy.storage.source import BLOCK_BYTES, PAGE_BYTES, Later, Source
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,6 +38,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # codes, which .bin files of today have no scales beside
+ALIGNED_BYTES = 16 * PAGE_BYTES  # of a tensor that is read by whole pages
 MAX_NAME = 1000  # characters of a tensor's name; several patterns take time that is quadratic in it
 
 
@@ -101,6 +102,11 @@ def _source(path: Path) -> Source:
     return RemoteSource(path, remote)
 
 
+def room_for(n_bytes: int) -> int:
+    """The size of a buffer into which so many bytes of a file can be read without a copy, with the pages that they share."""
+    return n_bytes + 3 * PAGE_BYTES if n_bytes >= ALIGNED_BYTES else n_bytes
+
+
 class WeightFile:
     """One `.safetensors` or `.bin` file; opening it reads the header only."""
 
@@ -113,15 +119,23 @@ class WeightFile:
                 self._source = _source(path)
             self.refs = self._bin_refs() if path.suffix in ENDINGS else self._safetensors_refs()
 
-    def read(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
-        """The tensor's data, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long)."""
+    def read(self, ref: TensorRef, buffer: Tensor | None = None, later: Later | None = None) -> Tensor:
+        """The tensor's data, in a new tensor or in `buffer` (uint8, at least `ref.n_bytes` long); hashed `later`, or now."""
         if ref.begin < 0:
             return self._pickled.tensor(self._pickled.content[ref.name]).clone(memory_format=torch.contiguous_format)
         if buffer is None:
-            buffer = torch.empty(ref.n_bytes, dtype=torch.uint8)
-        data = buffer[: ref.n_bytes]
+            buffer = torch.empty(room_for(ref.n_bytes), dtype=torch.uint8)
+        begin, end, at = ref.begin, ref.begin + ref.n_bytes, 0
+        if len(buffer) >= room_for(ref.n_bytes) > ref.n_bytes and begin % ref.dtype.itemsize == 0:  # whole pages
+            align = self._source.align
+            begin, end, at = (
+                begin - begin % align,
+                min(-(-end // align) * align, self.n_bytes),
+                -buffer.data_ptr() % align,
+            )
         with reading(self.path):
-            self._source.read_into(data.numpy().data, ref.begin, ref.name)
+            self._source.read_into(buffer[at : at + end - begin].numpy().data, begin, ref.name, later)
+        data = buffer[at + ref.begin - begin :][: ref.n_bytes]
         return data.view(ref.dtype).reshape(ref.shape)
 
     def hash_reads(self) -> None:

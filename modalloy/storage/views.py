@@ -153,6 +153,9 @@ def assembled(ref: MappedRef, read: Callable[[TensorRef], Tensor], buffer: Tenso
     for source in dict.fromkeys(source for source, _, _ in ref.parts):
         data = read(source)
         for taken, rows in ((taken, rows) for one, taken, rows in ref.parts if one == source):
+            if len(taken) == len(rows) == 1:
+                out[slice(*rows[0])] = data[slice(*taken[0])]
+                continue
             steps = zip(_index(taken).split(ROWS_AT_ONCE), _index(rows).split(ROWS_AT_ONCE), strict=True)
             for some, places in steps:
                 out.index_copy_(0, places, data.index_select(0, some).to(ref.dtype))
@@ -187,6 +190,22 @@ def first_rows(ref: TensorRef, count: int) -> TensorRef:
     if ref.begin < 0:
         return rows_of_tensor(ref.name, ref, ((0, count),))
     return replace(ref, shape=(count, *ref.shape[1:]))
+
+
+def cut_rows(ref: TensorRef, rows: slice) -> TensorRef | None:
+    """Consecutive rows of a tensor as one of its own, of which only these are read; None where its bytes do not allow that."""
+    begin, end = rows.start, rows.stop
+    if ref.begin >= 0:
+        return stretch(ref, ((begin, end),))[0]
+    if type(ref) is not MappedRef or not all(len(taken) == len(places) == 1 for _, taken, places in ref.parts):
+        return None
+    parts = []
+    for source, ((taken, _),), ((first, last),) in ref.parts:
+        low, high = max(begin, first), min(end, last)
+        if low < high:
+            less, within = stretch(source, ((taken + low - first, taken + high - first),))
+            parts.append((less, within, ((low - begin, high - begin),)))
+    return replace(ref, shape=(end - begin, *ref.shape[1:]), parts=tuple(parts))
 
 
 def chosen_rows(name: str, ref: TensorRef, rows: Sequence[int]) -> MappedRef:

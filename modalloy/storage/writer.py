@@ -9,6 +9,7 @@ import os
 import queue
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ class WeightWriter:
 
 
 class _HashedFile:
-    """A file that a thread writes and hashes in blocks, while the caller goes on; large files go past the page cache."""
+    """A file that one thread writes and one hashes in blocks, while the caller goes on; large files go past the page cache."""
 
     def __init__(self, path: Path, size: int) -> None:
         direct = getattr(os, "O_DIRECT", 0) if size >= DIRECT_BYTES else 0
@@ -141,7 +142,7 @@ class _HashedFile:
             path.unlink(missing_ok=True)  # a file system without O_DIRECT, which says so after making the file
             self.descriptor, direct = create(path), 0
         self.direct = bool(direct)
-        self.digest = hashlib.sha256()
+        self.digest, self.hasher = hashlib.sha256(), ThreadPoolExecutor(1, "hash")
         self.empty: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         for _ in range(min(3, size // BLOCK_BYTES + 1)):
             self.empty.put(aligned_block(BLOCK_BYTES))
@@ -185,6 +186,7 @@ class _HashedFile:
     def _stop(self) -> None:
         self.full.put(None)
         self.thread.join()
+        self.hasher.shutdown()
         if self.error is not None:
             raise self.error
 
@@ -194,13 +196,19 @@ class _HashedFile:
             if self.error is None:
                 try:
                     with memoryview(block) as data:
-                        self._put(data[:filled])
+                        self._put_hashed(data[:filled])
                 except Exception as error:  # of any kind: the caller waits for the block and raises it
                     self.error = error
             self.empty.put(block)
 
+    def _put_hashed(self, data: memoryview) -> None:
+        hashed = self.hasher.submit(self.digest.update, data)
+        try:
+            self._put(data)
+        finally:
+            hashed.result()
+
     def _put(self, data: memoryview) -> None:
-        self.digest.update(data)
         if len(data) % PAGE_BYTES:  # the end of the file
             self._go_buffered()
         while len(data):
