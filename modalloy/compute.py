@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, once, sharing
 from modalloy.errors import MethodError, ModalloyError
-from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.linalg import BLOCK_ENTRIES, FACTOR_ROWS
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
@@ -219,13 +219,13 @@ def _merged_weight(job: Job, read: Read, surveys: Surveys, device: str) -> Tenso
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
     # bit for bit the base where nothing is added: adding 0 would change −0
     keeps = job.adds_nothing or any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
-    step = max(1, BLOCK_ENTRIES // spec.shape[1])
+    step = max(1 if merged is None else FACTOR_ROWS, BLOCK_ENTRIES // spec.shape[1])
     for start in range(0, spec.shape[0], step):
         rows = slice(start, start + step)
         update = merged_update(job, read, surveys=surveys, device=device, rows=rows) if merged is None else merged
         if isinstance(update, LowRank):
             up = update.up if merged is None else update.up[rows]
-            total = torch.addmm(base[rows].to(up.device, up.dtype), up, update.down)
+            total = base[rows].to(up.device, up.dtype, copy=True).addmm_(up, update.down)
             changed = None if not keeps else (up @ update.down) != 0
         else:
             update = update if merged is None else update[rows]

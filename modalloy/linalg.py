@@ -18,6 +18,7 @@ MAX_WEIGHTS = (
 )
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
 BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once
+FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
 BLOCK_ROWS = 2048  # rows of a tall factor that are held in float64 at once
 SMALL_GRAM = 64  # columns up to which a Gram is multiplied whole
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once

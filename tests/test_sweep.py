@@ -66,25 +66,25 @@ def test_results_are_those_of_merges_alone(
 def test_inputs_are_read_and_decomposed_once(
     write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import modalloy.delta as delta
     import modalloy.search.sweep as module
+    from modalloy.linalg import Spectrum
 
     reads: Counter[str] = Counter()
-    read, eigh = Inputs.read, delta.top_eigenvectors
+    read, spectrum = Inputs.read, Spectrum.__init__
     decomposed = []
     monkeypatch.setattr(module, "write_beside", lambda *arguments: None)  # it verifies, which reads again
     monkeypatch.setattr(module, "settle", lambda planned, **options: planned)
 
-    def counted(self: Inputs, ref: TensorRef, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    def counted(self: Inputs, ref: TensorRef, *given: Any) -> torch.Tensor:
         reads[f"{ref.file.parent.name} {ref.name}"] += 1
-        return read(self, ref, buffer)
+        return read(self, ref, *given)
 
-    def noted(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    def noted(self: Spectrum, matrix: torch.Tensor) -> None:
         decomposed.append(len(matrix))
-        return eigh(matrix, rank)
+        spectrum(self, matrix)
 
     monkeypatch.setattr(Inputs, "read", counted)
-    monkeypatch.setattr(delta, "top_eigenvectors", noted)
+    monkeypatch.setattr(Spectrum, "__init__", noted)
     recipe = write_recipe(output=FULL)
     with pytest.raises(AttributeError):  # there is no check to report
         sweep(recipe, tmp_path / "out", ["scale=0.1,0.2,0.3", "rank=2,4"]).to_dict()

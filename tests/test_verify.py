@@ -597,3 +597,33 @@ def test_a_result_in_float64_is_right(method: str, kind: str, models: Path, tmp_
     modalloy.merge(recipe(tmp_path, tmp_path / "models", kind, merge_method=method, output={"form": "full"}), out)
     assert next(iter(load_file(out / "model.safetensors").values())).dtype == torch.float64
     assert verify(out, full=True).worst_error is not None
+
+
+@pytest.mark.parametrize(("kind", "method"), [("lora", "ssam"), ("tuned", "task_arithmetic"), ("tuned", "ties")])
+def test_a_merge_checks_rows_of_large_weights_from_the_first_to_the_last(
+    kind: str, method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalloy.verify.SMALL_BYTES", 0)
+    monkeypatch.setattr(recompute, "BLOCK_ENTRIES", 8)  # one row
+    monkeypatch.setattr(recompute, "BLOCKS", 3)
+    written = recipe(tmp_path, models, kind, merge_method=method)
+    found = modalloy.merge(written, tmp_path / "right").verification
+    assert found.recomputed["merged"] >= 7 and 0 < found.share < 0.5 and (found.worst_error or 0) < 1e-5
+
+    def doubled(row: int) -> Callable[[Any, list[Tensor]], list[Tensor]]:
+        def change(job: Any, tensors: list[Tensor]) -> list[Tensor]:
+            if job.kind == "merge":
+                tensors[-1][row] *= 2
+            return tensors
+
+        return change
+
+    for row in (0, -1):
+        with monkeypatch.context() as patch:
+            changed_tensors(patch, doubled(row))
+            with pytest.raises(CheckpointError, match="differs from what the recipe gives"):
+                modalloy.merge(written, tmp_path / "broken")
+    changed_tensors(monkeypatch, doubled(1))  # which is none of the three
+    modalloy.merge(written, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="differs from what the recipe gives"):
+        verify(tmp_path / "out")

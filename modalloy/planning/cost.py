@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modalloy.errors import OutOfMemoryError
-from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE, FACTOR_ROWS
 from modalloy.machine import memory
 from modalloy.machine.cores import AHEAD
 from modalloy.methods import METHODS
 from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
-from modalloy.planning.kinship import kinship_pairs
-from modalloy.recompute import PART_BYTES, SMALL_BYTES, is_dense_check, spread_over_places
+from modalloy.planning.kinship import kinship_pairs, rows_compared
+from modalloy.recompute import BLOCKS, PART_BYTES, SMALL_BYTES, blocks_of_rows, is_dense_check, spread_over_places
+from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.source import BLOCK_BYTES
 from modalloy.storage.tensors import TensorRef
@@ -39,13 +40,30 @@ SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projecti
 def read_bytes(planned: Plan) -> int:
     """Bytes that a merge reads: every file that it hashes, once; surveyed weights and those merged again to verify, again."""
     once = sum(file.n_bytes for file in planned.hashed_files())
-    again = sum(job.read_bytes for job in [*planned.surveyed(), *sample(planned)])
-    again += sum(own.n_bytes + other.n_bytes for _, _, own, other in kinship_pairs(planned))
-    for job in sample(planned):
-        again += job.write_bytes
-        if job.kind == "merge" and len(job.outputs) == 1 and job.has_tuned and job.start is not None:
-            again += job.start.n_bytes  # for the update, and again to add it
-    return once + again
+    again = sum(job.read_bytes for job in planned.surveyed())
+    again += sum(
+        sum(ref.n_bytes for pair in rows_compared(own, other) for ref in pair)
+        for _, _, own, other in kinship_pairs(planned)
+    )
+    checked = sample(planned)
+    in_part = sum(map(_bytes_with_start, checked)) > SMALL_BYTES
+    return once + again + sum(_checked_bytes(job, in_part) for job in checked)
+
+
+def _checked_bytes(job: Job, in_part: bool) -> int:
+    """What verifying reads for one job: what it read and wrote, and the start again to add its update; of large ones, some rows."""
+    twice = job.kind == "merge" and len(job.outputs) == 1 and job.has_tuned and job.start is not None
+    start = job.start.n_bytes if job.start is not None and twice else 0
+    whole = job.read_bytes + start + job.write_bytes
+    if not in_part or len(job.outputs) != 1 or job.pieces or job.rows:
+        return whole
+    blocks = len(blocks_of_rows(job.outputs[0].shape))
+    if job.kind in ("keep", "carry"):
+        blocks = -(-job.write_bytes // PART_BYTES)
+    factors = sum(model.a.n_bytes + model.b.n_bytes for model in job.models if isinstance(model, StoredLora))
+    if job.kind == "merge" and job.has_tuned and not METHODS[job.method].rowwise:
+        return job.read_bytes + (start + job.write_bytes) * min(blocks, BLOCKS) // blocks
+    return factors + (whole - factors) * min(blocks, BLOCKS) // blocks
 
 
 def disk_bytes(planned: Plan) -> int:
@@ -262,7 +280,8 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
     stacked, full = job.stacked_rank, job.has_tuned
     if not full and gets != "dense" and not dense:
         blocks = 2 * 8 * min(4096, max(rows, columns)) * stacked  # of tall factors, in float64
-        return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + blocks
+        added = min(rows * columns, max(BLOCK_ENTRIES, FACTOR_ROWS * columns)) if len(job.outputs) == 1 else 0
+        return wide * 3 * stacked * (rows + columns) + 8 * 10 * stacked**2 + max(blocks, wide * added)
     if full and not stacked and method.rowwise and len(job.outputs) == 1:
         return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
     copies = n * method.copies_updates(job.parameters)

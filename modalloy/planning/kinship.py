@@ -52,7 +52,7 @@ def check_kinship(planned: "Plan") -> dict[str, Kinship]:
     """
     measured: dict[str, list[Kinship]] = {}
     for label, name, own, other in kinship_pairs(planned):
-        pairs = ((planned.inputs.read(one), planned.inputs.read(same)) for one, same in _rows(own, other))
+        pairs = ((planned.inputs.read(one), planned.inputs.read(same)) for one, same in rows_compared(own, other))
         measured.setdefault(label, []).append(_compared(name, pairs))
     found = {}
     for label, one in measured.items():
@@ -117,7 +117,7 @@ def _spread(layers: Mapping[int, list[tuple[int, str]]]) -> list[str]:
     return [smallest[round(index * (len(smallest) - 1) / last)] for index in range(SAMPLED_LAYERS)]
 
 
-def _rows(own: TensorRef, other: TensorRef) -> list[tuple[TensorRef, TensorRef]]:
+def rows_compared(own: TensorRef, other: TensorRef) -> list[tuple[TensorRef, TensorRef]]:
     """Two large tensors of one shape by blocks of some of their rows; else as they are."""
     some = spread(blocks_of_rows(own.shape), BLOCKS)
     cut = [(cut_rows(own, rows), cut_rows(other, rows)) for rows in some]
