@@ -187,8 +187,8 @@ def sampled_error(
     blocks = blocks_of_rows(written.shape)
     if len(blocks) <= BLOCKS or promise.rows or promise.fishers or promise.start.shape != written.shape:
         return None
-    tuned = any(update.tuned is not None for update in promise.updates)
-    by_rows = promise.kind == "averaged" or (tuned and METHODS[promise.method].rowwise)
+    tuned = all(update.factors is None and update.stacked is None for update in promise.updates)
+    by_rows = tuned and (promise.kind == "averaged" or METHODS[promise.method].rowwise)
     whole = None if by_rows else exact_update(promise, read, surveys, double=double)
     parts: list[tuple[Tensor, Tensor, Delta]] = []
     for rows in spread(blocks, BLOCKS):

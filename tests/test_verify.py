@@ -627,3 +627,17 @@ def test_a_merge_checks_rows_of_large_weights_from_the_first_to_the_last(
     modalloy.merge(written, tmp_path / "out")
     with pytest.raises(CheckpointError, match="differs from what the recipe gives"):
         verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [("lora1", "tuned2"), ("lora1", "lora2"), ("tuned1", "tuned2")])
+@pytest.mark.parametrize("rule", [{}, {"*.up_proj.*": {"policy": "average"}}])
+def test_rows_are_checked_of_factors_and_tuned_copies_alike(
+    names: tuple[str, str], rule: dict[str, Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalloy.verify.SMALL_BYTES", 0)
+    monkeypatch.setattr(recompute, "BLOCK_ENTRIES", 8)
+    monkeypatch.setattr(recompute, "BLOCKS", 3)
+    entries = [{"model": str(models / name)} for name in names]
+    written = recipe(tmp_path, models, models=entries, missing="zero", **({"modules": rule} if rule else {}))
+    assert 0 < modalloy.merge(written, tmp_path / "out").verification.share < 0.5
+    assert verify(tmp_path / "out", full=True).share == 1

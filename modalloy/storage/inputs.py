@@ -35,7 +35,7 @@ class Inputs:
 
     def share(self, uses: Mapping[TensorRef, int]) -> None:
         """Each of these tensors is read so many times, by one thread, and held from the first to the last: none may be changed."""
-        self.uses = dict(uses)
+        self.uses, self.held = dict(uses), {}
 
     def forget(self) -> None:
         """Nothing will be read again."""
@@ -52,7 +52,7 @@ class Inputs:
             CheckpointError: the file is damaged, was changed meanwhile, or holds NaN or infinity there.
         """
         if isinstance(ref, ComposedRef):
-            return ref.composed(self.read, buffer)
+            return ref.composed(self.read if ref.sources else self._read_own, buffer)
         left = self.uses.get(ref, 0)
         if left:
             self.uses[ref] = left - 1
@@ -62,6 +62,10 @@ class Inputs:
                 self.held[ref] = held
             return held
         return self._read(ref, buffer, later)
+
+    def _read_own(self, ref: TensorRef, buffer: Tensor | None = None) -> Tensor:
+        """The data in memory that nobody shares."""
+        return ref.composed(self._read_own, buffer) if isinstance(ref, ComposedRef) else self._read(ref, buffer, None)
 
     def _read(self, ref: TensorRef, buffer: Tensor | None, later: Later | None) -> Tensor:
         file, owner = self.files[ref.file]
