@@ -275,7 +275,8 @@ def _apart(one: Delta, other: Delta) -> float:
 
 
 def blocks_of_rows(shape: tuple[int, ...]) -> list[slice]:
-    """Consecutive blocks of rows, of about BLOCK_ENTRIES."""
+    """Consecutive blocks of rows, of about BLOCK_ENTRIES; a single number is one row."""
+    shape = shape or (1,)
     step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 

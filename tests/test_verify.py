@@ -641,3 +641,7 @@ def test_rows_are_checked_of_factors_and_tuned_copies_alike(
     written = recipe(tmp_path, models, models=entries, missing="zero", **({"modules": rule} if rule else {}))
     assert 0 < modalloy.merge(written, tmp_path / "out").verification.share < 0.5
     assert verify(tmp_path / "out", full=True).share == 1
+
+
+def test_a_single_number_is_one_row() -> None:
+    assert recompute.blocks_of_rows(()) == recompute.blocks_of_rows((1,)) == [slice(0, 1)]

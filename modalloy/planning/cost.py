@@ -60,6 +60,7 @@ def _checked_bytes(job: Job, in_part: bool) -> int:
     blocks = len(blocks_of_rows(job.outputs[0].shape))
     if job.kind in ("keep", "carry"):
         blocks = -(-job.write_bytes // PART_BYTES)
+    blocks = max(1, blocks)  # of tensors without entries, too
     factors = sum(model.a.n_bytes + model.b.n_bytes for model in job.models if isinstance(model, StoredLora))
     if job.kind == "merge" and job.has_tuned and not METHODS[job.method].rowwise:
         return job.read_bytes + (start + job.write_bytes) * min(blocks, BLOCKS) // blocks
