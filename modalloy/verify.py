@@ -270,6 +270,7 @@ class _Check:
         read = functools.cache(self.read)
         stored, surveys, double, lost = promise.stored(refs[0]), self.surveys, self.double, None
         n_entries = entries_of(promise.start) if promise.rows else sum(map(entries_of, refs))
+        n_entries //= 1 if promise.part is None else promise.part[1]  # of all experts
         try:
             some = None
             if in_part and len(refs) == 1 and not isinstance(stored, ScaledRef):

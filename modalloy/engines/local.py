@@ -61,11 +61,14 @@ def run(
         return compute(job, data.__getitem__), [tensor for ref, tensor in data.items() if ref not in shared]
 
     with closing(in_order(jobs, fetch, work, n_workers, fits, check)) as results:
-        for job, (done, data) in results:
-            yield job, done
-            del done  # or its tensors are held until the next result is there
-            while data:
-                buffers.give(data.pop())
+        try:
+            for job, (done, data) in results:
+                yield job, done
+                del done  # or its tensors are held until the next result is there
+                while data:
+                    buffers.give(data.pop())
+        finally:
+            inputs.share({})
 
 
 def in_order(

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from modalloy.errors import CheckpointError
 BLOCK_BYTES = 8 << 20  # what is read or written at once
 MAX_SKIPPED_BYTES = 64 << 20  # a gap between two reads that is read too, for the hash
 PAGE_BYTES = 4096  # alignment of reads and writes past the page cache
-DIRECT_READS = hasattr(os, "O_DIRECT")  # of Linux
+DIRECT_READS = sys.platform == "linux" and hasattr(os, "RWF_NOWAIT")
 CACHESTAT = 451  # the number of its call that counts cached pages, from Linux 6.5 on
 
 
@@ -165,11 +166,14 @@ class _Opened:
 
 
 def cached_share(descriptor: int, begin: int, count: int) -> float:
-    """How much of these bytes of a file the page cache holds; 0 where the system cannot tell."""
+    """How much of these bytes of a file the page cache holds; where the system does not tell, all if it has the first of them."""
     span, counts = (ctypes.c_uint64 * 2)(begin, count), (ctypes.c_uint64 * 5)()
-    if not DIRECT_READS or ctypes.CDLL(None).syscall(CACHESTAT, descriptor, span, counts, 0):
+    if not ctypes.CDLL(None).syscall(CACHESTAT, descriptor, span, counts, 0):
+        return float(counts[0] * mmap.PAGESIZE / count)
+    try:  # an older system, or a file of another user
+        return float(os.preadv(descriptor, [bytearray(1)], begin, os.RWF_NOWAIT))
+    except OSError:  # it is not there, or this cannot be asked
         return 0.0
-    return float(counts[0] * PAGE_BYTES / count)
 
 
 def aligned_block(n_bytes: int) -> mmap.mmap:

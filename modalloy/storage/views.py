@@ -202,6 +202,8 @@ def cut_rows(ref: TensorRef, rows: slice) -> TensorRef | None:
     parts = []
     for source, ((taken, _),), ((first, last),) in ref.parts:
         low, high = max(begin, first), min(end, last)
+        if low < high and source.begin < 0:  # it would be read whole for every few rows
+            return None
         if low < high:
             less, within = stretch(source, ((taken + low - first, taken + high - first),))
             parts.append((less, within, ((low - begin, high - begin),)))
