@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, once, sharing
 from modalloy.errors import MethodError, ModalloyError
-from modalloy.linalg import BLOCK_ENTRIES, FACTOR_ROWS
+from modalloy.linalg import FACTOR_ROWS, row_blocks
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
@@ -219,9 +219,7 @@ def _merged_weight(job: Job, read: Read, surveys: Surveys, device: str) -> Tenso
     out = base if base.dtype == spec.dtype else torch.empty(spec.shape, dtype=spec.dtype)
     # bit for bit the base where nothing is added: adding 0 would change −0
     keeps = job.adds_nothing or any(isinstance(ref, MappedRef) and ref.keeps for ref in job.reads)
-    step = max(1 if merged is None else FACTOR_ROWS, BLOCK_ENTRIES // spec.shape[1])
-    for start in range(0, spec.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in row_blocks(spec.shape, 1 if merged is None else FACTOR_ROWS):
         update = merged_update(job, read, surveys=surveys, device=device, rows=rows) if merged is None else merged
         if isinstance(update, LowRank):
             up = update.up if merged is None else update.up[rows]
@@ -259,7 +257,7 @@ def _averaged(job: Job, read: Read) -> Tensor:
     spec, scale = job.outputs[0], job.parameters["scale"]
     base, *tuned = (read(ref).reshape(-1) for ref in job.reads)
     out = torch.empty(spec.shape, dtype=spec.dtype)
-    for block in _blocks(out.numel()):
+    for block in row_blocks([out.numel()]):
         old = base[block].to(torch.float64)
         update = torch.zeros_like(old)
         for weight, one in zip(job.weights, tuned, strict=True):
@@ -280,18 +278,13 @@ def _interpolated(job: Job, read: Read) -> Tensor:
         if isinstance(donor, TensorRef)
     ]
     out = torch.empty(spec.shape, dtype=spec.dtype)
-    for block in _blocks(out.numel()):
+    for block in row_blocks([out.numel()]):
         target = start[block].to(torch.float64)
         total = target.clone()
         for donor, share in donors:
             total.add_(donor[block].to(torch.float64).sub_(target), alpha=share)
         out.view(-1)[block] = _fitted(total, spec)
     return out
-
-
-def _blocks(n_entries: int) -> Iterator[slice]:
-    """Blocks of a flat tensor, of BLOCK_ENTRIES at most."""
-    return (slice(begin, min(begin + BLOCK_ENTRIES, n_entries)) for begin in range(0, n_entries, BLOCK_ENTRIES))
 
 
 def _fitted(tensor: Tensor, spec: TensorSpec) -> Tensor:

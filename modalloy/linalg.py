@@ -1,7 +1,7 @@
 """The only place that decomposes a matrix. Grams and cores are float64: a Gram squares the condition number."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 from modalloy.errors import MethodError
 
 MAX_INVERSE = (
-    3e3  # norm of L⁻¹ up to which Q = X̂ L⁻ᵀ is orthonormal to 1e-9: rounding in the Gram grows with its square
+    3e3  # norm of L⁻¹ up to which Q = X̂ L⁻ᵀ is orthonormal to 1e-8: rounding in the Gram grows with its square
 )
 PROBES = 32  # random vectors that a norm is estimated from
 MAX_WEIGHTS = (
     10.0  # a combination Xw of unit columns in float32 loses 6e-8 · ‖w‖ / ‖Xw‖ (times √n at worst) to rounding
 )
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
-BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once
+BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once: temporaries stay small and near the processor
 FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
 BLOCK_ROWS = 2048  # rows of a tall factor that are held in float64 at once
 SMALL_GRAM = 64  # columns up to which a Gram is multiplied whole
@@ -34,6 +34,13 @@ def require_finite(values: Tensor) -> None:
     """Refuse NaN and infinity: both show in the extremes, which are many times faster than `isfinite`."""
     if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
         raise MethodError("an update holds NaN or infinite values; the file is damaged or its training diverged")
+
+
+def row_blocks(shape: Sequence[int], least: int = 1) -> list[slice]:
+    """Consecutive blocks of rows, of about BLOCK_ENTRIES and at least so many rows; a single number is one row."""
+    n_rows, *rest = shape or (1,)
+    step = max(least, BLOCK_ENTRIES // max(1, math.prod(rest)))
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
 def frobenius(matrix: Tensor) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, norm
-from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE
+from modalloy.linalg import EXACT_SIZE, row_blocks
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
@@ -177,14 +177,14 @@ def weight_error(
 
     written, base = torch.atleast_1d(written), torch.atleast_1d(read(promise.start))
     update_of = exact_update(promise, read, surveys, double=double)
-    return _distance((written[rows], base[rows], update_of(rows)) for rows in blocks_of_rows(written.shape))
+    return _distance((written[rows], base[rows], update_of(rows)) for rows in row_blocks(written.shape))
 
 
 def sampled_error(
     promise: "Promise", written: TensorRef, read_written: Read, read: Read, surveys: Surveys, *, double: bool
 ) -> tuple[float, float, int] | None:
     """The same of some blocks of rows, and how many entries these hold; None where the tensor is to be read whole."""
-    blocks = blocks_of_rows(written.shape)
+    blocks = row_blocks(written.shape)
     if len(blocks) <= BLOCKS or promise.rows or promise.fishers or promise.start.shape != written.shape:
         return None
     tuned = all(update.factors is None and update.stacked is None for update in promise.updates)
@@ -272,13 +272,6 @@ def _apart(one: Delta, other: Delta) -> float:
         return norm(one.to(torch.float64) + -1.0 * other.to(torch.float64))
     dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in (one, other)]
     return norm(dense[0].to(torch.float64) - dense[1])
-
-
-def blocks_of_rows(shape: tuple[int, ...]) -> list[slice]:
-    """Consecutive blocks of rows, of about BLOCK_ENTRIES; a single number is one row."""
-    shape = shape or (1,)
-    step = max(1, BLOCK_ENTRIES // max(1, math.prod(shape[1:])))
-    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _distance(parts: Iterable[tuple[Tensor, Tensor, Delta]]) -> tuple[float, float]:

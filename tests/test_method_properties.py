@@ -20,10 +20,11 @@ from torch import Tensor
 import modalloy
 from modalloy import LowRank, merge_deltas
 from modalloy.errors import MethodError, RecipeError
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, resolve, survey_model
 from modalloy.methods.dare import TILE_ROWS, drop, keep_mask
-from modalloy.methods.entries import BLOCK_ENTRIES, magnitude_cuts
+from modalloy.methods.entries import magnitude_cuts
 from modalloy.verify import verify
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 import modalloy
 from modalloy import merge_deltas
 from modalloy.errors import RecipeError
+from modalloy.linalg import BLOCK_ENTRIES
 from modalloy.methods.dare import TILE_ROWS, drop
 from modalloy.methods.della import prune, ranks_of
-from modalloy.methods.entries import BLOCK_ENTRIES
 
 
 def of(method: str, deltas: list[Tensor], **parameters: Any) -> Tensor:
@@ -82,7 +82,7 @@ def test_tiny_tensors(method: str, shape: tuple[int, int]) -> None:
 def test_blocks_of_rows_do_not_show(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     deltas = matrices(300, 17)
     whole = of(method, deltas)
-    monkeypatch.setattr("modalloy.methods.entries.BLOCK_ENTRIES", 50)
+    monkeypatch.setattr("modalloy.linalg.BLOCK_ENTRIES", 50)
     assert BLOCK_ENTRIES > 300 * 17
     assert relative(of(method, deltas), whole) < 1e-14
 

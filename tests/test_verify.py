@@ -21,7 +21,7 @@ from synthetic import write_base, write_lora, write_tuned
 from torch import Tensor
 
 import modalloy
-from modalloy import recompute
+from modalloy import linalg, recompute
 from modalloy.errors import CheckpointError
 from modalloy.outputs import manifest, sources
 from modalloy.planning import differences
@@ -604,7 +604,7 @@ def test_a_merge_checks_rows_of_large_weights_from_the_first_to_the_last(
     kind: str, method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modalloy.verify.SMALL_BYTES", 0)
-    monkeypatch.setattr(recompute, "BLOCK_ENTRIES", 8)  # one row
+    monkeypatch.setattr(linalg, "BLOCK_ENTRIES", 8)  # one row
     monkeypatch.setattr(recompute, "BLOCKS", 3)
     written = recipe(tmp_path, models, kind, merge_method=method)
     found = modalloy.merge(written, tmp_path / "right").verification
@@ -635,7 +635,7 @@ def test_rows_are_checked_of_factors_and_tuned_copies_alike(
     names: tuple[str, str], rule: dict[str, Any], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modalloy.verify.SMALL_BYTES", 0)
-    monkeypatch.setattr(recompute, "BLOCK_ENTRIES", 8)
+    monkeypatch.setattr(linalg, "BLOCK_ENTRIES", 8)
     monkeypatch.setattr(recompute, "BLOCKS", 3)
     entries = [{"model": str(models / name)} for name in names]
     written = recipe(tmp_path, models, models=entries, missing="zero", **({"modules": rule} if rule else {}))
@@ -644,4 +644,4 @@ def test_rows_are_checked_of_factors_and_tuned_copies_alike(
 
 
 def test_a_single_number_is_one_row() -> None:
-    assert recompute.blocks_of_rows(()) == recompute.blocks_of_rows((1,)) == [slice(0, 1)]
+    assert linalg.row_blocks(()) == linalg.row_blocks((1,)) == [slice(0, 1)]

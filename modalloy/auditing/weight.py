@@ -6,7 +6,7 @@ Everything is worked out in float64 by blocks of rows; what is held is the store
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modalloy.auditing.opened import Slot
 from modalloy.errors import CheckpointError
-from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.linalg import row_blocks
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.tensors import TensorRef, all_finite
@@ -118,10 +118,9 @@ class Weight:
         """Whether no merged entry is NaN or infinite."""
         return all(all_finite(one) for one in (self.written, *(self.factors or ())) if one is not None)
 
-    def blocks(self) -> Iterator[slice]:
+    def blocks(self) -> list[slice]:
         """Consecutive blocks of rows."""
-        step = max(1, BLOCK_ENTRIES // max(1, self.columns))
-        return (slice(start, start + step) for start in range(0, self.n_rows, step))
+        return row_blocks((self.n_rows, self.columns))
 
     def change(self, rows: slice) -> Tensor:
         """Merged less base."""

@@ -42,8 +42,6 @@ def run(
     """
     buffers = Buffers(keep=ample)
 
-    inputs.share(shared)
-
     def fetch(job: Job) -> Fetched:
         checks: list[Callable[[], object]] = []
         data = {}
@@ -60,15 +58,16 @@ def run(
         data = fetched[0]
         return compute(job, data.__getitem__), [tensor for ref, tensor in data.items() if ref not in shared]
 
-    with closing(in_order(jobs, fetch, work, n_workers, fits, check)) as results:
-        try:
+    inputs.share(shared)
+    try:
+        with closing(in_order(jobs, fetch, work, n_workers, fits, check)) as results:
             for job, (done, data) in results:
                 yield job, done
                 del done  # or its tensors are held until the next result is there
                 while data:
                     buffers.give(data.pop())
-        finally:
-            inputs.share({})
+    finally:
+        inputs.share({})
 
 
 def in_order(

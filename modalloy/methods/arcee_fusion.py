@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import magnitude_cuts, row_blocks
+from modalloy.linalg import row_blocks
+from modalloy.methods.entries import magnitude_cuts
 from modalloy.methods.method import Method, always
 
 FLOOR = 1e-8  # added to every probability
@@ -25,7 +26,7 @@ def arcee_fusion(deltas: list[Tensor], *, base: Tensor, shape: tuple[int, int]) 
     """
     (delta,) = deltas
     importance = torch.empty_like(delta)
-    for rows in row_blocks(delta):
+    for rows in row_blocks(delta.shape):
         importance[rows] = delta[rows].to(torch.float64).abs() * divergences(delta[rows], base[rows])
     count = importance.numel()
     low, median, high = (_ordered(importance, int(quarter * (count - 1))) for quarter in QUARTERS)

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import absolute_sum, kept_ranks, magnitude_cuts, norm_factor, row_blocks
+from modalloy.linalg import row_blocks
+from modalloy.methods.entries import absolute_sum, kept_ranks, magnitude_cuts, norm_factor
 from modalloy.methods.method import ENTRY_LAWS, Method, always
 from modalloy.methods.parameters import Number, Probabilities, Shares
 from modalloy.methods.ties import Combine, elect_and_merge
@@ -41,7 +42,7 @@ def breadcrumbs(
     """
     merged = torch.zeros_like(deltas[0])
     for D, (low, high), factor in _bands(deltas, density, gamma, rescale):
-        for rows in row_blocks(merged):
+        for rows in row_blocks(merged.shape):
             merged[rows] += factor * _between(D[rows], low, high)
     return merged.mul_(scale)
 
@@ -75,7 +76,7 @@ def breadcrumbs_ties(
     left = []
     for D, (low, high), factor in _bands(deltas, density, gamma, rescale):
         left.append(torch.empty_like(D))
-        for rows in row_blocks(D):
+        for rows in row_blocks(D.shape):
             left[-1][rows] = factor * _between(D[rows], low, high)
     return elect_and_merge(left, [0.0] * len(left), None, combine, folded).mul_(scale)
 
@@ -94,7 +95,7 @@ def _bands(
     for D, band in zip(deltas, zip(lows, highs, strict=True), strict=True):
         factor = 1.0
         if rescale == "norm":
-            after = (float(_between(D[rows], *band).abs().sum(dtype=torch.float64)) for rows in row_blocks(D))
+            after = (float(_between(D[rows], *band).abs().sum(dtype=torch.float64)) for rows in row_blocks(D.shape))
             factor = norm_factor(absolute_sum(D), sum(after))
         found.append((D, band, factor))
     return found

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import row_blocks
+from modalloy.linalg import row_blocks
 from modalloy.methods.method import ENTRY_LAWS, Method
 from modalloy.methods.parameters import Count, NotNegative, Number
 
@@ -28,7 +28,7 @@ def consensus(
     Cost: O(T N) for N entries; memory one matrix beside the inputs.
     """
     merged = torch.empty_like(deltas[0])
-    for rows in row_blocks(merged):
+    for rows in row_blocks(merged.shape):
         D = torch.stack([delta[rows] for delta in deltas])  # (T, rows, in)
         total = D.sum(0)
         needed = D.abs() > mask_scale * (total - D).abs()

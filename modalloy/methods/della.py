@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalloy.linalg import row_blocks
 from modalloy.methods.dare import TILE_ROWS, random_numbers
-from modalloy.methods.entries import absolute_sum, norm_factor, row_blocks
+from modalloy.methods.entries import absolute_sum, norm_factor
 from modalloy.methods.method import MASK_LAWS, Method, always
 from modalloy.methods.parameters import Number, Probabilities, Seed, Shares, each
 from modalloy.methods.ties import Combine, elect_and_merge
@@ -104,7 +105,7 @@ def prune(delta: Tensor, density: float, epsilon: float, rescale: Rescale, seed:
     limits = np.maximum(1, np.round(chances * 2**32)) - 1
     for tile, part in enumerate(left.split(TILE_ROWS)):
         numbers = random_numbers((part.shape[0], columns), seed, model, slot, tile)
-        for rows in row_blocks(part):
+        for rows in row_blocks(part.shape):
             block = delta[tile * TILE_ROWS : (tile + 1) * TILE_ROWS][rows]
             ranks = ranks_of(block.abs()).cpu().numpy()
             factors = numbers[rows] <= limits[ranks]

@@ -1,20 +1,14 @@
 """What the methods that work on single entries share: blocks of rows, and the exact k-th largest magnitude."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from modalloy.linalg import row_blocks
 from modalloy.methods.parameters import Probabilities, Shares, each
 
-BLOCK_ENTRIES = 1 << 18  # of one matrix handled at once: temporaries stay small and near the processor
 DIGIT_BITS = 16
-
-
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Consecutive blocks of rows of `matrix`, about BLOCK_ENTRIES each."""
-    step = max(1, BLOCK_ENTRIES // max(1, matrix.shape[1]))
-    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
 
 
 def magnitude_cuts(
@@ -42,7 +36,7 @@ def magnitude_cuts(
                 return magnitude_cuts(model, density, torch.float64)
             counts = counts or [torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=m.device) for m in matrices]
             for index, (matrix, count) in enumerate(zip(matrices, counts, strict=True)):
-                for rows in row_blocks(matrix):
+                for rows in row_blocks(matrix.shape):
                     patterns = matrix[rows].to(dtype).abs().view(integer).flatten()
                     if found:
                         patterns = patterns[(patterns >> (shift + DIGIT_BITS)) == found[index]]
@@ -80,4 +74,4 @@ def norm_factor(before: float, after: float) -> float:
 
 def absolute_sum(matrix: Tensor) -> float:
     """The L1 norm of all entries, summed in float64."""
-    return sum(float(matrix[rows].abs().sum(dtype=torch.float64)) for rows in row_blocks(matrix))
+    return sum(float(matrix[rows].abs().sum(dtype=torch.float64)) for rows in row_blocks(matrix.shape))

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import row_blocks
+from modalloy.linalg import row_blocks
 from modalloy.methods.method import ENTRY_LAWS, Method
 from modalloy.methods.parameters import Number, Positive
 
@@ -39,7 +39,7 @@ def fisher(
     """
     weights = [1.0 if normalize == "none" else 1 / _norm(F, floor) for F in fishers]
     merged = torch.empty_like(deltas[0])
-    for rows in row_blocks(merged):
+    for rows in row_blocks(merged.shape):
         total = weighted = torch.zeros((), dtype=torch.float64, device=merged.device)
         for c, F, D in zip(weights, fishers, deltas, strict=True):
             share = c * _floored(F[rows], floor).to(merged.device)
@@ -54,7 +54,7 @@ def _floored(F: Tensor, floor: float) -> Tensor:
 
 
 def _norm(F: Tensor, floor: float) -> float:
-    return sum(float(_floored(F[rows], floor).square().sum()) for rows in row_blocks(F)) ** 0.5
+    return sum(float(_floored(F[rows], floor).square().sum()) for rows in row_blocks(F.shape)) ** 0.5
 
 
 METHOD = Method(fisher, "dense", "arXiv 2111.09832", ("identity at n=1", *ENTRY_LAWS))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import row_blocks
+from modalloy.linalg import row_blocks
 from modalloy.methods.method import Method
 from modalloy.methods.parameters import NotNegative, Number
 
@@ -53,7 +53,7 @@ def ramplus_tl(
     Cost: O(T N) time for N entries, two passes; memory one matrix beside the inputs.
     """
     shared, alone = [0] * len(deltas), [0] * len(deltas)
-    for rows in row_blocks(deltas[0]):
+    for rows in row_blocks(deltas[0].shape):
         active = torch.stack([D[rows].abs() > epsilon for D in deltas])
         count = active.sum(0)
         for index, own in enumerate(active):
@@ -67,7 +67,7 @@ def _merged(deltas: list[Tensor], epsilon: float, factors: list[float]) -> Tenso
     """The mean of the active entries, times its update's factor where there is one only."""
     merged = torch.empty_like(deltas[0])
     own = torch.tensor(factors, dtype=merged.dtype, device=merged.device)[:, None, None]
-    for rows in row_blocks(merged):
+    for rows in row_blocks(merged.shape):
         D = torch.stack([delta[rows] for delta in deltas])  # (T, rows, in)
         active = D.abs() > epsilon
         count = active.sum(0)

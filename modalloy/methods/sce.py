@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from modalloy.linalg import frobenius
-from modalloy.methods.entries import magnitude_cuts, row_blocks
+from modalloy.linalg import frobenius, row_blocks
+from modalloy.methods.entries import magnitude_cuts
 from modalloy.methods.method import ENTRY_LAWS, Method
 from modalloy.methods.parameters import Number, Share
 
@@ -26,7 +26,7 @@ def sce(deltas: list[Tensor], *, select_topk: Share = 1.0, scale: Number, shape:
     Cost: O(T N) time for N entries, two passes, five where places are selected; memory one matrix beside the inputs.
     """
     merged = torch.empty_like(deltas[0])
-    blocks = list(row_blocks(merged))
+    blocks = list(row_blocks(merged.shape))
     cut = 0.0
     if select_topk < 1:
         varying = sum(int(_variance(_stacked(deltas, rows)).count_nonzero()) for rows in blocks)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modalloy.methods.entries import row_blocks
+from modalloy.linalg import row_blocks
 
 ROUNDED = 1e-14  # a sum of factors this near to 1 is 1: no multiple of the base is added
 
@@ -44,7 +44,7 @@ def combined(deltas: Sequence[Tensor | None], factors: Tensor, base: Tensor | No
     """
     first = next(delta for delta in deltas if delta is not None)
     merged = torch.empty_like(first)
-    for rows in row_blocks(first):
+    for rows in row_blocks(first.shape):
         c = factors[rows] if len(factors) > 1 else factors
         total = torch.zeros(merged[rows].shape, dtype=torch.float64, device=first.device)
         for index, delta in enumerate(deltas):
@@ -84,7 +84,7 @@ def arc(gram: Tensor, t: float, straight: float) -> Tensor:
 def _blocks(deltas: Sequence[Tensor | None], base: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Rows of all points, (n, rows, in) in float64."""
     first = next(delta for delta in deltas if delta is not None)
-    for rows in row_blocks(first):
+    for rows in row_blocks(first.shape):
         points = torch.zeros((len(deltas), *first[rows].shape), dtype=torch.float64, device=first.device)
         for point, delta in zip(points, deltas, strict=True):
             if base is not None:

@@ -62,7 +62,8 @@ def ssam(
 def aligned(deltas: Sequence[Delta], total: Delta, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, k) and V (in, k) of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i, and the core Uᵀ · total · V (k, k) between them.
 
-    For a smaller k, the leading columns of U and V, and the leading block of the core, are those of that k.
+    Where k is more than a third of the larger side: for a smaller k, the leading columns of U and V, and the leading block
+    of the core, are those of that k.
     """
     U, V = shared_subspace(deltas, k), shared_subspace([D.T for D in deltas], k)
     return U, U.T @ (total @ V), V

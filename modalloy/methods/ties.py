@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from modalloy.errors import MethodError
-from modalloy.methods.entries import magnitude_cuts, row_blocks
+from modalloy.linalg import row_blocks
+from modalloy.methods.entries import magnitude_cuts
 from modalloy.methods.method import ENTRY_LAWS, Method, is_global
 from modalloy.methods.parameters import Number, Shares
 
@@ -69,7 +70,7 @@ def majority_sign(layers: Iterable[list[Tensor]], cuts: list[float]) -> int:
     """The sign (1, -1 or 0) of the sum of all elected signs."""
     balance = 0
     for matrices in layers:
-        for rows in row_blocks(matrices[0]):
+        for rows in row_blocks(matrices[0].shape):
             balance += int(_trimmed(matrices, cuts, rows).sum(0).sign().sum(dtype=torch.int64))
     return (balance > 0) - (balance < 0)
 
@@ -86,7 +87,7 @@ def elect_and_merge(
         raise MethodError("combine: weighted_mean needs the weights of the updates; give one each")
     merged = torch.empty_like(deltas[0])
     factors = merged.new_tensor(list(weights or [1.0] * len(deltas)))[:, None, None]
-    for rows in row_blocks(merged):
+    for rows in row_blocks(merged.shape):
         trimmed = _trimmed(deltas, cuts, rows)  # (T, rows, in)
         elected = trimmed.sum(0).sign()
         undecided = (elected == 0) & (trimmed.abs().sum(0) > 0)

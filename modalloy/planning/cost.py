@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modalloy.errors import OutOfMemoryError
-from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE, FACTOR_ROWS
+from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE, FACTOR_ROWS, row_blocks
 from modalloy.machine import memory
 from modalloy.machine.cores import AHEAD
 from modalloy.methods import METHODS
-from modalloy.methods.entries import BLOCK_ENTRIES as ENTRIES_AT_ONCE
 from modalloy.planning.job import Job
 from modalloy.planning.kinship import kinship_pairs, rows_compared
-from modalloy.recompute import BLOCKS, PART_BYTES, SMALL_BYTES, blocks_of_rows, is_dense_check, spread_over_places
+from modalloy.recompute import BLOCKS, PART_BYTES, SMALL_BYTES, is_dense_check, spread_over_places
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.source import BLOCK_BYTES
@@ -52,12 +51,12 @@ def read_bytes(planned: Plan) -> int:
 
 def _checked_bytes(job: Job, in_part: bool) -> int:
     """What verifying reads for one job: what it read and wrote, and the start again to add its update; of large ones, some rows."""
-    twice = job.kind == "merge" and len(job.outputs) == 1 and job.has_tuned and job.start is not None
-    start = job.start.n_bytes if job.start is not None and twice else 0
+    twice = job.kind == "merge" and len(job.outputs) == 1 and job.has_tuned
+    start = job.start.n_bytes if twice and job.start is not None else 0
     whole = job.read_bytes + start + job.write_bytes
     if not in_part or len(job.outputs) != 1 or job.pieces or job.rows:
         return whole
-    blocks = len(blocks_of_rows(job.outputs[0].shape))
+    blocks = len(row_blocks(job.outputs[0].shape))
     if job.kind in ("keep", "carry"):
         blocks = -(-job.write_bytes // PART_BYTES)
     blocks = max(1, blocks)  # of tensors without entries, too
@@ -255,7 +254,7 @@ def _surveyed_bytes(planned: Plan) -> int:
         whole = method.gets(job.parameters) == "dense" or job.has_tuned
         copies = 1 + method.copies_updates(job.parameters)
         entries = len(job.models) * copies * rows * columns if whole else 2 * job.stacked_rank * (rows + columns)
-        sizes.append(job.read_bytes + 2 * job.wide.itemsize * entries + 4 * 8 * min(ENTRIES_AT_ONCE, rows * columns))
+        sizes.append(job.read_bytes + 2 * job.wide.itemsize * entries + 4 * 8 * min(BLOCK_ENTRIES, rows * columns))
     return max(sizes)
 
 
@@ -290,9 +289,9 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
     if len(job.outputs) == 2:  # cut to factors: a Gram decomposed, the update in float64, what is left of it
         taken = max(taken, 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns)
     if gets == "dense":
-        return taken + wide * 4 * (n + job.takes_base) * ENTRIES_AT_ONCE
+        return taken + wide * 4 * (n + job.takes_base) * BLOCK_ENTRIES
     if method.combines:  # blocks in float64
-        return taken + 8 * (n + 2) * min(ENTRIES_AT_ONCE, rows * columns)
+        return taken + 8 * (n + 2) * min(BLOCK_ENTRIES, rows * columns)
     if method.rowwise:
         return taken
     # where both sides play one part, the Gram is that of the shorter

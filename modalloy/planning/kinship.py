@@ -12,9 +12,9 @@ from torch import Tensor
 
 from modalloy.errors import CheckpointError
 from modalloy.families.mapping import ModelMap
-from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.linalg import BLOCK_ENTRIES, row_blocks
 from modalloy.planning.kinds import layer_of
-from modalloy.recompute import BLOCKS, blocks_of_rows, spread
+from modalloy.recompute import BLOCKS, spread
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import cut_rows
 
@@ -111,15 +111,12 @@ def _smallest(planned: "Plan", copies: Mapping[str, TensorRef]) -> list[str]:
 
 def _spread(layers: Mapping[int, list[tuple[int, str]]]) -> list[str]:
     """The smallest weight of each of some layers, spread evenly."""
-    smallest, last = [min(layers[layer])[1] for layer in sorted(layers)], SAMPLED_LAYERS - 1
-    if len(smallest) <= SAMPLED_LAYERS:
-        return smallest
-    return [smallest[round(index * (len(smallest) - 1) / last)] for index in range(SAMPLED_LAYERS)]
+    return spread([min(layers[layer])[1] for layer in sorted(layers)], SAMPLED_LAYERS)
 
 
 def rows_compared(own: TensorRef, other: TensorRef) -> list[tuple[TensorRef, TensorRef]]:
     """Two large tensors of one shape by blocks of some of their rows; else as they are."""
-    some = spread(blocks_of_rows(own.shape), BLOCKS)
+    some = spread(row_blocks(own.shape), BLOCKS)
     cut = [(cut_rows(own, rows), cut_rows(other, rows)) for rows in some]
     found = [(one, same) for one, same in cut if one is not None and same is not None]
     return found if len(found) == len(cut) == BLOCKS else [(own, other)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modalloy.compute import Surveys, compute
 from modalloy.errors import CheckpointError, RecipeError
-from modalloy.linalg import BLOCK_ENTRIES
+from modalloy.linalg import row_blocks
 from modalloy.machine.threads import one_thread
 from modalloy.model.chat import ChatModel
 from modalloy.model.hosted import HostedModel, able, is_hosted, open_processor, places
@@ -177,9 +177,7 @@ def _sketch(planned: Plan, name: str, merged: Tensor) -> Tensor:
     )
     x, y = directions(rows, columns, zlib.crc32(name.encode()))
     total = torch.zeros(SKETCHED, dtype=torch.float64)
-    step = max(1, BLOCK_ENTRIES // columns)
-    for begin in range(0, rows, step):
-        block = slice(begin, begin + step)
+    for block in row_blocks((rows, columns)):
         difference = merged[block].float() - target[block].float()
         total += ((difference @ x).double() * y[block].double()).sum(0)
     return total
