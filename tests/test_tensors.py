@@ -91,6 +91,17 @@ def test_reads_whose_hashing_is_put_off_give_the_same_hash(folder: Path) -> None
     assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_file_that_is_gone_when_it_is_hashed_is_named_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(5), "b": torch.ones(5)}, path)
+    file, later = WeightFile(path), list[Any]()
+    file.hash_reads()
+    file.read(file.refs["b"], None, later.append)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors: no such file"):
+        later[0]()
+
+
 @pytest.mark.parametrize(("begin", "end"), [(0, 3), (2, 5), (4, 9), (0, 9)])
 def test_some_rows_of_a_tensor_are_those_rows(begin: int, end: int, tmp_path: Path) -> None:
     whole = torch.arange(9 * 4.0).reshape(9, 4)

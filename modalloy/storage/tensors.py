@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -134,9 +134,14 @@ class WeightFile:
                 -buffer.data_ptr() % align,
             )
         with reading(self.path):
-            self._source.read_into(buffer[at : at + end - begin].numpy().data, begin, ref.name, later)
+            put_off = None if later is None else lambda call: later(partial(self._named, call))
+            self._source.read_into(buffer[at : at + end - begin].numpy().data, begin, ref.name, put_off)
         data = buffer[at + ref.begin - begin :][: ref.n_bytes]
         return data.view(ref.dtype).reshape(ref.shape)
+
+    def _named(self, call: Callable[[], object]) -> None:
+        with reading(self.path):
+            call()
 
     def hash_reads(self) -> None:
         """From now on, hash what is read in the file's order, so that `sha256` need not read it again."""
