@@ -98,7 +98,7 @@ def test_a_file_that_is_gone_when_it_is_hashed_is_named_in_one_line(tmp_path: Pa
     file.hash_reads()
     file.read(file.refs["b"], None, later.append)
     path.unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors: no such file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
         later[0]()
 
 
