@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, Spectrum, approximate_range, frobenius, gram, require_finite, top_subspace
+from modalloy.linalg import Basis, Spectrum, frobenius, gram, require_finite
+from modalloy.subspaces import approximate_range, top_subspaces
 
 UNCANCELLED = 1e-9  # of the sum of magnitudes: a sum of as much is known to 1e-7 in float64
 
@@ -178,17 +179,23 @@ def second_moment(deltas: Sequence[Delta]) -> Tensor:
     return product if total is None else product + total
 
 
-def shared_subspace(deltas: Sequence[Delta], rank: int) -> Tensor:
-    """The `rank` leading eigenvectors (out, rank) of Σ D_i D_iᵀ."""
+def shared_subspaces(deltas: Sequence[Delta], rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` leading eigenvectors U (out, k) of Σ D_i D_iᵀ and V (in, k) of Σ D_iᵀ D_i, at most as many as there are."""
     dense = [delta for delta in deltas if isinstance(delta, Tensor)]
     if len(dense) == len(deltas):
-        return top_subspace(dense, rank)
+        return top_subspaces(dense, rank)
+    transposed = [D.T for D in deltas]
+    return _leading(transposed, rank), _leading(deltas, rank)
+
+
+def _leading(deltas: Sequence[Delta], rank: int) -> Tensor:
+    """The `rank` leading eigenvectors (in, rank) of Σ D_iᵀ D_i, some of which are factors."""
 
     def spectrum() -> Spectrum:
-        return Spectrum(second_moment([delta.T for delta in deltas]))
+        return Spectrum(second_moment(deltas))
 
     factored = [delta for delta in deltas if isinstance(delta, LowRank)]
-    return (_once_of("spectrum", factored, spectrum) if not dense else spectrum()).top(rank)
+    return (_once_of("spectrum", factored, spectrum) if len(factored) == len(deltas) else spectrum()).top(rank)
 
 
 def thin_svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,10 +24,7 @@ SMALL_GRAM = 64  # columns up to which a Gram is multiplied whole
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
 MIN_GAP = 1e-5  # of the eigenvalues at the cut, in the largest: what float32 can tell apart
 SPAN_TOLERANCE = 1e-9  # of a span of eigenvectors: the sines of its angles, root mean square
-EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
-OVERSAMPLING = 2  # size of the iterated block, in ranks
 MAX_ITERATIONS = 30
-SUBSPACE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the projected updates, relative
 
 
 def require_finite(values: Tensor) -> None:
@@ -89,13 +86,12 @@ class Spectrum:
 
     @cached_property
     def _in_double(self) -> Tensor:
-        return torch.linalg.eigh(self.A).eigenvectors.flip(1)
+        return eigenpairs(self.A)[1]
 
     @cached_property
     def _in_single(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues over the trace, and eigenvectors, in float32, the largest first."""
-        values, vectors = torch.linalg.eigh((self.A / self.A.trace()).to(torch.float32))
-        return values.flip(0), vectors.flip(1)
+        return eigenpairs((self.A / self.A.trace()).to(torch.float32))
 
     def _corrected(self, rank: int) -> Tensor | None:
         """Those of float32, corrected by float64 residuals; None if the eigenvalues at the cut are too close for that.
@@ -125,101 +121,30 @@ class Spectrum:
         return None
 
 
+def eigenpairs(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), the largest first, and orthonormal eigenvectors (n, n) of a positive semidefinite matrix. O(n³).
+
+    By an SVD where the eigensolver gives up: MKL's does in float32, on one matrix of low rank in twenty that is zero in half
+    of its rows.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(symmetric)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # which torch exports, but not to mypy
+        vectors, values, _ = torch.linalg.svd(symmetric)
+        return values, vectors
+    return values.flip(0), vectors.flip(1)
+
+
 def leading_eigenvectors(symmetric: Tensor, cut: float) -> Tensor:
     """Orthonormal eigenvectors (n, k) of the eigenvalues above `cut` times the largest, which come first. O(n³)."""
-    values, vectors = torch.linalg.eigh(symmetric)
-    return vectors[:, values > cut * values[-1:].clamp(min=0).sum()].flip(1)
+    values, vectors = eigenpairs(symmetric)
+    return vectors[:, values > cut * values[:1].clamp(min=0).sum()]
 
 
 def left_singular_vectors(matrix: Tensor, cut: float) -> Tensor:
     """Left singular vectors (m, k) of the singular values above `cut` times the largest, in order. O(m n · min(m, n))."""
     U, values, _ = torch.linalg.svd(matrix, full_matrices=False)
     return U[:, values > cut * values[:1].sum()]
-
-
-def top_subspace(matrices: list[Tensor], rank: int) -> Tensor:
-    """The `rank` leading eigenvectors (m, rank) of A = Σ D_i D_iᵀ, in the matrices' type; at most m of them.
-
-    Exact, by an eigendecomposition of A in float64, up to `EXACT_SIZE` rows or where the iteration would not converge.
-    Above, by subspace iteration with Rayleigh–Ritz: A is never formed, and the result is taken only once its residuals
-    bound its error. O(m² n + m³), or O(m n · rank) an iteration.
-    """
-    m, dtype = matrices[0].shape[0], matrices[0].dtype
-    rank = min(rank, m)
-    found = None
-    if m > EXACT_SIZE and OVERSAMPLING * rank < m / 4:
-        found = _iterated_subspace(matrices, rank)
-    if found is None:
-        found = top_eigenvectors(gram(*(matrix.T for matrix in matrices)), rank)
-    return found.to(dtype)
-
-
-def _iterated_subspace(matrices: list[Tensor], rank: int) -> Tensor | None:
-    """`top_subspace` by iteration, None if it converges too slowly (no gap in the spectrum) to be worth it.
-
-    Two errors are bounded. What leaves the span of X: a residual r_j over the distance of θ_j from the last Ritz value.
-    What is exchanged inside it at the cut, between the vectors j ≤ k and k + 1: the coupling of the two, by their
-    residuals and by rounding, over θ_j − θ_{k+1}; where these are nearly equal only float64 can tell them apart.
-    """
-    (m, _), dtype, device = matrices[0].shape, matrices[0].dtype, matrices[0].device
-    size = math.hypot(*(frobenius(matrix) for matrix in matrices))
-    if not size:
-        return torch.eye(m, rank, dtype=dtype, device=device)
-    eps, tolerance = torch.finfo(dtype).eps, SUBSPACE_TOLERANCE[dtype]
-    generator = torch.Generator().manual_seed(0)  # any start converges; one seed, so that the bytes are the same
-    X = torch.randn(m, OVERSAMPLING * rank, generator=generator).to(device, dtype)
-    error = 0.0
-    for step in range(1, MAX_ITERATIONS + 1):
-        X = Basis(X).q_in(dtype)
-        if X.shape[1] <= rank:
-            return None
-        H = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=device)
-        AX = torch.zeros_like(X)
-        for D in matrices:
-            Y = (D.T @ X).div_(size)  # (n, b); so A is scaled to trace 1, out of reach of over- and underflow
-            H += gram(Y)
-            AX.addmm_(D, Y)
-        AX /= size
-        theta, W = torch.linalg.eigh(H)  # Rayleigh–Ritz: the best approximations inside the span of X
-        theta, W = theta.flip(0).clamp(min=0), W.flip(1).to(dtype)
-        X, AX = X @ W, AX @ W
-        top, beyond = theta[:rank], theta[rank]
-        residuals = torch.linalg.norm((AX - X * theta.to(dtype))[:, : rank + 1].to(torch.float64), dim=0)
-        distances = (theta[: rank + 1] - theta[-1]).clamp(min=1e-300)  # what is outside lies below the last Ritz value
-        outside = residuals / distances
-        rounding = eps * (top * (top + 1 / m)).sqrt()  # of the products with D, whose mean squared value is 1 / m
-        exchanged = (residuals[:rank] * outside[rank] + rounding) / (top - beyond).clamp(min=1e-300)
-        before, error = error, _lost(outside[:rank], top)
-        lost = _lost(exchanged, top)
-        if error <= tolerance and lost <= tolerance:
-            return X[:, :rank]
-        if _lost(rounding / (top - beyond).clamp(min=1e-300), top) > tolerance and error <= tolerance:
-            return None
-        if step > 2 and error * (error / before) ** (MAX_ITERATIONS - step) > tolerance:
-            return None
-        X = AX / theta.clamp(min=float(theta[0]) * 1e-12).to(dtype)
-    return None
-
-
-def _lost(sines: Tensor, energies: Tensor) -> float:
-    """Relative error of updates whose directions, of these shares of their energy, are off by these sines."""
-    return float((sines.clamp(max=1) ** 2 * energies).sum() / energies.sum()) ** 0.5
-
-
-def approximate_range(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal columns (m, rank) that span nearly as much of D (m, n) as its leading singular vectors do.
-
-    Exact up to `EXACT_SIZE` rows. Above, a randomised range finder with two power iterations (Halko, Martinsson and Tropp,
-    arXiv 0909.4061, algorithm 4.4), whose seed is fixed; made for matrices whose spectrum hardly falls. O(m n · rank).
-    """
-    if matrix.shape[0] <= EXACT_SIZE:
-        return top_subspace([matrix], rank)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[1], OVERSAMPLING * rank, generator=generator).to(matrix.device, matrix.dtype)
-    Q = Basis(matrix @ start).q_in(matrix.dtype)
-    for _ in range(2):
-        Q = Basis(matrix @ (matrix.T @ Q)).q_in(matrix.dtype)
-    return Q @ top_eigenvectors(gram(matrix.T @ Q), rank).to(matrix.dtype)
 
 
 def energy_rank(symmetric: Tensor, fraction: float) -> int:
@@ -244,10 +169,10 @@ def singular_triples(
         V, s, U = singular_triples(matrix.T, k, largest=largest)
         return U, s, V
     X = matrix.to(torch.float64)
-    squares, vectors = torch.linalg.eigh(gram(X))
-    reference = squares[-1:].sum() if largest is None else largest**2
+    squares, vectors = eigenpairs(gram(X))
+    reference = squares[:1].sum() if largest is None else largest**2
     rank = int((squares > RANK_TOLERANCE**2 * reference).sum())
-    within = vectors.flip(1)[:, : rank if k is None else min(k, rank)]
+    within = vectors[:, : rank if k is None else min(k, rank)]
     U, s, rotation = torch.linalg.svd(X @ within, full_matrices=False)
     return U, s, within @ rotation.T
 
@@ -265,7 +190,7 @@ def polar(matrix: Tensor) -> Tensor:
 
 def spectral_function(symmetric: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """V diag(f(λ)) Vᵀ (n, n) of a positive semidefinite V diag(λ) Vᵀ; f gets all λ ≥ 0 in ascending order. O(n³)."""
-    values, vectors = torch.linalg.eigh(symmetric)
+    values, vectors = (found.flip(-1) for found in eigenpairs(symmetric))
     return (vectors * function(values.clamp(min=0))) @ vectors.T
 
 

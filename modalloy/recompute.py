@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, norm
-from modalloy.linalg import EXACT_SIZE, row_blocks
+from modalloy.linalg import row_blocks
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
@@ -22,6 +22,7 @@ from modalloy.names import pattern_of
 from modalloy.storage.scaled import ScaledRef, codes_of, numbers_of, scales_of
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import cut_rows
+from modalloy.subspaces import EXACT_SIZE
 
 if TYPE_CHECKING:
     from modalloy.promise.promise import Promise, Update

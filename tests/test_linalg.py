@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from modalloy import linalg
+from modalloy import linalg, subspaces
 from modalloy.delta import LowRank, norm
-from modalloy.linalg import Basis, Spectrum, gram, top_eigenvectors, top_subspace
+from modalloy.linalg import Basis, Spectrum, gram, top_eigenvectors
+from modalloy.subspaces import top_subspaces
 
 M, N, K = 240, 260, 16
 TAIL = torch.arange(1, M + 1, dtype=torch.float64)
@@ -32,27 +33,81 @@ def with_spectrum(values: Tensor) -> Tensor:
     return (left * values) @ right.T
 
 
+@pytest.fixture(params=[None, torch.bfloat16], ids=["one type", "drafted"])
+def drafted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are iterated, too, with drafts or without, whatever this machine multiplies fast."""
+    shorter = request.param
+    monkeypatch.setattr(subspaces, "EXACT_SIZE", 0)
+    monkeypatch.setattr(
+        subspaces, "_shorter", lambda D: torch.float32 if shorter and D.dtype == torch.float64 else shorter
+    )
+
+
+def lost(found: Tensor, wanted: Tensor, matrices: list[Tensor]) -> float:
+    """The distance between projections of the matrices' columns onto two subspaces, in the norm of the second."""
+    for U in (found, wanted):
+        assert (U.T @ U - torch.eye(U.shape[1], dtype=U.dtype)).norm() < 1e-5
+    matrix = torch.cat(matrices, 1)
+    projected = wanted @ (wanted.T @ matrix)
+    return float((found @ (found.T @ matrix) - projected).norm() / projected.norm().clamp(min=1e-300))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_top_subspace_projects_as_the_exact_one_does(
-    spectrum: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_top_subspaces_project_as_the_exact_ones_do(
+    spectrum: str, scale: float, dtype: torch.dtype, drafted: None
 ) -> None:
-    monkeypatch.setattr(linalg, "EXACT_SIZE", 0)
     stored = (scale * with_spectrum(SPECTRA[spectrum])).to(dtype)
-    found = top_subspace([stored], K).to(torch.float64)
     matrix = stored.to(torch.float64) / scale
-    wanted = top_eigenvectors(matrix @ matrix.T, K)
-    assert (found.T @ found - torch.eye(K, dtype=torch.float64)).norm() < 1e-5
-    projected = wanted @ (wanted.T @ matrix)
-    distance = (found @ (found.T @ matrix) - projected).norm()
-    assert distance <= (1e-5 if dtype == torch.float32 else 1e-9) * projected.norm()
+    for found, one in zip(top_subspaces([stored], K), (matrix, matrix.T), strict=True):
+        wanted = top_eigenvectors(one @ one.T, K)
+        assert lost(found.to(torch.float64), wanted, [one]) <= (1e-5 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize("spectrum", ["1/j", "geometric", "gap"])
-def test_falling_spectra_are_iterated(spectrum: str) -> None:
-    """Otherwise the test above would only compare the exact way with itself."""
-    assert linalg._iterated_subspace([with_spectrum(SPECTRA[spectrum]).float()], K) is not None
+@pytest.mark.parametrize("shape", [(240, 260), (240, 30), (260, 200)])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_top_subspaces_of_several_updates(shape: tuple[int, int], count: int, drafted: None) -> None:
+    """Updates of several sizes, some of which are low-rank, or zero in most rows and columns."""
+    generator = torch.Generator().manual_seed(count)
+    updates = []
+    for index in range(count):
+        left, right = (torch.randn(size, 3 + 20 * index, generator=generator) for size in shape)
+        update = (left * (1 + torch.arange(left.shape[1])) ** -1.5) @ right.T * 10.0**-index
+        update[:: index + 1] = 0
+        updates.append(update)
+    doubled = [update.to(torch.float64) for update in updates]
+    for found, ones in zip(top_subspaces(updates, K), (doubled, [one.T for one in doubled]), strict=True):
+        wanted = top_eigenvectors(gram(*(one.T for one in ones)), K)
+        assert lost(found.to(torch.float64), wanted, ones) <= 1e-5
+
+
+@pytest.mark.parametrize("spectrum", ["1/j", "1/√j", "geometric", "gap", "rank 3"])
+def test_falling_spectra_are_iterated(spectrum: str, drafted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the tests above would only compare the exact way with itself."""
+    monkeypatch.setattr(subspaces, "_decomposed", None)
+    assert len(top_subspaces([with_spectrum(SPECTRA[spectrum]).float()], K)) == 2
+
+
+@pytest.mark.parametrize("spectrum", ["1/j", "1/√j", "geometric"])
+def test_what_is_left_of_an_iteration_is_within_its_bound(
+    spectrum: str, drafted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near its end, where second-order terms are small, and while float32's own rounding is not all that is left."""
+    matrix = with_spectrum(SPECTRA[spectrum]).float()
+    wanted = top_eigenvectors(gram(matrix.T), K)
+    compared = []
+    error = subspaces.Span.error
+
+    def observed(span: subspaces.Span) -> float:
+        bound = error(span)
+        if len(span.Q) == M and span.Q.shape[1] > K and 3e-6 < bound < 1e-3:
+            compared.append(lost(span.leading[:, :K].to(torch.float64), wanted, [matrix.to(torch.float64)]) / bound)
+        return bound
+
+    monkeypatch.setattr(subspaces.Span, "error", observed)
+    top_subspaces([matrix], K)
+    assert compared and max(compared) < 1.5
 
 
 @pytest.mark.parametrize("pivot", [0.5, 0.3, 0.11, 1e-3])
@@ -135,3 +190,30 @@ def test_the_norm_of_factors_is_exact_whatever_cancels(apart: float) -> None:
     wanted = apart * float((up @ other).norm())
     found = norm(LowRank(up, down + apart * other) + -1.0 * LowRank(up, down))
     assert abs(found - wanted) <= 1e-6 * wanted + 1e-12 * float((up @ down).norm())
+
+
+def test_an_eigensolver_that_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    A, vectors = symmetric(torch.cat([torch.ones(5).double() + torch.arange(5), torch.zeros(250).double()]))
+
+    def gives_up(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    found = top_eigenvectors(A, 3)
+    wanted = vectors[:, [4, 3, 2]]
+    assert (found @ (found.T @ wanted) - wanted).norm() < 1e-8
+    assert (
+        linalg.spectral_function(A, torch.sqrt) - (vectors * (A @ vectors).norm(dim=0).sqrt()) @ vectors.T
+    ).norm() < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_low_rank_where_half_of_the_rows_are_zero(seed: int) -> None:
+    """MKL's float32 eigensolver gives up on one of these where it has one thread."""
+    columns = torch.randn(260, 3 + seed, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    columns *= (1 + torch.arange(3 + seed)) ** -1.5
+    columns[1::2] = 0
+    rank = min(16, 3 + seed)
+    found = top_eigenvectors(columns @ columns.T, rank)
+    left = torch.linalg.svd(columns, full_matrices=False)[0][:, :rank]
+    assert (found @ (found.T @ columns) - left @ (left.T @ columns)).norm() < 1e-8 * columns.norm()

@@ -13,7 +13,8 @@ PACKAGE = Path(modalloy.__file__).parent
 FLOORS = [
     {"_moved", "_version", "errors", "names", "machine", "report"},
     {"files", "forms", "linalg", "llamacpp", "settings", "yaml_text"},
-    {"builtin", "delta"},
+    {"builtin", "subspaces"},
+    {"delta"},
     {"methods", "storage"},
     {"families", "mergekit", "recompute", "senses"},
     {"encoders", "media", "recipe", "specialists"},

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, norm, second_moment, shared_subspace
+from modalloy.delta import Delta, LowRank, norm, second_moment, shared_subspaces
 from modalloy.linalg import RANK_TOLERANCE, energy_rank, frobenius
 from modalloy.methods.method import ROTATION_LAWS, Method
 from modalloy.methods.parameters import Number, Rank
@@ -42,7 +42,7 @@ def ssam(
         shape: of the original weight; unused.
 
     Cost: O(T (m²n + mn²) + m³ + n³) for m × n matrices, O(T m n k) an iteration where both are large and the spectrum
-    falls (see `top_subspace`); the engine calls it on cores of at most (n·r × n·r).
+    falls (see `top_subspaces`); the engine calls it on cores of at most (n·r × n·r).
     """
     seen = deltas if balance == "none" else balanced(deltas)
     transposed = [D.T for D in seen]
@@ -65,7 +65,7 @@ def aligned(deltas: Sequence[Delta], total: Delta, k: int) -> tuple[Tensor, Tens
     Where k is more than a third of the larger side: for a smaller k, the leading columns of U and V, and the leading block
     of the core, are those of that k.
     """
-    U, V = shared_subspace(deltas, k), shared_subspace([D.T for D in deltas], k)
+    U, V = shared_subspaces(deltas, k)
     return U, U.T @ (total @ V), V
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modalloy.errors import OutOfMemoryError
-from modalloy.linalg import BLOCK_ENTRIES, EXACT_SIZE, FACTOR_ROWS, row_blocks
+from modalloy.linalg import BLOCK_ENTRIES, FACTOR_ROWS, row_blocks
 from modalloy.machine import memory
 from modalloy.machine.cores import AHEAD
 from modalloy.methods import METHODS
@@ -20,6 +20,7 @@ from modalloy.storage.scaled import ScaledRef
 from modalloy.storage.source import BLOCK_BYTES
 from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import MappedRef
+from modalloy.subspaces import EXACT_SIZE
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
@@ -296,8 +297,10 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
         return taken
     # where both sides play one part, the Gram is that of the shorter
     side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
-    own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
-    return taken + 8 * EIGEN_COPIES * side**2 + 8 * own * rows * columns
+    own = {"core": 8 * SPECTRAL_COPIES, "left_core": 8 * n, "factored_core": wide // 2 * n}.get(
+        gets, 0
+    )  # the last: drafts
+    return taken + 8 * EIGEN_COPIES * side**2 + own * rows * columns
 
 
 def _check_bytes(planned: Plan, job: Job) -> int:
