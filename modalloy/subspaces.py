@@ -77,8 +77,10 @@ def _shorter(matrix: Tensor) -> torch.dtype | None:
     """The type that the machine multiplies several times faster than the matrix' own, if there is one."""
     if matrix.dtype == torch.float64:
         return torch.float32
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 has none
-    return torch.bfloat16 if matrix.is_cuda or (matrix.is_cpu and capabilities.get("amx_bf16")) else None
+    if matrix.is_cuda:
+        return torch.bfloat16 if torch.cuda.get_device_capability(matrix.device) >= (8, 0) else None
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+    return torch.bfloat16 if matrix.is_cpu and capabilities.get("amx_bf16") else None
 
 
 def _size(matrices: list[Tensor]) -> float:
@@ -101,8 +103,13 @@ def _drafts(matrices: list[Tensor], size: float) -> list[Tensor]:
 
 def _top(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor], images: list[Tensor]) -> Tensor:
     """The leading eigenvectors (m, rank) of Σ D_i D_iᵀ; `images` D_i V of the other side's V, if known, give a start."""
-    found = _iterated(matrices, rank, size, drafts, images) if _is_large(matrices[0], rank) else None
-    return _decomposed(matrices, rank) if found is None else found
+    if not _is_large(matrices[0], rank):
+        return _decomposed(matrices, rank)
+    found = _iterated(matrices, rank, size, drafts, images)
+    if found is not None:
+        return found
+    drafts.clear()  # a Gram takes their place; the other side's spectrum does not fall faster
+    return _decomposed(matrices, rank)
 
 
 def _kept(rank: int) -> int:
@@ -157,8 +164,8 @@ def _start(matrices: list[Tensor], images: list[Tensor], width: int, size: float
         return X
     each = -(-width // len(matrices))
     for D, columns in zip(matrices, X.split(each, 1), strict=False):
-        step = columns.shape[1]
-        columns += D[:, : n // step * step].unflatten(1, (-1, step)).sum(1)
+        step = min(columns.shape[1], n)
+        columns[:, :step] += D[:, : n // step * step].unflatten(1, (-1, step)).sum(1)
     return X
 
 

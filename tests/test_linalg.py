@@ -65,7 +65,7 @@ def test_top_subspaces_project_as_the_exact_ones_do(
         assert lost(found.to(torch.float64), wanted, [one]) <= (1e-5 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.parametrize("shape", [(240, 260), (240, 30), (260, 200)])
+@pytest.mark.parametrize("shape", [(240, 260), (240, 30), (260, 200), (300, 9)])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_top_subspaces_of_several_updates(shape: tuple[int, int], count: int, drafted: None) -> None:
     """Updates of several sizes, some of which are low-rank, or zero in most rows and columns."""

@@ -297,10 +297,9 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
         return taken
     # where both sides play one part, the Gram is that of the shorter
     side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
-    own = {"core": 8 * SPECTRAL_COPIES, "left_core": 8 * n, "factored_core": wide // 2 * n}.get(
-        gets, 0
-    )  # the last: drafts
-    return taken + 8 * EIGEN_COPIES * side**2 + own * rows * columns
+    own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
+    drafts = wide // 2 * n * rows * columns if gets == "factored_core" else 0  # given up before a Gram is decomposed
+    return taken + max(8 * EIGEN_COPIES * side**2, drafts) + 8 * own * rows * columns
 
 
 def _check_bytes(planned: Plan, job: Job) -> int:
