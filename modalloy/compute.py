@@ -9,14 +9,14 @@ from torch import Tensor
 
 from modalloy.delta import Delta, LowRank, compressed, once, sharing
 from modalloy.errors import MethodError, ModalloyError
-from modalloy.linalg import FACTOR_ROWS, row_blocks
+from modalloy.linalg import FACTOR_ROWS, all_finite, row_blocks
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
 from modalloy.methods.apply import apply, survey_model
 from modalloy.planning.job import Done, Job, Survey
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef, numbers_of, requantised
-from modalloy.storage.tensors import TensorRef, all_finite
+from modalloy.storage.tensors import TensorRef
 from modalloy.storage.views import MappedRef, TransposedRef
 from modalloy.storage.writer import TensorSpec
 

@@ -20,16 +20,26 @@ RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rou
 BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once: temporaries stay small and near the processor
 FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
 BLOCK_ROWS = 2048  # rows of a tall factor that are held in float64 at once
-SMALL_GRAM = 64  # columns up to which a Gram is multiplied whole
+GRAM_ROWS, GRAM_COLUMNS = 512, 128  # of a matrix whose Gram is multiplied at once
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
 MIN_GAP = 1e-5  # of the eigenvalues at the cut, in the largest: what float32 can tell apart
 SPAN_TOLERANCE = 1e-9  # of a span of eigenvectors: the sines of its angles, root mean square
 MAX_ITERATIONS = 30
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: both show in the sum and in the extremes, many times faster than by `isfinite`."""
+    if not values.is_floating_point() or not values.numel():
+        return True
+    values = values.float() if values.element_size() == 1 else values
+    if math.isfinite(float(values.sum())):
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))  # a sum may leave the type's range
+
+
 def require_finite(values: Tensor) -> None:
-    """Refuse NaN and infinity: both show in the extremes, which are many times faster than `isfinite`."""
-    if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+    """Refuse NaN and infinity."""
+    if not all_finite(values):
         raise MethodError("an update holds NaN or infinite values; the file is damaged or its training diverged")
 
 
@@ -49,20 +59,16 @@ def gram(*matrices: Tensor) -> Tensor:
     """Σ XᵀX (n, n) in float64 over matrices X (m, n). Little more than its upper triangle is multiplied. O(m n²)."""
     n = matrices[0].shape[1]
     out = torch.zeros(n, n, dtype=torch.float64, device=matrices[0].device)
-    for rows in (block for matrix in matrices for block in matrix.split(BLOCK_ROWS)):
-        _add_upper_gram(out, rows.T.contiguous().to(torch.float64))  # both operands are then read along their rows
-    return out.triu() + out.triu(1).T
-
-
-def _add_upper_gram(out: Tensor, across: Tensor) -> None:
-    """Add the upper triangle of Y Yᵀ to that of `out`, by halves and halves of them; what is below it means nothing."""
-    if len(out) <= SMALL_GRAM:
-        out.addmm_(across, across.T)
-        return
-    first, second = slice(0, len(out) // 2), slice(len(out) // 2, None)
-    out[first, second].addmm_(across[first], across[second].T)
-    for half in (first, second):
-        _add_upper_gram(out[half, half], across[half])
+    starts = range(0, n, GRAM_COLUMNS)
+    for rows in (block.to(torch.float64) for matrix in matrices for block in matrix.split(GRAM_ROWS)):
+        for start in starts:
+            out[start : start + GRAM_COLUMNS, start:].addmm_(rows[:, start : start + GRAM_COLUMNS].T, rows[:, start:])
+    for start in starts:
+        end = start + GRAM_COLUMNS
+        on_diagonal = out[start:end, start:end]
+        on_diagonal.copy_((on_diagonal + on_diagonal.T) / 2)
+        out[end:, start:end] = out[start:end, end:].T
+    return out
 
 
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
@@ -224,9 +230,9 @@ class Basis:
             self.triangle = columns.to(torch.float64)
             return
         lengths = squares.diagonal().sqrt()
-        kept = lengths > 0
-        self.columns = columns if bool(kept.all()) else columns[:, kept]
-        self.lengths, squares = lengths[kept], squares[kept][:, kept]
+        some = lengths > 0
+        kept: Tensor | slice = slice(None) if bool(some.all()) else some
+        self.columns, self.lengths, squares = columns[:, kept], lengths[kept], squares[kept][:, kept]
         p = len(self.lengths)
         self.triangle = torch.zeros(p, n, dtype=torch.float64, device=columns.device)
         lower, failed = torch.linalg.cholesky_ex(squares / self.lengths.outer(self.lengths))

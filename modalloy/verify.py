@@ -15,6 +15,7 @@ from modalloy._version import __version__
 from modalloy.delta import LowRank
 from modalloy.engines import local
 from modalloy.errors import CheckpointError, MethodError, shown
+from modalloy.linalg import all_finite
 from modalloy.machine.cores import default_workers
 from modalloy.outputs.manifest import (
     MANIFEST,
@@ -49,7 +50,7 @@ from modalloy.recompute import (
 )
 from modalloy.storage.folder import file_sha256, read_json, reading
 from modalloy.storage.scaled import ScaledRef
-from modalloy.storage.tensors import Checkpoint, TensorRef, all_finite
+from modalloy.storage.tensors import Checkpoint, TensorRef
 
 if TYPE_CHECKING:
     from modalloy.planning.plan import Plan

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from modalloy.auditing.opened import Slot
 from modalloy.errors import CheckpointError
-from modalloy.linalg import row_blocks
+from modalloy.linalg import all_finite, row_blocks
 from modalloy.specialists.specialist import StoredLora
 from modalloy.storage.scaled import ScaledRef
-from modalloy.storage.tensors import TensorRef, all_finite
+from modalloy.storage.tensors import TensorRef
 
 ARITHMETIC = 8.0  # roundings of the written type that a tool may spend on an update before it is added
 TWICE = 2.0  # a sum in the middle of two neighbours may be rounded to either

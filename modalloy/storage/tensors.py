@@ -5,7 +5,6 @@ it, straight from the disk. `.bin` files are read by `pickled.py`, which runs no
 """
 
 import hashlib
-import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import CheckpointError, shown
+from modalloy.linalg import all_finite
 from modalloy.storage.folder import MAX_TEXT_BYTES, is_there, open_file, parse_json, present, read_json, reading
 from modalloy.storage.pickled import ENDINGS, OtherTensor, PickledFile, StoredTensor, checked_count
 from modalloy.storage.source import BLOCK_BYTES, PAGE_BYTES, Later, Source
@@ -394,11 +394,3 @@ def checked(tensor: Tensor, ref: TensorRef, owner: str) -> Tensor:
             "the file is damaged or its training diverged: download it again"
         )
     return tensor
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: both show in the extremes, which are many times faster than `isfinite`."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    tensor = tensor.float() if tensor.element_size() == 1 else tensor
-    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.errors import CheckpointError, MediaError, RecipeError, shown
+from modalloy.linalg import all_finite
 from modalloy.senses.encoders import Encoder
 from modalloy.senses.media import load_audio
 from modalloy.storage.pickled import unpickle
-from modalloy.storage.tensors import all_finite
 
 SAMPLING_RATE = 16_000
 FRAME, SHIFT, FFT = 400, 160, 512  # samples: 25 ms every 10 ms, zero-padded for the transform
