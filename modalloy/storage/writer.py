@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,7 +157,8 @@ class _HashedFile:
         """Append; waits while three blocks are on their way."""
         while len(data):
             count = min(len(data), BLOCK_BYTES - self.filled)
-            self.block[self.filled : self.filled + count] = data[:count]
+            target = np.frombuffer(self.block, np.uint8, count, self.filled)
+            np.copyto(target, np.frombuffer(data, np.uint8, count))  # other threads go on meanwhile
             self.filled += count
             data = data[count:]
             if self.filled == BLOCK_BYTES:
