@@ -8,6 +8,7 @@ small parent keeps the benchmark's own matrices out of it.
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def machine() -> dict[str, Any]:
     """Where a measurement was made, and how busy it was at that moment."""
-    return {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "kernel": platform.release()}
+    told = Path("/proc/cpuinfo").read_text()
+    model, flags = (re.search(rf"^{name}\s*: (.*)", told, re.MULTILINE) for name in ("model name", "flags"))
+    known = [name for name in ("avx2", "avx512f", "amx_bf16") if flags and name in flags[1].split()]
+    processor = f"{model[1] if model else platform.machine()} ({', '.join(known)})"
+    cores = len(os.sched_getaffinity(0))
+    return {"processor": processor, "cores": cores, "load": os.getloadavg()[0], "kernel": platform.release()}
 
 
 def main() -> None:

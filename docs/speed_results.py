@@ -17,9 +17,9 @@ def page(of: dict[str, Any], earlier: str) -> str:
     return "\n".join(
         [
             "# How fast is it?\n",
-            "Two cores of a virtual machine with an AMD EPYC, nothing else on them; each row measured in one run of its script in",
-            "`benchmarks/`; weights of true Vicuna-7B shapes. Aims that were missed are named as such. This machine's disk varies",
-            "by a factor of two from hour to hour (`cp` of the same base: 25 s and 39 s), and ratios to `cp` with it.\n",
+            f"Two cores of a virtual machine, {of['merge_full']['machine']['processor']}; nothing else on them; each row measured in",
+            "one run of its script in `benchmarks/`; weights of true Vicuna-7B shapes. Aims that were missed are named as such. Its",
+            "disk varies by a factor of two from minute to minute (`cp` of the same base: 25 to 46 s), and ratios to `cp` with it.\n",
             "| work | modalloy | against | ratio | aim |",
             "|---|---|---|---|---|",
             *rows,
@@ -74,8 +74,8 @@ def _full(told: dict[str, Any]) -> str:
     return (
         "| the adapters and a 13.5 GB base → full checkpoint, hashed and verified (`merge_full.py`) | "
         f"{ours:.1f} s, peak {told['found']['peak GB']:.2f} GB | `cp -r` and `sync` of the base {copied:.1f} s; floor of "
-        f"arithmetic and hashing {floor:.1f} s | {ours / copied:.1f} × `cp` (the floor is {floor / copied:.1f} ×); "
-        f"{told['found']['× floor']:.2f} × the floor | ≤ 3 GB; {_most('≤ 1.5 × `cp`', ours <= 1.5 * copied)} |"
+        f"arithmetic and hashing {floor:.1f} s | {ours / copied:.1f} × `cp`; "
+        f"{ours / floor:.2f} × arithmetic and hashing | ≤ 3 GB; {_most('≤ 1.5 × `cp`', ours <= 1.5 * copied)} |"
     )
 
 
