@@ -17,9 +17,10 @@ def page(of: dict[str, Any], earlier: str) -> str:
     return "\n".join(
         [
             "# How fast is it?\n",
-            f"Two cores of a virtual machine, {of['merge_full']['machine']['processor']}; nothing else on them; each row measured in",
-            "one run of its script in `benchmarks/`; weights of true Vicuna-7B shapes. Aims that were missed are named as such. Its",
-            "disk varies by a factor of two from minute to minute (`cp` of the same base: 25 to 46 s), and ratios to `cp` with it.\n",
+            f"Two cores of a virtual machine, {of['merge_full']['machine']['processor']}; nothing else on them; each row",
+            "measured in one run of its script in `benchmarks/`; weights of true Vicuna-7B shapes. Aims that were missed are named",
+            "as such. Its disk varies by a factor of two from minute to minute (`cp` of the same base: 25 to 46 s), and ratios to",
+            "`cp` with it.\n",
             "| work | modalloy | against | ratio | aim |",
             "|---|---|---|---|---|",
             *rows,

@@ -15,17 +15,20 @@ from torch import Tensor
 from modalloy.linalg import Basis, eigenpairs, frobenius, gram, row_blocks, top_eigenvectors
 
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
-OVERSAMPLING = 2  # size of the first block, in ranks
+OVERSAMPLING, EXTRA = 2, 8  # size of the first block, in ranks, and columns more
 MARGIN = 8  # for so many columns of the rank one is watched beyond it, and two are kept of a start that is good already
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the projected updates, relative
+# of the projected updates, relative; up to twice as much where rounding stops the iteration; errors are below 3 times what is told
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}
 ENOUGH = 0.5  # of the tolerance may be left in directions to which nothing is added
-WIDEST = 6  # columns of the span, in ranks; then its leading ones go on
+WIDEST = 4  # columns of the span, in first blocks; then as many as that lead go on
 MAX_STEPS = 30
-DRAFT_PASSES = 3  # multiplications of the start by A, in the shorter type; one less of what the other side gave
+DRAFT_PASSES = 3  # multiplications of the start by A, in the shorter type
+HIDDEN = 5.0  # roundings of the shorter type that a singular value must exceed for drafts to show it
 STALLED = 0.5  # of the error before: what is missing is then lost in the shorter type's rounding
+LEAST = 1e-25  # a norm below which products would leave the type's range
 RANGE = 1e-12, 1e15  # of norms whose squares float32 holds
 TINY = 1e-300  # in place of a distance that is zero
-NOISE = 1e-3  # random entries that the start holds, in the updates' mean: no column is zero, none twice there
+NOISE = 1e-3  # random entries that the start holds, in the updates' mean: no column is zero, none is there twice
 
 
 def top_subspaces(matrices: list[Tensor], rank: int) -> tuple[Tensor, Tensor]:
@@ -33,16 +36,17 @@ def top_subspaces(matrices: list[Tensor], rank: int) -> tuple[Tensor, Tensor]:
 
     k is the rank, or all of a side. Up to `EXACT_SIZE` rows, and where an iteration would not converge, by an
     eigendecomposition in float64, O(m² n + m³). Above by iteration, O(m n · rank) a step, whose result is taken only once
-    its residuals bound the relative error of the projected updates, U Uᵀ D_i or D_i V Vᵀ, by `TOLERANCE`.
+    its residuals say that the relative error of the projected updates, U Uᵀ D_i or D_i V Vᵀ, is about `TOLERANCE`.
     """
     transposed = [D.T for D in matrices]
     if not any(_is_large(D, rank) for D in (matrices[0], transposed[0])):
         return _decomposed(matrices, rank), _decomposed(transposed, rank)
     size = _size(matrices)
     drafts = _drafts(matrices, size)
-    U = _top(matrices, rank, size, drafts, [])
-    images = [(D.T @ U.to(D.dtype)).to(U.dtype) for D in drafts or matrices]
-    return U, _top(transposed, rank, size, [D.T for D in drafts], images)
+    U = _top(matrices, rank, size, drafts)
+    drafts, gone = [D.T for D in drafts], drafts
+    gone.clear()
+    return U, _top(transposed, rank, size, drafts)
 
 
 def approximate_range(matrix: Tensor, rank: int) -> Tensor:
@@ -101,11 +105,11 @@ def _drafts(matrices: list[Tensor], size: float) -> list[Tensor]:
     return copies
 
 
-def _top(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor], images: list[Tensor]) -> Tensor:
-    """The leading eigenvectors (m, rank) of Σ D_i D_iᵀ; `images` D_i V of the other side's V, if known, give a start."""
+def _top(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor]) -> Tensor:
+    """The leading eigenvectors (m, rank) of Σ D_i D_iᵀ."""
     if not _is_large(matrices[0], rank):
         return _decomposed(matrices, rank)
-    found = _iterated(matrices, rank, size, drafts, images)
+    found = _iterated(matrices, rank, size, drafts)
     if found is not None:
         return found
     drafts.clear()  # a Gram takes their place; the other side's spectrum does not fall faster
@@ -114,19 +118,20 @@ def _top(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor], i
 
 def _kept(rank: int) -> int:
     """Columns that are kept of a subspace when its `rank` leading ones are known to a few digits."""
-    return rank + 2 * max(1, rank // MARGIN)
+    return rank + max(EXTRA, 2 * (rank // MARGIN))
 
 
-def _iterated(
-    matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor], images: list[Tensor]
-) -> Tensor | None:
+def _iterated(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor]) -> Tensor | None:
     """`_top` by iteration; None if the spectrum falls too slowly for it to be worth it, or cannot be told apart at the cut."""
     m, tolerance = len(matrices[0]), TOLERANCE[matrices[0].dtype]
     if not size:
         return torch.eye(m, rank, dtype=matrices[0].dtype, device=matrices[0].device)
-    X = _start(matrices, images, OVERSAMPLING * rank if drafts or not images else _kept(rank), size)
-    for left in reversed(range(DRAFT_PASSES - bool(images) if drafts else 0)):
-        X = Span(drafts, 1.0, rank, X).multiplied(None if left else _kept(rank))
+    if size < LEAST:
+        return None
+    X = _start(matrices, OVERSAMPLING * rank + EXTRA, size)
+    if drafts:
+        drafted = _drafted(drafts, X, rank)
+        X, drafts = (X, []) if drafted is None else (drafted, drafts)
     span, before, base = Span(matrices, size, rank, X), math.inf, math.inf
     for step in range(MAX_STEPS):
         if span.width <= rank:
@@ -134,7 +139,10 @@ def _iterated(
         error = span.error()
         if error <= tolerance:
             return span.leading[:, :rank]
-        if span.is_drafted and (error > STALLED * before or span.width > WIDEST * rank):
+        stalled = error > STALLED * before
+        if stalled and error <= 2 * tolerance:
+            return span.leading[:, :rank]
+        if span.is_drafted and (stalled or span.width > WIDEST * X.shape[1]):
             span, before = Span(matrices, size, rank, span.leading), math.inf
             continue
         if drafts and before == math.inf:  # the span is not drafted
@@ -147,26 +155,37 @@ def _iterated(
         if drafts:
             span.add(drafts, 1.0, missing)
             continue
-        if span.width + missing.shape[1] > WIDEST * rank:
-            span.shrink(OVERSAMPLING * rank)
+        if span.width + missing.shape[1] > WIDEST * X.shape[1]:
+            span.shrink(X.shape[1])
         span.add(matrices, size, missing)
     return None
 
 
-def _start(matrices: list[Tensor], images: list[Tensor], width: int, size: float) -> Tensor:
-    """Columns (m, width) that span the most of the images, or that are sums of the updates' columns; and a little noise."""
+def _start(matrices: list[Tensor], width: int, size: float) -> Tensor:
+    """Columns (m, width): sums of the updates' columns, every so many of one with random signs, and a little noise.
+
+    All that the updates lead to is in them. (What the other side's vectors lead to is not all: vectors that only other updates
+    have would be missing, and nothing would tell.)
+    """
     m, n = matrices[0].shape
     X = _random(m, width, matrices[0]) * (NOISE * size / (len(matrices) * m * n) ** 0.5)
-    if images:
-        columns = torch.cat(images, 1)
-        leading = columns @ top_eigenvectors(gram(columns), width).to(columns.dtype)
-        X[:, : leading.shape[1]] += leading
-        return X
-    each = -(-width // len(matrices))
-    for D, columns in zip(matrices, X.split(each, 1), strict=False):
-        step = min(columns.shape[1], n)
-        columns[:, :step] += D[:, : n // step * step].unflatten(1, (-1, step)).sum(1)
+    parts = X.split(-(-width // len(matrices)), 1)
+    signs = iter(_random(len(matrices) * n, 1, torch.empty(0)).sign().flatten().tolist())
+    for index, D in enumerate(matrices):
+        columns = parts[index % len(parts)]
+        for block in D.split(columns.shape[1], 1):
+            columns[:, : block.shape[1]].add_(block, alpha=next(signs))
     return X
+
+
+def _drafted(drafts: list[Tensor], X: Tensor, rank: int) -> Tensor | None:
+    """A start (m, kept) by products in the shorter type; None where its rounding hides the last of the leading vectors."""
+    for left in reversed(range(DRAFT_PASSES)):
+        span = Span(drafts, 1.0, rank, X)
+        theta, W = eigenpairs(span.H)
+        X = span.AQ @ W[:, : None if left else _kept(rank)].to(X.dtype)
+    hidden = (HIDDEN * torch.finfo(drafts[0].dtype).eps) ** 2 / len(X)  # rounding has about eps / √m in every direction
+    return X if len(theta) > rank and float(theta[rank - 1]) > hidden else None
 
 
 class Span:
@@ -214,15 +233,10 @@ class Span:
         W = W[:, :width].to(self.Q.dtype)
         self.Q, self.AQ, self.H = self.Q @ W, self.AQ @ W, theta[:width].diag()
 
-    def multiplied(self, width: int | None) -> Tensor:
-        """A X (m, width) of its leading approximate eigenvectors X."""
-        _, W = eigenpairs(self.H)
-        return self.AQ @ W[:, :width].to(self.Q.dtype)
-
     def error(self) -> float:
-        """A bound of the relative error of the updates if they are projected onto the leading `rank` columns.
+        """An estimate of the relative error of the updates if they are projected onto the leading `rank` columns.
 
-        Two errors are bounded. What leaves the span: a residual r_j over the distance of θ_j from what is outside, which lies
+        Two errors are told. What leaves the span: a residual r_j over the distance of θ_j from what is outside, which lies
         below the last Ritz value that the start gave. What is exchanged inside it at the cut, between the vectors j ≤ k and
         k + 1: the coupling of the two, by their residuals and by rounding, over θ_j − θ_{k+1}; where these are nearly equal
         only float64 can tell them apart. Products in the shorter type are off by its rounding, in proportion to the share s_j

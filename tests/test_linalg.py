@@ -82,6 +82,26 @@ def test_top_subspaces_of_several_updates(shape: tuple[int, int], count: int, dr
         assert lost(found.to(torch.float64), wanted, ones) <= 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_directions_that_the_other_side_does_not_lead_to(scale: float, drafted: None) -> None:
+    """Four updates share an output direction; the largest input direction is the fifth's, which has another output."""
+    U, V = (torch.linalg.qr(torch.randn(size, 5, generator=torch.Generator().manual_seed(0)))[0] for size in (240, 260))
+    updates = [scale * size * U[:, :1] @ V[:, i : i + 1].T for i, size in enumerate((1.0, 0.98, 0.96, 0.94))]
+    updates.append(scale * 1.2 * U[:, 1:2] @ V[:, 4:].T)
+    found = top_subspaces(updates, 1)
+    for one, wanted in zip(found, (U[:, :1], V[:, 4:]), strict=True):
+        assert abs(float((one * wanted).sum())) > 1 - 1e-5
+
+
+def test_more_updates_than_columns_to_start_from(drafted: None) -> None:
+    """The last of twelve is the largest."""
+    generator = torch.Generator().manual_seed(0)
+    updates = [torch.randn(240, 260, generator=generator) * 1e-3 for _ in range(12)]
+    updates[-1][7, 9] += 1.0
+    U, V = top_subspaces(updates, 1)
+    assert abs(float(U[7])) > 0.99 and abs(float(V[9])) > 0.99
+
+
 @pytest.mark.parametrize("spectrum", ["1/j", "1/√j", "geometric", "gap", "rank 3"])
 def test_falling_spectra_are_iterated(spectrum: str, drafted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above would only compare the exact way with itself."""
