@@ -20,7 +20,7 @@ def page(of: dict[str, Any], earlier: str) -> str:
             f"Two cores of a virtual machine, {of['merge_full']['machine']['processor']}; nothing else on them; each row",
             "measured in one run of its script in `benchmarks/`; weights of true Vicuna-7B shapes. Aims that were missed are named",
             "as such. Its disk varies by a factor of two from minute to minute (`cp` of the same base: 25 to 46 s), and ratios to",
-            "`cp` with it.\n",
+            "`cp` with it. The row across architectures was measured on another one, an AMD EPYC.\n",
             "| work | modalloy | against | ratio | aim |",
             "|---|---|---|---|---|",
             *rows,
