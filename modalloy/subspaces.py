@@ -44,8 +44,7 @@ def top_subspaces(matrices: list[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     size = _size(matrices)
     drafts = _drafts(matrices, size)
     U = _top(matrices, rank, size, drafts)
-    drafts, gone = [D.T for D in drafts], drafts
-    gone.clear()
+    drafts = [D.T for D in drafts]  # by this list alone, so that they are gone once it is cleared
     return U, _top(transposed, rank, size, drafts)
 
 
@@ -192,7 +191,8 @@ class Span:
     """The span of orthonormal Q (m, p), what A = Σ D_i D_iᵀ / size² makes of Q, and QᵀAQ in float64. trace A is 1."""
 
     def __init__(self, matrices: list[Tensor], size: float, rank: int, X: Tensor) -> None:
-        self.Q, self.AQ, self.H = self._products(matrices, size, Basis(X).q_in(X.dtype))
+        self.Q = Basis(X).q_in(X.dtype)
+        self.AQ, self.H = _products(matrices, size, self.Q)
         self.rank, self.start, self.eps, self.drafted_eps = rank, self.width, torch.finfo(X.dtype).eps, 0.0
 
     @property
@@ -207,25 +207,12 @@ class Span:
 
     def add(self, matrices: list[Tensor], size: float, columns: Tensor) -> None:
         """Widen the span by orthonormal columns (m, b) that are orthogonal to Q."""
-        N, AN, H = self._products(matrices, size, columns)
-        across = (self.AQ.T @ N).to(H.dtype)  # by what is known of Q; what is known of N may be a draft
+        products, H = _products(matrices, size, columns)
+        across = (self.AQ.T @ columns).to(H.dtype)  # by what is known of Q; what is known of the columns may be a draft
         self.H = torch.cat([torch.cat([self.H, across], 1), torch.cat([across.T, H], 1)])
-        self.Q, self.AQ = torch.cat([self.Q, N], 1), torch.cat([self.AQ, AN], 1)
-        if matrices[0].dtype != N.dtype:
+        self.Q, self.AQ = torch.cat([self.Q, columns], 1), torch.cat([self.AQ, products], 1)
+        if matrices[0].dtype != columns.dtype:
             self.drafted_eps = torch.finfo(matrices[0].dtype).eps / 2
-
-    @staticmethod
-    def _products(matrices: list[Tensor], size: float, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """X, A X and XᵀAX; the products in the matrices' type."""
-        short, H = X.to(matrices[0].dtype), X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
-        AX = torch.zeros_like(X)
-        for D in matrices:
-            Y = D.T @ short
-            if size != 1:
-                Y /= size  # first, so that no product leaves the type's range
-            H += gram(Y) if Y.dtype == X.dtype else Y.to(X.dtype).T @ Y.to(X.dtype)
-            AX += D @ Y
-        return X, AX / size, H
 
     def shrink(self, width: int) -> None:
         """Keep the leading approximate eigenvectors only."""
@@ -248,9 +235,8 @@ class Span:
         self.leading, images = self.Q @ W.to(self.Q.dtype), self.AQ @ W.to(self.Q.dtype)
         self.residuals = images - self.Q @ (self.Q.T @ images)
         lengths = torch.linalg.norm(self.residuals.to(torch.float64), dim=0)
-        rounding = (
-            self.eps * (theta[:k] * (theta[:k] + 1 / m)).sqrt()
-        )  # of D's products: its mean squared value is 1 / m
+        # of products with D, whose mean squared singular value is 1 / m
+        rounding = self.eps * (theta[:k] * (theta[:k] + 1 / m)).sqrt()
         self.unresolved = self._exchanged(rounding, theta)
         if self.is_drafted:
             s, largest = torch.linalg.norm(W[start:], dim=0), self.H.diagonal()[start:].max().sqrt()
@@ -280,6 +266,19 @@ class Span:
         for _ in range(2):  # the second time takes out what rounding left
             X = Basis(X - self.Q @ (self.Q.T @ X)).q_in(X.dtype)
         return X
+
+
+def _products(matrices: list[Tensor], size: float, X: Tensor) -> tuple[Tensor, Tensor]:
+    """A X in the type of X and XᵀAX in float64, of products in the matrices' type."""
+    short, H = X.to(matrices[0].dtype), X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+    AX = torch.zeros_like(X)
+    for D in matrices:
+        Y = D.T @ short
+        if size != 1:
+            Y /= size  # first, so that no product leaves the type's range
+        H += gram(Y) if Y.dtype == X.dtype else Y.to(X.dtype).T @ Y.to(X.dtype)
+        AX += D @ Y
+    return AX / size, H
 
 
 def _lost(sines: Tensor, energies: Tensor) -> float:
