@@ -165,6 +165,17 @@ def _lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
     return cores, restore
 
 
+def total(deltas: Sequence[Delta]) -> Delta:
+    """Σ D_i of updates that are all factors or all matrices; of matrices with room for one more, whatever their number."""
+    dense = [D for D in deltas if isinstance(D, Tensor)]
+    if not dense:
+        return sum(deltas[1:], deltas[0])
+    summed = dense[0].clone()
+    for D in dense[1:]:
+        summed += D
+    return summed
+
+
 def second_moment(deltas: Sequence[Delta]) -> Tensor:
     """Σ D_iᵀ D_i (in, in) in float64. O(Σ out · in²) for matrices; factors of rank r cost O(Σ r · in²)."""
     factored = [delta for delta in deltas if isinstance(delta, LowRank)]

@@ -2,8 +2,8 @@
 
 A block Davidson iteration finds the leading eigenvectors of A = Σ D_i D_iᵀ, which is never formed. Inside the span of Q
 Rayleigh–Ritz gives the best there are; their residuals are what is missing, and are added to Q. Where the machine
-multiplies a shorter type faster, copies of the updates in it draft the start and serve for what is added, which is small:
-what A makes of the start is worked out in the updates' own type, so that the result is as good.
+multiplies a shorter type faster, copies of the updates in it draft the span and serve for what is added, which is small:
+what A makes of the leading vectors is worked out in the updates' own type, so that the result is as good.
 """
 
 import math
@@ -15,14 +15,17 @@ from torch import Tensor
 from modalloy.linalg import Basis, eigenpairs, frobenius, gram, row_blocks, top_eigenvectors
 
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
-OVERSAMPLING, EXTRA = 2, 8  # size of the first block, in ranks, and columns more
-MARGIN = 8  # for so many columns of the rank one is watched beyond it, and two are kept of a start that is good already
-# of the projected updates, relative; up to twice as much where rounding stops the iteration; errors are below 3 times what is told
-TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}
+LARGEST_RANK = 1 / 8  # of the rows: an iteration multiplies and orthogonalises more than a decomposition beyond that
+OVERSAMPLING = 2  # columns of the first block, in ranks
+COLUMNS = 64  # a processor multiplies fewer in hardly less time
+EXTRA = 8  # columns beyond the rank whose products are worked out in the updates' own type, at least
+MARGIN = 8  # for so many columns of the rank one is watched beyond it
+# of the projected updates, relative; up to twice as much where rounding stops it (the method as written loses 2e-5)
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
 ENOUGH = 0.5  # of the tolerance may be left in directions to which nothing is added
 WIDEST = 4  # columns of the span, in first blocks; then as many as that lead go on
 MAX_STEPS = 30
-DRAFT_PASSES = 3  # multiplications of the start by A, in the shorter type
+DRAFT_PASSES = 2  # multiplications of the start by A, in the shorter type, before its span is widened
 HIDDEN = 5.0  # roundings of the shorter type that a singular value must exceed for drafts to show it
 STALLED = 0.5  # of the error before: what is missing is then lost in the shorter type's rounding
 LEAST = 1e-25  # a norm below which products would leave the type's range
@@ -56,7 +59,8 @@ def approximate_range(matrix: Tensor, rank: int) -> Tensor:
     """
     if matrix.shape[0] <= EXACT_SIZE:
         return _decomposed([matrix], rank)
-    Q = Basis(matrix @ _random(matrix.shape[1], OVERSAMPLING * rank, matrix)).q_in(matrix.dtype)
+    probes = torch.randn(matrix.shape[1], 2 * rank, generator=torch.Generator().manual_seed(0)).to(matrix)
+    Q = Basis(matrix @ probes).q_in(matrix.dtype)
     for _ in range(2):
         Q = Basis(matrix @ (matrix.T @ Q)).q_in(matrix.dtype)
     return Q @ top_eigenvectors(gram(matrix.T @ Q), rank).to(matrix.dtype)
@@ -64,16 +68,11 @@ def approximate_range(matrix: Tensor, rank: int) -> Tensor:
 
 def _is_large(matrix: Tensor, rank: int) -> bool:
     """Whether the subspace on its rows' side is iterated."""
-    return len(matrix) > EXACT_SIZE and OVERSAMPLING * rank < len(matrix) / 4
+    return len(matrix) > EXACT_SIZE and rank < LARGEST_RANK * len(matrix)
 
 
 def _decomposed(matrices: list[Tensor], rank: int) -> Tensor:
     return top_eigenvectors(gram(*(D.T for D in matrices)), rank).to(matrices[0].dtype)
-
-
-def _random(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Normal entries of one seed, so that the bytes of what follows are always the same."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 def _shorter(matrix: Tensor) -> torch.dtype | None:
@@ -88,7 +87,8 @@ def _shorter(matrix: Tensor) -> torch.dtype | None:
 
 def _size(matrices: list[Tensor]) -> float:
     """About √Σ ‖D_i‖², which scales the products: in the matrices' own type, where their squares stay within its range."""
-    size = math.hypot(*(float(D.norm()) for D in matrices))
+    flat = (D.flatten() for D in matrices)
+    size = sum(float(torch.dot(values, values)) for values in flat) ** 0.5
     return size if RANGE[0] < size < RANGE[1] else math.hypot(*(frobenius(D) for D in matrices))
 
 
@@ -115,110 +115,160 @@ def _top(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor]) -
     return _decomposed(matrices, rank)
 
 
-def _kept(rank: int) -> int:
-    """Columns that are kept of a subspace when its `rank` leading ones are known to a few digits."""
-    return rank + max(EXTRA, 2 * (rank // MARGIN))
-
-
 def _iterated(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor]) -> Tensor | None:
     """`_top` by iteration; None if the spectrum falls too slowly for it to be worth it, or cannot be told apart at the cut."""
-    m, tolerance = len(matrices[0]), TOLERANCE[matrices[0].dtype]
+    m, dtype = len(matrices[0]), matrices[0].dtype
+    tolerance = TOLERANCE[dtype]
     if not size:
-        return torch.eye(m, rank, dtype=matrices[0].dtype, device=matrices[0].device)
+        return torch.eye(m, rank, dtype=dtype, device=matrices[0].device)
     if size < LEAST:
         return None
-    X = _start(matrices, OVERSAMPLING * rank + EXTRA, size)
-    if drafts:
-        drafted = _drafted(drafts, X, rank)
-        X, drafts = (X, []) if drafted is None else (drafted, drafts)
-    span, before, base = Span(matrices, size, rank, X), math.inf, math.inf
+    own, draft = Updates(matrices, size), Updates(drafts, 1.0) if drafts else None
+    width = min(m, COLUMNS * math.ceil(OVERSAMPLING * rank / COLUMNS))
+    X = (draft or own).start(width, dtype)
+    span = None if draft is None else _drafted(draft, own, rank, X)
+    if span is None:
+        span, draft = Span(own, rank, X), None
+    before = base = math.inf
     for step in range(MAX_STEPS):
         if span.width <= rank:
             return None
         error = span.error()
-        if error <= tolerance:
-            return span.leading[:, :rank]
         stalled = error > STALLED * before
-        if stalled and error <= 2 * tolerance:
+        if error <= tolerance * (2 if stalled else 1):
             return span.leading[:, :rank]
-        if span.is_drafted and (stalled or span.width > WIDEST * X.shape[1]):
-            span, before = Span(matrices, size, rank, span.leading), math.inf
+        is_wide = span.width > WIDEST * width
+        if draft is not None and (stalled or is_wide):
+            if error <= STALLED * base:
+                span.sharpen(own)
+            else:
+                span.shrink(width)
+                span, draft = Span(own, rank, span.Q), None
+            before, base = math.inf, error
             continue
-        if drafts and before == math.inf:  # the span is not drafted
-            drafts, base = ([] if error > STALLED * base else drafts), error
-        slow = not drafts and step > 2 and error * (error / before) ** (MAX_STEPS - step) > tolerance
+        slow = draft is None and step > 2 and error * (error / before) ** (MAX_STEPS - step) > tolerance
         missing = span.missing(tolerance)
         if slow or span.is_tied(tolerance) or not missing.shape[1]:
             return None
         before = error
-        if drafts:
-            span.add(drafts, 1.0, missing)
-            continue
-        if span.width + missing.shape[1] > WIDEST * X.shape[1]:
-            span.shrink(X.shape[1])
-        span.add(matrices, size, missing)
+        if is_wide:
+            span.shrink(width)
+        span.add(draft or own, missing)
     return None
 
 
-def _start(matrices: list[Tensor], width: int, size: float) -> Tensor:
-    """Columns (m, width): sums of the updates' columns, every so many of one with random signs, and a little noise.
-
-    All that the updates lead to is in them. (What the other side's vectors lead to is not all: vectors that only other updates
-    have would be missing, and nothing would tell.)
-    """
-    m, n = matrices[0].shape
-    X = _random(m, width, matrices[0]) * (NOISE * size / (len(matrices) * m * n) ** 0.5)
-    parts = X.split(-(-width // len(matrices)), 1)
-    signs = iter(_random(len(matrices) * n, 1, torch.empty(0)).sign().flatten().tolist())
-    for index, D in enumerate(matrices):
-        columns = parts[index % len(parts)]
-        for block in D.split(columns.shape[1], 1):
-            columns[:, : block.shape[1]].add_(block, alpha=next(signs))
-    return X
+def _kept(rank: int) -> int:
+    """Columns that are watched: the `rank` leading ones and those next to the cut."""
+    return rank + max(EXTRA, rank // MARGIN)
 
 
-def _drafted(drafts: list[Tensor], X: Tensor, rank: int) -> Tensor | None:
-    """A start (m, kept) by products in the shorter type; None where its rounding hides the last of the leading vectors."""
-    for left in reversed(range(DRAFT_PASSES)):
-        span = Span(drafts, 1.0, rank, X)
-        theta, W = eigenpairs(span.H)
-        X = span.AQ @ W[:, : None if left else _kept(rank)].to(X.dtype)
-    hidden = (HIDDEN * torch.finfo(drafts[0].dtype).eps) ** 2 / len(X)  # rounding has about eps / √m in every direction
-    return X if len(theta) > rank and float(theta[rank - 1]) > hidden else None
+def _drafted(draft: "Updates", own: "Updates", rank: int, X: Tensor) -> "Span | None":
+    """A span of products in the shorter type; None where its rounding hides the last of the leading vectors."""
+    span = Span(draft, rank, X)
+    for _ in range(DRAFT_PASSES):
+        _, W = eigenpairs(span.H)  # so that each column has a size of its own, and rounding in proportion
+        span = Span(draft, rank, span.AQ @ W.to(X.dtype))
+    span.error()
+    span.add(draft, span.missing(0.0))
+    theta, hidden = eigenpairs(span.H)[0], (HIDDEN * torch.finfo(draft.dtype).eps) ** 2 / len(X)
+    if not (len(theta) > rank and float(theta[rank - 1]) > hidden):  # rounding has about eps / √m in every direction
+        return None
+    span.sharpen(own)
+    return span
+
+
+class Updates:
+    """A = Σ D_i D_iᵀ / size², by products with D_i (m, n) alone; size² about Σ ‖D_i‖², so that the trace of A is 1."""
+
+    def __init__(self, matrices: list[Tensor], size: float) -> None:
+        self.matrices, self.size, self.dtype = matrices, size, matrices[0].dtype
+
+    def start(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Columns (m, width): random sums of each update's columns, every so many of one, and a little noise.
+
+        All that the updates lead to is in them. (What the other side's vectors lead to is not all: vectors that only other
+        updates have would be missing, and nothing would tell.)
+        """
+        m, n = self.matrices[0].shape
+        generator = torch.Generator().manual_seed(0)  # so that the bytes of what follows are always the same
+        X = torch.randn(m, width, generator=generator).to(self.matrices[0].device, dtype)
+        X *= NOISE / (len(self.matrices) * m) ** 0.5
+        parts = X.split(-(-width // len(self.matrices)), 1)
+        for index, D in enumerate(self.matrices):
+            columns = parts[index % len(parts)]
+            weights = torch.randn(n, columns.shape[1], generator=generator)
+            columns += _times(D, weights.to(D)).to(dtype) / self.size
+        return X
+
+    def products(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """A X in the type of X and XᵀAX in float64, of products in the updates' type."""
+        short, H = X.to(self.dtype), X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+        AX: Tensor | None = None
+        for D in self.matrices:
+            Y = _times(D.T, short)
+            if self.size != 1:
+                Y /= self.size  # first, so that no product leaves the type's range
+            inner = Y.to(X.dtype)
+            H += gram(inner) if Y.dtype == X.dtype else inner.T @ inner
+            outer = _times(D, Y)
+            AX = outer.to(X.dtype) if AX is None else AX.add_(outer)
+        assert AX is not None
+        return AX / self.size, H
+
+
+def _times(D: Tensor, X: Tensor) -> Tensor:
+    """D @ X, which takes longer where D is the transpose of what is stored."""
+    return D @ X if D.is_contiguous() else (X.T.contiguous() @ D.T).T
 
 
 class Span:
-    """The span of orthonormal Q (m, p), what A = Σ D_i D_iᵀ / size² makes of Q, and QᵀAQ in float64. trace A is 1."""
+    """The span of orthonormal Q (m, p), what A = Σ D_i D_iᵀ / size² makes of Q, and QᵀAQ in float64. trace A is 1.
 
-    def __init__(self, matrices: list[Tensor], size: float, rank: int, X: Tensor) -> None:
+    Of the first `known` columns that is worked out in the columns' own type, of those after them in a shorter one.
+    """
+
+    def __init__(self, A: Updates, rank: int, X: Tensor) -> None:
         self.Q = Basis(X).q_in(X.dtype)
-        self.AQ, self.H = _products(matrices, size, self.Q)
-        self.rank, self.start, self.eps, self.drafted_eps = rank, self.width, torch.finfo(X.dtype).eps, 0.0
+        self.AQ, self.H = A.products(self.Q)
+        self.rank, self.start, self.eps = rank, self.width, torch.finfo(X.dtype).eps
+        self.known, self.drafted_eps = 0, 0.0
+        self._note(A)
+
+    def _note(self, A: Updates) -> None:
+        """The products with the last columns are by A."""
+        if A.dtype == self.Q.dtype:
+            self.known = self.width
+        else:
+            self.drafted_eps = torch.finfo(A.dtype).eps / 2
 
     @property
     def width(self) -> int:
         """p, the columns of Q."""
         return self.Q.shape[1]
 
-    @property
-    def is_drafted(self) -> bool:
-        """Whether what A makes of the columns after the start is known to a shorter type's rounding."""
-        return self.drafted_eps > 0
-
-    def add(self, matrices: list[Tensor], size: float, columns: Tensor) -> None:
-        """Widen the span by orthonormal columns (m, b) that are orthogonal to Q."""
-        products, H = _products(matrices, size, columns)
+    def add(self, A: Updates, columns: Tensor) -> None:
+        """Widen the span by orthonormal columns (m, b) that are orthogonal to Q; by the shorter type's A, if there is one."""
+        products, H = A.products(columns)
         across = (self.AQ.T @ columns).to(H.dtype)  # by what is known of Q; what is known of the columns may be a draft
         self.H = torch.cat([torch.cat([self.H, across], 1), torch.cat([across.T, H], 1)])
         self.Q, self.AQ = torch.cat([self.Q, columns], 1), torch.cat([self.AQ, products], 1)
-        if matrices[0].dtype != columns.dtype:
-            self.drafted_eps = torch.finfo(matrices[0].dtype).eps / 2
+        self._note(A)
 
     def shrink(self, width: int) -> None:
         """Keep the leading approximate eigenvectors only."""
         theta, W = eigenpairs(self.H)
         W = W[:, :width].to(self.Q.dtype)
         self.Q, self.AQ, self.H = self.Q @ W, self.AQ @ W, theta[:width].diag()
+
+    def sharpen(self, A: Updates) -> None:
+        """Work out what A makes of the leading vectors anew, in their own type."""
+        self.shrink(self.start)
+        self.known = min(_kept(self.rank), self.width)
+        Q, rest = self.Q[:, : self.known], self.Q[:, self.known :]
+        products, H = A.products(Q)
+        across = (products.T @ rest).to(H.dtype)
+        self.AQ[:, : self.known] = products
+        self.H = torch.cat([torch.cat([H, across], 1), torch.cat([across.T, self.H[self.known :, self.known :]], 1)])
 
     def error(self) -> float:
         """An estimate of the relative error of the updates if they are projected onto the leading `rank` columns.
@@ -238,8 +288,8 @@ class Span:
         # of products with D, whose mean squared singular value is 1 / m
         rounding = self.eps * (theta[:k] * (theta[:k] + 1 / m)).sqrt()
         self.unresolved = self._exchanged(rounding, theta)
-        if self.is_drafted:
-            s, largest = torch.linalg.norm(W[start:], dim=0), self.H.diagonal()[start:].max().sqrt()
+        if self.known < self.width:
+            s, largest = torch.linalg.norm(W[self.known :], dim=0), self.H.diagonal()[self.known :].max().sqrt()
             off = self.drafted_eps * (largest + m**-0.5)  # of Dᵀ N
             lengths += s * (off * theta[start - 1].sqrt() + self.drafted_eps * largest**2)
             rounding += s[:k] * s[k] * off * largest
@@ -266,19 +316,6 @@ class Span:
         for _ in range(2):  # the second time takes out what rounding left
             X = Basis(X - self.Q @ (self.Q.T @ X)).q_in(X.dtype)
         return X
-
-
-def _products(matrices: list[Tensor], size: float, X: Tensor) -> tuple[Tensor, Tensor]:
-    """A X in the type of X and XᵀAX in float64, of products in the matrices' type."""
-    short, H = X.to(matrices[0].dtype), X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
-    AX = torch.zeros_like(X)
-    for D in matrices:
-        Y = D.T @ short
-        if size != 1:
-            Y /= size  # first, so that no product leaves the type's range
-        H += gram(Y) if Y.dtype == X.dtype else Y.to(X.dtype).T @ Y.to(X.dtype)
-        AX += D @ Y
-    return AX / size, H
 
 
 def _lost(sines: Tensor, energies: Tensor) -> float:

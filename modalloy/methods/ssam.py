@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, norm, second_moment, shared_subspaces
+from modalloy.delta import Delta, LowRank, norm, second_moment, shared_subspaces, total
 from modalloy.linalg import RANK_TOLERANCE, energy_rank, frobenius
 from modalloy.methods.method import ROTATION_LAWS, Method
 from modalloy.methods.parameters import Number, Rank
@@ -50,8 +50,8 @@ def ssam(
     if rank < 1:
         k = max(energy_rank(second_moment(transposed), rank), energy_rank(second_moment(seen), rank))
     summed = seen if balance == "updates" else deltas
-    total = scale * sum(summed[1:], summed[0])
-    U, core, V = aligned(seen, total, k)  # U and V are orthonormal, so that the core's norm is the merged update's
+    U, core, V = aligned(seen, summed, k)  # U and V are orthonormal, so that the core's norm is the merged update's
+    core = scale * core
     if match == "norm":
         core = resized(core, abs(scale) * mean_norm([norm(D) for D in deltas]))
     if U.shape[1] <= V.shape[1]:  # k is clipped on each side by itself; the narrower side carries the rank
@@ -59,14 +59,14 @@ def ssam(
     return LowRank(U @ core, V.T)
 
 
-def aligned(deltas: Sequence[Delta], total: Delta, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, k) and V (in, k) of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i, and the core Uᵀ · total · V (k, k) between them.
+def aligned(deltas: Sequence[Delta], summed: Sequence[Delta], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k) and V (in, k) of A = Σ D_i D_iᵀ and of B = Σ D_iᵀ D_i, and the core Uᵀ (Σ S_i) V (k, k) between them.
 
-    Where k is more than a third of the larger side: for a smaller k, the leading columns of U and V, and the leading block
-    of the core, are those of that k.
+    S_i are what is summed, which `balance` may tell from the D_i. Where k is more than a third of the larger side: for a
+    smaller k, the leading columns of U and V, and the leading block of the core, are those of that k.
     """
     U, V = shared_subspaces(deltas, k)
-    return U, U.T @ (total @ V), V
+    return U, U.T @ (total(summed) @ V), V
 
 
 def balanced(deltas: Sequence[Delta]) -> list[Delta]:

@@ -125,9 +125,7 @@ def _merged(planned: Plan, surveys: Surveys, kept: dict[str, Aligned], job: Job,
     if found is None or (found.models, found.weights) != (job.models, job.weights):
         deltas = [delta for delta in weighted_updates(job, read) if isinstance(delta, LowRank)]
         cores, restore = lift(deltas)
-        found = Aligned(
-            job.models, job.weights, *aligned(cores, sum(cores[1:], cores[0]), max(cores[0].shape)), restore
-        )
+        found = Aligned(job.models, job.weights, *aligned(cores, cores, max(cores[0].shape)), restore)
         kept[job.name] = found
     update = found.merged(job.parameters["rank"], job.parameters["scale"], job.wide)
     return [update.to(job.outputs[0].dtype)]
