@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, Spectrum, frobenius, gram, require_finite
+from modalloy.linalg import Basis, Spectrum, frobenius, gram, require_finite, symmetric_product
 from modalloy.subspaces import approximate_range, top_subspaces
 
 UNCANCELLED = 1e-9  # of the sum of magnitudes: a sum of as much is known to 1e-7 in float64
@@ -185,8 +185,7 @@ def second_moment(deltas: Sequence[Delta]) -> Tensor:
         return total
     downs = torch.cat([delta.down for delta in factored], 0).to(torch.float64)
     weighed = torch.cat([gram(delta.up) @ delta.down.to(torch.float64) for delta in factored], 0)
-    product = downs.T @ weighed
-    product = (product + product.T) / 2
+    product = symmetric_product([(downs, weighed)], downs)
     return product if total is None else product + total
 
 

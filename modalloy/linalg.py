@@ -1,7 +1,7 @@
 """The only place that decomposes a matrix. Grams and cores are float64: a Gram squares the condition number."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import torch
@@ -21,6 +21,7 @@ BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once: temporar
 FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
 BLOCK_ROWS = 2048  # rows of a tall factor that are held in float64 at once
 GRAM_ROWS, GRAM_COLUMNS = 512, 128  # of a matrix whose Gram is multiplied at once
+ALIASED = 128  # columns of multiples of so many float64 numbers share few places in a processor's cache
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
 MIN_GAP = 1e-5  # of the eigenvalues at the cut, in the largest: what float32 can tell apart
 SPAN_TOLERANCE = 1e-9  # of a span of eigenvectors: the sines of its angles, root mean square
@@ -56,13 +57,22 @@ def frobenius(matrix: Tensor) -> float:
 
 
 def gram(*matrices: Tensor) -> Tensor:
-    """Σ XᵀX (n, n) in float64 over matrices X (m, n). Little more than its upper triangle is multiplied. O(m n²)."""
-    n = matrices[0].shape[1]
-    out = torch.zeros(n, n, dtype=torch.float64, device=matrices[0].device)
+    """Σ XᵀX (n, n) in float64 over matrices X (m, n). O(m n²)."""
+    blocks = (block.to(torch.float64) for matrix in matrices for block in matrix.split(GRAM_ROWS))
+    return symmetric_product(((rows, rows) for rows in blocks), matrices[0])
+
+
+def symmetric_product(pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+    """Σ XᵀY (n, n) of float64 X, Y (m, n), which is known to be symmetric: little more than its upper triangle is multiplied.
+
+    n and the device are those of `like`.
+    """
+    n = like.shape[1]
+    out = torch.zeros(n, n, dtype=torch.float64, device=like.device)
     starts = range(0, n, GRAM_COLUMNS)
-    for rows in (block.to(torch.float64) for matrix in matrices for block in matrix.split(GRAM_ROWS)):
+    for X, Y in pairs:
         for start in starts:
-            out[start : start + GRAM_COLUMNS, start:].addmm_(rows[:, start : start + GRAM_COLUMNS].T, rows[:, start:])
+            out[start : start + GRAM_COLUMNS, start:].addmm_(X[:, start : start + GRAM_COLUMNS].T, Y[:, start:])
     for start in starts:
         end = start + GRAM_COLUMNS
         on_diagonal = out[start:end, start:end]
@@ -205,6 +215,21 @@ def inverse(squares: Tensor) -> Tensor:
     return torch.where(squares > RANK_TOLERANCE**2 * squares[-1:], 1 / squares, 0.0)
 
 
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """L of L Lᵀ (n, n), and LAPACK's report.
+
+    Columns of 512 numbers take each other's places in the cache, which makes it three times slower; these are made longer.
+    """
+    n = len(matrix)
+    if n % ALIASED:
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        return lower, failed
+    padded = torch.eye(n + 8, dtype=matrix.dtype, device=matrix.device)
+    padded[:n, :n] = matrix
+    lower, failed = torch.linalg.cholesky_ex(padded)
+    return lower[:n, :n], failed
+
+
 def _inverse_norm(lower: Tensor) -> float:
     """The Frobenius norm of L⁻¹, from what it makes of `PROBES` random vectors: rarely off by more than a third. O(n²)."""
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +260,7 @@ class Basis:
         self.columns, self.lengths, squares = columns[:, kept], lengths[kept], squares[kept][:, kept]
         p = len(self.lengths)
         self.triangle = torch.zeros(p, n, dtype=torch.float64, device=columns.device)
-        lower, failed = torch.linalg.cholesky_ex(squares / self.lengths.outer(self.lengths))
+        lower, failed = _cholesky(squares / self.lengths.outer(self.lengths))
         if not int(failed) and _inverse_norm(lower) <= MAX_INVERSE:
             self.triangle[:, kept] = lower.T * self.lengths
             self.lower = lower

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import write_omni
+from synthetic import write_lora
 
 import modalloy
 from modalloy.compute import compute, survey
 from modalloy.planning.planner import plan
 from modalloy.recipe import load_recipe
+from modalloy.senses.anatomy import OF_TEXT
 from modalloy.storage.tensors import Checkpoint
 
 ELSEWHERE = """
@@ -57,6 +60,28 @@ def test_jobs_computed_in_another_process_give_the_bytes_of_the_merge(
     tensors = [written.read(written.refs[spec.name]).contiguous().reshape(-1) for spec in specs]
     wanted = [hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for t in tensors]
     assert done.stdout.decode().split() == wanted and len(wanted) > 14
+
+
+def test_merging_adapters_of_a_text_decoder_imports_no_transformers(base: Path, tmp_path: Path) -> None:
+    """Which takes a second."""
+    loras = [write_lora(tmp_path / str(seed), base, seed=seed) for seed in (1, 2)]
+    models = [{"model": str(one)} for one in loras]
+    recipe = tmp_path / "recipe.yaml"
+    for form in ("adapter", "full"):
+        content = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": form}}
+        recipe.write_text(yaml.safe_dump(content))
+        code = "import sys; from modalloy.cli import main\ntry:\n    main()\n"
+        code += "finally:\n    print('transformers' in sys.modules, 'torch' in sys.modules)"
+        arguments = ["merge", str(recipe), "-o", str(tmp_path / form)]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert not done.returncode and done.stdout.splitlines()[-1] == "False True", done.stderr
+
+
+def test_decoders_of_text_have_no_multimodal_class() -> None:
+    from transformers.models.auto import modeling_auto as tables
+
+    assert set(tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) >= OF_TEXT
+    assert not set(tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES) & OF_TEXT
 
 
 def test_a_job_pickles_small(base: Path, tmp_path: Path) -> None:

@@ -22,6 +22,23 @@ FURTHER = {
     "audioflamingo3": "AudioFlamingo3ForConditionalGeneration",
     "musicflamingo": "MusicFlamingoForConditionalGeneration",
 }
+# decoders of text that are merged most often, which transformers, a second to import, need not be asked about
+OF_TEXT = {
+    *(
+        "llama",
+        "mistral",
+        "mixtral",
+        "ministral",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+    ),
+    *("phi", "phi3", "olmo", "olmo2", "olmo3", "smollm3", "granite", "gpt_oss", "deepseek_v3", "falcon", "gpt2"),
+}
 USUAL = {  # what any language model takes
     *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
@@ -42,6 +59,8 @@ FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeEr
 
 def native_class_name(config: Mapping[str, Any]) -> str | None:
     """The multimodal class of transformers that a config.json names, None if it names another or none."""
+    if config.get("model_type") in OF_TEXT:
+        return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
     listed: Any = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
