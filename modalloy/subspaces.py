@@ -20,14 +20,15 @@ OVERSAMPLING = 2  # columns of the first block, in ranks
 COLUMNS = 64  # a processor multiplies fewer in hardly less time
 EXTRA = 8  # columns beyond the rank whose products are worked out in the updates' own type, at least
 MARGIN = 8  # for so many columns of the rank one is watched beyond it
-# of the projected updates, relative; up to twice as much where rounding stops it (the method as written loses 2e-5)
-TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+# of the projected updates, relative; up to twice as much where rounding stops it, which is what `verify` allows
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}
 ENOUGH = 0.5  # of the tolerance may be left in directions to which nothing is added
 WIDEST = 4  # columns of the span, in first blocks; then as many as that lead go on
 MAX_STEPS = 30
 DRAFT_PASSES = 2  # multiplications of the start by A, in the shorter type, before its span is widened
 HIDDEN = 5.0  # roundings of the shorter type that a singular value must exceed for drafts to show it
 STALLED = 0.5  # of the error before: what is missing is then lost in the shorter type's rounding
+STUCK = 0.9  # and in rounding of their own type, which is that of columns which have no size of their own
 LEAST = 1e-25  # a norm below which products would leave the type's range
 RANGE = 1e-12, 1e15  # of norms whose squares float32 holds
 TINY = 1e-300  # in place of a distance that is zero
@@ -125,25 +126,28 @@ def _iterated(matrices: list[Tensor], rank: int, size: float, drafts: list[Tenso
         return None
     own, draft = Updates(matrices, size), Updates(drafts, 1.0) if drafts else None
     width = min(m, COLUMNS * math.ceil(OVERSAMPLING * rank / COLUMNS))
-    X = (draft or own).start(width, dtype)
-    span = None if draft is None else _drafted(draft, own, rank, X)
+    span = None if draft is None else _drafted(draft, own, rank, draft.start(width, dtype))
     if span is None:
-        span, draft = Span(own, rank, X), None
+        span, draft = _powered(own, rank, own.start(width, dtype), 1), None
     before = base = math.inf
     for step in range(MAX_STEPS):
         if span.width <= rank:
             return None
         error = span.error()
-        stalled = error > STALLED * before
-        if error <= tolerance * (2 if stalled else 1):
+        stalled = error > (STUCK if draft is None else STALLED) * before
+        if error <= tolerance or (stalled and error <= 2 * tolerance and (draft is not None or base < math.inf)):
             return span.leading[:, :rank]
         is_wide = span.width > WIDEST * width
-        if draft is not None and (stalled or is_wide):
-            if error <= STALLED * base:
+        if stalled or (is_wide and draft is not None):
+            if error > STALLED * base:
+                if draft is None:
+                    return None
+                draft = None
+            if draft is not None:
                 span.sharpen(own)
             else:
                 span.shrink(width)
-                span, draft = Span(own, rank, span.Q), None
+                span = Span(own, rank, span.Q)
             before, base = math.inf, error
             continue
         slow = draft is None and step > 2 and error * (error / before) ** (MAX_STEPS - step) > tolerance
@@ -162,12 +166,18 @@ def _kept(rank: int) -> int:
     return rank + max(EXTRA, rank // MARGIN)
 
 
+def _powered(A: "Updates", rank: int, X: Tensor, passes: int) -> "Span":
+    """The span of A^passes X, by Ritz vectors: each column has a size of its own, and rounding in proportion."""
+    span = Span(A, rank, X)
+    for _ in range(passes):
+        _, W = eigenpairs(span.H)
+        span = Span(A, rank, span.AQ @ W.to(X.dtype))
+    return span
+
+
 def _drafted(draft: "Updates", own: "Updates", rank: int, X: Tensor) -> "Span | None":
     """A span of products in the shorter type; None where its rounding hides the last of the leading vectors."""
-    span = Span(draft, rank, X)
-    for _ in range(DRAFT_PASSES):
-        _, W = eigenpairs(span.H)  # so that each column has a size of its own, and rounding in proportion
-        span = Span(draft, rank, span.AQ @ W.to(X.dtype))
+    span = _powered(draft, rank, X, DRAFT_PASSES)
     span.error()
     span.add(draft, span.missing(0.0))
     theta, hidden = eigenpairs(span.H)[0], (HIDDEN * torch.finfo(draft.dtype).eps) ** 2 / len(X)
@@ -239,7 +249,7 @@ class Span:
         if A.dtype == self.Q.dtype:
             self.known = self.width
         else:
-            self.drafted_eps = torch.finfo(A.dtype).eps / 2
+            self.drafted_eps = torch.finfo(A.dtype).eps
 
     @property
     def width(self) -> int:
@@ -276,8 +286,8 @@ class Span:
         Two errors are told. What leaves the span: a residual r_j over the distance of θ_j from what is outside, which lies
         below the last Ritz value that the start gave. What is exchanged inside it at the cut, between the vectors j ≤ k and
         k + 1: the coupling of the two, by their residuals and by rounding, over θ_j − θ_{k+1}; where these are nearly equal
-        only float64 can tell them apart. Products in the shorter type are off by its rounding, in proportion to the share s_j
-        that the columns they are known for have in a vector.
+        only float64 can tell them apart. Rounding is that of what the columns of Q were multiplied to, so that columns of a
+        size of their own, as Ritz vectors are, are needed where the spectrum is steep.
         """
         k, m, start = self.rank, len(self.Q), self.start
         theta, W = eigenpairs(self.H)
@@ -285,24 +295,27 @@ class Span:
         self.leading, images = self.Q @ W.to(self.Q.dtype), self.AQ @ W.to(self.Q.dtype)
         self.residuals = images - self.Q @ (self.Q.T @ images)
         lengths = torch.linalg.norm(self.residuals.to(torch.float64), dim=0)
-        # of products with D, whose mean squared singular value is 1 / m
-        rounding = self.eps * (theta[:k] * (theta[:k] + 1 / m)).sqrt()
-        self.unresolved = self._exchanged(rounding, theta)
-        if self.known < self.width:
-            s, largest = torch.linalg.norm(W[self.known :], dim=0), self.H.diagonal()[self.known :].max().sqrt()
-            off = self.drafted_eps * (largest + m**-0.5)  # of Dᵀ N
-            lengths += s * (off * theta[start - 1].sqrt() + self.drafted_eps * largest**2)
-            rounding += s[:k] * s[k] * off * largest
-        distances = theta[: W.shape[1]] - theta[start - 1]
-        self.sines = (lengths / distances.clamp(min=TINY)).clamp(max=1)
+        self.unresolved = self._exchanged(self.eps * (theta[:k] * (theta[:k] + 1 / m)).sqrt(), theta)
+        sizes = self.H.diagonal().clamp(
+            min=0
+        )  # rounding of products with D, whose mean squared singular value is 1 / m
+        squares = W**2 * (sizes * (sizes + 1 / m))[:, None]
+        rounding = self.eps * squares[: self.known].sum(0).sqrt()
+        drafted = self.drafted_eps * squares[self.known :].sum(0).sqrt()
+        inside = (
+            self.known if k < self.known < self.width else start - 1
+        )  # where columns that are known to rounding begin
+        self.sines = _over(lengths, theta, start - 1) + _over(drafted, theta, inside)
+        lengths += drafted
         self.energies = theta[: W.shape[1]] / theta[:k].sum()
         self.outside = _lost(self.sines[:k], theta[:k])
-        return max(self.outside, self._exchanged(lengths[:k] * self.sines[k] + rounding, theta))
+        coupling = lengths * self.sines[k] + rounding + drafted * torch.linalg.norm(W[self.known :, k])
+        return max(self.outside, self._exchanged(coupling[:k], theta))
 
     def _exchanged(self, coupling: Tensor, theta: Tensor) -> float:
         """The error of what is exchanged at the cut by a coupling (k,) of the leading vectors with the next one."""
         k = self.rank
-        return _lost(coupling / (theta[:k] - theta[k]).clamp(min=TINY), theta[:k])
+        return _lost(_over(coupling, theta, k), theta[:k])
 
     def is_tied(self, tolerance: float) -> bool:
         """Whether all that is left of the error is rounding at the cut."""
@@ -316,6 +329,11 @@ class Span:
         for _ in range(2):  # the second time takes out what rounding left
             X = Basis(X - self.Q @ (self.Q.T @ X)).q_in(X.dtype)
         return X
+
+
+def _over(lengths: Tensor, theta: Tensor, outside: int) -> Tensor:
+    """Sines of what couples leading vectors with those from `outside` on."""
+    return (lengths / (theta[: len(lengths)] - theta[outside]).clamp(min=TINY)).clamp(max=1)
 
 
 def _lost(sines: Tensor, energies: Tensor) -> float:

@@ -62,7 +62,7 @@ def test_top_subspaces_project_as_the_exact_ones_do(
     matrix = stored.to(torch.float64) / scale
     for found, one in zip(top_subspaces([stored], K), (matrix, matrix.T), strict=True):
         wanted = top_eigenvectors(one @ one.T, K)
-        assert lost(found.to(torch.float64), wanted, [one]) <= (3e-5 if dtype == torch.float32 else 1e-9)
+        assert lost(found.to(torch.float64), wanted, [one]) <= (1e-5 if dtype == torch.float32 else 1e-9)
 
 
 @pytest.mark.parametrize("shape", [(240, 260), (240, 30), (260, 200), (300, 9)])
@@ -79,7 +79,7 @@ def test_top_subspaces_of_several_updates(shape: tuple[int, int], count: int, dr
     doubled = [update.to(torch.float64) for update in updates]
     for found, ones in zip(top_subspaces(updates, K), (doubled, [one.T for one in doubled]), strict=True):
         wanted = top_eigenvectors(gram(*(one.T for one in ones)), K)
-        assert lost(found.to(torch.float64), wanted, ones) <= 3e-5
+        assert lost(found.to(torch.float64), wanted, ones) <= 1e-5
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
@@ -126,9 +126,8 @@ def test_what_is_left_of_an_iteration_is_within_its_bound(
         return bound
 
     monkeypatch.setattr(subspaces.Span, "error", observed)
-    small_steps = {"COLUMNS": 8, "OVERSAMPLING": 1.75, "TOLERANCE": {torch.float32: 5e-6}}
-    for name, value in small_steps.items():
-        monkeypatch.setattr(subspaces, name, value)
+    monkeypatch.setattr(subspaces, "COLUMNS", 8)  # a block of 64 is a quarter of this matrix
+    monkeypatch.setattr(subspaces, "OVERSAMPLING", 1.75)
     top_subspaces([matrix], K)
     assert compared and max(compared) < 1.5
 
