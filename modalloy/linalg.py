@@ -276,8 +276,8 @@ class Basis:
             return coefficients.to(dtype)
         weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True)  # of the columns at unit length
         well_separated = float(weights.norm()) <= MAX_WEIGHTS * float(coefficients.norm())
-        weights /= self.lengths[:, None]
-        if well_separated and self.columns.dtype == dtype:
+        weights /= self.lengths[:, None]  # of a column that is next to nothing, beyond the range of float32
+        if well_separated and self.columns.dtype == dtype and float(weights.norm()) < torch.finfo(dtype).max:
             return self.columns @ weights.to(dtype)
         # (k, p) @ (p, rows): several times faster than its transpose where the columns are stored one after the other
         across = weights.T.contiguous()

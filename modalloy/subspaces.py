@@ -15,7 +15,7 @@ from torch import Tensor
 from modalloy.linalg import Basis, eigenpairs, frobenius, gram, row_blocks, top_eigenvectors
 
 EXACT_SIZE = 1024  # up to this many rows an eigendecomposition is cheaper than an iteration
-LARGEST_RANK = 1 / 8  # of the rows: an iteration multiplies and orthogonalises more than a decomposition beyond that
+LARGEST_RANK = 1 / 12  # of the rows: an iteration multiplies and orthogonalises more than a decomposition beyond that
 OVERSAMPLING = 2  # columns of the first block, in ranks
 COLUMNS = 64  # a processor multiplies fewer in hardly less time
 EXTRA = 8  # columns beyond the rank whose products are worked out in the updates' own type, at least
@@ -24,6 +24,8 @@ MARGIN = 8  # for so many columns of the rank one is watched beyond it
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-10}
 ENOUGH = 0.5  # of the tolerance may be left in directions to which nothing is added
 WIDEST = 4  # columns of the span, in first blocks; then as many as that lead go on
+FLAT = 0.65  # of the Ritz value at the cut, that of the start's last column
+DRAFT_COST = 0.25  # of multiplying a column in the shorter type
 MAX_STEPS = 30
 DRAFT_PASSES = 2  # multiplications of the start by A, in the shorter type, before its span is widened
 HIDDEN = 5.0  # roundings of the shorter type that a singular value must exceed for drafts to show it
@@ -124,14 +126,16 @@ def _iterated(matrices: list[Tensor], rank: int, size: float, drafts: list[Tenso
         return torch.eye(m, rank, dtype=dtype, device=matrices[0].device)
     if size < LEAST:
         return None
-    own, draft = Updates(matrices, size), Updates(drafts, 1.0) if drafts else None
+    own, draft = Updates(matrices, size, dtype), Updates(drafts, 1.0, dtype) if drafts else None
     width = min(m, COLUMNS * math.ceil(OVERSAMPLING * rank / COLUMNS))
-    span = None if draft is None else _drafted(draft, own, rank, draft.start(width, dtype))
-    if span is None:
-        span, draft = _powered(own, rank, own.start(width, dtype), 1), None
+    span = _powered(draft or own, rank, width, DRAFT_PASSES if draft else 1)
+    if span.is_flat():
+        return None
+    if draft is not None and not _is_drafted(span, draft, own):
+        span, draft = _powered(own, rank, width, 1), None
     before = base = math.inf
     for step in range(MAX_STEPS):
-        if span.width <= rank:
+        if span.width <= rank or own.cost + (0 if draft is None else draft.cost * DRAFT_COST) > m:
             return None
         error = span.error()
         stalled = error > (STUCK if draft is None else STALLED) * before
@@ -166,54 +170,58 @@ def _kept(rank: int) -> int:
     return rank + max(EXTRA, rank // MARGIN)
 
 
-def _powered(A: "Updates", rank: int, X: Tensor, passes: int) -> "Span":
-    """The span of A^passes X, by Ritz vectors: each column has a size of its own, and rounding in proportion."""
-    span = Span(A, rank, X)
+def _powered(A: "Updates", rank: int, width: int, passes: int) -> "Span":
+    """The span of A^passes times a start, by Ritz vectors: each column has a size of its own, and rounding in proportion."""
+    span = Span(A, rank, A.start(width))
     for _ in range(passes):
         _, W = eigenpairs(span.H)
-        span = Span(A, rank, span.AQ @ W.to(X.dtype))
+        span = Span(A, rank, span.AQ @ W.to(span.Q.dtype))
     return span
 
 
-def _drafted(draft: "Updates", own: "Updates", rank: int, X: Tensor) -> "Span | None":
-    """A span of products in the shorter type; None where its rounding hides the last of the leading vectors."""
-    span = _powered(draft, rank, X, DRAFT_PASSES)
+def _is_drafted(span: "Span", draft: "Updates", own: "Updates") -> bool:
+    """Widen and sharpen a span of products in the shorter type, unless its rounding hides the last of the leading vectors."""
+    if span.width <= span.rank:
+        return False
     span.error()
     span.add(draft, span.missing(0.0))
-    theta, hidden = eigenpairs(span.H)[0], (HIDDEN * torch.finfo(draft.dtype).eps) ** 2 / len(X)
-    if not (len(theta) > rank and float(theta[rank - 1]) > hidden):  # rounding has about eps / √m in every direction
-        return None
+    # rounding has about eps / √m in every direction
+    hidden = (HIDDEN * torch.finfo(draft.dtype).eps) ** 2 / len(span.Q)
+    if float(eigenpairs(span.H)[0][span.rank - 1]) <= hidden:
+        return False
     span.sharpen(own)
-    return span
+    return True
 
 
 class Updates:
     """A = Σ D_i D_iᵀ / size², by products with D_i (m, n) alone; size² about Σ ‖D_i‖², so that the trace of A is 1."""
 
-    def __init__(self, matrices: list[Tensor], size: float) -> None:
-        self.matrices, self.size, self.dtype = matrices, size, matrices[0].dtype
+    def __init__(self, matrices: list[Tensor], size: float, wide: torch.dtype) -> None:
+        self.matrices, self.size, self.dtype, self.wide = matrices, size, matrices[0].dtype, wide
+        self.cost = 0  # columns that were multiplied by A; a Gram is as many as it has
 
-    def start(self, width: int, dtype: torch.dtype) -> Tensor:
-        """Columns (m, width): random sums of each update's columns, every so many of one, and a little noise.
+    def start(self, width: int) -> Tensor:
+        """Columns (m, width) in the type `wide`: random sums of each update's columns, every so many of one, and a little noise.
 
         All that the updates lead to is in them. (What the other side's vectors lead to is not all: vectors that only other
         updates have would be missing, and nothing would tell.)
         """
         m, n = self.matrices[0].shape
         generator = torch.Generator().manual_seed(0)  # so that the bytes of what follows are always the same
-        X = torch.randn(m, width, generator=generator).to(self.matrices[0].device, dtype)
+        X = torch.randn(m, width, generator=generator).to(self.matrices[0].device, self.wide)
         X *= NOISE / (len(self.matrices) * m) ** 0.5
         parts = X.split(-(-width // len(self.matrices)), 1)
         for index, D in enumerate(self.matrices):
             columns = parts[index % len(parts)]
             weights = torch.randn(n, columns.shape[1], generator=generator)
-            columns += _times(D, weights.to(D)).to(dtype) / self.size
+            columns += _times(D, weights.to(D)).to(self.wide) / self.size
         return X
 
     def products(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """A X in the type of X and XᵀAX in float64, of products in the updates' type."""
         short, H = X.to(self.dtype), X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
         AX: Tensor | None = None
+        self.cost += X.shape[1]
         for D in self.matrices:
             Y = _times(D.T, short)
             if self.size != 1:
@@ -255,6 +263,11 @@ class Span:
     def width(self) -> int:
         """p, the columns of Q."""
         return self.Q.shape[1]
+
+    def is_flat(self) -> bool:
+        """Whether the last Ritz value is so near to the one at the cut that a step would gain next to nothing."""
+        theta = eigenpairs(self.H)[0]
+        return self.width > self.rank and float(theta[-1]) > FLAT * float(theta[self.rank - 1])
 
     def add(self, A: Updates, columns: Tensor) -> None:
         """Widen the span by orthonormal columns (m, b) that are orthogonal to Q; by the shorter type's A, if there is one."""

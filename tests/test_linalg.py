@@ -102,6 +102,18 @@ def test_more_updates_than_columns_to_start_from(drafted: None) -> None:
     assert abs(float(U[7])) > 0.99 and abs(float(V[9])) > 0.99
 
 
+@pytest.mark.parametrize("entries", [1, 4, 20])
+def test_updates_of_a_few_entries(entries: int, drafted: None) -> None:
+    """Fewer dimensions than are asked for, and residuals that are next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    places = (torch.randperm(size, generator=generator)[:entries] for size in (M, N))
+    update = torch.zeros(M, N)
+    update[tuple(places)] = torch.randn(entries, generator=generator)
+    matrix = update.to(torch.float64)
+    for found, one in zip(top_subspaces([update], K), (matrix, matrix.T), strict=True):
+        assert lost(found.to(torch.float64), top_eigenvectors(one @ one.T, K), [one]) <= 1e-5
+
+
 @pytest.mark.parametrize("spectrum", ["1/j", "1/√j", "geometric", "gap", "rank 3"])
 def test_falling_spectra_are_iterated(spectrum: str, drafted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the tests above would only compare the exact way with itself."""
@@ -155,6 +167,14 @@ def test_basis_of_badly_scaled_columns_in_float32(spread: int) -> None:
     basis = Basis((tall * torch.logspace(-spread, spread, 64, dtype=torch.float64)).float())
     exact = basis.q_in(torch.float64)
     assert 0 < (basis.q_in(torch.float32).to(torch.float64) - exact).norm() < 2e-6 * exact.norm()
+
+
+def test_basis_of_a_column_that_is_next_to_nothing() -> None:
+    """Its length's inverse is beyond float32."""
+    tall = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    tall[:, 2] *= 1e-41
+    q = Basis(tall).q_in(torch.float32)
+    assert (q.T @ q - torch.eye(5)).norm() < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 130, 257])
