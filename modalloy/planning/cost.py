@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from modalloy.planning.plan import Plan
 
 WRITE_BYTES = 3 * BLOCK_BYTES  # on their way to the disk
-LIBRARY_BYTES = 24 << 20  # of torch, BLAS and LAPACK, which the first product and decomposition bring in
+LIBRARY_BYTES = 22 << 20  # of torch, BLAS and LAPACK, which the first product and decomposition bring in
 THREAD_BYTES = 2 << 20  # of a worker: its stack, and what BLAS keeps for it
 LISTED_BYTES = 2 << 10  # of a tensor in lists: those of the plan, the headers, the manifest
 KEPT_FREED = 1.3  # times what is used is the most that glibc was seen to hold when it keeps what was freed
 NEAR = 12  # jobs over which a tensor is held that several of them read
 MARGIN = 0.01  # by which the memory that a process begins with differs from run to run
-# float64 matrices that an eigendecomposition holds: the Gram, its copy that becomes the vectors, LAPACK's two, their reversal
-EIGEN_COPIES = 5
+# float64 matrices that an eigendecomposition holds, 3.1 to 3.6 measured: the Gram, its vectors, LAPACK's workspace
+EIGEN_COPIES = 4
 SPECTRAL_COPIES = 6  # of the weight's size, in float64: an update, its projection, factors, a workspace
 
 
@@ -287,19 +287,20 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
         return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
     copies = n * method.copies_updates(job.parameters)
     taken = wide * rows * columns * (n + 2 + copies + job.takes_base)  # the updates, the merged one, and one on the way
-    if len(job.outputs) == 2:  # cut to factors: a Gram decomposed, the update in float64, what is left of it
-        taken = max(taken, 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns)
+    cut = 0
+    if len(job.outputs) == 2:  # then cut to factors: a Gram decomposed, the update in float64, what is left of it
+        cut = 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns
     if gets == "dense":
-        return taken + wide * 4 * (n + job.takes_base) * BLOCK_ENTRIES
+        return max(cut, taken + wide * 4 * (n + job.takes_base) * BLOCK_ENTRIES)
     if method.combines:  # blocks in float64
-        return taken + 8 * (n + 2) * min(BLOCK_ENTRIES, rows * columns)
+        return max(cut, taken + 8 * (n + 2) * min(BLOCK_ENTRIES, rows * columns))
     if method.rowwise:
-        return taken
+        return max(cut, taken)
     # where both sides play one part, the Gram is that of the shorter
     side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
     own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
     drafts = wide // 2 * n * rows * columns if gets == "factored_core" else 0  # given up before a Gram is decomposed
-    return taken + max(8 * EIGEN_COPIES * side**2, drafts) + 8 * own * rows * columns
+    return max(cut, taken + max(8 * EIGEN_COPIES * side**2, drafts) + 8 * own * rows * columns)
 
 
 def _check_bytes(planned: Plan, job: Job) -> int:

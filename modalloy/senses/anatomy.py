@@ -59,7 +59,7 @@ FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeEr
 
 def native_class_name(config: Mapping[str, Any]) -> str | None:
     """The multimodal class of transformers that a config.json names, None if it names another or none."""
-    if config.get("model_type") in OF_TEXT:
+    if str(config.get("model_type")) in OF_TEXT:
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
