@@ -1,4 +1,7 @@
-"""What `plan` predicts (memory, bytes read, room on the disk) is what a merge then takes, within 20 %."""
+"""What `plan` predicts (memory, bytes read, room on the disk) is what a merge then takes, within 20 %.
+
+The memory of these small merges, whose blocks on their way to the disk are as much as a weight, within 25 %.
+"""
 
 import json
 import os
@@ -73,4 +76,4 @@ def test_predictions(kind: str, n: int, changes: dict[str, Any], models: Path, t
         "written": found["write_bytes"] / weights,
         "disk": found["disk_bytes"] / disk,
     }
-    assert all(0.8 < ratio < 1.2 for ratio in ratios.values()), ratios
+    assert all(0.8 < ratio < (1.25 if what == "memory" else 1.2) for what, ratio in ratios.items()), ratios
