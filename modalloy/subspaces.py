@@ -114,7 +114,7 @@ def _top(matrices: list[Tensor], rank: int, size: float, drafts: list[Tensor]) -
     found = _iterated(matrices, rank, size, drafts)
     if found is not None:
         return found
-    drafts.clear()  # a Gram takes their place; the other side's spectrum does not fall faster
+    drafts.clear()  # a Gram takes their place
     return _decomposed(matrices, rank)
 
 
@@ -296,11 +296,11 @@ class Span:
     def error(self) -> float:
         """An estimate of the relative error of the updates if they are projected onto the leading `rank` columns.
 
-        Two errors are told. What leaves the span: a residual r_j over the distance of θ_j from what is outside, which lies
-        below the last Ritz value that the start gave. What is exchanged inside it at the cut, between the vectors j ≤ k and
-        k + 1: the coupling of the two, by their residuals and by rounding, over θ_j − θ_{k+1}; where these are nearly equal
-        only float64 can tell them apart. Rounding is that of what the columns of Q were multiplied to, so that columns of a
-        size of their own, as Ritz vectors are, are needed where the spectrum is steep.
+        Two errors are told. What leaves the span: a residual r_j over the distance of θ_j from what is outside, of which there
+        may be something from the first vector on that is not refined. What is exchanged inside it at the cut, between the
+        vectors j ≤ k and k + 1: the coupling of the two, by their residuals and by rounding, over θ_j − θ_{k+1}; where these
+        are nearly equal only float64 can tell them apart. Rounding is that of what the columns of Q were multiplied to, so that
+        columns of a size of their own, as Ritz vectors are, are needed where the spectrum is steep.
         """
         k, m, start = self.rank, len(self.Q), self.start
         theta, W = eigenpairs(self.H)
@@ -318,7 +318,9 @@ class Span:
         inside = (
             self.known if k < self.known < self.width else start - 1
         )  # where columns that are known to rounding begin
+        near = min(start - 1, k + max(1, k // MARGIN))  # beyond which nothing is refined: some of it is outside, too
         self.sines = _over(lengths, theta, start - 1) + _over(drafted, theta, inside)
+        self.sines[:k] = (_over(lengths, theta, near) + _over(drafted, theta, inside))[:k]
         lengths += drafted
         self.energies = theta[: W.shape[1]] / theta[:k].sum()
         self.outside = _lost(self.sines[:k], theta[:k])
