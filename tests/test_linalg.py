@@ -102,6 +102,18 @@ def test_more_updates_than_columns_to_start_from(drafted: None) -> None:
     assert abs(float(U[7])) > 0.99 and abs(float(V[9])) > 0.99
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(("size", "apart"), [(8, 0.03), (16, 0.05), (32, 0.03)])
+def test_many_vectors_next_to_the_cut(size: int, apart: float, rank: int, drafted: None) -> None:
+    """More than are refined, so that some of them stay partly outside the span."""
+    ones, next_to = torch.ones(rank, dtype=torch.float64), torch.full((size,), 1 - apart, dtype=torch.float64)
+    squares = torch.cat([ones, next_to, 0.85 * 30 / (30 + TAIL)])[:M]
+    update = with_spectrum(squares.sqrt()).float()
+    matrix = update.to(torch.float64)
+    for found, one in zip(top_subspaces([update], rank), (matrix, matrix.T), strict=True):
+        assert lost(found.to(torch.float64), top_eigenvectors(one @ one.T, rank), [one]) <= 1e-5
+
+
 @pytest.mark.parametrize("entries", [1, 4, 20])
 def test_updates_of_a_few_entries(entries: int, drafted: None) -> None:
     """Fewer dimensions than are asked for, and residuals that are next to nothing."""
