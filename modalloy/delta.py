@@ -167,11 +167,12 @@ def _lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
 
 def total(deltas: Sequence[Delta]) -> Delta:
     """Σ D_i of updates that are all factors or all matrices; of matrices with room for one more, whatever their number."""
-    dense = [D for D in deltas if isinstance(D, Tensor)]
-    if not dense:
-        return sum(deltas[1:], deltas[0])
-    summed = dense[0].clone()
-    for D in dense[1:]:
+    first, *rest = deltas
+    if isinstance(first, LowRank):
+        return sum(rest, first)
+    summed = first.clone()
+    for D in rest:
+        assert isinstance(D, Tensor)
         summed += D
     return summed
 
@@ -179,14 +180,14 @@ def total(deltas: Sequence[Delta]) -> Delta:
 def second_moment(deltas: Sequence[Delta]) -> Tensor:
     """Σ D_iᵀ D_i (in, in) in float64. O(Σ out · in²) for matrices; factors of rank r cost O(Σ r · in²)."""
     factored = [delta for delta in deltas if isinstance(delta, LowRank)]
-    total = gram(*(delta for delta in deltas if isinstance(delta, Tensor))) if len(factored) < len(deltas) else None
+    dense = gram(*(delta for delta in deltas if isinstance(delta, Tensor))) if len(factored) < len(deltas) else None
     if not factored:
-        assert total is not None
-        return total
+        assert dense is not None
+        return dense
     downs = torch.cat([delta.down for delta in factored], 0).to(torch.float64)
     weighed = torch.cat([gram(delta.up) @ delta.down.to(torch.float64) for delta in factored], 0)
     product = symmetric_product([(downs, weighed)], downs)
-    return product if total is None else product + total
+    return product if dense is None else product + dense
 
 
 def shared_subspaces(deltas: Sequence[Delta], rank: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +234,7 @@ def norm(delta: Delta) -> float:
 def compressed(delta: Delta, rank: int) -> tuple[LowRank, float]:
     """An approximation of `delta` of rank at most `rank`, and its relative Frobenius error.
 
-    The best there is for factors and small matrices; close to it for large ones (`linalg.approximate_range`).
+    The best there is for factors and small matrices; close to it for large ones (`subspaces.approximate_range`).
     """
     if isinstance(delta, LowRank):
         (core,), restore = lift([delta])

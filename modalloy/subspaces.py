@@ -131,7 +131,7 @@ def _iterated(matrices: list[Tensor], rank: int, size: float, drafts: list[Tenso
     span = _powered(draft or own, rank, width, DRAFT_PASSES if draft else 1)
     if span.is_flat():
         return None
-    if draft is not None and not _is_drafted(span, draft, own):
+    if draft is not None and not _sharpened(span, draft, own):
         span, draft = _powered(own, rank, width, 1), None
     before = base = math.inf
     for step in range(MAX_STEPS):
@@ -170,24 +170,29 @@ def _kept(rank: int) -> int:
     return rank + max(EXTRA, rank // MARGIN)
 
 
+def _refined(rank: int) -> int:
+    """Columns to whose residuals something is added; of vectors beyond them some may stay outside the span."""
+    return rank + max(1, rank // MARGIN)
+
+
 def _powered(A: "Updates", rank: int, width: int, passes: int) -> "Span":
     """The span of A^passes times a start, by Ritz vectors: each column has a size of its own, and rounding in proportion."""
     span = Span(A, rank, A.start(width))
     for _ in range(passes):
-        _, W = eigenpairs(span.H)
+        _, W = span.ritz()
         span = Span(A, rank, span.AQ @ W.to(span.Q.dtype))
     return span
 
 
-def _is_drafted(span: "Span", draft: "Updates", own: "Updates") -> bool:
-    """Widen and sharpen a span of products in the shorter type, unless its rounding hides the last of the leading vectors."""
+def _sharpened(span: "Span", draft: "Updates", own: "Updates") -> bool:
+    """Widen and sharpen a span of products in the shorter type; false where its rounding hides the last of the leading vectors."""
     if span.width <= span.rank:
         return False
     span.error()
     span.add(draft, span.missing(0.0))
     # rounding has about eps / √m in every direction
     hidden = (HIDDEN * torch.finfo(draft.dtype).eps) ** 2 / len(span.Q)
-    if float(eigenpairs(span.H)[0][span.rank - 1]) <= hidden:
+    if float(span.ritz()[0][span.rank - 1]) <= hidden:
         return False
     span.sharpen(own)
     return True
@@ -250,6 +255,7 @@ class Span:
         self.AQ, self.H = A.products(self.Q)
         self.rank, self.start, self.eps = rank, self.width, torch.finfo(X.dtype).eps
         self.known, self.drafted_eps = 0, 0.0
+        self._ritz: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._note(A)
 
     def _note(self, A: Updates) -> None:
@@ -264,22 +270,28 @@ class Span:
         """p, the columns of Q."""
         return self.Q.shape[1]
 
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Ritz values (p,), the largest first, and the vectors' coefficients (p, p) in Q: decomposed once for each H."""
+        if self._ritz is None or self._ritz[0] is not self.H:
+            self._ritz = self.H, eigenpairs(self.H)
+        return self._ritz[1]
+
     def is_flat(self) -> bool:
         """Whether the last Ritz value is so near to the one at the cut that a step would gain next to nothing."""
-        theta = eigenpairs(self.H)[0]
+        theta, _ = self.ritz()
         return self.width > self.rank and float(theta[-1]) > FLAT * float(theta[self.rank - 1])
 
     def add(self, A: Updates, columns: Tensor) -> None:
         """Widen the span by orthonormal columns (m, b) that are orthogonal to Q; by the shorter type's A, if there is one."""
         products, H = A.products(columns)
         across = (self.AQ.T @ columns).to(H.dtype)  # by what is known of Q; what is known of the columns may be a draft
-        self.H = torch.cat([torch.cat([self.H, across], 1), torch.cat([across.T, H], 1)])
+        self.H = _bordered(self.H, across, H)
         self.Q, self.AQ = torch.cat([self.Q, columns], 1), torch.cat([self.AQ, products], 1)
         self._note(A)
 
     def shrink(self, width: int) -> None:
         """Keep the leading approximate eigenvectors only."""
-        theta, W = eigenpairs(self.H)
+        theta, W = self.ritz()
         W = W[:, :width].to(self.Q.dtype)
         self.Q, self.AQ, self.H = self.Q @ W, self.AQ @ W, theta[:width].diag()
 
@@ -291,7 +303,7 @@ class Span:
         products, H = A.products(Q)
         across = (products.T @ rest).to(H.dtype)
         self.AQ[:, : self.known] = products
-        self.H = torch.cat([torch.cat([H, across], 1), torch.cat([across.T, self.H[self.known :, self.known :]], 1)])
+        self.H = _bordered(H, across, self.H[self.known :, self.known :])
 
     def error(self) -> float:
         """An estimate of the relative error of the updates if they are projected onto the leading `rank` columns.
@@ -303,24 +315,22 @@ class Span:
         columns of a size of their own, as Ritz vectors are, are needed where the spectrum is steep.
         """
         k, m, start = self.rank, len(self.Q), self.start
-        theta, W = eigenpairs(self.H)
+        theta, W = self.ritz()
         theta, W = theta.clamp(min=0), W[:, : min(_kept(k), start)]
         self.leading, images = self.Q @ W.to(self.Q.dtype), self.AQ @ W.to(self.Q.dtype)
         self.residuals = images - self.Q @ (self.Q.T @ images)
         lengths = torch.linalg.norm(self.residuals.to(torch.float64), dim=0)
         self.unresolved = self._exchanged(self.eps * (theta[:k] * (theta[:k] + 1 / m)).sqrt(), theta)
-        sizes = self.H.diagonal().clamp(
-            min=0
-        )  # rounding of products with D, whose mean squared singular value is 1 / m
+        # rounding of products with D, whose mean squared singular value is 1 / m
+        sizes = self.H.diagonal().clamp(min=0)
         squares = W**2 * (sizes * (sizes + 1 / m))[:, None]
         rounding = self.eps * squares[: self.known].sum(0).sqrt()
         drafted = self.drafted_eps * squares[self.known :].sum(0).sqrt()
-        inside = (
-            self.known if k < self.known < self.width else start - 1
-        )  # where columns that are known to rounding begin
-        near = min(start - 1, k + max(1, k // MARGIN))  # beyond which nothing is refined: some of it is outside, too
-        self.sines = _over(lengths, theta, start - 1) + _over(drafted, theta, inside)
-        self.sines[:k] = (_over(lengths, theta, near) + _over(drafted, theta, inside))[:k]
+        # where columns that are known to rounding begin
+        inside = self.known if k < self.known < self.width else start - 1
+        self.sines = _over(lengths, theta, start - 1)
+        self.sines[:k] = _over(lengths, theta, min(start - 1, _refined(k)))[:k]
+        self.sines += _over(drafted, theta, inside)
         lengths += drafted
         self.energies = theta[: W.shape[1]] / theta[:k].sum()
         self.outside = _lost(self.sines[:k], theta[:k])
@@ -339,11 +349,16 @@ class Span:
     def missing(self, tolerance: float) -> Tensor:
         """Orthonormal columns (m, b), orthogonal to Q, that the leading vectors lack most of their error's directions by."""
         large = self.sines**2 * self.energies > (ENOUGH * tolerance) ** 2 / self.rank
-        large[self.rank + max(1, self.rank // MARGIN) :] = False  # of those beyond the cut, the next ones matter
+        large[_refined(self.rank) :] = False  # of those beyond the cut, the next ones matter
         X = self.residuals[:, large]
         for _ in range(2):  # the second time takes out what rounding left
             X = Basis(X - self.Q @ (self.Q.T @ X)).q_in(X.dtype)
         return X
+
+
+def _bordered(leading: Tensor, across: Tensor, rest: Tensor) -> Tensor:
+    """The symmetric matrix of these blocks."""
+    return torch.cat([torch.cat([leading, across], 1), torch.cat([across.T, rest], 1)])
 
 
 def _over(lengths: Tensor, theta: Tensor, outside: int) -> Tensor:

@@ -34,6 +34,16 @@ for job in jobs:
 assert not {"modalloy.planning.plan", "modalloy.planning.jobs", "modalloy.recipe"} & set(sys.modules)
 """
 
+# The command line ends by SystemExit, whatever it did.
+MERGING = """
+import sys
+from modalloy.cli import main
+try:
+    main()
+finally:
+    print("transformers" in sys.modules, "torch" in sys.modules)
+"""
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -70,10 +80,8 @@ def test_merging_adapters_of_a_text_decoder_imports_no_transformers(base: Path, 
     for form in ("adapter", "full"):
         content = {"base_model": str(base), "merge_method": "ssam", "models": models, "output": {"form": form}}
         recipe.write_text(yaml.safe_dump(content))
-        code = "import sys; from modalloy.cli import main\ntry:\n    main()\n"
-        code += "finally:\n    print('transformers' in sys.modules, 'torch' in sys.modules)"
         arguments = ["merge", str(recipe), "-o", str(tmp_path / form)]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", MERGING, *arguments], capture_output=True, text=True, check=False)
         assert not done.returncode and done.stdout.splitlines()[-1] == "False True", done.stderr
 
 

@@ -287,20 +287,21 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
         return assembling + wide * (n + 4) * min(BLOCK_ENTRIES, rows * columns)
     copies = n * method.copies_updates(job.parameters)
     taken = wide * rows * columns * (n + 2 + copies + job.takes_base)  # the updates, the merged one, and one on the way
-    cut = 0
-    if len(job.outputs) == 2:  # then cut to factors: a Gram decomposed, the update in float64, what is left of it
-        cut = 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns
     if gets == "dense":
-        return max(cut, taken + wide * 4 * (n + job.takes_base) * BLOCK_ENTRIES)
-    if method.combines:  # blocks in float64
-        return max(cut, taken + 8 * (n + 2) * min(BLOCK_ENTRIES, rows * columns))
-    if method.rowwise:
-        return max(cut, taken)
-    # where both sides play one part, the Gram is that of the shorter
-    side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
-    own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
-    drafts = wide // 2 * n * rows * columns if gets == "factored_core" else 0  # given up before a Gram is decomposed
-    return max(cut, taken + max(8 * EIGEN_COPIES * side**2, drafts) + 8 * own * rows * columns)
+        taken += wide * 4 * (n + job.takes_base) * BLOCK_ENTRIES
+    elif method.combines:  # blocks in float64
+        taken += 8 * (n + 2) * min(BLOCK_ENTRIES, rows * columns)
+    elif not method.rowwise:
+        # where both sides play one part, the Gram is that of the shorter
+        side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
+        own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
+        drafts = (
+            wide // 2 * n * rows * columns if gets == "factored_core" else 0
+        )  # given up before a Gram is decomposed
+        taken += max(8 * EIGEN_COPIES * side**2, drafts) + 8 * own * rows * columns
+    if len(job.outputs) == 2:  # then cut to factors: a Gram decomposed, the update in float64, what is left of it
+        taken = max(taken, 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns)
+    return taken
 
 
 def _check_bytes(planned: Plan, job: Job) -> int:

@@ -24,20 +24,9 @@ FURTHER = {
 }
 # decoders of text that are merged most often, which transformers, a second to import, need not be asked about
 OF_TEXT = {
-    *(
-        "llama",
-        "mistral",
-        "mixtral",
-        "ministral",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-    ),
-    *("phi", "phi3", "olmo", "olmo2", "olmo3", "smollm3", "granite", "gpt_oss", "deepseek_v3", "falcon", "gpt2"),
+    *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3"),
+    *("gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "smollm3", "granite", "gpt_oss", "deepseek_v3"),
+    *("falcon", "gpt2"),
 }
 USUAL = {  # what any language model takes
     *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache", "cache_position"),
