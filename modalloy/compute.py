@@ -158,7 +158,8 @@ def weighted_updates(
 
 def _update(model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice) -> LowRank:
     stored = model.delta(read)
-    return weight * LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
+    update = LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
+    return update if weight == 1 else weight * update
 
 
 def _factors(job: Job, merged: Delta) -> Done:

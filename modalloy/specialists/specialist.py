@@ -53,7 +53,7 @@ class StoredLora:
         """The update in its stored precision, scaling folded into `up` (float32 or wider)."""
         up, down = read(self.b), read(self.a)
         wide = torch.promote_types(up.dtype, torch.float32)
-        return LowRank(up.to(wide) * self.scale, down.to(wide))
+        return LowRank(up.to(wide, copy=True).mul_(self.scale), down.to(wide))
 
 
 @dataclass
