@@ -2,19 +2,20 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import HEADS, KV_HEADS, LAYERS, SLOTS, TEMPLATE, WIDTH, edit_tensors, write_compose
+from conftest import HEADS, KV_HEADS, LAYERS, SLOTS, TEMPLATE, WIDTH, edit_tensors, write_compose, write_omni
 from safetensors.torch import load_file
 from torch import Tensor
 
 import modalloy
 from modalloy import builtin
 from modalloy.errors import CheckpointError, MediaError
-from modalloy.model import ChatModel
+from modalloy.model import ChatModel, load_model
 from modalloy.model.config import tokens_per_medium
 from modalloy.model.routing import TEXT
 
@@ -297,3 +298,16 @@ def test_halves_of_a_mark_in_two_texts_make_no_medium(base: Path, specialists: d
     assert "a image dog" in processor.apply_chat_template([{"role": "user", "content": parts}])
     split = [{"role": "user", "content": "a \ue000image"}, {"role": "user", "content": "\ue001 dog"}]
     assert set(processor.render(split)[1]) == {0}
+
+
+def test_models_are_loaded_in_several_threads(base: Path, tmp_path: Path) -> None:
+    """transformers' loader changes what holds for the whole process: two at once lose tensors."""
+    omni = write_omni(tmp_path, base)
+    folders = [base, omni, base, omni]
+    alone = [load_model(folder).model.state_dict() for folder in folders[:2]]
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load_model, folders))
+    for index, chat in enumerate(loaded):
+        found = chat.model.state_dict()
+        assert found.keys() == alone[index % 2].keys()
+        assert all(torch.equal(found[name], one) for name, one in alone[index % 2].items())

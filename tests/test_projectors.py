@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_compose, write_omni
+from published_clip import write_clip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, ModalloyError
 from modalloy.machine.memory import peak_bytes
 from modalloy.model import load_model
 from modalloy.planning.planner import plan
@@ -211,6 +212,37 @@ def test_a_config_gets_no_memory_for_more_than_is_stored(base: Path, tmp_path: P
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = peak_bytes()
     with pytest.raises(CheckpointError, match=r"mismatched tensor .*down_image \(stored as \(4, \d+\), not \(524288, "):
+        load_model(config.parent)
+    assert peak_bytes() - before < 200e6
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "clip",
+            {"hidden_size": 1 << 15, "num_attention_heads": 1},
+            r"clip: .* is \(32,\), where config\.json makes it \(32768,\)",
+        ),
+        ("clip", {"num_hidden_layers": 10**6}, r"encoder 'clip': num_hidden_layers is 1000000 in config\.json"),
+        ("clip", {"patch_size": 0}, r"the settings of encoder 'clip' are not its own \(.*zero"),
+        ("beats", {"width": 12 * 10**30}, r"the settings of encoder 'beats' are not its own"),
+        ("pointbert", {"points": 10**12}, r"PointBert: 1000000000000 points"),
+        ("pointbert", {"points": "many"}, r"the settings of encoder 'pointbert' are not its own"),
+    ],
+)
+def test_an_encoder_gets_no_memory_for_more_than_is_stored(
+    name: str, settings: dict[str, Any], message: str, base: Path, tmp_path: Path
+) -> None:
+    config = write_omni(tmp_path, base) / "config.json"
+    told = json.loads(config.read_text())
+    sense, clip = told["modalities"]["image"], write_clip(tmp_path / "clip", image_size=28)
+    sense |= {"encoder": {"name": name, "settings": settings}, "source": str(clip), "n_tokens": 576}
+    config.write_text(json.dumps(told))
+    load_model(base)  # what libraries take once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_bytes()
+    with pytest.raises(ModalloyError, match=message):
         load_model(config.parent)
     assert peak_bytes() - before < 200e6
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from modalloy.errors import CheckpointError, MediaError
 from modalloy.model.chat import ChatModel, Prompt
 from modalloy.model.literal import MARKS, Literals
-from modalloy.model.opening import check_loaded, opening, quiet, set_ends
+from modalloy.model.opening import check_loaded, one_loader, opening, set_ends
 from modalloy.model.preparing import ARGUMENTS, PARTS, Preparer, own_processor
 from modalloy.model.processor import ModalloyProcessor, medium_of
 from modalloy.model.rendering import Message, chosen_template, rendered_by
@@ -229,7 +229,7 @@ def load_hosted(folder: Path, content: dict[str, Any], **options: Any) -> Hosted
     kind = getattr(transformers, str(native_class_name(content)))
     processor = open_processor(folder)
     refuse_pickles(folder)
-    with opening(folder, "model"), quiet():
+    with opening(folder, "model"), one_loader():
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     check_loaded(folder, info)
     model.requires_grad_(False)
@@ -251,7 +251,7 @@ def open_processor(folder: Path) -> Any:
     Raises:
         CheckpointError: it needs a library that is not installed, or has no tokenizer or chat template.
     """
-    with quiet():
+    with one_loader():
         processor = own_processor(folder)
     if getattr(processor, "chat_template", None) is None:
         raise CheckpointError(
@@ -269,7 +269,7 @@ def places(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, nn.Para
     marks = {
         name: torch.tensor(float(index)).expand(torch.Size(shape)) for index, (name, shape) in enumerate(shapes.items())
     }
-    with quiet():
+    with one_loader():
         marked = type(model).from_pretrained(
             None, config=model.config, state_dict=dict(marks), dtype=torch.float32, trust_remote_code=False
         )

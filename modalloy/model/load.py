@@ -274,8 +274,8 @@ class Stored:
 class _EncoderWeights:
     """An encoder's weights, read when the first of them is wanted, and each let go when it was given."""
 
-    def __init__(self, name: str, path: Path | None, keys: set[str]) -> None:
-        self.name, self.path, self.keys = name, path, keys
+    def __init__(self, name: str, path: Path | None, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.name, self.path, self.shapes = name, path, shapes
         self.lock = threading.Lock()
         self.tensors: dict[str, Tensor] | None = None
 
@@ -283,15 +283,20 @@ class _EncoderWeights:
         with self.lock:
             if self.tensors is None:
                 self.tensors = encoder_weights(self.name, self.path)
-                if wrong := sorted(self.keys ^ self.tensors.keys()):
-                    state = "is missing" if wrong[0] in self.keys else "is unknown"
-                    raise CheckpointError(
-                        f"{self.path or self.name}: {wrong[0]} {state} ({len(wrong)} tensors in all); give the encoder's own files"
-                    )
+                self._check({key: tuple(tensor.shape) for key, tensor in self.tensors.items()})
             tensor = self.tensors.pop(key)
             if not self.tensors:
                 release_memory()
             return tensor
+
+    def _check(self, found: dict[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that are not those of the encoder that the config describes."""
+        if wrong := sorted(key for key in self.shapes | found if self.shapes.get(key) != found.get(key)):
+            key = wrong[0]
+            state = f"is {found.get(key, 'missing')}, where config.json makes it {self.shapes.get(key, 'unknown')}"
+            raise CheckpointError(
+                f"{self.path or self.name}: {key} {state} ({len(wrong)} tensors in all); give the encoder's own files"
+            )
 
 
 def _base_weights(folder: Path) -> dict[str, Stored]:
@@ -374,7 +379,7 @@ def _encoders(config: ModalloyConfig, folder: Path) -> dict[str, Stored]:
         name, source = sizes["encoder"]["name"], sizes.get("source")
         path = None if source is None else locate(source, folder)
         built = build(name, sizes["encoder"]["settings"], meta=True).state_dict()
-        weights = _EncoderWeights(name, path, set(built))
+        weights = _EncoderWeights(name, path, {key: tuple(tensor.shape) for key, tensor in built.items()})
         for key, tensor in built.items():
             found[f"encoders.{modality}.{key}"] = Stored(partial(weights.take, key), tensor.dtype, tuple(tensor.shape))
     return found

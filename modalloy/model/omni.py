@@ -15,7 +15,7 @@ from modalloy.errors import CheckpointError, shown
 from modalloy.machine.memory import release_memory
 from modalloy.model.config import ModalloyConfig, tokens_per_medium
 from modalloy.model.decoder import build_decoder
-from modalloy.model.opening import check_loaded, check_stored, quiet, stored_in
+from modalloy.model.opening import check_loaded, check_stored, one_loader, stored_in
 from modalloy.model.quantised import check_writable, only_the_base, settle
 from modalloy.model.routing import HALF, TEXT, RoutedLinear, Routes, route_linears
 from modalloy.model.sequence import Features, blocks_of, by_row, deepstack, masks, seen_together, three_positions
@@ -123,7 +123,7 @@ class ModalloyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         stored = kwargs.get("state_dict") or {}
         if config is not None and folder is not None and not {"subfolder", "variant", "gguf_file"} & kwargs.keys():
             stored = stored or composed_weights(config, folder)
-        with quiet(), stored_in(named, stored):
+        with one_loader(), stored_in(named, stored):
             model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
         check_loaded(named, info)
         settle(model.linears)

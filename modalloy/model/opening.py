@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from modalloy.errors import CheckpointError, ModalloyError
@@ -29,6 +30,7 @@ CODED = (
     "generation_config.json",
 )
 STORED: ContextVar[tuple[Any, dict[str, tuple[int, ...]]]] = ContextVar("stored", default=("", {}))
+LOADER = RLock()
 NEVER_ALONE = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
@@ -220,13 +222,14 @@ def _told(problem: Any) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of transformers while the block runs."""
+def one_loader() -> Iterator[None]:
+    """transformers loads in the block, in one thread at a time and without warnings: it sets what holds for the whole process."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+    with LOADER:
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.errors import CheckpointError, ModalloyError
-from modalloy.model.opening import open_tokenizer, opening, quiet
+from modalloy.model.opening import one_loader, open_tokenizer, opening
 from modalloy.storage.folder import refuse_pickles
 from modalloy.storage.locate import locate
 
@@ -36,7 +36,7 @@ class Embedder:
         try:
             self.tokenizer = open_tokenizer(folder)
             refuse_pickles(folder)
-            with opening(folder, "model"), quiet():  # what it would report is refused below
+            with opening(folder, "model"), one_loader():  # what it would report is refused below
                 model, loading = AutoModel.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
                 )

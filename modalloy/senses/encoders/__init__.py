@@ -7,6 +7,7 @@ becomes known by that (see examples/fifth_modality).
 import importlib
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.builtin import PACKAGES
-from modalloy.errors import CheckpointError, RecipeError, nearest
+from modalloy.errors import CheckpointError, RecipeError, cut, nearest, ran_out_of_memory
 from modalloy.names import MODALITIES
+from modalloy.senses.anatomy import FAULTS, check_counts
 
 # name → module:class
 ENCODERS = {
@@ -117,12 +119,16 @@ def build(name: str, settings: dict[str, Any], *, meta: bool = False) -> Encoder
     Raises:
         CheckpointError: the settings, which a config gives, are not this encoder's.
     """
+    made = encoder_class(name)
+    check_counts(settings, f"encoder '{name}'")
     try:
-        inspect.signature(encoder_class(name)).bind(**settings)
-    except TypeError as error:
-        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({error})") from error
-    with torch.device("meta" if meta else "cpu"):
-        encoder: Encoder = _loaded(encoder_class(name), name, **settings)
+        inspect.signature(made).bind(**settings)
+        with torch.device("meta") if meta else nullcontext():  # of a model that is being loaded: as its other parts
+            encoder: Encoder = _loaded(made, name, **settings)
+    except FAULTS as error:
+        if ran_out_of_memory(error):
+            raise
+        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({cut(str(error))})") from error
     return encoder.requires_grad_(False).eval()
 
 

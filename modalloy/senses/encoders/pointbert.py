@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modalloy.errors import CheckpointError, MediaError, RecipeError
+from modalloy.errors import CheckpointError, MediaError, RecipeError, shown
 from modalloy.senses.encoders import Encoder
 from modalloy.senses.media import check_points, load_points
 from modalloy.storage.pickled import unpickle
 
 FILE = "point_bert_v1.2.pt"
+MAX_POINTS = 1 << 20  # of a cloud; of all its groups together, too
 # its training (ULIP-2) saved the encoder among the parts that it was aligned with, which are not used here
 TRAINED_AS = "module.point_encoder."
 TRAINED_BESIDE = ("module.open_clip_model.", "module.pc_projection", "module.logit_scale")
@@ -50,6 +51,10 @@ class PointBert(Encoder):
         super().__init__()
         if dim % heads:
             raise RecipeError(f"PointBert: {dim} features cannot be split among {heads} heads; give another `heads`")
+        if points > MAX_POINTS or groups * group_size > MAX_POINTS:
+            raise RecipeError(
+                f"PointBert: {shown(points)} points, {shown(groups)} groups of {shown(group_size)}; give fewer than {MAX_POINTS}"
+            )
         if group_size > points:
             raise RecipeError(f"PointBert: groups of {group_size} need more than {points} points; give more `points`")
         if point_dims not in (3, 6):
