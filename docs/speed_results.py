@@ -2,13 +2,24 @@
 
 from typing import Any
 
-NAMES = ("merge_adapters", "merge_layer", "merge_full", "merge_across", "merge_dense", "optmerge", "cuda")
+NAMES = (
+    "merge_adapters",
+    "merge_layer",
+    "merge_full",
+    "merge_across",
+    "merge_dense",
+    "optmerge",
+    "peers",
+    "runtime",
+    "cuda",
+)
 
 
 def page(of: dict[str, Any], earlier: str) -> str:
     """The whole page, in Markdown; `of` are the documents of NAMES, `earlier` rows that were measured before any were stored."""
     rows = [*_adapters(of["merge_adapters"]), _layer(of["merge_layer"]["rows"]), _full(of["merge_full"])]
     rows += [_across(of["merge_across"]), _dense(of["merge_dense"]["spectra"]["1/j"]), _descent(of["optmerge"])]
+    rows += [*_peers(of["peers"]), *_runtime(of["runtime"]["results"])]
     cards = [
         f"| {name} | {one['cpu']:.3f} | {one['cuda']:.4f} | {one['cpu'] / one['cuda']:.0f} |"
         for name, one in of["cuda"]["rows"].items()
@@ -20,7 +31,7 @@ def page(of: dict[str, Any], earlier: str) -> str:
             f"Two cores of a virtual machine, {of['merge_full']['machine']['processor']}; nothing else on them; each row",
             "measured in one run of its script in `benchmarks/`; weights of true Vicuna-7B shapes. Aims that were missed are named",
             "as such. Its disk varies by a factor of two from minute to minute (`cp` of the same base: 25 to 46 s), and ratios to",
-            "`cp` with it. The row across architectures was measured on another one, an AMD EPYC.\n",
+            "`cp` with it.\n",
             "| work | modalloy | against | ratio | aim |",
             "|---|---|---|---|---|",
             *rows,
@@ -28,8 +39,10 @@ def page(of: dict[str, Any], earlier: str) -> str:
             "The floor of adapters is what the plain way takes at best, measured in the same run, in seconds of all cores:",
             f"{_parts(of['merge_adapters'])}. The products are (out + in)(R² + 2Rk) multiply-adds a matrix, the",
             "eigendecompositions two of size R = 512 a matrix. (A merge multiplies little more than half of a Gram, in float64,",
-            "and decomposes in float32, corrected by float64 residuals.) That of the full checkpoint is the same, each merged",
-            f"update added to its weight, and sha256 of what is read and written: {_parts(of['merge_full'])}. Where",
+            "and decomposes in float32, corrected by float64 residuals. In float32 Grams would take half as long, and would do for",
+            "these random factors; those of trained adapters, the built-in ones for example, are too close to dependent for it.)",
+            "That of the full checkpoint is the same, each merged update added to its weight, and sha256 of what is read and",
+            f"written: {_parts(of['merge_full'])}. Where",
             "that is more than the copy, no merge can be as fast as a copy. Planning and verifying the full checkpoint are",
             f"{beside:.1%} of its time (aim: 5 %{'' if beside <= 0.05 else ', **missed**'}).\n",
             f"## On a {of['cuda']['device']} (`benchmarks/cuda.py`)\n",
@@ -39,7 +52,7 @@ def page(of: dict[str, Any], earlier: str) -> str:
             *cards,
             "",
             "## Measured before results were stored\n",
-            "On another machine of two cores, noisy, once each; these scripts are the same today.\n",
+            "On another machine of two cores, noisy, once; the script is the same today.\n",
             "| work | modalloy | against | ratio | aim |",
             "|---|---|---|---|---|",
             earlier.rstrip(),
@@ -109,6 +122,43 @@ def _descent(told: dict[str, Any]) -> str:
         f"{found['× SGD'] * told['ours_s']:.0f} s (extrapolated from {told['steps']}) | {found['× SGD']:.0f} ×, same result to "
         f"{found['error']:.0e} | ≥ 100 ×, ≤ 1e-6 |"
     )
+
+
+def _peers(told: dict[str, Any]) -> list[str]:
+    found, peer = told["found"], told["versions"].partition(",")[0]
+
+    def run(name: str) -> str:
+        one = told["runs"][name][0]
+        return f"{one['synced_seconds']:.1f} s, {one['written_bytes'] / 1e9:.1f} GB written, peak {one['peak_bytes'] / 1e9:.1f} GB"
+
+    faster, fewer = found["adapters: × faster"], found["adapters: × fewer bytes written"]
+    full = found["full models: × faster"]
+    return [
+        f"| task arithmetic of four adapters into a {told['layers']}-layer base (`peers.py`) | {run('adapters: modalloy')} | "
+        f"{peer}: {run('adapters: mergekit')} | {faster:.1f} × faster, {fewer:.1f} × fewer bytes | "
+        f"{_most('≥ 5 ×', faster >= 5)}, {_most('≥ 4 ×', fewer >= 4)} |",
+        f"| task arithmetic of four full fine-tunes, {told['layers']} layers (`peers.py`) | {run('full models: modalloy')} | "
+        f"{peer}: {run('full models: mergekit')} | {full:.1f} × faster | {_most('at least as fast', full >= 1)} |",
+    ]
+
+
+def _runtime(results: list[dict[str, Any]]) -> list[str]:
+    """A row for each decoder and phase; the aims are those of the ratios to the plain decoder."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for one in results:
+        groups.setdefault((one["decoder"], one["phase"]), {})[one["variant"]] = one
+    what = {"prefill": "prefill of 3,217 mixed tokens", "decode": "a decode step"}
+    rows = []
+    for (decoder, phase), of in groups.items():
+        seconds = {name: f"{one['seconds']:.3g} s" for name, one in of.items()}
+        ratios = ", ".join(f"{name} {of[name]['ratio']:.2f} ×" for name in ("routed", "folded", "published"))
+        aims = [(name, one["aim"], one["ratio"]) for name, one in of.items() if one["aim"]]
+        rows.append(
+            f"| {what[phase]}, {decoder} (`runtime.py`) | routed {seconds['routed']}, folded {seconds['folded']} | plain decoder "
+            f"{seconds['plain']}; every adapter on every token (published) {seconds['published']} | {ratios} | "
+            f"{', '.join(_most(f'{name} ≤ {aim:.2f} ×', ratio <= aim) for name, aim, ratio in aims)} |"
+        )
+    return rows
 
 
 def _parts(told: dict[str, Any]) -> str:
