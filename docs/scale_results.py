@@ -37,8 +37,8 @@ def _repeated(stored: dict[str, Any]) -> list[str]:
     out = [
         "## Again, and many at once (`benchmarks/increments.py`)\n",
         f"Vicuna-7B's shapes, {stored['layers']} of 32 layers. Seconds of the processor; the ratio is to a merge from scratch, "
-        "or to six merges one by one; by the clock the disk counts, too. The fifth specialist updates q_proj and v_proj in every layer, so no shard stays as it was: "
-        "each is read, written and hashed, which is what is left of the time. Aim for it: "
+        "or to six merges one by one; by the clock the disk counts, too. The fifth specialist updates q_proj and v_proj in every "
+        "layer, so no shard stays as it was: each is read, written and hashed, which is what is left of the time. Aim for it: "
         f"≤ {stored['aims']['a fifth specialist']}{'' if _reached(stored) else ', **missed**'}.\n",
         "| what | whole | part | ratio | ratio by the clock | same bytes |",
         "|---|---|---|---|---|---|",
