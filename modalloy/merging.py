@@ -134,6 +134,8 @@ def merge(
     held = memory.peak_bytes()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
     check_apart(out, inputs_of(planned, file))
+    if before is not None and not (out.exists() and out.samefile(before.folder)):
+        check_apart(out, [("the earlier result", before.folder)])
     if not resume:
         check_disk(out, cost.disk_bytes(planned))
     planned = settle(planned, allow_base_mismatch=allow_base_mismatch)
@@ -148,7 +150,7 @@ def merge(
     kinship = {} if allow_base_mismatch else check_kinship(planned)
     with (
         cluster_of(engine, ray_address, jobs, max_memory) as cluster,
-        staging.begin(fingerprint) as folder,
+        staging.begin(fingerprint, None if before is None else before.sha256) as folder,
         disk_errors(out),
     ):
         begin = time.perf_counter()

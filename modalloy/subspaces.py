@@ -180,7 +180,7 @@ def _powered(A: "Updates", rank: int, width: int, passes: int) -> "Span":
     span = Span(A, rank, A.start(width))
     for _ in range(passes):
         _, W = span.ritz()
-        span = Span(A, rank, span.AQ @ W.to(span.Q.dtype))
+        span = Span(A, rank, (span.AQ.to(W.dtype) @ W).to(span.Q.dtype))  # small columns are small sums of large ones
     return span
 
 
@@ -333,14 +333,16 @@ class Span:
         self.sines += _over(drafted, theta, inside)
         lengths += drafted
         self.energies = theta[: W.shape[1]] / theta[:k].sum()
-        self.outside = _lost(self.sines[:k], theta[:k])
+        # a vector that is in the span by chance shows the share of what it stands for that any of so many columns would
+        shown = torch.where(self.sines[:k] < 1, 1.0, start / m)
+        self.outside = _lost(self.sines[:k], theta[:k] / shown, theta[:k])
         coupling = lengths * self.sines[k] + rounding + drafted * torch.linalg.norm(W[self.known :, k])
         return max(self.outside, self._exchanged(coupling[:k], theta))
 
     def _exchanged(self, coupling: Tensor, theta: Tensor) -> float:
         """The error of what is exchanged at the cut by a coupling (k,) of the leading vectors with the next one."""
         k = self.rank
-        return _lost(_over(coupling, theta, k), theta[:k])
+        return _lost(_over(coupling, theta, k), theta[:k], theta[:k])
 
     def is_tied(self, tolerance: float) -> bool:
         """Whether all that is left of the error is rounding at the cut."""
@@ -366,6 +368,6 @@ def _over(lengths: Tensor, theta: Tensor, outside: int) -> Tensor:
     return (lengths / (theta[: len(lengths)] - theta[outside]).clamp(min=TINY)).clamp(max=1)
 
 
-def _lost(sines: Tensor, energies: Tensor) -> float:
-    """Relative error of updates whose directions, of these shares of their energy, are off by these sines."""
-    return float((sines.clamp(max=1) ** 2 * energies).sum() / energies.sum()) ** 0.5
+def _lost(sines: Tensor, energies: Tensor, theta: Tensor) -> float:
+    """Relative error of updates of Ritz values `theta`, whose directions of these energies are off by these sines."""
+    return float((sines.clamp(max=1) ** 2 * energies).sum() / theta.sum()) ** 0.5

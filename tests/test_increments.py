@@ -13,7 +13,7 @@ from conftest import edit_tensors
 from safetensors.torch import load_file, save_file
 
 import modalloy
-from modalloy.errors import CheckpointError, RecipeError
+from modalloy.errors import CheckpointError, OutputError, PassingError, RecipeError
 from modalloy.merging import MergeReport
 from modalloy.outputs.earlier import Earlier
 
@@ -214,3 +214,79 @@ def test_keys_tell_numbers_apart(write_recipe: WriteRecipe, tmp_path: Path) -> N
     modalloy.merge(recipe, tmp_path / "first")
     keys = Earlier(tmp_path / "first", "cpu").keys
     assert len(set(keys.values())) == len(keys) > 14
+
+
+def _flipped(folder: Path) -> Path:
+    """A copy of a result with one bit of a shard changed."""
+    damaged = folder.with_name("damaged")
+    shutil.copytree(folder, damaged)
+    shard = sorted(damaged.glob("model-*.safetensors"))[1]
+    raw = bytearray(shard.read_bytes())
+    raw[-4] ^= 1
+    shard.write_bytes(raw)
+    return damaged
+
+
+@pytest.mark.parametrize("begun_without", [False, True])
+def test_an_interrupted_merge_goes_on_from_the_same_result_alone(
+    begun_without: bool, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    """Its finished shards may hold what is damaged there, which is known only at the end."""
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    modalloy.merge(recipe, tmp_path / "first")
+    damaged = _flipped(tmp_path / "first")
+
+    def stop(at: int) -> Callable[[int, int], None]:
+        def stopped(done: int, total: int) -> None:
+            if done >= total - at:
+                raise PassingError("the machine was switched off")
+
+        return stopped
+
+    if begun_without:
+        with pytest.raises(PassingError):
+            modalloy.merge(recipe, out, jobs=1, on_job=stop(15))
+    with pytest.raises(PassingError):
+        modalloy.merge(recipe, out, jobs=1, resume=begun_without, earlier=damaged, on_job=stop(2))
+    for other in (None, tmp_path / "first"):
+        with pytest.raises(OutputError, match=r"took over tensors of an earlier result; give the same --from"):
+            modalloy.merge(recipe, out, resume=True, earlier=other)
+    with pytest.raises(CheckpointError, match=r"its sha256 is not the one in manifest\.json"):
+        modalloy.merge(recipe, out, resume=True, earlier=damaged)
+    assert not out.exists()
+
+
+def test_an_interrupted_merge_from_a_result_is_resumed(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, out = write_recipe(output=FULL), tmp_path / "out"
+    modalloy.merge(recipe, tmp_path / "first")
+
+    def stopped(done: int, total: int) -> None:
+        if done >= total - 2:
+            raise PassingError("the machine was switched off")
+
+    with pytest.raises(PassingError):
+        modalloy.merge(recipe, out, jobs=1, earlier=tmp_path / "first", on_job=stopped)
+    modalloy.merge(recipe, out, resume=True, earlier=tmp_path / "first")
+    assert contents(out) == contents(tmp_path / "first")
+
+
+def test_changed_shares_of_what_a_cut_lost_are_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe = write_recipe(merge_method="ties", output={"form": "adapter", "compress_rank": 2})
+    modalloy.merge(recipe, tmp_path / "first")
+    manifest = tmp_path / "first" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    name = next(iter(told["compression"]))
+    for changed in (told["compression"] | {name: told["compression"][name] * (1 + 1e-9)}, {}):
+        manifest.write_text(json.dumps(told | {"compression": changed}))
+        with pytest.raises(CheckpointError, match=r"manifest\.json was changed: `compression` is another"):
+            modalloy.merge(recipe, tmp_path / "second", earlier=tmp_path / "first")
+
+
+def test_nothing_is_written_into_an_earlier_result(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, first = write_recipe(output=FULL), tmp_path / "first"
+    modalloy.merge(recipe, first)
+    with pytest.raises(OutputError, match="lies in the earlier result"):
+        modalloy.merge(recipe, first / "sub", earlier=first)
+    before = contents(first)
+    assert modalloy.merge(recipe, first, earlier=first, overwrite=True).n_reused
+    assert contents(first) == before

@@ -156,6 +156,25 @@ def test_what_is_left_of_an_iteration_is_within_its_bound(
     assert compared and max(compared) < 1.5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_large_values_and_many_small_ones(seed: int, drafted: None) -> None:
+    """Of which the leading ones are smaller than float32's rounding of the large ones, squared."""
+    generator = torch.Generator().manual_seed(seed)
+    size, rank, updates = 1100, 8, []
+    for index in range(2):
+        left, right = (
+            torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0] for _ in range(2)
+        )
+        values = 1.1e-4 / (1 + 2 * torch.arange(size, dtype=torch.float64) + index)
+        values[:2] = 1 - 0.1 * index
+        values[4:] *= 0.8
+        updates.append(((left * values) @ right.T).float())
+    doubled = [update.to(torch.float64) for update in updates]
+    for found, ones in zip(top_subspaces(updates, rank), (doubled, [one.T for one in doubled]), strict=True):
+        wanted = top_eigenvectors(gram(*(one.T for one in ones)), rank)
+        assert lost(found.to(torch.float64), wanted, ones) <= 1e-5
+
+
 @pytest.mark.parametrize("pivot", [0.5, 0.3, 0.11, 1e-3])
 @pytest.mark.parametrize("n", [16, 64, 256])
 def test_basis_of_columns_that_are_dependent_only_together(n: int, pivot: float) -> None:

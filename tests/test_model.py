@@ -1,6 +1,10 @@
 """The routed model against plain per-token arithmetic, and everything that `load_model` and chat promise."""
 
+import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +21,7 @@ from modalloy import builtin
 from modalloy.errors import CheckpointError, MediaError
 from modalloy.model import ChatModel, load_model
 from modalloy.model.config import tokens_per_medium
+from modalloy.model.opening import without_stderr
 from modalloy.model.routing import TEXT
 
 WriteRecipe = Callable[..., Path]
@@ -311,3 +316,32 @@ def test_models_are_loaded_in_several_threads(base: Path, tmp_path: Path) -> Non
         found = chat.model.state_dict()
         assert found.keys() == alone[index % 2].keys()
         assert all(torch.equal(found[name], one) for name, one in alone[index % 2].items())
+
+
+def test_stderr_comes_back_whatever_threads_put_it_aside(capfd: pytest.CaptureFixture[str]) -> None:
+    """Interleaved, one would save what another put in its place."""
+    turns = threading.Barrier(4)
+
+    def aside(_: int) -> None:
+        for _ in range(20):
+            turns.wait(10)
+            with without_stderr():
+                time.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(aside, range(4)))
+    os.write(2, b"here")
+    assert capfd.readouterr().err == "here"
+
+
+@pytest.mark.parametrize("of", ["the model", "its decoder", "a decoder"])
+@pytest.mark.parametrize(("key", "count"), [("num_hidden_layers", 10**6), ("num_labels", 10**9)])
+def test_a_config_of_a_billion_parts_is_refused(key: str, count: int, of: str, base: Path, tmp_path: Path) -> None:
+    folder = base if of == "a decoder" else write_omni(tmp_path, base)
+    shutil.copytree(folder, tmp_path / "changed")
+    file = tmp_path / "changed" / "config.json"
+    told = json.loads(file.read_text())
+    (told["text_config"] if of == "its decoder" else told)[key] = count
+    file.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=f"{key} is {count} in config.json, more than any model has"):
+        load_model(file.parent)

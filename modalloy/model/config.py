@@ -1,6 +1,7 @@
 """Configuration of the merged model: a decoder, and per modality its encoder, projector and extra tokens."""
 
 import copy
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, cut
 from modalloy.model.routing import TEXT
 from modalloy.outputs.omni import AUTO_MAP
 from modalloy.senses.anatomy import check_counts, native_class_name
@@ -17,6 +18,7 @@ LLAMA_CPP = (
     "modalloy_llama_cpp"  # `model_type` of a folder that `modalloy export --to llama.cpp` wrote, and its own key
 )
 MAX_TOKENS = 1 << 20  # of one medium; of an update's rank, too
+MAX_MODALITIES = 64
 
 
 class ModalloyConfig(PreTrainedConfig):
@@ -112,12 +114,16 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     modalities = content.get("modalities")
     if not isinstance(modalities, dict):
         raise CheckpointError(damaged.format("`modalities` is no mapping"))
+    if len(modalities) > MAX_MODALITIES:
+        raise CheckpointError(damaged.format(f"it has {len(modalities)} modalities, of {MAX_MODALITIES} at most"))
     for name, sizes in modalities.items():
         if not isinstance(sizes, dict):
-            raise CheckpointError(damaged.format(f"modality '{name}' is no mapping"))
+            raise CheckpointError(damaged.format(f"modality '{cut(name)}' is no mapping"))
         _check_update(sizes.get("update"), damaged)
         if "native" in sizes:
-            _check_native(sizes["native"], modalities, damaged.format(f"the entries of modality '{name}' are damaged"))
+            _check_native(
+                sizes["native"], modalities, damaged.format(f"the entries of modality '{cut(name)}' are damaged")
+            )
             continue
         encoder, projector = sizes.get("encoder"), sizes.get("projector")
         counts = [sizes.get(key) for key in ("n_tokens", "n_prefix", "n_suffix")]
@@ -130,12 +136,13 @@ def check_content(content: dict[str, Any], path: Path) -> None:
             or not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts)
             or not isinstance(sizes.get("source"), (str, type(None)))
         ):
-            raise CheckpointError(damaged.format(f"the entries of modality '{name}' are damaged"))
+            raise CheckpointError(damaged.format(f"the entries of modality '{cut(name)}' are damaged"))
     if "labels" in content:  # of processor_config.json
         return
     text = content.get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(damaged.format("`text_config` names no model of transformers"))
+    check_counts(content, str(path.parent))
     _check_update(content.get("text_update"), damaged)
     for key in ("text_linears", "text_tensors"):
         named = content.get(key) or []
@@ -172,6 +179,7 @@ def _check_update(update: Any, damaged: str) -> None:
         or type(update.get("rank")) is not int
         or not 0 <= update["rank"] <= MAX_TOKENS
         or type(update.get("scale")) not in (int, float)
+        or not math.isfinite(update["scale"])
     ):
         raise CheckpointError(damaged.format("an `update` is damaged"))
 

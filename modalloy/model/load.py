@@ -25,6 +25,7 @@ from modalloy.model.routing import TEXT
 from modalloy.names import modality_name
 from modalloy.outputs.omni import VICUNA_V1, omni_config, prompt_format, specialist_config, specialist_update
 from modalloy.planning.senses import NativeSense
+from modalloy.senses.anatomy import check_counts
 from modalloy.senses.encoders import build, encoder_weights
 from modalloy.senses.projectors import projector_class
 from modalloy.specialists.layouts import open_specialist
@@ -84,6 +85,7 @@ def load_model(
         )
     check_code(folder)
     content = read_json(folder / "config.json")
+    check_counts(content, str(folder))
     kind = content.get("model_type")
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "trust_remote_code": False}
     if device == "auto":
@@ -147,6 +149,7 @@ def moved(model: Any, device: str) -> Any:
 
 def _config(folder: Path, content: dict[str, Any]) -> ModalloyConfig:
     """The config of a decoder without modalities."""
+    check_counts(content, str(folder))
     with opening(folder, "config.json", "used"):
         return ModalloyConfig(content)
 
@@ -366,6 +369,7 @@ def _specialist_config(specialist: Specialist, base: str | None, encoder: str | 
     if location is None:
         raise CheckpointError(f"{specialist.checkpoint.folder}: records no base model; name one with base=")
     folder = locate(location, specialist.checkpoint.folder)
+    check_counts(read_json(folder / "config.json"), str(folder))
     checkpoint = open_base(folder)
     return ModalloyConfig(**specialist_config(specialist, checkpoint, encoder)), folder
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 from modalloy.errors import CheckpointError, ModalloyError
@@ -74,21 +74,46 @@ def _is_ours(error: BaseException) -> bool:
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Nothing reaches stderr while the block runs: libraries written in Rust write their panics there themselves."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    sys.stderr.flush()
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 2)
+    """Nothing reaches stderr while such a block runs, in whatever thread: libraries in Rust write their panics there themselves."""
+    SILENCE.enter()
     try:
         yield
     finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        SILENCE.leave()
+
+
+class Silence:
+    """Where stderr leads to, put aside by the first thread that enters and put back by the last that leaves."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+        self.kept: int | None = None
+
+    def enter(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside > 1:
+                return
+            try:
+                self.kept = os.dup(2)
+            except OSError:  # there is none
+                return
+            sys.stderr.flush()
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), 2)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside or self.kept is None:
+                return
+            sys.stderr.flush()
+            os.dup2(self.kept, 2)
+            os.close(self.kept)
+            self.kept = None
+
+
+SILENCE = Silence()
 
 
 def check_code(folder: Path) -> None:

@@ -34,7 +34,8 @@ def records(planned: Plan, run: Run, folder: Path, device: str) -> dict[str, Any
     keys = {job.outputs[0].name: _key(job, identities, run.surveys) for job in planned.jobs}
     told = {str(path.resolve()): record.model_dump() for path, record in files.items()}
     written = {name: {"stamp": stamp_of(folder / name), "sha256": sha256} for name, sha256 in run.sha256.items()}
-    return {"made_by": program(device), "files": told, "outputs": written, "jobs": keys}
+    made = {"made_by": program(device), "files": told, "outputs": written, "jobs": keys}
+    return made | ({"compression": _hash(run.compression)} if run.compression else {})
 
 
 class Earlier:
@@ -55,11 +56,16 @@ class Earlier:
             raise CheckpointError(
                 f"{folder}: was made by {theirs}, and this is {ours}: their bytes may differ; {INSTEAD}"
             )
+        measured = self.manifest.get("compression")
+        if places.compression != (_hash(measured) if measured else None):
+            raise CheckpointError(f"{folder}: its manifest.json was changed: `compression` is another; {INSTEAD}")
         self.files, self.outputs, self.keys = places.files, places.outputs or {}, places.jobs
         self.weights = Checkpoint(folder, ("adapter_model", "model"))
         for file in self.weights.files:
             if file.path.name not in self.manifest["outputs"]:
                 raise CheckpointError(f"{file.path}: is not listed in manifest.json; {INSTEAD}")
+        stamps = {str(file.path.resolve()): file.stamp for file in self.weights.files}
+        self.sha256 = _hash([stamps, self.manifest["outputs"], measured])  # by which a merge that goes on knows it
 
     def reused(self, planned: Plan, surveys: Mapping[str, Survey]) -> dict[str, Job]:
         """The jobs that are done already, by the name of their first output, as jobs that copy their tensors.
@@ -138,7 +144,12 @@ def _identity(stamp: list[int], sha256: str | None) -> str:
 
 def _key(job: Job, identities: Mapping[Path, str], surveys: Mapping[str, Survey]) -> str:
     told = [surveys.get(one.survey_key) for one in job.merges] if surveys else []
-    return hashlib.sha256(json.dumps([_described(job, identities), told]).encode()).hexdigest()
+    return _hash([_described(job, identities), told])
+
+
+def _hash(value: Any) -> str:
+    """Of what JSON says, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _described(value: Any, identities: Mapping[Path, str]) -> Any:

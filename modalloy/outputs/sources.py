@@ -48,6 +48,7 @@ class Places(BaseModel):
     files: dict[str, KnownFile] | None = None
     outputs: dict[str, KnownFile] | None = None
     jobs: dict[str, Sha256] | None = None
+    compression: Sha256 | None = None
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,18 @@ THREE_POSITIONS = re.compile(r"\.expand\([34],")
 OWN_DECODERS = ("phi4_multimodal",)  # classes that are their own decoder, whose blocks get tokens only
 DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")  # of a class that is its own decoder
 
-COUNTS = ("layers", "depth", "blocks", "experts", "num_hidden", "stages")  # of modules, in a config's keys
+COUNTS = (
+    "layers",
+    "depth",
+    "blocks",
+    "experts",
+    "num_hidden",
+    "stages",
+    "num_labels",
+)  # of modules, or names, in a config's keys
 MAX_MODULES = 4096
 # what a class of transformers raises at a config that is not its own
-FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError, ZeroDivisionError)
+FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError, ArithmeticError)
 
 
 def native_class_name(config: Mapping[str, Any]) -> str | None:

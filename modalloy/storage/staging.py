@@ -65,9 +65,9 @@ class Staging:
             self.interrupted = self._was_interrupted()
             self.new_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
 
-    def begin(self, fingerprint: str) -> "Staging":
-        """Say what is being made; to be called before entering."""
-        self.fingerprint = fingerprint
+    def begin(self, fingerprint: str, source: str | None = None) -> "Staging":
+        """Say what is being made, and the hash of what else finished files are of; to be called before entering."""
+        self.fingerprint, self.source = fingerprint, source
         return self
 
     def note(self, name: str, sha256: str, facts: dict[str, float]) -> None:
@@ -108,6 +108,8 @@ class Staging:
                 self._recover()
                 if not (self.resume and self._continues()):
                     self._start_again()
+                if self.source is not None:
+                    self._record({"from": self.source})
             except OutputError:
                 if not os.fstat(self.lock).st_size:  # nobody's log, opened just now
                     self.log.unlink()
@@ -232,6 +234,11 @@ class Staging:
             raise OutputError(
                 f"{self.out}: the interrupted merge was of another recipe or of inputs that changed since; "
                 "start again without --resume"
+            )
+        if any(record["from"] != self.source for record in files if "from" in record):
+            raise OutputError(
+                f"{self.out}: the interrupted merge took over tensors of an earlier result; give the same --from, or start again "
+                "without --resume"
             )
         self.overwrite = head["overwrite"]
         self._check_target()
@@ -389,6 +396,8 @@ def _is_record(record: Any, *, first: bool) -> bool:
         return bool(named and isinstance(made, str) and isinstance(record.get("overwrite"), bool))
     if "replaces" in record:
         return isinstance(record["replaces"], int)
+    if "from" in record:
+        return isinstance(record["from"], str)
     facts = record.get("facts")
     return (
         all(isinstance(record.get(key), str) for key in ("file", "sha256"))

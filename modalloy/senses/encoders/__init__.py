@@ -119,16 +119,19 @@ def build(name: str, settings: dict[str, Any], *, meta: bool = False) -> Encoder
     Raises:
         CheckpointError: the settings, which a config gives, are not this encoder's.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     made = encoder_class(name)
     check_counts(settings, f"encoder '{name}'")
     try:
         inspect.signature(made).bind(**settings)
         with torch.device("meta") if meta else nullcontext():  # of a model that is being loaded: as its other parts
             encoder: Encoder = _loaded(made, name, **settings)
-    except FAULTS as error:
+    except (StrictDataclassError, *FAULTS) as error:
         if ran_out_of_memory(error):
             raise
-        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({cut(str(error))})") from error
+        reason = cut(" ".join(str(error).split()))
+        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({reason})") from error
     return encoder.requires_grad_(False).eval()
 
 
@@ -169,7 +172,7 @@ def encoder_class(name: str) -> type[Encoder]:
     """The class of a registered encoder."""
     known = registered()
     if name not in known:
-        raise CheckpointError(f"no encoder '{name}'; {nearest(name, known)}")
+        raise CheckpointError(f"no encoder '{cut(name)}'; {nearest(name, known)}")
     module, _, attribute = known[name].partition(":")
     found: type[Encoder] = getattr(importlib.import_module(module), attribute)
     return found
