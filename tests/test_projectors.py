@@ -222,7 +222,7 @@ def test_a_config_gets_no_memory_for_more_than_is_stored(base: Path, tmp_path: P
         (
             "clip",
             {"hidden_size": 1 << 15, "num_attention_heads": 1},
-            r"clip: .* is \(32,\), where config\.json makes it \(32768,\)",
+            r"clip: .* is of shape \(32,\), not \(32768,\) as config\.json says",
         ),
         ("clip", {"num_hidden_layers": 10**6}, r"omni: num_hidden_layers is 1000000 in config\.json"),
         ("clip", {"patch_size": 0}, r"the settings of encoder 'clip' are not its own \(.*zero"),

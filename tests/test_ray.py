@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from slow_compute import no_space, slow
 
 import modalloy
@@ -291,3 +292,72 @@ def test_an_address_where_nothing_listens_is_told_at_once(
         OutputError, match=r"RAY_ADDRESS 127\.0\.0\.1:1: no cluster can be reached there .* or unset it"
     ):
         modalloy.merge(write_recipe(), tmp_path / "out", engine="ray")
+
+
+def test_relative_paths_are_those_of_the_driver(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster's machines were started in another folder."""
+    recipe = write_recipe(output=FULL)
+    told = yaml.safe_load(recipe.read_text())
+    monkeypatch.chdir(tmp_path)
+    told["base_model"] = os.path.relpath(told["base_model"])
+    for entry in told["models"]:
+        entry["model"] = os.path.relpath(entry["model"])
+    recipe.write_text(yaml.safe_dump(told))
+    modalloy.merge(recipe.name, "local")
+    modalloy.merge(recipe.name, "ray", engine="ray", earlier="local")
+    modalloy.merge(recipe.name, "again", engine="ray")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local") == contents(tmp_path / "again")
+
+
+COMMAND = """
+import sys
+from functools import partial
+from modalloy import merging
+from modalloy.cli import main
+from slow_compute import slow
+merging.compute = partial(slow, place=sys.argv.pop(), seconds=0.2)
+main()
+"""
+
+
+def test_a_driver_that_is_told_to_stop_leaves_what_is_finished(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, out, log = write_recipe(output=FULL), tmp_path / "ray", tmp_path / ".ray.partial.log"
+    (tmp_path / "pids").mkdir()
+    arguments = ["merge", str(recipe), "-o", str(out), "--engine", "ray", "--ray-address", address]
+    driver = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments, str(tmp_path / "pids")], stderr=-1, text=True)
+    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
+        time.sleep(0.02)
+    driver.terminate()
+    assert driver.stderr is not None and driver.stderr.read().endswith("go on with --resume\n")
+    assert driver.wait() in (-signal.SIGTERM, 128 + signal.SIGTERM) and log.read_text().count('"file"') >= 2
+    modalloy.merge(recipe, out, engine="ray", resume=True)
+    modalloy.merge(recipe, tmp_path / "local")
+    assert contents(out) == contents(tmp_path / "local")
+
+
+def test_a_cluster_without_processors_is_refused(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tasks would wait for ever."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 4e9}}])
+    with pytest.raises(OutputError, match="the cluster has no machine with a processor for tasks"):
+        modalloy.merge(write_recipe(), tmp_path / "out", engine="ray")
+
+
+def test_a_machine_that_cannot_run_modalloy_is_named(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modalloy.engines import ray as engine
+
+    def lacking(*_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'modalloy'")
+
+    monkeypatch.setattr(engine, "_look", lacking)
+    with pytest.raises(
+        OutputError, match=r"machine .* cannot run modalloy \(.*No module named 'modalloy'.*\); install"
+    ):
+        modalloy.merge(write_recipe(output=FULL), tmp_path / "out", engine="ray")

@@ -18,6 +18,7 @@ from stores import COMMIT, FileServer, serving
 import modalloy
 from modalloy import merging
 from modalloy.errors import CheckpointError, OutputError
+from modalloy.outputs.push import uploaded_from
 from modalloy.recipe import load_recipe
 from modalloy.storage import ranges, remote
 from modalloy.verify import verify
@@ -119,7 +120,7 @@ def test_what_is_kept_serves_later_merges(
     assert not weights_sent(server) and weights_of(tmp_path / "one") == weights_of(tmp_path / "two")
 
 
-@pytest.mark.parametrize("fault", ["cut", "short", "slow", "busy"])
+@pytest.mark.parametrize("fault", ["cut", "short", "shifted", "slow", "busy"])
 def test_a_network_that_fails_changes_nothing(
     fault: str, server: FileServer, write_remote: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -167,6 +168,41 @@ def test_an_object_that_changes_during_the_merge_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_blocks_of_another_version_do_not_reach_a_later_merge(
+    server: FileServer, write_remote: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The owner puts the first version back, whose etag (a weak one, by which nothing can be asked for) is as before."""
+    server.tag_form = 'W/"{}"'
+    recipe, path = write_remote(merge_method="metagpt"), "/audio-damc/adapter_model.safetensors"
+    first = server.files[path]
+    server.files[path] = first[:-1] + bytes([first[-1] ^ 1])
+    planned = modalloy.plan(load_recipe(recipe))
+    server.files[path] = first
+    file = next(file for file, _ in planned.inputs.files.values() if file.path.parent.name == "audio-damc")
+    with pytest.raises(remote.ObjectChangedError):
+        file.read(next(iter(planned.specialists[1].checkpoint.refs.values())))
+    modalloy.merge(recipe, tmp_path / "out")
+    local = {"merge_method": "metagpt", "output": {"form": "full", "max_shard_size": "30KB"}}
+    modalloy.merge(write_recipe(**local), tmp_path / "local")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "local")
+
+
+def test_a_file_that_a_server_fails_to_tell_of_is_asked_for_again(
+    server: FileServer, write_remote: Callable[..., Path]
+) -> None:
+    """Else it would be left out: whatever goes wrong there, fsspec calls it a file that is not found."""
+    recipe = write_remote()
+    server.files["/base/generation_config.json"] = b"{}"
+    server.broken["/base/generation_config.json"] = 2
+    assert (modalloy.plan(load_recipe(recipe)).target.folder / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///x", "s3://models/a/../b", "https://host/."])
+def test_what_is_no_address_of_a_folder(address: str) -> None:
+    with pytest.raises(CheckpointError, match="is no address of a folder; write"):
+        remote.Store(address)
+
+
 def test_another_version_of_an_object_is_another_model(
     server: FileServer, write_remote: Callable[..., Path], specialists: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -191,8 +227,18 @@ def test_another_version_of_an_object_is_another_model(
             lambda server: server.files.update({"/base/model.safetensors": b"\x40" + b"\0" * 7 + b"{" * 100}),
             "header is damaged",
         ),
+        (
+            lambda server: server.files.update({"/base/model.safetensors.index.json": b"[1]"}),
+            r"index\.json: has no weight_map that names files",
+        ),
+        (
+            lambda server: server.files.update({"/base/model.safetensors.index.json": b"not JSON"}),
+            r"index\.json: is not JSON",
+        ),
+        (lambda server: setattr(server, "tag_form", ""), r"its server tells no version of it \(ETag, Last-Modified\)"),
+        (lambda server: server.broken.update({"/base/config.json": 99}), r"config\.json: cannot be read \(503"),
     ],
-    ids=["no ranges", "nothing", "length", "header"],
+    ids=["no ranges", "nothing", "length", "header", "no map", "no JSON", "no version", "unavailable"],
 )
 def test_what_is_no_model_is_refused(
     break_it: Callable[[FileServer], None], message: str, server: FileServer, write_remote: Callable[..., Path]
@@ -299,6 +345,25 @@ def gs(emulator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # or Google's own machines are looked for
     monkeypatch.setenv("MODALLOY_CACHE", str(tmp_path / "cache"))
     return fsspec.filesystem("gs", use_listings_cache=False)
+
+
+def test_a_version_that_a_store_has_no_more_is_not_read(s3: Any, tmp_path: Path) -> None:
+    for text in (b"first", b"other", b"first"):
+        s3.pipe_file(f"models/{tmp_path.name}/config.json", text)
+        listed = remote.Store(f"s3://models/{tmp_path.name}").files()["config.json"]
+        if text == b"first":
+            assert remote.Store(listed.url).fetch(listed, 1, 4) == b"irs"
+        else:
+            s3.pipe_file(f"models/{tmp_path.name}/config.json", b"first")
+            with pytest.raises(remote.ObjectChangedError, match="was changed while being read; start again"):
+                remote.Store(listed.url).fetch(listed, 1, 4)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_target_without_its_bucket_is_refused_before_any_work(scheme: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(scheme)
+    with pytest.raises(CheckpointError, match=r"nosuchbucket/out: no such file; correct the address"):
+        uploaded_from(f"{scheme}://nosuchbucket/out")
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])

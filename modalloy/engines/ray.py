@@ -9,7 +9,9 @@ is in a folder of its own, so that no two write one file. Every job runs on one 
 import os
 import secrets
 import shutil
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +22,7 @@ from typing import Any
 
 from modalloy.engines import local
 from modalloy.errors import ModalloyError, OutputError, PassingError, plain
+from modalloy.files import cache_folder
 from modalloy.machine.cores import AHEAD
 from modalloy.machine.threads import one_thread
 from modalloy.planning.job import Done, Job
@@ -33,7 +36,7 @@ CANCEL_S = 60  # to wait for interrupted tasks
 RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
 Compute = local.Compute
-Given = tuple[Any, ...]  # a token, the inputs' files by owner, and `compute`
+Given = tuple[Any, ...]  # a token, the inputs' files by owner, the driver's folders, and `compute`
 
 
 class LostTaskError(OutputError, PassingError):
@@ -76,12 +79,15 @@ class Cluster:
         import ray
 
         self.ray = ray
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        self.n_workers = max(1, min(n_workers or cpus, cpus))
+        self.nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        cpus = sum(int(node["Resources"]["CPU"]) for node in self.nodes)
+        if not cpus:
+            raise OutputError("the cluster has no machine with a processor for tasks; start one with `ray start`")
+        self.n_workers = min(n_workers or cpus, cpus)
         self.functions: dict[Callable[..., Any], Any] = {}
         self.options: dict[str, Any] = {"num_cpus": 1, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         if task_bytes is not None:
-            most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+            most = max(node["Resources"].get("memory", 0) for node in self.nodes)
             if task_bytes > most:
                 raise OutputError(
                     f"--max-memory: no machine of the cluster has {task_bytes / 1e9:.2f} GB for a task, the largest has "
@@ -143,15 +149,14 @@ class Cluster:
         mark.touch()
         try:
             stamps = {str(path.absolute()): _stamp(path) for path in inputs.files}
-            asked = {}
-            for node in self.ray.nodes():
-                if node["Alive"] and node["Resources"].get("CPU"):
-                    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    task = self._remote(_look, scheduling_strategy=there, memory=None)
-                    asked[node["NodeManagerHostname"]] = task.remote(str(mark.absolute()), stamps)
+            asked = []
+            for node in self.nodes:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = self._remote(_look, scheduling_strategy=there, memory=None)
+                asked.append((node["NodeManagerHostname"], task.remote(str(mark.absolute()), stamps)))
             own = program()
-            for name, answer in asked.items():
-                missing, theirs = self._get(answer)
+            for name, answer in asked:
+                missing, theirs = self._looked(name, answer)
                 if missing:
                     raise OutputError(
                         f"machine {name} of the cluster does not see {missing} as this one does; put inputs and target on a path "
@@ -165,10 +170,22 @@ class Cluster:
         finally:
             mark.unlink()
 
+    def _looked(self, name: str, answer: Any) -> Any:
+        """What `_look` gives on a machine, which must have this program."""
+        from ray import exceptions
+
+        try:
+            return self._get(answer)
+        except exceptions.RayTaskError as error:
+            raise OutputError(
+                f"machine {name} of the cluster cannot run modalloy ({plain(error.cause)}); install there what is here"
+            ) from error
+
     def _given(self, inputs: Inputs, compute: Compute | None) -> Any:
-        """What all tasks get, sent once to each machine."""
+        """What all tasks get, sent once to each machine; where this process is, too, for paths from there on."""
         owners = tuple((owner, tuple(paths)) for owner, paths in inputs.__getstate__().items())
-        return self.ray.put((secrets.token_hex(8), owners, compute))
+        places = str(Path.cwd()), str(cache_folder())
+        return self.ray.put((secrets.token_hex(8), owners, places, compute))
 
     def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
         """The function as a task; Ray is given each function once, not with every task."""
@@ -232,7 +249,10 @@ def connected(address: str | None) -> Iterator[None]:
     if began:
         try:
             _knock(address)
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+            with _own_signals():
+                ray.init(
+                    address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False
+                )
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             where = f"{option} {address}" if address else "Ray on this machine"
             raise OutputError(
@@ -246,6 +266,19 @@ def connected(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """SIGTERM stays this process's: by Ray's handler it would look like a refusal, after which what is finished is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _knock(address: str | None) -> None:
     """Fail at once where nothing listens, for which Ray itself waits minutes."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
@@ -254,8 +287,11 @@ def _knock(address: str | None) -> None:
 
 
 @lru_cache(maxsize=1)
-def _opened(token: str, owners: tuple[tuple[str, tuple[str, ...]], ...]) -> Inputs:
-    """The inputs of one merge, opened once by each worker."""
+def _opened(token: str, owners: tuple[tuple[str, tuple[str, ...]], ...], places: tuple[str, str]) -> Inputs:
+    """The inputs of one merge, opened once by each worker, in the driver's folder and with its cache."""
+    folder, os.environ["MODALLOY_CACHE"] = places
+    if not all(Path(path).is_absolute() for _, paths in owners for path in paths):
+        os.chdir(folder)
     return Inputs((owner, map(WeightFile, map(Path, paths))) for owner, paths in owners)
 
 

@@ -296,7 +296,9 @@ class _EncoderWeights:
         """Refuse tensors that are not those of the encoder that the config describes."""
         if wrong := sorted(key for key in self.shapes | found if self.shapes.get(key) != found.get(key)):
             key = wrong[0]
-            state = f"is {found.get(key, 'missing')}, where config.json makes it {self.shapes.get(key, 'unknown')}"
+            state = "is missing" if key not in found else "is unknown"
+            if key in found and key in self.shapes:
+                state = f"is of shape {found[key]}, not {self.shapes[key]} as config.json says"
             raise CheckpointError(
                 f"{self.path or self.name}: {key} {state} ({len(wrong)} tensors in all); give the encoder's own files"
             )

@@ -72,5 +72,5 @@ def upload(folder: Path, url: str) -> None:
             left = "nothing is left there"
         except OSError:
             left = "what was uploaded is left there, without a manifest"
-        raise OutputError(f"{error}; {left}, and the result is whole in {folder}") from error
+        raise OutputError(f"{error}; {left}, and the result is whole in {folder}: go on with --resume") from error
     shutil.rmtree(folder)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from modalloy.errors import CheckpointError
+from modalloy.errors import CheckpointError, PassingError
 from modalloy.files import cache_folder
 from modalloy.storage.remote import BLOCK_BYTES, RemoteFile, Store
 from modalloy.storage.source import Source
@@ -47,12 +47,17 @@ class RemoteSource(Source):
     def sha256(self) -> str:
         """Hash of the whole file, which must be the one that was listed."""
         if self.known is None:
-            found = super().sha256()
-            Store(self.file.url).check(self.file)
-            if self.file.sha256 not in (None, found):
-                raise CheckpointError(
-                    f"{self.file.url}: what came has not the sha256 that the store tells; start again"
-                )
+            try:
+                found = super().sha256()
+                Store(self.file.url).check(self.file)
+                if self.file.sha256 not in (None, found):
+                    raise CheckpointError(
+                        f"{self.file.url}: what came has not the sha256 that the store tells; start again"
+                    )
+            except CheckpointError as error:
+                if not isinstance(error, PassingError):
+                    shutil.rmtree(self.blocks, ignore_errors=True)
+                raise
             self.known = found
         return self.known
 
@@ -77,8 +82,11 @@ class RemoteSource(Source):
             end = min(self.size, begin + BLOCK_BYTES)
             data = path.read_bytes() if path.is_file() else b""
             if len(data) != end - begin:
-                data = Store(self.file.url).fetch(self.file, begin, end)
+                store = Store(self.file.url)
+                data = store.fetch(self.file, begin, end)
                 if self.keeps_all or not self.hashes_reads or index in self.wanted:
+                    if store.scheme == "gs":  # which is asked for no version
+                        store.check(self.file)
                     _store(path, data)
             self.held = index, data
             return data

@@ -14,6 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,8 @@ BLOCK_BYTES = 4 << 20  # what is asked for at once
 MAX_FILES = 10_000
 TRIES, FIRST_WAIT_S = 6, 0.1
 TIMEOUT_S = 60  # without a byte
+VERSIONS = ("ETag", "Last-Modified")  # headers of a web server's answer by which another version is known
+ABSENT = (403, 404, 410)  # what web servers answer for a file that there is not
 # what a web server is asked for, which lists nothing
 WELL_KNOWN = (
     *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
@@ -114,7 +117,9 @@ class Store:
 
     def __init__(self, location: str) -> None:
         self.location = location.rstrip("/")
-        self.scheme = location.partition("://")[0]
+        self.scheme, _, place = self.location.partition("://")
+        if not place.strip("/") or not place.partition("/")[0] or {".", ".."} & set(place.split("/")):
+            raise CheckpointError(f"{cut(location)}: is no address of a folder; write {self.scheme}://PLACE/FOLDER")
         importlib.import_module(PACKAGES[self.scheme])  # or the extra is named
         import fsspec
 
@@ -149,7 +154,8 @@ class Store:
     def remove(self, names: Iterable[str]) -> None:
         """Remove files that were uploaded."""
         for name in names:
-            self.fs.rm_file(f"{self.location}/{name}")
+            with suppress(FileNotFoundError):  # of which nothing arrived
+                self.fs.rm_file(f"{self.location}/{name}")
 
     def check_empty(self) -> None:
         """Refuse a folder in which there is something."""
@@ -158,6 +164,10 @@ class Store:
             try:
                 return list(self.fs.ls(self.location, detail=False))
             except FileNotFoundError:
+                if self.scheme in ("s3", "gs"):
+                    self.fs.ls(
+                        self.location.partition("://")[2].partition("/")[0], detail=False
+                    )  # there must be the bucket
                 return []
 
         if there := self.tried(self.location, names):
@@ -183,15 +193,17 @@ class Store:
 
     def fetch(self, file: RemoteFile, begin: int, end: int) -> bytes:
         """The bytes of a range, which comes whole or is asked for again."""
-        options: dict[str, Any] = {}
-        if self.scheme in ("http", "https") and file.tag.startswith('"'):
-            options["headers"] = {"If-Match": file.tag}
 
         def get() -> bytes:
-            if self.scheme in ("s3", "gs"):
-                data: bytes = self.fs.cat_file(file.url, start=begin, end=end)
-            else:  # whose `cat_file` reads ahead, or takes a whole file for a range of it
-                with self.fs.open(file.url, "rb", 1, cache_type="none", size=file.size, **options) as opened:
+            if self.scheme in ("http", "https", "s3"):
+                from fsspec.asyn import sync
+
+                part = self._s3_part if self.scheme == "s3" else self._web_part
+                data: bytes = sync(self.fs.loop, part, file, begin, end)
+            elif self.scheme == "gs":
+                data = self.fs.cat_file(file.url, start=begin, end=end)
+            else:  # whose `cat_file` reads ahead
+                with self.fs.open(file.url, "rb", 1, cache_type="none", size=file.size) as opened:
                     opened.seek(begin)
                     data = opened.read(end - begin)
             if len(data) != end - begin:
@@ -199,6 +211,32 @@ class Store:
             return data
 
         return self.tried(file.url, get, file)
+
+    async def _s3_part(self, file: RemoteFile, begin: int, end: int) -> bytes:
+        """A range of the version that was listed."""
+        bucket, key, _ = self.fs.split_path(file.url)
+        wanted = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", "IfMatch": file.tag}
+        answer = await self.fs._call_s3("get_object", **wanted)
+        async with answer["Body"] as body:
+            return bytes(await body.read())
+
+    async def _web_part(self, file: RemoteFile, begin: int, end: int) -> bytes:
+        """A range of the version that was listed, and no other range."""
+        headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+        if file.tag.startswith('"'):
+            headers["If-Match"] = file.tag
+        session = await self.fs.set_session()
+        async with session.get(self.fs.encode_url(file.url), headers=headers) as answer:
+            answer.raise_for_status()
+            versions = [answer.headers[name] for name in VERSIONS if answer.headers.get(name)]
+            if versions and file.tag not in versions:
+                raise ObjectChangedError(f"{file.url}: was changed while being read; start again")
+            if answer.status != 206 and (begin or end < file.size):
+                raise ValueError(f"its server answers {answer.status} to a request for a range")
+            given = answer.headers.get("Content-Range", "").partition("/")[0]
+            if answer.status == 206 and given != f"bytes {begin}-{end - 1}":
+                raise OSError(f"{cut(given)} came where bytes {begin}-{end - 1} were asked for")
+            return bytes(await answer.content.readexactly(end - begin))
 
     def check(self, file: RemoteFile) -> None:
         """Refuse a file that was changed since it was listed."""
@@ -210,6 +248,8 @@ class Store:
         for attempt in range(TRIES):
             try:
                 return action()
+            except CheckpointError:
+                raise
             except (FileNotFoundError, PermissionError) as error:
                 reason = (
                     "no such file" if isinstance(error, FileNotFoundError) else f"access is denied: {_reason(error)}"
@@ -226,8 +266,10 @@ class Store:
                     raise CheckpointError(
                         f"{cut(url)}: {_reason(error)}; correct the address, or give your credentials"
                     ) from error
-                if status == 412 or "PreconditionFailed" in type(error).__name__:
+                if status == 412 or "PreconditionFailed" in f"{type(error).__name__} {error.__cause__!r}":
                     raise ObjectChangedError(f"{cut(url)}: was changed while being read; start again") from error
+                if "ParamValidation" in type(error).__name__:
+                    raise CheckpointError(f"{cut(url)}: {_reason(error)}; correct the address") from error
                 if "Credentials" in type(error).__name__:
                     raise CheckpointError(f"{cut(url)}: {_reason(error)}; give your credentials") from error
             if attempt < TRIES - 1:
@@ -259,7 +301,13 @@ class Store:
             if file := self._web_file(name):
                 found[name] = file
         if index := found.get("model.safetensors.index.json"):
-            names = parse_json(b"".join(self.whole(index))).get("weight_map", {})
+            try:
+                content = parse_json(b"".join(self.whole(index)))
+            except ValueError as error:
+                raise CheckpointError(f"{index.url}: is not JSON ({_reason(error)}); upload it again") from error
+            names = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(names, dict):
+                raise CheckpointError(f"{index.url}: has no weight_map that names files; upload it again")
             for name in {str(one) for one in names.values()}:
                 if _is_plain(name) and (file := self._web_file(name)):
                     found[name] = file
@@ -271,8 +319,10 @@ class Store:
         def info() -> Mapping[str, Any] | None:
             try:
                 return self.fs.info(url)
-            except FileNotFoundError:
-                return None
+            except FileNotFoundError as error:  # fsspec's word for whatever went wrong
+                if error.__cause__ is None or getattr(error.__cause__, "status", None) in ABSENT:
+                    return None
+                raise error.__cause__ from None
 
         told = self.tried(url, info)
         if told is None:
@@ -298,7 +348,12 @@ def _told(info: Mapping[str, Any]) -> tuple[int, str]:
     names = ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "Last-Modified", "mtime")
     if not isinstance(info.get("size"), int):
         raise CheckpointError(f"{info.get('name')}: its server does not tell its size; download it and give its folder")
-    return info["size"], next((str(info[name]) for name in names if info.get(name)), "")
+    tag = next((str(info[name]) for name in names if info.get(name)), None)
+    if tag is None:
+        raise CheckpointError(
+            f"{info.get('name')}: its server tells no version of it (ETag, Last-Modified); download it and give its folder"
+        )
+    return info["size"], tag
 
 
 def _is_plain(name: str) -> bool:
@@ -306,7 +361,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return shown(str(error).split("\n")[0] or type(error).__name__)[1:-1]
+    return shown(" ".join(str(error).split()) or type(error).__name__)[1:-1]
 
 
 def _write(path: Path, blocks: Iterable[bytes]) -> None:
