@@ -180,7 +180,9 @@ def _powered(A: "Updates", rank: int, width: int, passes: int) -> "Span":
     span = Span(A, rank, A.start(width))
     for _ in range(passes):
         _, W = span.ritz()
-        span = Span(A, rank, (span.AQ.to(W.dtype) @ W).to(span.Q.dtype))  # small columns are small sums of large ones
+        # small columns are sums of large ones, whose rounding would hide what a shorter type's has not hidden before
+        wide = W.dtype if A.dtype == span.Q.dtype else span.Q.dtype
+        span = Span(A, rank, (span.AQ.to(wide) @ W.to(wide)).to(span.Q.dtype))
     return span
 
 

@@ -138,8 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
         if body:
             self.store.asked[path] += 1
             fault = self.store.fault(path, self.store.asked[path])
-        if fault == "busy":
-            self._empty(503)
+        if fault in ("busy", "forbidden"):
+            self._empty(503 if fault == "busy" else 403)
             return
         if fault == "shifted":
             begin, end = max(0, begin - 8), max(0, begin - 8) + end - begin

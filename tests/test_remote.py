@@ -131,14 +131,23 @@ def test_a_network_that_fails_changes_nothing(
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "local")
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("busy", r"cannot be read \(.*, 6 times\)"), ("forbidden", "403.*; .* give your credentials")],
+)
 def test_a_network_that_is_gone_is_one_line_and_the_merge_goes_on_later(
-    server: FileServer, write_remote: Callable[..., Path], write_recipe: Callable[..., Path], tmp_path: Path
+    fault: str,
+    message: str,
+    server: FileServer,
+    write_remote: Callable[..., Path],
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     recipe = write_remote()
     modalloy.plan(load_recipe(recipe))
     nearly = len(server.files["/base/model.safetensors"]) // SMALL - 2
-    server.fault = lambda path, count: "busy" if path == "/base/model.safetensors" and count > nearly else None
-    with pytest.raises(CheckpointError, match=r"base/model.safetensors: cannot be read \(.*, 6 times\)") as raised:
+    server.fault = lambda path, count: fault if path == "/base/model.safetensors" and count > nearly else None
+    with pytest.raises(CheckpointError, match=f"base/model.safetensors: {message}") as raised:
         modalloy.merge(recipe, tmp_path / "out")
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
     assert (finished := (tmp_path / ".out.partial.log").read_text().count('"file"'))

@@ -254,7 +254,10 @@ class Store:
                 reason = (
                     "no such file" if isinstance(error, FileNotFoundError) else f"access is denied: {_reason(error)}"
                 )
-                raise CheckpointError(f"{cut(url)}: {reason}; correct the address, or give your credentials") from error
+                expired = file is not None and isinstance(error, PermissionError)
+                raise (NetworkError if expired else CheckpointError)(
+                    f"{cut(url)}: {reason}; correct the address, or give your credentials"
+                ) from error
             except ValueError as error:
                 raise CheckpointError(
                     f"{cut(url)}: cannot be read by ranges ({_reason(error)}); download the model and give its folder"
@@ -263,7 +266,8 @@ class Store:
                 last = error
                 status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", 0)
                 if status in (401, 403, 404):
-                    raise CheckpointError(
+                    expired = file is not None and status != 404  # what is finished waits for other credentials
+                    raise (NetworkError if expired else CheckpointError)(
                         f"{cut(url)}: {_reason(error)}; correct the address, or give your credentials"
                     ) from error
                 if status == 412 or "PreconditionFailed" in f"{type(error).__name__} {error.__cause__!r}":
