@@ -19,7 +19,7 @@ def page(of: dict[str, Any], earlier: str) -> str:
     """The whole page, in Markdown; `of` are the documents of NAMES, `earlier` rows that were measured before any were stored."""
     rows = [*_adapters(of["merge_adapters"]), _layer(of["merge_layer"]["rows"]), _full(of["merge_full"])]
     rows += [_across(of["merge_across"]), _dense(of["merge_dense"]["spectra"]["1/j"]), _descent(of["optmerge"])]
-    rows += [*_peers(of["peers"]), *_runtime(of["runtime"]["results"])]
+    rows += [*_peers(of["peers"]), *_runtime(of["runtime"])]
     cards = [
         f"| {name} | {one['cpu']:.3f} | {one['cuda']:.4f} | {one['cpu'] / one['cuda']:.0f} |"
         for name, one in of["cuda"]["rows"].items()
@@ -142,12 +142,12 @@ def _peers(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def _runtime(results: list[dict[str, Any]]) -> list[str]:
+def _runtime(told: dict[str, Any]) -> list[str]:
     """A row for each decoder and phase; the aims are those of the ratios to the plain decoder."""
     groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for one in results:
+    for one in told["results"]:
         groups.setdefault((one["decoder"], one["phase"]), {})[one["variant"]] = one
-    what = {"prefill": "prefill of 3,217 mixed tokens", "decode": "a decode step"}
+    what = {"prefill": f"prefill of {told['tokens']:,} mixed tokens", "decode": "a decode step"}
     rows = []
     for (decoder, phase), of in groups.items():
         seconds = {name: f"{one['seconds']:.3g} s" for name, one in of.items()}

@@ -133,9 +133,10 @@ def merge(
     before = None if earlier is None else Earlier(Path(earlier), chosen_device)
     held = memory.peak_bytes()
     planned = plan(recipe, allow_base_mismatch=allow_base_mismatch)
-    check_apart(out, inputs_of(planned, file))
+    read = list(inputs_of(planned, file))
     if before is not None and not (out.exists() and out.samefile(before.folder)):
-        check_apart(out, [("the earlier result", before.folder)])
+        read.append(("the earlier result", before.folder))
+    check_apart(out, read)
     if not resume:
         check_disk(out, cost.disk_bytes(planned))
     planned = settle(planned, allow_base_mismatch=allow_base_mismatch)

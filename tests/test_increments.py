@@ -216,6 +216,16 @@ def test_keys_tell_numbers_apart(write_recipe: WriteRecipe, tmp_path: Path) -> N
     assert len(set(keys.values())) == len(keys) > 14
 
 
+def switched_off(left: int) -> Callable[[int, int], None]:
+    """Ends a merge, as a kill does, when so many jobs are left."""
+
+    def stopped(done: int, total: int) -> None:
+        if done >= total - left:
+            raise PassingError("the machine was switched off")
+
+    return stopped
+
+
 def _flipped(folder: Path) -> Path:
     """A copy of a result with one bit of a shard changed."""
     damaged = folder.with_name("damaged")
@@ -236,18 +246,11 @@ def test_an_interrupted_merge_goes_on_from_the_same_result_alone(
     modalloy.merge(recipe, tmp_path / "first")
     damaged = _flipped(tmp_path / "first")
 
-    def stop(at: int) -> Callable[[int, int], None]:
-        def stopped(done: int, total: int) -> None:
-            if done >= total - at:
-                raise PassingError("the machine was switched off")
-
-        return stopped
-
     if begun_without:
         with pytest.raises(PassingError):
-            modalloy.merge(recipe, out, jobs=1, on_job=stop(15))
+            modalloy.merge(recipe, out, jobs=1, on_job=switched_off(15))
     with pytest.raises(PassingError):
-        modalloy.merge(recipe, out, jobs=1, resume=begun_without, earlier=damaged, on_job=stop(2))
+        modalloy.merge(recipe, out, jobs=1, resume=begun_without, earlier=damaged, on_job=switched_off(2))
     for other in (None, tmp_path / "first"):
         with pytest.raises(OutputError, match=r"took over tensors of an earlier result; give the same --from"):
             modalloy.merge(recipe, out, resume=True, earlier=other)
@@ -260,12 +263,8 @@ def test_an_interrupted_merge_from_a_result_is_resumed(write_recipe: WriteRecipe
     recipe, out = write_recipe(output=FULL), tmp_path / "out"
     modalloy.merge(recipe, tmp_path / "first")
 
-    def stopped(done: int, total: int) -> None:
-        if done >= total - 2:
-            raise PassingError("the machine was switched off")
-
     with pytest.raises(PassingError):
-        modalloy.merge(recipe, out, jobs=1, earlier=tmp_path / "first", on_job=stopped)
+        modalloy.merge(recipe, out, jobs=1, earlier=tmp_path / "first", on_job=switched_off(2))
     modalloy.merge(recipe, out, resume=True, earlier=tmp_path / "first")
     assert contents(out) == contents(tmp_path / "first")
 

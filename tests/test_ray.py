@@ -111,12 +111,17 @@ sweep.sweep(sys.argv[1], sys.argv[2], ["scale=0.1,0.5"], engine="ray", ray_addre
 """
 
 
+def wait_for_two(driver: "subprocess.Popen[Any]", log: Path) -> None:
+    """Until two files are finished, or the process has ended."""
+    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
+        time.sleep(0.02)
+
+
 def test_a_sweep_whose_driver_was_killed_is_resumed(address: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, out = write_recipe(output=FULL), tmp_path / "ray"
     log = out / ".scale=0.5.partial.log"
     driver = subprocess.Popen([sys.executable, "-c", SWEEP_DRIVER, str(recipe), str(out), address])
-    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
-        time.sleep(0.02)
+    wait_for_two(driver, log)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL and not list(out.glob("scale=*"))
     sweep(recipe, out, ["scale=0.1,0.5"], engine="ray", resume=True)
@@ -165,8 +170,7 @@ def test_a_killed_driver_is_resumed(address: str, write_recipe: WriteRecipe, tmp
     (tmp_path / "pids").mkdir()
     arguments = [str(recipe), str(out), str(tmp_path / "pids"), address]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments])
-    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
-        time.sleep(0.02)
+    wait_for_two(driver, log)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL and not out.exists()
     modalloy.merge(recipe, out, engine="ray", resume=True)
@@ -329,8 +333,7 @@ def test_a_driver_that_is_told_to_stop_leaves_what_is_finished(
     (tmp_path / "pids").mkdir()
     arguments = ["merge", str(recipe), "-o", str(out), "--engine", "ray", "--ray-address", address]
     driver = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments, str(tmp_path / "pids")], stderr=-1, text=True)
-    while driver.poll() is None and not (log.exists() and log.read_text().count('"file"') >= 2):
-        time.sleep(0.02)
+    wait_for_two(driver, log)
     driver.terminate()
     assert driver.stderr is not None and driver.stderr.read().endswith("go on with --resume\n")
     assert driver.wait() in (-signal.SIGTERM, 128 + signal.SIGTERM) and log.read_text().count('"file"') >= 2

@@ -111,6 +111,7 @@ def check_content(content: dict[str, Any], path: Path) -> None:
         CheckpointError: an entry is missing or of another type.
     """
     damaged = f"{path}: is not what `modalloy merge` wrote: {{}}; merge again, or copy the folder again"
+    check_counts(content, str(path))
     modalities = content.get("modalities")
     if not isinstance(modalities, dict):
         raise CheckpointError(damaged.format("`modalities` is no mapping"))
@@ -142,7 +143,6 @@ def check_content(content: dict[str, Any], path: Path) -> None:
     text = content.get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in CONFIG_MAPPING:
         raise CheckpointError(damaged.format("`text_config` names no model of transformers"))
-    check_counts(content, str(path.parent))
     _check_update(content.get("text_update"), damaged)
     for key in ("text_linears", "text_tensors"):
         named = content.get(key) or []
@@ -167,7 +167,6 @@ def _check_native(native: Any, modalities: dict[str, Any], damaged: str) -> None
         or not all(type(row) is int and 0 <= row < 2**31 for row in rows)
     ):
         raise CheckpointError(damaged)
-    check_counts(config, damaged.partition(": ")[0])
 
 
 def _check_update(update: Any, damaged: str) -> None:

@@ -149,7 +149,6 @@ def moved(model: Any, device: str) -> Any:
 
 def _config(folder: Path, content: dict[str, Any]) -> ModalloyConfig:
     """The config of a decoder without modalities."""
-    check_counts(content, str(folder))
     with opening(folder, "config.json", "used"):
         return ModalloyConfig(content)
 
@@ -189,6 +188,7 @@ def load_text_path(specialist: str | None, base: str, tokenizer: Any, *, device:
     if specialist is None and is_hosted(content):
         return load_model(folder, device=device, dtype="auto")
     check_code(folder)
+    check_counts(content, str(folder))
     config, weights = _config(folder, content), _base_weights(folder)
     if specialist is not None:
         opened = open_specialist(Path(specialist))

@@ -295,9 +295,8 @@ def _job_bytes(job: Job, *, dense: bool = False) -> int:
         # where both sides play one part, the Gram is that of the shorter
         side = min(rows, columns) if gets == "core" and "transpose" in method.laws else max(rows, columns)
         own = {"core": SPECTRAL_COPIES, "left_core": n}.get(gets, 0)
-        drafts = (
-            wide // 2 * n * rows * columns if gets == "factored_core" else 0
-        )  # given up before a Gram is decomposed
+        # drafts are given up before a Gram is decomposed
+        drafts = wide // 2 * n * rows * columns if gets == "factored_core" else 0
         taken += max(8 * EIGEN_COPIES * side**2, drafts) + 8 * own * rows * columns
     if len(job.outputs) == 2:  # then cut to factors: a Gram decomposed, the update in float64, what is left of it
         taken = max(taken, 8 * EIGEN_COPIES * min(rows, EXACT_SIZE) ** 2 + (3 * wide + 8) * rows * columns)

@@ -40,17 +40,9 @@ THREE_POSITIONS = re.compile(r"\.expand\([34],")
 OWN_DECODERS = ("phi4_multimodal",)  # classes that are their own decoder, whose blocks get tokens only
 DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")  # of a class that is its own decoder
 
-COUNTS = (
-    "layers",
-    "depth",
-    "blocks",
-    "experts",
-    "num_hidden",
-    "stages",
-    "num_labels",
-)  # of modules, or names, in a config's keys
+# of modules, or names, in a config's keys
+COUNTS = ("layers", "depth", "blocks", "experts", "num_hidden", "stages", "num_labels")
 MAX_MODULES = 4096
-# what a class of transformers raises at a config that is not its own
 FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError, ArithmeticError)
 
 
@@ -211,8 +203,6 @@ def _anatomy(config: str, where: str) -> Anatomy:
     check_counts(content, where)
     name = native_class_name(content)
     assert name is not None
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         made = CONFIG_MAPPING[content["model_type"]].from_dict(content)
         with torch.device("meta"):
@@ -221,10 +211,17 @@ def _anatomy(config: str, where: str) -> Anatomy:
         raise CheckpointError(
             f"{where}: a {name} needs a library that is missing ({_cause(error)}); install it"
         ) from error
-    except (StrictDataclassError, *FAULTS) as error:
+    except faults() as error:
         raise CheckpointError(
             f"{where}: its config.json makes no {name} ({_cause(error)}); download it again"
         ) from error
+
+
+def faults() -> tuple[type[Exception], ...]:
+    """What a class of transformers raises at a config that is not its own."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (StrictDataclassError, *FAULTS)
 
 
 def _cause(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from modalloy.errors import CheckpointError
-from modalloy.senses.anatomy import FAULTS, anatomy, check_counts, conversion, native_class_name
+from modalloy.senses.anatomy import anatomy, check_counts, conversion, faults, native_class_name
 
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -38,7 +38,6 @@ def class_model(config: Mapping[str, Any], where: Any) -> Any:
 @lru_cache(maxsize=16)
 def _language_model(config: str, where: str) -> Any:
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
     from transformers.models.auto import CONFIG_MAPPING
 
@@ -49,7 +48,7 @@ def _language_model(config: str, where: str) -> Any:
         made = CONFIG_MAPPING[str(kind)].from_dict(content)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(made, trust_remote_code=False)
-    except (StrictDataclassError, *FAULTS) as error:
+    except faults() as error:
         raise CheckpointError(f"{where}: transformers makes no language model of its config.json ({kind})") from error
 
 

@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from modalloy.errors import CheckpointError, OutputError, PassingError, cut, shown
+from modalloy.errors import CheckpointError, OutputError, PassingError, cut, plain
 from modalloy.files import cache_folder, create
 from modalloy.storage.folder import MAX_TEXT_BYTES, parse_json
 
@@ -117,7 +117,8 @@ class Store:
     def __init__(self, location: str) -> None:
         self.location = location.rstrip("/")
         self.scheme, _, place = self.location.partition("://")
-        if not place.strip("/") or not place.partition("/")[0] or {".", ".."} & set(place.split("/")):
+        self.root, *inside = place.split("/")  # host, bucket or owner
+        if not self.root or {".", ".."} & {self.root, *inside}:
             raise CheckpointError(f"{cut(location)}: is no address of a folder; write {self.scheme}://PLACE/FOLDER")
         importlib.import_module(PACKAGES[self.scheme])  # or the extra is named
         import fsspec
@@ -164,9 +165,7 @@ class Store:
                 return list(self.fs.ls(self.location, detail=False))
             except FileNotFoundError:
                 if self.scheme in ("s3", "gs"):
-                    self.fs.ls(
-                        self.location.partition("://")[2].partition("/")[0], detail=False
-                    )  # there must be the bucket
+                    self.fs.ls(self.root, detail=False)  # there must be the bucket
                 return []
 
         if there := self.tried(self.location, names):
@@ -254,10 +253,7 @@ class Store:
                 reason = (
                     "no such file" if isinstance(error, FileNotFoundError) else f"access is denied: {_reason(error)}"
                 )
-                expired = file is not None and isinstance(error, PermissionError)
-                raise (NetworkError if expired else CheckpointError)(
-                    f"{cut(url)}: {reason}; correct the address, or give your credentials"
-                ) from error
+                raise _denied(url, reason, file if isinstance(error, PermissionError) else None) from error
             except ValueError as error:
                 raise CheckpointError(
                     f"{cut(url)}: cannot be read by ranges ({_reason(error)}); download the model and give its folder"
@@ -266,10 +262,7 @@ class Store:
                 last = error
                 status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", 0)
                 if status in (401, 403, 404):
-                    expired = file is not None and status != 404  # what is finished waits for other credentials
-                    raise (NetworkError if expired else CheckpointError)(
-                        f"{cut(url)}: {_reason(error)}; correct the address, or give your credentials"
-                    ) from error
+                    raise _denied(url, _reason(error), None if status == 404 else file) from error
                 if status == 412 or "PreconditionFailed" in f"{type(error).__name__} {error.__cause__!r}":
                     raise ObjectChangedError(f"{cut(url)}: was changed while being read; start again") from error
                 if "ParamValidation" in type(error).__name__:
@@ -365,7 +358,13 @@ def _is_plain(name: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    return shown(" ".join(str(error).split()) or type(error).__name__)[1:-1]
+    return plain(str(error) or type(error).__name__)
+
+
+def _denied(url: str, reason: str, listed: RemoteFile | None) -> CheckpointError:
+    """A refusal; of a file that was `listed` before, one after which what is finished waits for other credentials."""
+    kind = CheckpointError if listed is None else NetworkError
+    return kind(f"{cut(url)}: {reason}; correct the address, or give your credentials")
 
 
 def _write(path: Path, blocks: Iterable[bytes]) -> None:

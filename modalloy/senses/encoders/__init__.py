@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from modalloy.builtin import PACKAGES
-from modalloy.errors import CheckpointError, RecipeError, cut, nearest, ran_out_of_memory
+from modalloy.errors import CheckpointError, RecipeError, cut, nearest, plain, ran_out_of_memory
 from modalloy.names import MODALITIES
-from modalloy.senses.anatomy import FAULTS, check_counts
+from modalloy.senses.anatomy import check_counts, faults
 
 # name → module:class
 ENCODERS = {
@@ -119,19 +119,16 @@ def build(name: str, settings: dict[str, Any], *, meta: bool = False) -> Encoder
     Raises:
         CheckpointError: the settings, which a config gives, are not this encoder's.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     made = encoder_class(name)
     check_counts(settings, f"encoder '{name}'")
     try:
         inspect.signature(made).bind(**settings)
         with torch.device("meta") if meta else nullcontext():  # of a model that is being loaded: as its other parts
             encoder: Encoder = _loaded(made, name, **settings)
-    except (StrictDataclassError, *FAULTS) as error:
+    except faults() as error:
         if ran_out_of_memory(error):
             raise
-        reason = cut(" ".join(str(error).split()))
-        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({reason})") from error
+        raise CheckpointError(f"the settings of encoder '{name}' are not its own ({plain(error)})") from error
     return encoder.requires_grad_(False).eval()
 
 
