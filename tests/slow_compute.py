@@ -26,3 +26,13 @@ def slow_several(job: Job, read: Any, *, seconds: float, **options: Any) -> Done
 def no_space(job: Job, read: Any, **options: Any) -> Done:
     """What a full disk gives."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/model.safetensors")
+
+
+def one_fails(job: Job, read: Any, *, place: str, name: str, **options: Any) -> Done:
+    """What a full disk gives for one output, and each other one `place` counts, which takes its time."""
+    if job.name == name:
+        return no_space(job, read)
+    with Path(place).open("a") as counted:
+        counted.write("x")
+    time.sleep(0.3)
+    return compute(job, read, **options)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from slow_compute import no_space, slow
+from slow_compute import no_space, one_fails, slow
 
 import modalloy
 from modalloy import merging
@@ -185,6 +185,21 @@ def test_a_full_disk_of_one_machine_is_one_line(
     with pytest.raises(OutputError, match="the disk is full") as raised:
         modalloy.merge(write_recipe(output=FULL), tmp_path / "out", engine="ray")
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_is_given_up_leaves_no_task_at_work(
+    address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, counted = write_recipe(output=FULL | {"max_shard_size": "20KB"}), tmp_path / "counted"
+    first, *others = plan(load_recipe(recipe)).jobs
+    counted.touch()
+    monkeypatch.setattr(merging, "compute", partial(one_fails, place=str(counted), name=first.name))
+    with pytest.raises(OutputError, match="the disk is full"):
+        modalloy.merge(recipe, tmp_path / "out", engine="ray")
+    n_begun = counted.stat().st_size
+    time.sleep(1)
+    assert n_begun < 9 < len(others) and counted.stat().st_size == n_begun
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_mistake_that_a_worker_finds_is_told_as_the_local_engine_tells_it(

@@ -4,6 +4,8 @@ Inputs and target are on paths that every machine has (checked before any work),
 through the driver: a task is sent a shard's jobs and answers with the shard's hash. A form that is one small file (an adapter,
 an omni folder) is computed by the tasks and written by the driver. A task whose worker died runs again; what its worker left
 is in a folder of its own, so that no two write one file. Every job runs on one BLAS thread, so the bytes are those of `local`.
+A driver that gives up takes away a mark for which tasks look before each job. Ray's own `cancel` is not used: it (2.60) aborts
+the driver ("tried to complete task that was not pending") where the task ends in the same moment.
 """
 
 import os
@@ -32,7 +34,7 @@ from modalloy.storage.tensors import WeightFile
 from modalloy.storage.writer import TensorSpec, WeightWriter
 
 KNOCK_S = 5
-CANCEL_S = 60  # to wait for interrupted tasks
+STOP_S = 60  # to wait for tasks that are given up
 RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
 Compute = local.Compute
@@ -104,23 +106,29 @@ class Cluster:
         self, shards: Sequence[Shard], inputs: Inputs, compute: Compute
     ) -> Generator[tuple[WrittenShard, ...], None, None]:
         """Yields every shard, of each of its results, as soon as a worker has written it; it is then to be moved to its place."""
+        if not shards:
+            return
         given = self._given(inputs, compute)
         left, started, waiting = deque(shards), list[Any](), list[Any]()
         try:
-            while left or waiting:
-                while left and len(waiting) < self.n_workers + AHEAD:
-                    waiting.append(self._remote(_write).remote(given, left.popleft()))
-                    started.append(waiting[-1])
-                (done, *_), waiting = self.ray.wait(waiting)
-                try:
-                    shard = self._get(done)
-                except ModalloyError:  # what is told is what goes wrong first in the shards' order, as on one machine
-                    for earlier in (one for one in started[: started.index(done)] if one in waiting):
-                        self._get(earlier)
-                    raise
-                yield shard
-        finally:
-            self._cancel(waiting)
+            with _mark(shards[0].folders[0]) as mark:
+                while left or waiting:
+                    while left and len(waiting) < self.n_workers + AHEAD:
+                        waiting.append(self._remote(_write).remote(given, left.popleft(), mark))
+                        started.append(waiting[-1])
+                    (done, *_), waiting = self.ray.wait(waiting)
+                    try:
+                        shard = self._get(done)
+                    except (
+                        ModalloyError
+                    ):  # what is told is what goes wrong first in the shards' order, as on one machine
+                        for earlier in (one for one in started[: started.index(done)] if one in waiting):
+                            self._get(earlier)
+                        raise
+                    yield shard
+        finally:  # without their mark the tasks end; none may write any more where this process cleans up
+            if waiting:
+                self.ray.wait(waiting, num_returns=len(waiting), timeout=STOP_S)
 
     @staticmethod
     def remove_left(folders: Iterable[Path]) -> None:
@@ -145,15 +153,13 @@ class Cluster:
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        mark = folder / f".shared-{secrets.token_hex(4)}"
-        mark.touch()
-        try:
+        with _mark(folder) as mark:
             stamps = {str(path.absolute()): _stamp(path) for path in inputs.files}
             asked = []
             for node in self.nodes:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 task = self._remote(_look, scheduling_strategy=there, memory=None)
-                asked.append((node["NodeManagerHostname"], task.remote(str(mark.absolute()), stamps)))
+                asked.append((node["NodeManagerHostname"], task.remote(mark, stamps)))
             own = program()
             for name, answer in asked:
                 missing, theirs = self._looked(name, answer)
@@ -167,8 +173,6 @@ class Cluster:
                     raise OutputError(
                         f"machine {name} of the cluster has {other} and this one {this}, whose bytes may differ; install the same"
                     )
-        finally:
-            mark.unlink()
 
     def _looked(self, name: str, answer: Any) -> Any:
         """What `_look` gives on a machine, which must have this program."""
@@ -196,27 +200,14 @@ class Cluster:
     def _in_order(self, items: Sequence[Any], submit: Callable[[Any], Any]) -> Generator[tuple[Any, Any], None, None]:
         """Every item with its task's answer; a few more tasks are on their way than there are workers."""
         waiting: deque[tuple[Any, Any]] = deque()
-        try:
-            for item in items:
-                if len(waiting) == self.n_workers + AHEAD:
-                    first, answer = waiting.popleft()
-                    yield first, self._get(answer)
-                waiting.append((item, submit(item)))
-            while waiting:
+        for item in items:
+            if len(waiting) == self.n_workers + AHEAD:
                 first, answer = waiting.popleft()
                 yield first, self._get(answer)
-        finally:
-            self._cancel([answer for _, answer in waiting])
-
-    def _cancel(self, answers: list[Any]) -> None:
-        """Interrupt tasks and wait until they have ended, so that none writes any more where its driver cleans up.
-
-        They are not killed: Ray (2.60) aborts the driver where one that it kills ends by itself meanwhile.
-        """
-        for answer in answers:
-            self.ray.cancel(answer)
-        if answers:
-            self.ray.wait(answers, num_returns=len(answers), timeout=CANCEL_S)
+            waiting.append((item, submit(item)))
+        while waiting:
+            first, answer = waiting.popleft()
+            yield first, self._get(answer)
 
     def _get(self, answer: Any) -> Any:
         from ray import exceptions
@@ -286,6 +277,17 @@ def _knock(address: str | None) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
+@contextmanager
+def _mark(folder: Path) -> Iterator[str]:
+    """A file in a folder for the time of the block, for processes of other machines to see."""
+    mark = folder.absolute() / f".mark-{secrets.token_hex(4)}"
+    mark.touch()
+    try:
+        yield str(mark)
+    finally:
+        mark.unlink(missing_ok=True)
+
+
 @lru_cache(maxsize=1)
 def _opened(token: str, owners: tuple[tuple[str, tuple[str, ...]], ...], places: tuple[str, str]) -> Inputs:
     """The inputs of one merge, opened once by each worker, in the driver's folder and with its cache."""
@@ -303,8 +305,14 @@ def _compute(given: Given, job: Job) -> Done:
         return compute(job, data.__getitem__)
 
 
-def _write(given: Given, shard: Shard) -> tuple[WrittenShard, ...]:
+def _write(given: Given, shard: Shard, mark: str) -> tuple[WrittenShard, ...]:
     *named, compute = given
+
+    def work(job: Job, read: Callable[[Any], Any]) -> Done:
+        if not os.path.exists(mark):
+            raise OutputError(f"{mark}: is gone, by which the merge was given up")
+        return compute(job, read)
+
     token = secrets.token_hex(4)
     own = [folder / f"{LEFT}{shard.index}-{token}" for folder in shard.folders]
     compression: list[dict[str, float]] = [{} for _ in own]
@@ -314,7 +322,7 @@ def _write(given: Given, shard: Shard) -> tuple[WrittenShard, ...]:
         for folder, specs in zip(own, shard.specs, strict=True):
             folder.mkdir()
             writers.append(WeightWriter(folder, "shard", list(specs)))
-        with closing(local.run(shard.jobs, _opened(*named), compute, 1, lambda jobs: len(jobs) <= 2)) as results:
+        with closing(local.run(shard.jobs, _opened(*named), work, 1, lambda jobs: len(jobs) <= 2)) as results:
             for job, done in results:
                 parts = zip(job.pieces, done.parts, strict=True) if job.kind == "several" else ((job, done),)
                 for writer, wanted, told, pair in zip(writers, names, compression, parts, strict=True):
