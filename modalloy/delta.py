@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, Spectrum, frobenius, gram, require_finite, symmetric_product
+from modalloy.linalg import Basis, Spectrum, filled, frobenius, gram, require_finite, symmetric_product
 from modalloy.subspaces import approximate_range, top_subspaces
 
 UNCANCELLED = 1e-9  # of the sum of magnitudes: a sum of as much is known to 1e-7 in float64
@@ -184,10 +184,14 @@ def second_moment(deltas: Sequence[Delta]) -> Tensor:
     if not factored:
         assert dense is not None
         return dense
-    downs = torch.cat([delta.down for delta in factored], 0).to(torch.float64)
-    weighed = torch.cat([gram(delta.up) @ delta.down.to(torch.float64) for delta in factored], 0)
-    product = symmetric_product([(downs, weighed)], downs)
+    product = symmetric_product(map(_weighed, factored), factored[0].down)
     return product if dense is None else product + dense
+
+
+def _weighed(delta: LowRank) -> tuple[Tensor, Tensor]:
+    """A and BᵀB A of D = B A in float64, whose product is DᵀD, without the zero columns at their end: cores are of a triangle."""
+    down = delta.down[:, : filled(delta.down)].to(torch.float64)
+    return down, gram(delta.up[: filled(delta.up.T)]) @ down
 
 
 def shared_subspaces(deltas: Sequence[Delta], rank: int) -> tuple[Tensor, Tensor]:

@@ -65,20 +65,27 @@ def gram(*matrices: Tensor) -> Tensor:
 def symmetric_product(pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     """Σ XᵀY (n, n) of float64 X, Y (m, n), which is known to be symmetric: little more than its upper triangle is multiplied.
 
-    n and the device are those of `like`.
+    n and the device are those of `like`; narrower X and Y stand for such whose other columns are zero.
     """
     n = like.shape[1]
     out = torch.zeros(n, n, dtype=torch.float64, device=like.device)
-    starts = range(0, n, GRAM_COLUMNS)
     for X, Y in pairs:
-        for start in starts:
-            out[start : start + GRAM_COLUMNS, start:].addmm_(X[:, start : start + GRAM_COLUMNS].T, Y[:, start:])
-    for start in starts:
+        width = X.shape[1]
+        for start in range(0, width, GRAM_COLUMNS):
+            end = min(start + GRAM_COLUMNS, width)
+            out[start:end, start:width].addmm_(X[:, start:end].T, Y[:, start:])
+    for start in range(0, n, GRAM_COLUMNS):
         end = start + GRAM_COLUMNS
         on_diagonal = out[start:end, start:end]
         on_diagonal.copy_((on_diagonal + on_diagonal.T) / 2)
         out[end:, start:end] = out[start:end, end:].T
     return out
+
+
+def filled(matrix: Tensor) -> int:
+    """How many leading columns hold all that is not zero."""
+    places = matrix.any(0).nonzero()
+    return int(places[-1]) + 1 if len(places) else 0
 
 
 def top_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from modalloy import linalg, subspaces
-from modalloy.delta import LowRank, norm
+from modalloy.delta import LowRank, norm, second_moment
 from modalloy.linalg import Basis, Spectrum, gram, top_eigenvectors
 from modalloy.subspaces import top_subspaces
 
@@ -214,6 +214,18 @@ def test_a_gram_is_that_of_float64(size: int) -> None:
     wanted = tall.double().T @ tall.double()
     assert torch.allclose(gram(tall), wanted, rtol=1e-12, atol=1e-9)
     assert torch.equal(gram(tall), gram(tall).T)
+
+
+def test_a_second_moment_of_factors_with_zero_columns() -> None:
+    draw = torch.Generator().manual_seed(0)
+    updates = []
+    for rows, columns in [(5, 0), (0, 7), (130, 300), (300, 129), (200, 130)]:
+        update = LowRank(torch.zeros(300, 9, dtype=torch.float64), torch.zeros(9, 300, dtype=torch.float64))
+        update.up[:rows] = torch.randn(rows, 9, generator=draw, dtype=torch.float64)
+        update.down[:, :columns] = torch.randn(9, columns, generator=draw, dtype=torch.float64)
+        updates.append(update)
+    expected = sum(update.dense().T @ update.dense() for update in updates)
+    assert torch.allclose(second_moment(updates), expected, rtol=1e-12, atol=1e-10)
 
 
 def symmetric(values: Tensor) -> tuple[Tensor, Tensor]:
