@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -248,6 +249,31 @@ def test_an_unreachable_cluster_is_one_line(
     with pytest.raises(OutputError, match=r"--ray-address 127\.0\.0\.1:1: no cluster can be reached there"):
         modalloy.merge(write_recipe(), tmp_path / "out", engine="ray", ray_address="127.0.0.1:1")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nothing", "http"])
+def test_what_listens_but_is_not_ray_is_told_at_once(
+    says: bytes, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modalloy.engines import ray as engine
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(engine, "KNOCK_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def answer() -> None:
+            line, _ = server.accept()
+            with line:
+                line.sendall(says)
+                while line.recv(1024):
+                    pass
+
+        listener = threading.Thread(target=answer)
+        listener.start()
+        with pytest.raises(OutputError, match=r"no cluster can be reached there \(what listens there is not Ray\)"):
+            modalloy.merge(write_recipe(), tmp_path / "out", engine="ray", ray_address=address)
+        listener.join()
 
 
 def test_without_ray_the_extra_is_named(

@@ -16,7 +16,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,11 @@ from modalloy.storage.tensors import WeightFile
 from modalloy.storage.writer import TensorSpec, WeightWriter
 
 KNOCK_S = 5
+CLIENT_PORT = "10001"  # of ray://HOST
+SETTINGS = bytes(
+    [0, 0, 0, 4, 0, 0, 0, 0, 0]
+)  # the frame that either side of HTTP/2 sends first (RFC 9113, 3.4), if empty
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 STOP_S = 60  # to wait for tasks that are given up
 RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
@@ -271,10 +276,22 @@ def _own_signals() -> Iterator[None]:
 
 
 def _knock(address: str | None) -> None:
-    """Fail at once where nothing listens, for which Ray itself waits minutes."""
+    """Fail at once where nothing listens, or what does not answer as gRPC does; Ray itself waits minutes for either."""
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+    if not colon and "://" in (address or ""):
+        host, port = port, CLIENT_PORT
+    if not (host and port.isdecimal()):
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S) as line:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        line.sendall(GREETING)
+        answer = b""
+        with suppress(TimeoutError):
+            while len(answer) < len(SETTINGS) and (more := line.recv(len(SETTINGS) - len(answer))):
+                answer += more
+        if answer[3:4] != SETTINGS[3:4]:
+            raise ConnectionError("what listens there is not Ray")
 
 
 @contextmanager
