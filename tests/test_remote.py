@@ -1,5 +1,6 @@
 """Models elsewhere, by ranges: headers for a plan, each byte once for a merge, and networks that fail."""
 
+import errno
 import hashlib
 import json
 import os
@@ -157,6 +158,27 @@ def test_a_network_that_is_gone_is_one_line_and_the_merge_goes_on_later(
     assert finished and weights_sent(server) <= weight_bytes(server)
     modalloy.merge(write_recipe(output={"form": "full", "max_shard_size": "30KB"}), tmp_path / "local")
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "local")
+
+
+def test_a_cache_without_room_is_named_and_the_merge_goes_on_later(
+    write_remote: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, write_bytes = write_remote(), Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.parent.parent.name == "blocks":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, data)
+
+    monkeypatch.setenv("MODALLOY_REMOTE_CACHE", "all")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(
+            remote.CacheError, match=r"kept there \(No space left on device\); set MODALLOY_CACHE"
+        ) as raised:
+            modalloy.merge(recipe, tmp_path / "out")
+    assert str(raised.value).startswith(os.environ["MODALLOY_CACHE"])
+    modalloy.merge(recipe, tmp_path / "out", resume=True)
 
 
 @pytest.mark.parametrize("size", ["same", "other"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from modalloy.errors import CheckpointError, PassingError
 from modalloy.files import cache_folder
-from modalloy.storage.remote import BLOCK_BYTES, RemoteFile, Store
+from modalloy.storage.remote import BLOCK_BYTES, RemoteFile, Store, cache_errors
 from modalloy.storage.source import Source
 
 
@@ -94,7 +94,11 @@ class RemoteSource(Source):
 
 def _store(path: Path, data: bytes) -> None:
     """A block as a file, which is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with cache_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -63,6 +63,24 @@ class NetworkError(CheckpointError, PassingError):
     """A store cannot be reached, even when tried again."""
 
 
+class CacheError(OutputError, PassingError):
+    """The cache cannot keep what was read."""
+
+
+@contextmanager
+def cache_errors() -> Iterator[None]:
+    """A full or forbidden cache as one line that names it: it need not be on the disk of what is merged."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of no system call
+            raise
+        raise CacheError(
+            f"{cache_folder()}: what is read of stores cannot be kept there ({error.strerror}); set MODALLOY_CACHE to a "
+            "folder with room"
+        ) from error
+
+
 def is_remote(location: str) -> bool:
     """Whether it is an address of a store that is read by ranges."""
     scheme, sign, _ = location.partition("://")
@@ -88,8 +106,9 @@ def mirror(location: str, configs: Iterable[str], weights: Iterable[str]) -> Pat
     folder = cache_folder() / "remote" / hashlib.sha256(pins.encode()).hexdigest()[:20] / store.place
     if (folder / RECORD).is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    with cache_errors():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         by_ranges = [name for name in names if name.endswith(".safetensors")]
         for name in names:
@@ -368,6 +387,6 @@ def _denied(url: str, reason: str, listed: RemoteFile | None) -> CheckpointError
 
 
 def _write(path: Path, blocks: Iterable[bytes]) -> None:
-    with os.fdopen(create(path), "wb") as file:
+    with cache_errors(), os.fdopen(create(path), "wb") as file:
         for block in blocks:
             file.write(block)
