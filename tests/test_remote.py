@@ -398,6 +398,14 @@ def test_a_target_without_its_bucket_is_refused_before_any_work(scheme: str, req
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_file_in_place_of_a_folder_is_told(scheme: str, base: Path, tmp_path: Path, request: Any) -> None:
+    name = f"models/{tmp_path.name}/model.safetensors"
+    request.getfixturevalue(scheme).put_file(str(base / "model.safetensors"), name)
+    with pytest.raises(CheckpointError, match=rf"^{scheme}://{name}: is a file; give the folder that it is in$"):
+        remote.mirror(f"{scheme}://{name}", ["*.json"], ["model"])
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_stores_in_and_out(
     scheme: str,
     base: Path,

@@ -356,6 +356,8 @@ class Store:
             files[name] = RemoteFile(url, *_told(told), sha256, is_pinned)
         if len(files) > MAX_FILES:
             raise CheckpointError(f"{cut(self.location)}: holds {len(files):,} files, which no model does")
+        if list(files) == [self.place.name]:  # a file lists itself
+            raise CheckpointError(f"{cut(self.location)}: is a file; give the folder that it is in")
         return files
 
 
