@@ -490,3 +490,105 @@ def test_an_upload_that_fails_leaves_nothing_there(
     with pytest.raises(OutputError, match=r"the network is gone.*nothing is left there, and the result is whole in"):
         push.upload(out, "s3://models/broken/out")
     assert not s3.exists("models/broken/out") and (out / "manifest.json").is_file()
+
+
+def uploads(s3: Any) -> list[str]:
+    """The keys of uploads in parts that have not ended."""
+    return [one["Key"] for one in s3.call_s3("list_multipart_uploads", Bucket="models").get("Uploads", [])]
+
+
+class Killed(BaseException):
+    """After which nothing is cleaned."""
+
+
+def stopped_at(name: str, s3: Any, stop: BaseException) -> Callable[..., Any]:
+    """`put_file` that stops at a file, of which a part has arrived."""
+    put = s3.put_file
+
+    def stopping(lpath: str, rpath: str, **options: Any) -> Any:
+        if not lpath.endswith(name):
+            return put(lpath, rpath, **options)
+        bucket, key, _ = s3.split_path(rpath)
+        s3.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        raise stop
+
+    return stopping
+
+
+def test_an_upload_that_was_killed_goes_on(
+    s3: Any, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from modalloy.cli import app
+
+    url, cache = "s3://models/killed/out", Path(os.environ["MODALLOY_CACHE"])
+    arguments = ["merge", str(write_recipe(output={"form": "full"})), "-o", url]
+    for last in ("model.safetensors", "manifest.json"):
+        with monkeypatch.context() as patched:
+            patched.setattr(s3, "put_file", stopped_at(last, s3, Killed()))
+            resumed = [] if last == "model.safetensors" else ["--resume"]
+            with pytest.raises(Killed):
+                CliRunner().invoke(app, [*arguments, *resumed])
+        assert s3.exists(f"{url}/config.json") and not s3.exists(f"{url}/manifest.json")
+        assert f"killed/out/{last}" in uploads(s3)
+    again = CliRunner().invoke(app, arguments).exception
+    assert isinstance(again, OutputError) and str(again).startswith(f"{url}: a result for it is whole in")
+    s3.pipe_file(f"{url}/other.txt", b"somebody's")
+    refused = CliRunner().invoke(app, [*arguments, "--resume"]).exception
+    assert isinstance(refused, OutputError) and "holds models/killed/out/other.txt" in str(refused)
+    s3.rm_file(f"{url}/other.txt")
+    done = CliRunner().invoke(app, [*arguments, "--resume"])
+    assert not done.exit_code, (done.output, done.exception)
+    modalloy.merge(write_recipe(output={"form": "full"}), tmp_path / "local")
+    assert s3.cat_file(f"{url}/model.safetensors") == (tmp_path / "local/model.safetensors").read_bytes()
+    assert s3.exists(f"{url}/manifest.json") and not uploads(s3) and not list((cache / "results").iterdir())
+
+
+def test_a_result_that_was_uploaded_before_a_kill_is_known(
+    s3: Any, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modalloy.outputs import push
+
+    url = "s3://models/whole/out"
+    folder = push.uploaded_from(url)
+    modalloy.merge(write_recipe(), folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(push.shutil, "rmtree", lambda folder: None)
+        push.upload(folder, url)
+    assert push.uploaded_from(url, resume=True) == folder
+    manifest = s3.cat_file(f"{url}/manifest.json")
+    s3.pipe_file(f"{url}/manifest.json", manifest.replace(b"modalloy", b"somebody"))
+    with pytest.raises(OutputError, match=r"holds models/whole/out/manifest\.json"):
+        push.uploaded_from(url, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("reached", "left"), [(True, "nothing is left there"), (False, "what was uploaded is left there")]
+)
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_an_upload_that_stops_tells_what_is_left(
+    reached: bool,
+    left: str,
+    stop: type[BaseException],
+    s3: Any,
+    write_recipe: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RuntimeError: clients of stores raise errors that are not of the system when there is no network."""
+    from modalloy.outputs import push
+
+    def gone(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("no network")
+
+    url = f"s3://models/{tmp_path.name}/out"
+    out = modalloy.merge(write_recipe(), tmp_path / "out").out
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(s3, "put_file", stopped_at("recipe.yaml", s3, stop("stopped")))
+    if not reached:
+        monkeypatch.setattr(s3, "rm_file", gone)
+    with pytest.raises((OutputError, KeyboardInterrupt), match=rf"{left}.*the result is whole in .*--resume"):
+        push.upload(out, url)
+    assert s3.exists(url) is not reached and (out / "manifest.json").is_file()
+    assert not [key for key in uploads(s3) if tmp_path.name in key]

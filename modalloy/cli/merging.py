@@ -83,7 +83,9 @@ def merge(
         check_target(push_to_hub)
     elif private:
         raise ModalloyError("--private: nothing is uploaded; add --push-to-hub REPO, or leave it out")
-    elsewhere, folder = (out, uploaded_from(out)) if is_remote(out) else (None, Path(out))
+    elsewhere, folder = (
+        (out, uploaded_from(out, resume=resume, overwrite=overwrite)) if is_remote(out) else (None, Path(out))
+    )
     with progress("merge") as on_job:
         report = run(
             recipe,

@@ -2,13 +2,85 @@
 
 import hashlib
 import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
-from modalloy.errors import CheckpointError, OutputError
+from modalloy.errors import CheckpointError, OutputError, cut, plain
 from modalloy.files import cache_folder
 from modalloy.outputs.manifest import MANIFEST, result_files
 from modalloy.outputs.sources import SOURCES
-from modalloy.storage.remote import Store
+from modalloy.storage.remote import NetworkError, Store
+
+
+class Target(Store):
+    """A folder of an object store that a result is uploaded to."""
+
+    def put(self, path: Path, name: str) -> None:
+        """Upload a file, in parts where it is large; what arrived must be as long."""
+        url, size = f"{self.location}/{name}", path.stat().st_size
+
+        def send() -> None:
+            self.fs.put_file(str(path), url)
+            if (there := self.fs.info(url)["size"]) != size:
+                raise OSError(f"{there} bytes arrived of {size}")
+
+        self.tried(url, send)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files that were uploaded, and what of them arrived; tried once.
+
+        Raises:
+            NetworkError: the store does not answer.
+        """
+        try:
+            self._abort(names)
+            for name in names:
+                with suppress(FileNotFoundError):  # of which nothing arrived
+                    self.fs.rm_file(f"{self.location}/{name}")
+        except Exception as error:  # of as many kinds as there are stores and their clients
+            raise NetworkError(f"{cut(self.location)}: cannot be cleaned ({plain(error)})") from error
+
+    def abort(self, names: Sequence[str]) -> None:
+        """End uploads in parts that were killed, where the store can: S3 keeps the parts, and shows them to nobody."""
+        with suppress(CheckpointError):
+            self.tried(self.location, lambda: self._abort(names))
+
+    def holds(self, path: Path) -> bool:
+        """Whether there is a file of this name and with these bytes."""
+        url = f"{self.location}/{path.name}"
+        try:
+            return bool(self.tried(url, lambda: self.fs.cat_file(url)) == path.read_bytes())
+        except CheckpointError:
+            return False
+
+    def _abort(self, names: Sequence[str]) -> None:
+        if self.scheme != "s3":  # others forget them
+            return
+        bucket, folder, _ = self.fs.split_path(self.location)
+        with suppress(PermissionError):  # who may not list uploads cannot end them
+            found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{folder}/")
+            for one in found.get("Uploads", []):
+                if one["Key"].removeprefix(f"{folder}/") in names:
+                    self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+
+    def check_empty(self, but: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Refuse a folder in which there is something, but files of these names and sizes."""
+
+        def others() -> list[str]:
+            try:
+                there = self.fs.find(self.location, detail=True) if but else self.fs.ls(self.location, detail=True)
+            except FileNotFoundError:
+                if self.scheme in ("s3", "gs"):
+                    self.fs.ls(self.root, detail=False)  # there must be the bucket
+                return []
+            place = self.location.partition("://")[2]
+            infos = there.values() if isinstance(there, dict) else there
+            return [one["name"] for one in infos if but.get(one["name"].removeprefix(f"{place}/"), -1) != one["size"]]
+
+        if there := self.tried(self.location, others):
+            raise OutputError(f"{cut(self.location)}: holds {cut(str(there[0]))}; choose another place, or remove it")
 
 
 def check_target(repo: str) -> None:
@@ -46,31 +118,52 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     return str(commit.commit_url)
 
 
-def uploaded_from(url: str) -> Path:
-    """Where a result for an object store is made, so that a killed merge finds it again; what is there already is refused."""
-    Store(url).check_empty()
-    return (
-        cache_folder() / "results" / hashlib.sha256(url.encode()).hexdigest()[:20] / url.rstrip("/").rpartition("/")[2]
-    )
+def uploaded_from(url: str, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Where a result for an object store is made, so that a killed merge finds it again; what is there already is refused.
+
+    Raises:
+        OutputError: there is something, other than what an upload that did not end left of a result to resume; or that
+            result waits, and is neither to be resumed nor to be made anew.
+    """
+    store, name = Target(url), hashlib.sha256(url.encode()).hexdigest()[:20]
+    folder = cache_folder() / "results" / name / url.rstrip("/").rpartition("/")[2]
+    if not (folder / MANIFEST).is_file():
+        store.check_empty()
+        return folder
+    if not (resume or overwrite):
+        raise OutputError(
+            f"{url}: a result for it is whole in {folder}, but was not uploaded to the end: go on with --resume, or make it "
+            "anew with --overwrite"
+        )
+    left = [*result_files(folder), *([MANIFEST] if store.holds(folder / MANIFEST) else [])]
+    store.check_empty({name: (folder / name).stat().st_size for name in left} if resume else {})
+    return folder
 
 
 def upload(folder: Path, url: str) -> None:
     """Upload a result to an object store, its manifest last: without one it is no result. After a failure nothing is left
-    there, and the result is where it was made.
+    there, if the store can still be reached, and the result is where it was made.
 
     Raises:
         OutputError: the upload failed, even when tried again.
+        KeyboardInterrupt: by Ctrl-C, with what is left.
     """
-    store, sent = Store(url), []
+    store, sent = Target(url), []
     try:
         for name in [*result_files(folder), MANIFEST]:
             sent.append(name)
             store.put(folder / name, name)
-    except CheckpointError as error:
+        store.abort(sent)
+    except (CheckpointError, KeyboardInterrupt) as error:
         try:
             store.remove(sent)
             left = "nothing is left there"
-        except OSError:
+        except CheckpointError:
             left = "what was uploaded is left there, without a manifest"
-        raise OutputError(f"{error}; {left}, and the result is whole in {folder}: go on with --resume") from error
+        left += f", and the result is whole in {folder}: go on with --resume"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"{url}: {left}") from error
+        raise OutputError(f"{error}; {left}") from error
     shutil.rmtree(folder)
+    with suppress(OSError):  # there may be another
+        folder.parent.rmdir()

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -158,37 +158,6 @@ class Store:
             return self._web_files()
         found = self.tried(self.location, lambda: self.fs.ls(self.location, detail=True))
         return self._named((f"{self.scheme}://{one['name']}", one) for one in found if one["type"] == "file")
-
-    def put(self, path: Path, name: str) -> None:
-        """Upload a file, in parts where it is large; what arrived must be as long."""
-        url, size = f"{self.location}/{name}", path.stat().st_size
-
-        def send() -> None:
-            self.fs.put_file(str(path), url)
-            if (there := _told(self.fs.info(url))[0]) != size:
-                raise OSError(f"{there} bytes arrived of {size}")
-
-        self.tried(url, send)
-
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files that were uploaded."""
-        for name in names:
-            with suppress(FileNotFoundError):  # of which nothing arrived
-                self.fs.rm_file(f"{self.location}/{name}")
-
-    def check_empty(self) -> None:
-        """Refuse a folder in which there is something."""
-
-        def names() -> list[Any]:
-            try:
-                return list(self.fs.ls(self.location, detail=False))
-            except FileNotFoundError:
-                if self.scheme in ("s3", "gs"):
-                    self.fs.ls(self.root, detail=False)  # there must be the bucket
-                return []
-
-        if there := self.tried(self.location, names):
-            raise OutputError(f"{cut(self.location)}: holds {cut(str(there[0]))}; choose another place, or remove it")
 
     def whole(self, file: RemoteFile) -> Iterator[bytes]:
         """All of a small file, or of one that cannot be read by ranges."""
