@@ -253,6 +253,7 @@ def connected(address: str | None) -> Iterator[None]:
             where = f"{option} {address}" if address else "Ray on this machine"
             raise OutputError(
                 f"{where}: no cluster can be reached there ({plain(error)}); start one with `ray start --head`, "
+                "set RAY_AUTH_MODE=token if it asks for a token, "
                 f"or {'unset it' if option == 'RAY_ADDRESS' else 'leave the address out'}"
             ) from error
     try:
