@@ -123,7 +123,7 @@ def uploaded_from(url: str, *, resume: bool = False, overwrite: bool = False) ->
 
     Raises:
         OutputError: there is something, other than what an upload that did not end left of a result to resume; or that
-            result waits, and is neither to be resumed nor to be made anew.
+            result waits, and neither `resume` nor `overwrite` says what to do with it.
     """
     store, name = Target(url), hashlib.sha256(url.encode()).hexdigest()[:20]
     folder = cache_folder() / "results" / name / url.rstrip("/").rpartition("/")[2]
@@ -132,8 +132,8 @@ def uploaded_from(url: str, *, resume: bool = False, overwrite: bool = False) ->
         return folder
     if not (resume or overwrite):
         raise OutputError(
-            f"{url}: a result for it is whole in {folder}, but was not uploaded to the end: go on with --resume, or make it "
-            "anew with --overwrite"
+            f"{url}: a result for it is whole in {folder}, but was not uploaded to the end: go on with --resume, or "
+            "remove that folder"
         )
     left = [*result_files(folder), *([MANIFEST] if store.holds(folder / MANIFEST) else [])]
     store.check_empty({name: (folder / name).stat().st_size for name in left} if resume else {})
