@@ -34,6 +34,7 @@ VIDEO, CLOUD = builtin.SAMPLES / "elephant-animated.webp", builtin.SAMPLES / "do
 MEDIA = {"image": PICTURE, "audio": SOUND, "video": VIDEO, "point": CLOUD}
 FLAGS = (
     *("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"),  # a microphone that beeps
+    "--disable-features=AudioServiceOutOfProcess",  # which once in many runs did not answer for half a minute
     *("--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"),  # WebGL without a graphics card
     *(("--no-sandbox",) if os.geteuid() == 0 else ()),
 )
