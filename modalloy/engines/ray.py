@@ -35,9 +35,7 @@ from modalloy.storage.writer import TensorSpec, WeightWriter
 
 KNOCK_S = 5
 CLIENT_PORT = "10001"  # of ray://HOST
-SETTINGS = bytes(
-    [0, 0, 0, 4, 0, 0, 0, 0, 0]
-)  # the frame that either side of HTTP/2 sends first (RFC 9113, 3.4), if empty
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # what either side of HTTP/2 sends first (RFC 9113, 3.4), if empty
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
 STOP_S = 60  # to wait for tasks that are given up
 RETRIES = 8  # of a task whose worker died
@@ -124,9 +122,8 @@ class Cluster:
                     (done, *_), waiting = self.ray.wait(waiting)
                     try:
                         shard = self._get(done)
-                    except (
-                        ModalloyError
-                    ):  # what is told is what goes wrong first in the shards' order, as on one machine
+                    except ModalloyError:
+                        # what is told is what goes wrong first in the shards' order, as on one machine
                         for earlier in (one for one in started[: started.index(done)] if one in waiting):
                             self._get(earlier)
                         raise

@@ -135,8 +135,8 @@ def uploaded_from(url: str, *, resume: bool = False, overwrite: bool = False) ->
             f"{url}: a result for it is whole in {folder}, but was not uploaded to the end: go on with --resume, or "
             "remove that folder"
         )
-    left = [*result_files(folder), *([MANIFEST] if store.holds(folder / MANIFEST) else [])]
-    store.check_empty({name: (folder / name).stat().st_size for name in left} if resume else {})
+    left = [*result_files(folder), *([MANIFEST] if store.holds(folder / MANIFEST) else [])] if resume else []
+    store.check_empty({name: (folder / name).stat().st_size for name in left})
     return folder
 
 
