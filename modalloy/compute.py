@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, compressed, once, sharing
+from modalloy.delta import Delta, LowRank, Scaled, compressed, once, sharing
 from modalloy.errors import MethodError, ModalloyError
 from modalloy.linalg import FACTOR_ROWS, all_finite, row_blocks
 from modalloy.machine.threads import one_thread
@@ -117,7 +117,7 @@ def merged_update(
     try:
         return apply(
             job.method,
-            weighted_updates(job, read, device, rows=rows, weigh=not method.takes("weights")),
+            _updates(job, read, device, rows, not method.takes("weights")),
             job.parameters,
             (n_rows, n_columns),
             slot=job.name,
@@ -130,12 +130,16 @@ def merged_update(
         raise MethodError(f"{job.name}: {error}") from error
 
 
-def weighted_updates(
-    job: Job, read: Read, device: str = "cpu", *, rows: slice = slice(None), weigh: bool = True
-) -> list[Delta]:
-    """w_i δ_i of every model that takes part, or δ_i; one that has no update is a zero of rank 0 (`missing: zero`)."""
+def weighted_updates(job: Job, read: Read) -> list[Delta]:
+    """w_i δ_i of every model that takes part; one that has no update is a zero of rank 0 (`missing: zero`)."""
+    updates = _updates(job, read, "cpu", slice(None), True)
+    return [update.to(job.wide) if isinstance(update, Scaled) else update for update in updates]
+
+
+def _updates(job: Job, read: Read, device: str, rows: slice, weigh: bool) -> list[Delta | Scaled]:
+    """w_i δ_i or δ_i, of some rows; factors stay as they are stored where the arithmetic's type holds them."""
     assert job.start is not None
-    deltas: list[Delta] = []
+    deltas: list[Delta | Scaled] = []
     for model, weight in zip(job.models, job.weights if weigh else [1.0] * len(job.models), strict=True):
         if isinstance(model, StoredLora):
             deltas.append(
@@ -156,10 +160,11 @@ def weighted_updates(
     return deltas
 
 
-def _update(model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice) -> LowRank:
-    stored = model.delta(read)
-    update = LowRank(stored.up[rows].to(device, wide), stored.down.to(device, wide))
-    return update if weight == 1 else weight * update
+def _update(model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice) -> Scaled:
+    up, down = read(model.b)[rows].to(device), read(model.a).to(device)
+    stored = LowRank(up, down)
+    holds = all(torch.promote_types(factor.dtype, wide) == torch.float32 for factor in (up, down))
+    return Scaled(stored if holds else stored.to(wide), weight * model.scale)
 
 
 def _factors(job: Job, merged: Delta) -> Done:

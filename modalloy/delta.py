@@ -76,7 +76,26 @@ class LowRank:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """scale · update with factors as they are stored: a merge of cores reads those block by block, in half the bytes."""
+
+    update: LowRank
+    scale: float
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The update with the scale folded in, in `dtype`."""
+        return self.scale * self.update.to(dtype)
+
+
 Delta = LowRank | Tensor
+
+
+def factors_of(delta: LowRank | Scaled) -> LowRank:
+    """The factors of an update, without a scale beside them."""
+    return delta.update if isinstance(delta, Scaled) else delta
+
+
 Value = TypeVar("Value")
 
 
@@ -107,17 +126,21 @@ def once(key: Hashable, make: Callable[[], Value]) -> Value:
     return _kept.values[key]
 
 
-def _once_of(name: str, deltas: list[LowRank], make: Callable[[], Value]) -> Value:
+def _once_of(name: str, deltas: Sequence[LowRank | Scaled], make: Callable[[], Value]) -> Value:
     """The same for what is made of updates, which are told by the memory of their factors: it is held as long."""
-    factors = [factor for delta in deltas for factor in (delta.up, delta.down)]
+    factors = [factor for delta in deltas for factor in (factors_of(delta).up, factors_of(delta).down)]
     places = tuple((one.data_ptr(), one.device, one.dtype, one.shape, one.stride()) for one in factors)
-    return once((name, places), lambda: (make(), deltas))[0]
+    return once((name, places, *map(_scale, deltas)), lambda: (make(), deltas))[0]
+
+
+def _scale(delta: LowRank | Scaled) -> float:
+    return delta.scale if isinstance(delta, Scaled) else 1.0
 
 
 Restore = Callable[["LowRank | Tensor", torch.dtype], "LowRank"]
 
 
-def lift(deltas: list[LowRank]) -> tuple[list[LowRank], Restore]:
+def lift(deltas: Sequence[LowRank | Scaled]) -> tuple[list[LowRank], Restore]:
     """Cores C_i (p, q), as factors in float64, with D_i = Q_B C_i Q_Aᵀ, and the function that takes a merge of them back.
 
     Q_B and Q_A are orthonormal bases of the stacked up and down factors, so p, q ≤ Σ rank_i: a method that only
@@ -126,12 +149,12 @@ def lift(deltas: list[LowRank]) -> tuple[list[LowRank], Restore]:
     return _once_of("lift", deltas, lambda: _lift(deltas))
 
 
-def _lift(deltas: list[LowRank]) -> tuple[list[LowRank], Restore]:
-    rows = Basis(torch.cat([delta.up for delta in deltas], 1))
-    columns = Basis(torch.cat([delta.down for delta in deltas], 0).T)
-    splits = [delta.rank for delta in deltas]
-    pairs = zip(rows.triangle.split(splits, 1), columns.triangle.split(splits, 1), strict=True)
-    cores = [LowRank(left, right.T) for left, right in pairs]
+def _lift(deltas: Sequence[LowRank | Scaled]) -> tuple[list[LowRank], Restore]:
+    updates = [factors_of(delta) for delta in deltas]
+    rows, columns = Basis(*(update.up for update in updates)), Basis(*(update.down.T for update in updates))
+    splits = [update.rank for update in updates]
+    pairs = zip(rows.triangle.split(splits, 1), columns.triangle.split(splits, 1), map(_scale, deltas), strict=True)
+    cores = [LowRank(left if scale == 1 else scale * left, right.T) for left, right, scale in pairs]
 
     def restore(merged: LowRank | Tensor, dtype: torch.dtype) -> LowRank:
         if isinstance(merged, Tensor):
@@ -151,7 +174,7 @@ def lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
 
 
 def _lift_left(deltas: list[LowRank]) -> tuple[list[Tensor], Restore]:
-    rows = Basis(torch.cat([delta.up for delta in deltas], 1))
+    rows = Basis(*(delta.up for delta in deltas))
     lefts = rows.triangle.split([delta.rank for delta in deltas], 1)
     for delta in deltas:
         require_finite(delta.down)
@@ -169,7 +192,8 @@ def total(deltas: Sequence[Delta]) -> Delta:
     """Σ D_i of updates that are all factors or all matrices; of matrices with room for one more, whatever their number."""
     first, *rest = deltas
     if isinstance(first, LowRank):
-        return sum(rest, first)
+        factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+        return LowRank(torch.cat([one.up for one in factors], 1), torch.cat([one.down for one in factors], 0))
     summed = first.clone()
     for D in rest:
         assert isinstance(D, Tensor)
@@ -184,7 +208,7 @@ def second_moment(deltas: Sequence[Delta]) -> Tensor:
     if not factored:
         assert dense is not None
         return dense
-    product = symmetric_product(map(_weighed, factored), factored[0].down)
+    product = symmetric_product(map(_weighed, factored), factored[0].shape[1], factored[0].down.device)
     return product if dense is None else product + dense
 
 

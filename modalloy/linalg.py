@@ -1,7 +1,7 @@
 """The only place that decomposes a matrix. Grams and cores are float64: a Gram squares the condition number."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -19,8 +19,9 @@ MAX_WEIGHTS = (
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
 BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once: temporaries stay small and near the processor
 FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
-BLOCK_ROWS = 2048  # rows of a tall factor that are held in float64 at once
-GRAM_ROWS, GRAM_COLUMNS = 512, 128  # of a matrix whose Gram is multiplied at once
+BLOCK_ROWS = 2048  # of a matrix whose norm is summed at once
+TALL_ROWS = 512  # of tall factors that are held in the type of the arithmetic at once: these stay near the processor
+GRAM_COLUMNS = 128  # of a matrix whose Gram is multiplied at once
 ALIASED = 128  # columns of multiples of so many float64 numbers share few places in a processor's cache
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
 MIN_GAP = 1e-5  # of the eigenvalues at the cut, in the largest: what float32 can tell apart
@@ -58,17 +59,46 @@ def frobenius(matrix: Tensor) -> float:
 
 def gram(*matrices: Tensor) -> Tensor:
     """Σ XᵀX (n, n) in float64 over matrices X (m, n). O(m n²)."""
-    blocks = (block.to(torch.float64) for matrix in matrices for block in matrix.split(GRAM_ROWS))
-    return symmetric_product(((rows, rows) for rows in blocks), matrices[0])
+    blocks = (block for matrix in matrices for _, block in blocks_beside([matrix], TALL_ROWS, torch.float64))
+    return symmetric_product(((rows, rows) for rows in blocks), matrices[0].shape[1], matrices[0].device)
 
 
-def symmetric_product(pairs: Iterable[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+def beside(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices (m, n_i) of any type side by side in `dtype`: (m, Σ n_i), ordered in memory as the first is."""
+    ((_, whole),) = blocks_beside(parts, max(1, len(parts[0])), dtype)
+    return whole
+
+
+def blocks_beside(parts: Sequence[Tensor], n_rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The same by blocks of so many rows, and which these are: to be read only, each in the memory of the one before."""
+    first, m, widths = parts[0], len(parts[0]), [part.shape[1] for part in parts]
+    is_there = len(parts) == 1 and first.dtype == dtype
+    size = min(m, n_rows), 0 if is_there else sum(widths)
+    memory = (
+        torch.empty(size[::-1], dtype=dtype, device=first.device).T
+        if _by_columns(first)
+        else first.new_empty(size, dtype=dtype)
+    )
+    for start in range(0, max(1, m), n_rows):
+        rows = slice(start, min(start + n_rows, m))
+        block = first[rows] if is_there else memory[: rows.stop - start]
+        if not is_there:
+            for own, part in zip(block.split(widths, 1), parts, strict=True):
+                own.copy_(part[rows])
+        yield rows, block
+
+
+def _by_columns(matrix: Tensor) -> bool:
+    """Whether its columns are stored one after the other."""
+    return matrix.stride(0) == 1
+
+
+def symmetric_product(pairs: Iterable[tuple[Tensor, Tensor]], n: int, device: torch.device) -> Tensor:
     """Σ XᵀY (n, n) of float64 X, Y (m, n), which is known to be symmetric: little more than its upper triangle is multiplied.
 
-    n and the device are those of `like`; narrower X and Y stand for such whose other columns are zero.
+    Narrower X and Y stand for such whose other columns are zero.
     """
-    n = like.shape[1]
-    out = torch.zeros(n, n, dtype=torch.float64, device=like.device)
+    out = torch.zeros(n, n, dtype=torch.float64, device=device)
     for X, Y in pairs:
         width = X.shape[1]
         for start in range(0, width, GRAM_COLUMNS):
@@ -244,32 +274,37 @@ def _inverse_norm(lower: Tensor) -> float:
 class Basis:
     """An orthonormal basis Q (m, p) of the columns of a tall X = Q @ triangle, p ≤ min(m, n), all in float64.
 
-    Q is not formed: `times(c)` gives Q @ c. With columns scaled to unit length, X̂ᵀX̂ = L Lᵀ gives Q = X̂ L⁻ᵀ, at a tenth
-    of the cost of a QR of the tall matrix. Where L⁻¹ is large, which says that the columns are close to dependent, a
-    Householder QR is taken instead; where X is not tall, Q is the identity.
+    X is matrices (m, n_i) of any type, side by side. Neither it nor Q is formed: `times(c)` gives Q @ c. With columns scaled
+    to unit length, X̂ᵀX̂ = L Lᵀ gives Q = X̂ L⁻ᵀ, at a tenth of the cost of a QR of the tall matrix. Where L⁻¹ is large, which
+    says that the columns are close to dependent, a Householder QR is taken instead; where X is not tall, Q is the identity.
     """
 
-    def __init__(self, columns: Tensor) -> None:
-        m, n = columns.shape
-        squares = gram(columns) if m > n else None
-        require_finite(columns if squares is None else squares.diagonal())
+    def __init__(self, *parts: Tensor) -> None:
+        m, n = len(parts[0]), sum(part.shape[1] for part in parts)
+        self.parts = list(parts)
         self.q: Tensor | None = None
         self.lower: Tensor | None = None
-        if squares is None:
-            self.triangle = columns.to(torch.float64)
+        if m <= n:
+            self.triangle = beside(parts, torch.float64)
+            require_finite(self.triangle)
             return
+        blocks = blocks_beside(parts, TALL_ROWS, torch.float64)
+        squares = symmetric_product(((rows, rows) for _, rows in blocks), n, parts[0].device)
+        require_finite(squares.diagonal())
         lengths = squares.diagonal().sqrt()
         some = lengths > 0
         kept: Tensor | slice = slice(None) if bool(some.all()) else some
-        self.columns, self.lengths, squares = columns[:, kept], lengths[kept], squares[kept][:, kept]
-        p = len(self.lengths)
-        self.triangle = torch.zeros(p, n, dtype=torch.float64, device=columns.device)
-        lower, failed = _cholesky(squares / self.lengths.outer(self.lengths))
+        if isinstance(kept, Tensor):
+            self.parts = [
+                part[:, own] for part, own in zip(parts, kept.split([part.shape[1] for part in parts]), strict=True)
+            ]
+        self.lengths, squares = lengths[kept], squares[kept][:, kept]
+        lower, failed = _cholesky(squares.div_(self.lengths).div_(self.lengths[:, None]))
         if not int(failed) and _inverse_norm(lower) <= MAX_INVERSE:
-            self.triangle[:, kept] = lower.T * self.lengths
-            self.lower = lower
-            return
-        self.q, upper = torch.linalg.qr(self.columns.to(torch.float64) / self.lengths)
+            self.lower, upper = lower, lower.T
+        else:
+            self.q, upper = torch.linalg.qr(beside(self.parts, torch.float64) / self.lengths)
+        self.triangle = torch.zeros(len(upper), n, dtype=torch.float64, device=upper.device)
         self.triangle[:, kept] = upper * self.lengths
 
     def times(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
@@ -281,12 +316,14 @@ class Basis:
         weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True)  # of the columns at unit length
         well_separated = float(weights.norm()) <= MAX_WEIGHTS * float(coefficients.norm())
         weights /= self.lengths[:, None]  # of a column that is next to nothing, beyond the range of float32
-        if well_separated and self.columns.dtype == dtype and float(weights.norm()) < torch.finfo(dtype).max:
-            return self.columns @ weights.to(dtype)
-        # (k, p) @ (p, rows): several times faster than its transpose where the columns are stored one after the other
-        across = weights.T.contiguous()
-        parts = [(across @ rows.T.to(torch.float64)).to(dtype) for rows in self.columns.split(BLOCK_ROWS)]
-        return torch.cat(parts, 1).T
+        fits = float(weights.norm()) < torch.finfo(dtype).max
+        holds = all(torch.promote_types(part.dtype, dtype) == dtype for part in self.parts)
+        weights = weights.to(dtype if well_separated and fits and holds else torch.float64)
+        blocks = blocks_beside(self.parts, TALL_ROWS, weights.dtype)
+        if _by_columns(self.parts[0]):  # (k, p) @ (p, rows): several times faster than its transpose
+            across = weights.T.contiguous()
+            return torch.cat([(across @ block.T).to(dtype) for _, block in blocks], 1).T
+        return torch.cat([(block @ weights).to(dtype) for _, block in blocks])
 
     def q_in(self, dtype: torch.dtype) -> Tensor:
         """Q itself (m, p)."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from modalloy import linalg, subspaces
-from modalloy.delta import LowRank, norm, second_moment
+from modalloy.delta import LowRank, Scaled, lift, norm, second_moment, sharing
 from modalloy.linalg import Basis, Spectrum, gram, top_eigenvectors
 from modalloy.subspaces import top_subspaces
 
@@ -302,3 +302,47 @@ def test_low_rank_where_half_of_the_rows_are_zero(seed: int) -> None:
     found = top_eigenvectors(columns @ columns.T, rank)
     left = torch.linalg.svd(columns, full_matrices=False)[0][:, :rank]
     assert (found @ (found.T @ columns) - left @ (left.T @ columns)).norm() < 1e-8 * columns.norm()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("n_rows", [40, 512, 1300])
+def test_a_basis_of_matrices_side_by_side_is_that_of_one(n_rows: int, transposed: bool) -> None:
+    """Of any types, one of no columns and one with a column of zeros among them, stored by rows or by columns."""
+    generator = torch.Generator().manual_seed(0)
+    types = (torch.float16, torch.bfloat16, torch.float32, torch.float16)
+    parts = [
+        torch.randn(n_rows, n, generator=generator).to(dtype) for n, dtype in zip((8, 0, 5, 16), types, strict=True)
+    ]
+    parts[2][:, 3] = 0
+    whole = torch.cat([part.double() for part in parts], 1)
+    if transposed:
+        parts = [part.T.contiguous().T for part in parts]
+    basis = Basis(*parts)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        q = basis.q_in(dtype).double()
+        assert q.shape == (n_rows, 28)
+        assert (q.T @ q - torch.eye(28, dtype=torch.float64)).norm() < tolerance
+        assert (q @ basis.triangle - whole).norm() < tolerance * whole.norm()
+
+
+def test_updates_as_they_are_stored_have_the_cores_of_those_in_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n_rows: int, n_columns: int) -> torch.Tensor:
+        return torch.randn(n_rows, n_columns, generator=generator).half()
+
+    stored = [Scaled(LowRank(draw(90, 6), draw(6, 70)), scale) for scale in (0.3, 1.0, -2.0)]
+    cores, restore = lift(stored)
+    for core, one in zip(cores, stored, strict=True):
+        wanted = one.to(torch.float64).dense()
+        assert (restore(core, torch.float64).dense() - wanted).norm() < 1e-12 * wanted.norm()
+
+
+def test_what_is_shared_of_stored_updates_tells_their_scales_apart() -> None:
+    update = LowRank(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).half(), torch.eye(4, 40).half())
+    with sharing():
+        (one,), _ = lift([Scaled(update, 1.0)])
+        (again,), _ = lift([Scaled(update, 1.0)])
+        (double,), _ = lift([Scaled(update, 2.0)])
+    assert again is one
+    assert torch.equal(double.dense(), 2 * one.dense())

@@ -186,8 +186,8 @@ def _deltas(job: Job, read: Read) -> dict[str, Delta]:
 def _in_common_bases(deltas: list[LowRank]) -> list[LowRank]:
     """The updates in orthonormal bases of their stacked factors: Q_Bᵀ D_i Q_A, still as factors, in float64."""
     splits = [delta.rank for delta in deltas]
-    left = Basis(torch.cat([delta.up for delta in deltas], 1)).triangle.split(splits, 1)
-    right = Basis(torch.cat([delta.down for delta in deltas], 0).T).triangle.split(splits, 1)
+    left = Basis(*(delta.up for delta in deltas)).triangle.split(splits, 1)
+    right = Basis(*(delta.down.T for delta in deltas)).triangle.split(splits, 1)
     return [LowRank(up, down.T) for up, down in zip(left, right, strict=True)]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, lift, lift_left
+from modalloy.delta import Delta, LowRank, Scaled, factors_of, lift, lift_left
 from modalloy.errors import MethodError, RecipeError, nearest, shown
 from modalloy.linalg import require_finite
 from modalloy.methods import METHODS
@@ -67,7 +67,7 @@ def merge_deltas(
 
 def apply(
     method: str,
-    deltas: list[Delta],
+    deltas: Sequence[Delta | Scaled],
     parameters: dict[str, Any],
     shape: tuple[int, int],
     *,
@@ -93,28 +93,29 @@ def apply(
     arguments = parameters | {name: value for name, value in given.items() if entry.takes(name)}
     if entry.takes("fishers"):
         _check_fishers(method, fishers, len(deltas), shape)
-    factored = [delta for delta in deltas if isinstance(delta, LowRank)]
+    factored = [delta for delta in deltas if not isinstance(delta, Tensor)]
     gets = entry.gets(parameters)
-    if len(factored) == len(deltas) and gets != "dense":
-        if gets == "factors":
-            merged = entry.function([delta.to(dtype) for delta in factored], **arguments)
-            for factor in (merged.up, merged.down):
-                require_finite(factor)
-            return merged
-        if gets == "left_core":
-            matrices, restore = lift_left(factored)
-            return restore(entry.function(matrices, **arguments), dtype)
+    if len(factored) == len(deltas) and gets in ("core", "factored_core"):
         cores, restore = lift(factored)
         small = [core.dense() for core in cores] if gets == "core" else cores
         return restore(entry.function(small, **arguments), dtype)
+    if len(factored) == len(deltas) and gets != "dense":
+        folded = [delta.to(dtype) for delta in factored]
+        if gets == "factors":
+            merged = entry.function(folded, **arguments)
+            for factor in (merged.up, merged.down):
+                require_finite(factor)
+            return merged
+        matrices, restore = lift_left(folded)
+        return restore(entry.function(matrices, **arguments), dtype)
     result: Delta = entry.function(dense_matrices(deltas), **arguments)
     return result.to(dtype)
 
 
-def dense_matrices(deltas: list[Delta]) -> list[Tensor]:
+def dense_matrices(deltas: Sequence[Delta | Scaled]) -> list[Tensor]:
     """Every update as a finite full matrix, in float32 or in the wider type of the widest."""
     dtype = _common_dtype(deltas)
-    matrices = [delta.to(dtype).dense() if isinstance(delta, LowRank) else delta.to(dtype) for delta in deltas]
+    matrices = [delta.to(dtype) if isinstance(delta, Tensor) else delta.to(dtype).dense() for delta in deltas]
     for matrix in matrices:
         require_finite(matrix)
     return matrices
@@ -183,10 +184,10 @@ def resolve(method: str, parameters: dict[str, Any], *, n: int, lora_rank: int |
     return chosen
 
 
-def _common_dtype(deltas: Sequence[Delta]) -> torch.dtype:
+def _common_dtype(deltas: Sequence[Delta | Scaled]) -> torch.dtype:
     dtype = torch.float32
     for delta in deltas:
-        dtype = torch.promote_types(dtype, delta.up.dtype if isinstance(delta, LowRank) else delta.dtype)
+        dtype = torch.promote_types(dtype, delta.dtype if isinstance(delta, Tensor) else factors_of(delta).up.dtype)
     return dtype
 
 

@@ -47,8 +47,7 @@ def core_space(
         raise MethodError(
             "core_space merges in the span of LoRA factors, but an update is a full matrix; use another method, for example ties"
         )
-    rows = Basis(torch.cat([delta.up for delta in factors], 1))
-    columns = Basis(torch.cat([delta.down for delta in factors]).T)
+    rows, columns = Basis(*(delta.up for delta in factors)), Basis(*(delta.down.T for delta in factors))
     U, V = left_singular_vectors(rows.triangle, CUT), left_singular_vectors(columns.triangle, CUT)
     splits = [delta.rank for delta in factors]
     lefts, rights = (U.T @ rows.triangle).split(splits, 1), (V.T @ columns.triangle).split(splits, 1)
