@@ -160,10 +160,11 @@ def upload(folder: Path, url: str) -> None:
             left = "nothing is left there"
         except CheckpointError:
             left = "what was uploaded is left there, without a manifest"
-        left += f", and the result is whole in {folder}: go on with --resume"
+        left += f", and the result is whole in {folder}"
         if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"{url}: {left}") from error
-        raise OutputError(f"{error}; {left}") from error
+            raise KeyboardInterrupt(f"{url}: {left}: go on with --resume") from error
+        hint = "" if isinstance(error, NetworkError) else ": go on with --resume"  # which says so itself
+        raise OutputError(f"{error}; {left}{hint}") from error
     shutil.rmtree(folder)
     with suppress(OSError):  # there may be another
         folder.parent.rmdir()

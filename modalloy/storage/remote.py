@@ -262,7 +262,7 @@ class Store:
                 if file is not None:
                     self.check(file)
         raise NetworkError(
-            f"{cut(url)}: cannot be read ({_reason(last)}, {TRIES} times); check the network, then go on with --resume"
+            f"{cut(url)}: failed {TRIES} times ({_reason(last)}); check the network, then go on with --resume"
         ) from last
 
     def _hub_files(self) -> dict[str, RemoteFile]:
