@@ -161,10 +161,10 @@ def _updates(job: Job, read: Read, device: str, rows: slice, weigh: bool) -> lis
 
 
 def _update(model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice) -> Scaled:
-    up, down = read(model.b)[rows].to(device), read(model.a).to(device)
-    stored = LowRank(up, down)
-    holds = all(torch.promote_types(factor.dtype, wide) == torch.float32 for factor in (up, down))
-    return Scaled(stored if holds else stored.to(wide), weight * model.scale)
+    stored = model.delta(read)
+    update = LowRank(stored.update.up[rows].to(device), stored.update.down.to(device))
+    holds = all(torch.promote_types(factor.dtype, wide) == torch.float32 for factor in (update.up, update.down))
+    return Scaled(update if holds else update.to(wide), weight * stored.scale)
 
 
 def _factors(job: Job, merged: Delta) -> Done:

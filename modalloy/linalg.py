@@ -19,8 +19,8 @@ MAX_WEIGHTS = (
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
 BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once: temporaries stay small and near the processor
 FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
-BLOCK_ROWS = 2048  # of a matrix whose norm is summed at once
-TALL_ROWS = 512  # of tall factors that are held in the type of the arithmetic at once: these stay near the processor
+BLOCK_ROWS = 2048  # of a matrix that are held in float64 at once
+TALL_ROWS = 512  # of tall factors on a processor: so many stay in its cache
 GRAM_COLUMNS = 128  # of a matrix whose Gram is multiplied at once
 ALIASED = 128  # columns of multiples of so many float64 numbers share few places in a processor's cache
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
@@ -59,33 +59,24 @@ def frobenius(matrix: Tensor) -> float:
 
 def gram(*matrices: Tensor) -> Tensor:
     """Σ XᵀX (n, n) in float64 over matrices X (m, n). O(m n²)."""
-    blocks = (block for matrix in matrices for _, block in blocks_beside([matrix], TALL_ROWS, torch.float64))
+    blocks = (block for matrix in matrices for block in blocks_beside([matrix], torch.float64))
     return symmetric_product(((rows, rows) for rows in blocks), matrices[0].shape[1], matrices[0].device)
 
 
-def beside(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Matrices (m, n_i) of any type side by side in `dtype`: (m, Σ n_i), ordered in memory as the first is."""
-    ((_, whole),) = blocks_beside(parts, max(1, len(parts[0])), dtype)
-    return whole
-
-
-def blocks_beside(parts: Sequence[Tensor], n_rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The same by blocks of so many rows, and which these are: to be read only, each in the memory of the one before."""
+def blocks_beside(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Matrices (m, n_i) of any type side by side, (m, Σ n_i), in `dtype`, by blocks of rows: to be read, each until the next."""
     first, m, widths = parts[0], len(parts[0]), [part.shape[1] for part in parts]
-    is_there = len(parts) == 1 and first.dtype == dtype
-    size = min(m, n_rows), 0 if is_there else sum(widths)
-    memory = (
-        torch.empty(size[::-1], dtype=dtype, device=first.device).T
-        if _by_columns(first)
-        else first.new_empty(size, dtype=dtype)
-    )
-    for start in range(0, max(1, m), n_rows):
-        rows = slice(start, min(start + n_rows, m))
-        block = first[rows] if is_there else memory[: rows.stop - start]
-        if not is_there:
-            for own, part in zip(block.split(widths, 1), parts, strict=True):
-                own.copy_(part[rows])
-        yield rows, block
+    n_rows = TALL_ROWS if first.is_cpu else BLOCK_ROWS
+    if len(parts) == 1 and first.dtype == dtype:
+        yield from first.split(n_rows)
+        return
+    size = min(m, n_rows), sum(widths)
+    memory = torch.empty(size[::-1] if _by_columns(first) else size, dtype=dtype, device=first.device)
+    for rows in zip(*(part.split(n_rows) for part in parts), strict=True):
+        block = (memory.T if _by_columns(first) else memory)[: len(rows[0])]
+        for own, part in zip(block.split(widths, 1), rows, strict=True):
+            own.copy_(part)
+        yield block
 
 
 def _by_columns(matrix: Tensor) -> bool:
@@ -285,11 +276,10 @@ class Basis:
         self.q: Tensor | None = None
         self.lower: Tensor | None = None
         if m <= n:
-            self.triangle = beside(parts, torch.float64)
+            self.triangle = torch.cat([part.to(torch.float64) for part in parts], 1)
             require_finite(self.triangle)
             return
-        blocks = blocks_beside(parts, TALL_ROWS, torch.float64)
-        squares = symmetric_product(((rows, rows) for _, rows in blocks), n, parts[0].device)
+        squares = symmetric_product(((rows, rows) for rows in blocks_beside(parts, torch.float64)), n, parts[0].device)
         require_finite(squares.diagonal())
         lengths = squares.diagonal().sqrt()
         some = lengths > 0
@@ -303,7 +293,9 @@ class Basis:
         if not int(failed) and _inverse_norm(lower) <= MAX_INVERSE:
             self.lower, upper = lower, lower.T
         else:
-            self.q, upper = torch.linalg.qr(beside(self.parts, torch.float64) / self.lengths)
+            self.q, upper = torch.linalg.qr(
+                torch.cat([part.to(torch.float64) for part in self.parts], 1) / self.lengths
+            )
         self.triangle = torch.zeros(len(upper), n, dtype=torch.float64, device=upper.device)
         self.triangle[:, kept] = upper * self.lengths
 
@@ -319,11 +311,11 @@ class Basis:
         fits = float(weights.norm()) < torch.finfo(dtype).max
         holds = all(torch.promote_types(part.dtype, dtype) == dtype for part in self.parts)
         weights = weights.to(dtype if well_separated and fits and holds else torch.float64)
-        blocks = blocks_beside(self.parts, TALL_ROWS, weights.dtype)
+        blocks = blocks_beside(self.parts, weights.dtype)
         if _by_columns(self.parts[0]):  # (k, p) @ (p, rows): several times faster than its transpose
             across = weights.T.contiguous()
-            return torch.cat([(across @ block.T).to(dtype) for _, block in blocks], 1).T
-        return torch.cat([(block @ weights).to(dtype) for _, block in blocks])
+            return torch.cat([(across @ block.T).to(dtype) for block in blocks], 1).T
+        return torch.cat([(block @ weights).to(dtype) for block in blocks])
 
     def q_in(self, dtype: torch.dtype) -> Tensor:
         """Q itself (m, p)."""

@@ -156,7 +156,7 @@ def test_peft_adapter(options: dict[str, Any], untied: Path, tmp_path: Path) -> 
     specialist = open_specialist(folder)
     assert specialist.layout == "peft" and specialist.text_lora.keys() | specialist.tuned.keys() >= set(changed)
     for slot in specialist.text_lora:
-        delta = specialist.text_lora[slot].delta(specialist.read).dense().double()
+        delta = specialist.text_lora[slot].delta(specialist.read).to(torch.float64).dense()
         torch.testing.assert_close(delta, wanted[slot] - before[slot], atol=3e-7, rtol=1e-5)
 
 

@@ -257,7 +257,7 @@ def only(slot: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any, list[T
 
 
 def strong(right: Any, scale: float) -> Any:
-    return lambda self, read: scale * right(self, read)
+    return lambda self, read: replace(right(self, read), scale=scale * self.scale)
 
 
 Break = Callable[[pytest.MonkeyPatch], None]

@@ -82,8 +82,8 @@ class Weight:
         self.base = _rows(read(slot.base)) if needs_base else None
         self.dtype = slot.base.dtype
         if isinstance(merged, StoredLora):
-            delta = merged.delta(read_merged)
-            self.factors, self.dtype = (delta.up.double(), delta.down.double()), merged.b.dtype
+            delta = merged.delta(read_merged).to(torch.float64)
+            self.factors, self.dtype = (delta.up, delta.down), merged.b.dtype
         elif merged is not None:
             self.written, self.dtype = _rows(read_merged(merged)), merged.dtype
         self.coded = isinstance(merged, ScaledRef)

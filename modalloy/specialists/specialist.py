@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from modalloy.delta import LowRank
+from modalloy.delta import LowRank, Scaled
 from modalloy.errors import CheckpointError, shown
 from modalloy.names import disk_name, modality_name
 from modalloy.senses.encoders import modalities
@@ -49,11 +48,9 @@ class StoredLora:
         """(out, in) of the weight that this updates."""
         return self.b.shape[0], self.a.shape[1]
 
-    def delta(self, read: Callable[[TensorRef], Tensor]) -> LowRank:
-        """The update in its stored precision, scaling folded into `up` (float32 or wider)."""
-        up, down = read(self.b), read(self.a)
-        wide = torch.promote_types(up.dtype, torch.float32)
-        return LowRank(up.to(wide, copy=True).mul_(self.scale), down.to(wide))
+    def delta(self, read: Callable[[TensorRef], Tensor]) -> Scaled:
+        """The update as it is stored, its scaling beside it."""
+        return Scaled(LowRank(read(self.b), read(self.a)), self.scale)
 
 
 @dataclass
