@@ -49,6 +49,15 @@ def test_the_same_recipe_takes_everything_over(
     assert report.n_reused == len(first.plan.jobs) and first.n_reused == 0
 
 
+@pytest.mark.parametrize("method", ["ssam", "ties"])
+def test_a_number_that_is_written_otherwise_is_the_same(method: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    first = write_recipe(merge_method=method, parameters={"scale": 1}, output=FULL)
+    modalloy.merge(first, tmp_path / "first")
+    second = write_recipe(merge_method=method, parameters={"scale": 1.0}, output=FULL)
+    report = merged_both_ways(second, tmp_path / "first", tmp_path)
+    assert report.n_reused == len(report.plan.jobs)
+
+
 @pytest.mark.parametrize("method", ["ssam", "task_arithmetic", "ties", "metagpt"])
 def test_a_rule_for_some_weights_recomputes_these(method: str, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     modalloy.merge(write_recipe(merge_method=method, output=FULL), tmp_path / "first")

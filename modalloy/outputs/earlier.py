@@ -165,4 +165,6 @@ def _described(value: Any, identities: Mapping[Path, str]) -> Any:
         return {name: _described(part, identities) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
         return [_described(part, identities) for part in value]
+    if isinstance(value, float) and value and value.is_integer():  # 1.0 is 1, but -0.0 is not 0
+        return int(value)
     return value
