@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from modalloy import builtin, cli, load_recipe
 from modalloy.cli.progress import progress
+from modalloy.errors import CheckpointError
 from modalloy.methods import METHODS
 
 Run = Callable[..., str]
@@ -97,3 +99,11 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         report(4, 10)
     printed = capsys.readouterr()
     assert re.fullmatch(r"mmlu: 4/10, [\d.]+/s, \d+:\d\d:\d\d left\n", printed.err) and not printed.out
+
+
+@pytest.mark.parametrize("command", ["verify", "check", "bom", "chat", "serve", "inspect", "merge -o out"])
+def test_an_address_is_told_where_a_path_is_wanted(command: str) -> None:
+    """`merge -o s3://…` writes to one, so that it is natural to go on with it; as a path it would lose a slash."""
+    error = CliRunner().invoke(cli.app, [*command.split(), "s3://bucket/out"]).exception
+    assert isinstance(error, CheckpointError)
+    assert str(error) == "s3://bucket/out: is an address; download it, and give its path here"

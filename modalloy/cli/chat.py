@@ -22,6 +22,7 @@ from modalloy.cli.options import (
     check_engine,
     check_quantize,
     choice,
+    here,
 )
 from modalloy.errors import ModalloyError
 from modalloy.names import modality_name
@@ -39,7 +40,7 @@ class InOrder(typer.core.TyperCommand):
 
 def chat(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Argument(help="omni folder, or a specialist's folder", show_default=False)],
+    out: Annotated[Path, here("omni folder, or a specialist's folder")],
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="the question; without one, a conversation", show_default=False)
     ] = None,

@@ -20,6 +20,7 @@ from modalloy.cli.options import (
     Variant,
     check_engine,
     choice,
+    here,
     kept,
     source_of,
 )
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    out: Annotated[
-        Path | None, typer.Argument(help="omni folder, specialist, or a model of transformers", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, here("omni folder, specialist, or a model of transformers")] = None,
     task: Annotated[str | None, typer.Option(help="benchmark's name", show_default=False)] = None,
     data: DataFolder = None,
     run: Annotated[Path | None, typer.Option("-o", "--run", help="folder of the run", show_default=False)] = None,

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modalloy.errors import MediaError, ModalloyError, RecipeError, nearest
+from modalloy.errors import CheckpointError, MediaError, ModalloyError, RecipeError, cut, nearest
 from modalloy.names import MODALITIES, modality_name
 
 if TYPE_CHECKING:
@@ -22,8 +22,20 @@ def check_exists(recipe: Path) -> None:
         raise RecipeError(f"{recipe}: no such recipe; check the path")
 
 
-RecipePath = Annotated[Path, typer.Argument(help="YAML recipe", show_default=False)]
-OutFolder = Annotated[Path, typer.Argument(help="folder written by `modalloy merge`", show_default=False)]
+def path_here(value: str) -> Path:
+    """A path on this machine; the address of a store or a page, of which a path would lose a slash, is told as such."""
+    if "://" in value:
+        raise CheckpointError(f"{cut(value)}: is an address; download it, and give its path here")
+    return Path(value)
+
+
+def here(text: str) -> Any:
+    """An argument that is a path on this machine."""
+    return typer.Argument(help=text, show_default=False, parser=path_here)
+
+
+RecipePath = Annotated[Path, here("YAML recipe")]
+OutFolder = Annotated[Path, here("folder written by `modalloy merge`")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable result on stdout")]
 Mismatch = Annotated[bool, typer.Option("--allow-base-mismatch", help="accept specialists that record another base")]
 Workers = Annotated[int | None, typer.Option("--jobs", min=1, help="workers (default: one per core)")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from modalloy.cli.options import DEVICES, DTYPES, Context, Engine, Quantize, check_engine, check_quantize, choice
+from modalloy.cli.options import DEVICES, DTYPES, Context, Engine, Quantize, check_engine, check_quantize, choice, here
 from modalloy.cli.progress import progress
 from modalloy.errors import ModalloyError
 
@@ -16,9 +16,7 @@ DEMO = "demo"
 
 
 def serve(
-    out: Annotated[
-        Path | None, typer.Argument(help="omni folder, or any other that `chat` opens", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, here("omni folder, or any other that `chat` opens")] = None,
     model: Annotated[
         list[str] | None, typer.Option(metavar="NAME=OUT", help="a model under a name of its own; may be repeated")
     ] = None,
