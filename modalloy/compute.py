@@ -1,6 +1,7 @@
 """One job to its tensors: base plus merged update, means, interpolations, and what is carried as it is. Pure: no files, no plan."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -117,7 +118,9 @@ def merged_update(
     try:
         return apply(
             job.method,
-            _updates(job, read, device, rows, not method.takes("weights")),
+            _updates(
+                job, read, device, rows, weigh=not method.takes("weights"), stored=method.on_cores(job.parameters)
+            ),
             job.parameters,
             (n_rows, n_columns),
             slot=job.name,
@@ -132,20 +135,21 @@ def merged_update(
 
 def weighted_updates(job: Job, read: Read) -> list[Delta]:
     """w_i δ_i of every model that takes part; one that has no update is a zero of rank 0 (`missing: zero`)."""
-    updates = _updates(job, read, "cpu", slice(None), True)
-    return [update.to(job.wide) if isinstance(update, Scaled) else update for update in updates]
+    updates = _updates(job, read, "cpu", slice(None), weigh=True, stored=False)
+    return [update for update in updates if not isinstance(update, Scaled)]
 
 
-def _updates(job: Job, read: Read, device: str, rows: slice, weigh: bool) -> list[Delta | Scaled]:
-    """w_i δ_i or δ_i, of some rows; factors stay as they are stored where the arithmetic's type holds them."""
+def _updates(job: Job, read: Read, device: str, rows: slice, *, weigh: bool, stored: bool) -> list[Delta | Scaled]:
+    """w_i δ_i or δ_i, of some rows; with `stored`, factors as they are stored where all is low-rank and float32 holds them."""
     assert job.start is not None
+    stored = stored and not job.has_tuned and job.wide == torch.float32
     deltas: list[Delta | Scaled] = []
     for model, weight in zip(job.models, job.weights if weigh else [1.0] * len(job.models), strict=True):
         if isinstance(model, StoredLora):
             deltas.append(
                 once(
-                    (model, weight, device, job.wide, rows.start, rows.stop),
-                    partial(_update, model, weight, read, device, job.wide, rows),
+                    (model, weight, device, job.wide, rows.start, rows.stop, stored),
+                    partial(_update, model, weight, read, device, job.wide, rows, stored),
                 )
             )
         elif model is not None:
@@ -160,11 +164,15 @@ def _updates(job: Job, read: Read, device: str, rows: slice, weigh: bool) -> lis
     return deltas
 
 
-def _update(model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice) -> Scaled:
-    stored = model.delta(read)
-    update = LowRank(stored.update.up[rows].to(device), stored.update.down.to(device))
-    holds = all(torch.promote_types(factor.dtype, wide) == torch.float32 for factor in (update.up, update.down))
-    return Scaled(update if holds else update.to(wide), weight * stored.scale)
+def _update(
+    model: StoredLora, weight: float, read: Read, device: str, wide: torch.dtype, rows: slice, stored: bool
+) -> LowRank | Scaled:
+    whole = model.delta(read)
+    update = Scaled(LowRank(whole.update.up[rows].to(device), whole.update.down.to(device)), whole.scale)
+    if stored and update.is_narrow:
+        return replace(update, scale=weight * update.scale)
+    applied = update.applied().to(wide)
+    return applied if weight == 1 else weight * applied
 
 
 def _factors(job: Job, merged: Delta) -> Done:

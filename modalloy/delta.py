@@ -78,7 +78,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """scale · update with factors as they are stored: a merge of cores reads those block by block, in half the bytes."""
+    """scale · up @ down with factors in the type they are stored in; the scale is alpha/r, and a weight of the recipe's."""
 
     update: LowRank
     scale: float
@@ -87,12 +87,23 @@ class Scaled:
         """The update with the scale folded in, in `dtype`."""
         return self.scale * self.update.to(dtype)
 
+    def applied(self) -> LowRank:
+        """The same in the stored precision, float32 or wider: rounded as where the adapter is applied."""
+        return self.to(torch.promote_types(self.update.up.dtype, torch.float32))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether float32 holds the factors."""
+        return all(
+            torch.promote_types(one.dtype, torch.float32) == torch.float32 for one in (self.update.up, self.update.down)
+        )
+
 
 Delta = LowRank | Tensor
 
 
 def factors_of(delta: LowRank | Scaled) -> LowRank:
-    """The factors of an update, without a scale beside them."""
+    """The factors of an update, as they are stored if a scale is beside them."""
     return delta.update if isinstance(delta, Scaled) else delta
 
 
@@ -155,6 +166,8 @@ def _lift(deltas: Sequence[LowRank | Scaled]) -> tuple[list[LowRank], Restore]:
     splits = [update.rank for update in updates]
     pairs = zip(rows.triangle.split(splits, 1), columns.triangle.split(splits, 1), map(_scale, deltas), strict=True)
     cores = [LowRank(left if scale == 1 else scale * left, right.T) for left, right, scale in pairs]
+    for core in cores:
+        require_finite(core.up)
 
     def restore(merged: LowRank | Tensor, dtype: torch.dtype) -> LowRank:
         if isinstance(merged, Tensor):

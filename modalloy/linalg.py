@@ -19,8 +19,8 @@ MAX_WEIGHTS = (
 RANK_TOLERANCE = 1e-6  # singular values below this share of the largest are rounding of float32 inputs, taken as zero
 BLOCK_ENTRIES = 1 << 18  # of a full weight that are worked on at once: temporaries stay small and near the processor
 FACTOR_ROWS = 128  # of a product of factors at once, at least: for fewer, packing its columns takes as long
-BLOCK_ROWS = 2048  # of a matrix that are held in float64 at once
-TALL_ROWS = 512  # of tall factors on a processor: so many stay in its cache
+BLOCK_ROWS = 2048  # of a matrix that are held in another type at once
+TALL_ROWS = 512  # the same of tall factors on a processor: so many stay in its cache
 GRAM_COLUMNS = 128  # of a matrix whose Gram is multiplied at once
 ALIASED = 128  # columns of multiples of so many float64 numbers share few places in a processor's cache
 SMALL_EIGH = 192  # rows up to which an eigendecomposition in float64 is taken at once
@@ -308,9 +308,10 @@ class Basis:
         weights = torch.linalg.solve_triangular(self.lower.T, coefficients, upper=True)  # of the columns at unit length
         well_separated = float(weights.norm()) <= MAX_WEIGHTS * float(coefficients.norm())
         weights /= self.lengths[:, None]  # of a column that is next to nothing, beyond the range of float32
-        fits = float(weights.norm()) < torch.finfo(dtype).max
-        holds = all(torch.promote_types(part.dtype, dtype) == dtype for part in self.parts)
-        weights = weights.to(dtype if well_separated and fits and holds else torch.float64)
+        range_of = torch.finfo(dtype)
+        fits = range_of.tiny / range_of.eps < float(weights.norm()) < range_of.max
+        is_wide = all(torch.promote_types(part.dtype, dtype) == dtype for part in self.parts)
+        weights = weights.to(dtype if well_separated and fits and is_wide else torch.float64)
         blocks = blocks_beside(self.parts, weights.dtype)
         if _by_columns(self.parts[0]):  # (k, p) @ (p, rows): several times faster than its transpose
             across = weights.T.contiguous()

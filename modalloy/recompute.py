@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from modalloy.delta import Delta, LowRank, compressed, norm
+from modalloy.delta import Delta, LowRank, Scaled, compressed, norm
 from modalloy.linalg import row_blocks
 from modalloy.machine.threads import one_thread
 from modalloy.methods import METHODS
@@ -102,10 +102,18 @@ def updates_of(
     weigh: bool = True,
 ) -> list[Delta]:
     """w_i δ_i of every model that counts, or δ_i, in its order; that of one without is zero."""
+    found = _updates_of(promise, read, wide, dense=dense, rows=rows, weigh=weigh, stored=False)
+    return [delta for delta in found if not isinstance(delta, Scaled)]
+
+
+def _updates_of(
+    promise: "Promise", read: Read, wide: torch.dtype, *, dense: bool, rows: slice, weigh: bool, stored: bool
+) -> list[Delta | Scaled]:
+    """The same; with `stored`, scales are not rounded to the stored precision first: float64 takes them, or stay beside."""
     shape = promise.start.shape
-    deltas: list[Delta] = []
+    deltas: list[Delta | Scaled] = []
     for update in promise.updates:
-        delta = _update(update if weigh else replace(update, weight=1.0), promise.start, read, wide, rows)
+        delta = _update(update if weigh else replace(update, weight=1.0), promise.start, read, wide, rows, stored)
         if delta is None:
             delta = LowRank(torch.zeros(shape[0], 0)[rows], torch.zeros(0, shape[1]))
             deltas.append(delta.dense().to(wide) if dense else delta)
@@ -114,13 +122,16 @@ def updates_of(
     return deltas
 
 
-def _update(update: "Update", start: TensorRef, read: Read, wide: torch.dtype, rows: slice) -> Delta | None:
+def _update(
+    update: "Update", start: TensorRef, read: Read, wide: torch.dtype, rows: slice, stored: bool
+) -> Delta | Scaled | None:
     if update.factors is not None:
         a, b, scale = update.factors
-        down, up = read(a), read(b)
-        stored = torch.promote_types(up.dtype, torch.float32)
-        up, down = (up.to(stored) * scale)[rows].to(wide), down.to(stored).to(wide)
-        return update.weight * LowRank(up, down)
+        found = Scaled(LowRank(read(b)[rows], read(a)), scale)
+        if stored and found.is_narrow:
+            found = replace(found, scale=update.weight * scale)
+            return found.to(wide) if wide == torch.float64 else found
+        return update.weight * found.applied().to(wide)
     if update.tuned is None:
         return None
     difference = read(update.tuned)[rows].to(wide, copy=True).sub_(read(start)[rows].to(wide))
@@ -149,10 +160,16 @@ def merged_update(
     dense = literal and not METHODS[method].one_rank  # which has no form on full matrices
     wide = torch.float64 if literal or double else torch.float32
     base = read(promise.start)[rows].to(wide) if promise.takes_base else None
-    updates = updates_of(promise, read, wide, dense=dense, rows=rows, weigh=not METHODS[method].takes("weights"))
+    # as merges read factors; what is altered is folded
+    stored = METHODS[method].on_cores(promise.parameters) and not double and (alter is None or literal)
+    stored = stored and all(update.tuned is None for update in promise.updates)
+    weigh = not METHODS[method].takes("weights")
+    updates = _updates_of(promise, read, wide, dense=dense, rows=rows, weigh=weigh, stored=stored)
+    if alter is not None:
+        updates = [*alter([update for update in updates if not isinstance(update, Scaled)])]
     return apply(
         method,
-        updates if alter is None else alter(updates),
+        updates,
         promise.parameters,
         (shape[0], shape[1]),
         slot=promise.slot,

@@ -80,7 +80,7 @@ def apply(
     """Run a method with resolved parameters. Cores are float64; the result is float32, or float64 if an input is.
 
     It is low-rank if all updates are, or if the method gives a low-rank result for full matrices too. `weights` are folded
-    into the updates already.
+    into the updates already, or into the scales beside them.
     """
     entry = METHODS[method]
     if wrong := entry.wrong_number(len(deltas)):
@@ -95,19 +95,19 @@ def apply(
         _check_fishers(method, fishers, len(deltas), shape)
     factored = [delta for delta in deltas if not isinstance(delta, Tensor)]
     gets = entry.gets(parameters)
-    if len(factored) == len(deltas) and gets in ("core", "factored_core"):
-        cores, restore = lift(factored)
-        small = [core.dense() for core in cores] if gets == "core" else cores
-        return restore(entry.function(small, **arguments), dtype)
     if len(factored) == len(deltas) and gets != "dense":
-        folded = [delta.to(dtype) for delta in factored]
         if gets == "factors":
-            merged = entry.function(folded, **arguments)
-            for factor in (merged.up, merged.down):
-                require_finite(factor)
-            return merged
-        matrices, restore = lift_left(folded)
-        return restore(entry.function(matrices, **arguments), dtype)
+            merged = entry.function([delta.to(dtype) for delta in factored], **arguments)
+        elif gets == "left_core":
+            matrices, restore = lift_left([delta.to(dtype) for delta in factored])
+            merged = restore(entry.function(matrices, **arguments), dtype)
+        else:
+            cores, restore = lift(factored)
+            small = [core.dense() for core in cores] if gets == "core" else cores
+            merged = restore(entry.function(small, **arguments), dtype)
+        for factor in (merged.up, merged.down):
+            require_finite(factor)
+        return merged
     result: Delta = entry.function(dense_matrices(deltas), **arguments)
     return result.to(dtype)
 

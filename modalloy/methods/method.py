@@ -80,6 +80,10 @@ class Method:
         """What it is called with under these parameters."""
         return "dense" if self.dense(parameters) or self.base(parameters) else self.receives
 
+    def on_cores(self, parameters: dict[str, Any]) -> bool:
+        """Whether of low-rank updates it is called with cores, so that it reads no factors itself."""
+        return self.gets(parameters) in ("core", "factored_core")
+
     def tells_sides(self, parameters: dict[str, Any]) -> bool:
         """Whether the merge of transposed updates is another than the transposed merge."""
         return "transpose" not in self.laws or self.sides(parameters)
