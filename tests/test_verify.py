@@ -22,6 +22,8 @@ from torch import Tensor
 
 import modalloy
 from modalloy import linalg, recompute
+from modalloy.compute import weighted_updates
+from modalloy.delta import LowRank
 from modalloy.errors import CheckpointError
 from modalloy.outputs import manifest, sources
 from modalloy.planning import differences
@@ -645,3 +647,41 @@ def test_rows_are_checked_of_factors_and_tuned_copies_alike(
 
 def test_a_single_number_is_one_row() -> None:
     assert linalg.row_blocks(()) == linalg.row_blocks((1,)) == [slice(0, 1)]
+
+
+def test_scale_and_weight_are_rounded_in_the_order_that_the_check_has(models: Path, tmp_path: Path) -> None:
+    """Methods that pick entries pick others after another rounding: in float32, α/r of the factors and then the weight."""
+    shutil.copytree(models, tmp_path / "models")
+    for index in (1, 2):
+        config = tmp_path / f"models/lora{index}/adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 0.7}))
+    entries = [
+        {"model": str(tmp_path / f"models/lora{index}"), "parameters": {"weight": weight}}
+        for index, weight in ((1, 0.7), (2, 1.3))
+    ]
+    planned = modalloy.plan(modalloy.load_recipe(recipe(tmp_path, models, models=entries, merge_method="ties")))
+    for job in planned.merges():
+        for model, weight, update in zip(
+            job.models, job.weights, weighted_updates(job, planned.inputs.read), strict=True
+        ):
+            assert isinstance(model, StoredLora) and isinstance(update, LowRank)
+            assert torch.equal(update.up, weight * (planned.inputs.read(model.b) * model.scale))
+
+
+@pytest.mark.parametrize("method", ["tsv", "wudi", "ssam"])
+def test_nearly_dependent_specialists_pass_the_check(method: str, models: Path, tmp_path: Path) -> None:
+    """What rounding makes of their difference is large in the merge."""
+    for index in (1, 2):
+        shutil.copytree(models / "lora1", tmp_path / f"lora{index}")
+        config = tmp_path / f"lora{index}/adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 0.9}))
+    edit_tensors(tmp_path / "lora2", _moved_a_little)
+    entries = [{"model": str(tmp_path / f"lora{index}")} for index in (1, 2)]
+    written = modalloy.merge(recipe(tmp_path, models, models=entries, merge_method=method), tmp_path / "out").out
+    assert verify(written, full=True).worst_error is not None
+
+
+def _moved_a_little(tensors: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor * 1.001 + 1e-5 * torch.randn(tensor.shape, generator=generator)
