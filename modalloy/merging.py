@@ -219,7 +219,8 @@ def cluster_of(
     if engine == "local":
         yield None
         return
-    from modalloy.engines.ray import Cluster, connected
+    from modalloy.engines.connection import connected
+    from modalloy.engines.ray import Cluster
 
     with connected(address):
         yield Cluster(jobs, max_memory)

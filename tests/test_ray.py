@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -255,10 +256,10 @@ def test_an_unreachable_cluster_is_one_line(
 def test_what_listens_but_is_not_ray_is_told_at_once(
     says: bytes, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from modalloy.engines import ray as engine
+    from modalloy.engines import connection
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(engine, "KNOCK_S", 0.5)
+    monkeypatch.setattr(connection, "KNOCK_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -390,6 +391,35 @@ def test_a_cluster_without_processors_is_refused(
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 4e9}}])
     with pytest.raises(OutputError, match="the cluster has no machine with a processor for tasks"):
         modalloy.merge(write_recipe(), tmp_path / "out", engine="ray")
+
+
+@pytest.mark.parametrize("by_client", [False, True])
+def test_a_cluster_that_is_lost_is_told(
+    by_client: bool, address: str, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself ends the process a minute later, without a word; its client raises a ConnectionError."""
+    from modalloy.engines import ray as engine
+
+    def gone(*_: Any, **options: Any) -> Any:
+        raise ConnectionError("nobody there")
+
+    recipe, wait, calls = write_recipe(output=FULL), ray.wait, count()
+
+    def waiting(answers: list[Any], **options: Any) -> Any:
+        if "num_returns" in options or next(calls) < 4:
+            return wait(answers, **options)
+        return gone() if by_client else ([], answers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "knock", gone)
+        patched.setattr(ray, "wait", waiting)
+        lost = r"^the cluster( at .*)? was lost \(nobody there\); start it again, then go on with --resume$"
+        with pytest.raises(engine.LostTaskError, match=lost):
+            modalloy.merge(recipe, tmp_path / "out", engine="ray")
+    assert not (tmp_path / "out").exists()
+    modalloy.merge(recipe, tmp_path / "out", resume=True)
+    modalloy.merge(recipe, tmp_path / "local")
+    assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "local/manifest.json").read_bytes()
 
 
 def test_a_machine_that_cannot_run_modalloy_is_named(

@@ -11,18 +11,16 @@ the driver ("tried to complete task that was not pending") where the task ends i
 import os
 import secrets
 import shutil
-import signal
-import socket
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from modalloy.engines import local
+from modalloy.engines.connection import knock
 from modalloy.errors import ModalloyError, OutputError, PassingError, plain
 from modalloy.files import cache_folder
 from modalloy.machine.cores import AHEAD
@@ -33,10 +31,7 @@ from modalloy.storage.inputs import Inputs
 from modalloy.storage.tensors import WeightFile
 from modalloy.storage.writer import TensorSpec, WeightWriter
 
-KNOCK_S = 5
-CLIENT_PORT = "10001"  # of ray://HOST
-SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # what either side of HTTP/2 sends first (RFC 9113, 3.4), if empty
-GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SETTINGS
+LOOK_S, MISSED = 3, 4  # how often to look for a cluster whose tasks do not answer, and how often in vain
 STOP_S = 60  # to wait for tasks that are given up
 RETRIES = 8  # of a task whose worker died
 LEFT = ".shard-"  # how the folders begin in which shards are written, and what killed workers left
@@ -45,7 +40,7 @@ Given = tuple[Any, ...]  # a token, the inputs' files by owner, the driver's fol
 
 
 class LostTaskError(OutputError, PassingError):
-    """The cluster lost a task again and again."""
+    """The cluster lost a task again and again, or was lost itself."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,9 @@ class Cluster:
         import ray
 
         self.ray = ray
+        self.is_lost = False
+        # of a Ray client, Ray itself tells within half a minute; of others it ends the process after a minute, without a word
+        self.address = None if ray.util.client.ray.is_connected() else ray.get_runtime_context().gcs_address
         self.nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
         cpus = sum(int(node["Resources"]["CPU"]) for node in self.nodes)
         if not cpus:
@@ -103,7 +101,7 @@ class Cluster:
     def run(self, jobs: Sequence[Job], inputs: Inputs, compute: Compute) -> Generator[tuple[Job, Done], None, None]:
         """Yields every job with what it gives, in the jobs' order: the contract of an engine, for small results."""
         given = self._given(inputs, compute)
-        yield from self._in_order(jobs, lambda job: self._remote(_compute).remote(given, job))
+        yield from self._in_order(jobs, lambda job: self._sent(self._remote(_compute), given, job))
 
     def write(
         self, shards: Sequence[Shard], inputs: Inputs, compute: Compute
@@ -117,9 +115,9 @@ class Cluster:
             with _mark(shards[0].folders[0]) as mark:
                 while left or waiting:
                     while left and len(waiting) < self.n_workers + AHEAD:
-                        waiting.append(self._remote(_write).remote(given, left.popleft(), mark))
+                        waiting.append(self._sent(self._remote(_write), given, left.popleft(), mark))
                         started.append(waiting[-1])
-                    (done, *_), waiting = self.ray.wait(waiting)
+                    (done, *_), waiting = self._wait(waiting)
                     try:
                         shard = self._get(done)
                     except ModalloyError:
@@ -129,7 +127,7 @@ class Cluster:
                         raise
                     yield shard
         finally:  # without their mark the tasks end; none may write any more where this process cleans up
-            if waiting:
+            if waiting and not self.is_lost:
                 self.ray.wait(waiting, num_returns=len(waiting), timeout=STOP_S)
 
     @staticmethod
@@ -141,11 +139,13 @@ class Cluster:
     def hashes(self, inputs: Inputs, paths: Sequence[Path]) -> list[str]:
         """The hashes of input files, each taken by one worker."""
         given = self._given(inputs, None)
-        return [sha256 for _, sha256 in self._in_order(paths, lambda path: self._remote(_hash).remote(given, path))]
+        return [
+            sha256 for _, sha256 in self._in_order(paths, lambda path: self._sent(self._remote(_hash), given, path))
+        ]
 
     def call(self, function: Callable[[Inputs], Any], inputs: Inputs) -> Any:
         """What a function gives of the inputs, on some worker."""
-        return self._get(self._remote(_call).remote(self._given(inputs, None), function))
+        return self._get(self._sent(self._remote(_call), self._given(inputs, None), function))
 
     def check(self, inputs: Inputs, folder: Path) -> None:
         """Refuse machines that do not see what this one sees, or run other programs.
@@ -161,7 +161,7 @@ class Cluster:
             for node in self.nodes:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 task = self._remote(_look, scheduling_strategy=there, memory=None)
-                asked.append((node["NodeManagerHostname"], task.remote(mark, stamps)))
+                asked.append((node["NodeManagerHostname"], self._sent(task, mark, stamps)))
             own = program()
             for name, answer in asked:
                 missing, theirs = self._looked(name, answer)
@@ -191,7 +191,8 @@ class Cluster:
         """What all tasks get, sent once to each machine; where this process is, too, for paths from there on."""
         owners = tuple((owner, tuple(paths)) for owner, paths in inputs.__getstate__().items())
         places = str(Path.cwd()), str(cache_folder())
-        return self.ray.put((secrets.token_hex(8), owners, places, compute))
+        with self._loss():
+            return self.ray.put((secrets.token_hex(8), owners, places, compute))
 
     def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
         """The function as a task; Ray is given each function once, not with every task."""
@@ -211,9 +212,40 @@ class Cluster:
             first, answer = waiting.popleft()
             yield first, self._get(answer)
 
+    def _sent(self, task: Any, *arguments: Any) -> Any:
+        with self._loss():
+            return task.remote(*arguments)
+
+    @contextmanager
+    def _loss(self) -> Iterator[None]:
+        """A client whose cluster is lost raises ConnectionError."""
+        try:
+            yield
+        except ConnectionError as error:
+            self.is_lost = True
+            at = f" at {self.address}" if self.address else ""
+            raise LostTaskError(
+                f"the cluster{at} was lost ({plain(error)}); start it again, then go on with --resume"
+            ) from error
+
+    def _wait(self, waiting: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Those of the answers that are there, one or more, and the others."""
+        missed = 0
+        with self._loss():
+            while not (found := self.ray.wait(waiting, timeout=LOOK_S))[0]:
+                try:
+                    knock(self.address)
+                    missed = 0
+                except OSError as error:
+                    missed += 1
+                    if missed == MISSED:
+                        raise ConnectionError(plain(error)) from error
+        return found
+
     def _get(self, answer: Any) -> Any:
         from ray import exceptions
 
+        self._wait([answer])
         try:
             return self.ray.get(answer)
         except exceptions.RayTaskError as error:
@@ -224,72 +256,6 @@ class Cluster:
             raise LostTaskError(
                 f"the cluster lost a task {RETRIES + 1} times ({plain(error)}); see to its machines, then go on with --resume"
             ) from error
-
-
-@contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """A cluster: that at `address` (or `RAY_ADDRESS`), else one of this machine's processors, for the time of the block.
-
-    Raises:
-        OutputError: none can be reached there.
-    """
-    import ray
-
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    option = "--ray-address" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS")
-    began = not ray.is_initialized()
-    if began:
-        try:
-            _knock(address)
-            with _own_signals():
-                ray.init(
-                    address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False
-                )
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            where = f"{option} {address}" if address else "Ray on this machine"
-            raise OutputError(
-                f"{where}: no cluster can be reached there ({plain(error)}); start one with `ray start --head`, "
-                "set RAY_AUTH_MODE=token if it asks for a token, "
-                f"or {'unset it' if option == 'RAY_ADDRESS' else 'leave the address out'}"
-            ) from error
-    try:
-        yield
-    finally:
-        if began:
-            ray.shutdown()
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """SIGTERM stays this process's: by Ray's handler it would look like a refusal, after which what is finished is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _knock(address: str | None) -> None:
-    """Fail at once where nothing listens, or what does not answer as gRPC does; Ray itself waits minutes for either."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not colon and "://" in (address or ""):
-        host, port = port, CLIENT_PORT
-    if not (host and port.isdecimal()):
-        return
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S) as line:
-        if os.environ.get("RAY_USE_TLS", "0") != "0":
-            return
-        line.sendall(GREETING)
-        answer = b""
-        with suppress(TimeoutError):
-            while len(answer) < len(SETTINGS) and (more := line.recv(len(SETTINGS) - len(answer))):
-                answer += more
-        if answer[3:4] != SETTINGS[3:4]:
-            raise ConnectionError("what listens there is not Ray")
 
 
 @contextmanager
@@ -328,6 +294,8 @@ def _write(given: Given, shard: Shard, mark: str) -> tuple[WrittenShard, ...]:
             raise OutputError(f"{mark}: is gone, by which the merge was given up")
         return compute(job, read)
 
+    if not os.path.exists(mark):  # before anything is read
+        raise OutputError(f"{mark}: is gone, by which the merge was given up")
     token = secrets.token_hex(4)
     own = [folder / f"{LEFT}{shard.index}-{token}" for folder in shard.folders]
     compression: list[dict[str, float]] = [{} for _ in own]

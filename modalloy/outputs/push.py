@@ -17,6 +17,8 @@ from modalloy.storage.remote import NetworkError, Store
 class Target(Store):
     """A folder of an object store that a result is uploaded to."""
 
+    tries_itself = True  # each part of a file: we would send the whole again
+
     def put(self, path: Path, name: str) -> None:
         """Upload a file, in parts where it is large; what arrived must be as long."""
         url, size = f"{self.location}/{name}", path.stat().st_size

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -133,6 +133,8 @@ def record_of(path: Path) -> RemoteFile | None:
 class Store:
     """The file system of an address."""
 
+    tries_itself = False  # whether S3's client tries again for each of our tries: it does 25 times, which is minutes
+
     def __init__(self, location: str) -> None:
         self.location = location.rstrip("/")
         self.scheme, _, place = self.location.partition("://")
@@ -147,7 +149,11 @@ class Store:
             from aiohttp import ClientTimeout
 
             options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)}
+        if self.scheme == "s3" and not self.tries_itself:
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1, "mode": "standard"}}
         self.fs = fsspec.filesystem(self.scheme, **options)
+        if self.scheme == "s3" and not self.tries_itself:
+            self.fs.retries = 1
         self.place = PurePosixPath(self.location.rpartition("/")[2])
 
     def files(self) -> dict[str, RemoteFile]:
@@ -225,14 +231,16 @@ class Store:
                 raise OSError(f"{cut(given)} came where bytes {begin}-{end - 1} were asked for")
             return bytes(await answer.content.readexactly(end - begin))
 
-    def check(self, file: RemoteFile) -> None:
+    def check(self, file: RemoteFile, tries: int = TRIES) -> None:
         """Refuse a file that was changed since it was listed."""
-        if not file.is_pinned and _told(self.tried(file.url, lambda: self.fs.info(file.url))) != (file.size, file.tag):
+        if file.is_pinned:
+            return
+        if _told(self.tried(file.url, lambda: self.fs.info(file.url), tries=tries)) != (file.size, file.tag):
             raise ObjectChangedError(f"{file.url}: was changed while being read; start again")
 
-    def tried(self, url: str, action: Callable[[], Value], file: RemoteFile | None = None) -> Value:
+    def tried(self, url: str, action: Callable[[], Value], file: RemoteFile | None = None, tries: int = TRIES) -> Value:
         """What `action` gives, at once or after a few more tries."""
-        for attempt in range(TRIES):
+        for attempt in range(tries):
             try:
                 return action()
             except CheckpointError:
@@ -257,12 +265,13 @@ class Store:
                     raise CheckpointError(f"{cut(url)}: {_reason(error)}; correct the address") from error
                 if "Credentials" in type(error).__name__:
                     raise CheckpointError(f"{cut(url)}: {_reason(error)}; give your credentials") from error
-            if attempt < TRIES - 1:
+            if attempt < tries - 1:
                 time.sleep(FIRST_WAIT_S * 2**attempt)
                 if file is not None:
-                    self.check(file)
+                    with suppress(NetworkError):
+                        self.check(file, tries=1)
         raise NetworkError(
-            f"{cut(url)}: failed {TRIES} times ({_reason(last)}); check the network, then go on with --resume"
+            f"{cut(url)}: failed {tries} times ({_reason(last)}); check the network, then go on with --resume"
         ) from last
 
     def _hub_files(self) -> dict[str, RemoteFile]:
