@@ -30,6 +30,7 @@ HEAD_BYTES = 64 << 10  # of a weight file, asked for first of all: most headers 
 BLOCK_BYTES = 4 << 20  # what is asked for at once
 MAX_FILES = 10_000
 TRIES, FIRST_WAIT_S = 6, 0.1
+gone: set[str] = set()  # hosts and buckets that answered none of so many tries the last time
 TIMEOUT_S = 60  # without a byte
 ABSENT = (403, 404, 410)  # what web servers answer for a file that there is not
 # what a web server is asked for, which lists nothing
@@ -239,10 +240,14 @@ class Store:
             raise ObjectChangedError(f"{file.url}: was changed while being read; start again")
 
     def tried(self, url: str, action: Callable[[], Value], file: RemoteFile | None = None, tries: int = TRIES) -> Value:
-        """What `action` gives, at once or after a few more tries."""
+        """What `action` gives, at once or after a few more tries: one, if these were in vain the last time."""
+        place = f"{self.scheme}://{self.root}"
+        tries = 1 if place in gone else tries
         for attempt in range(tries):
             try:
-                return action()
+                found = action()
+                gone.discard(place)
+                return found
             except CheckpointError:
                 raise
             except (FileNotFoundError, PermissionError) as error:
@@ -267,9 +272,11 @@ class Store:
                     raise CheckpointError(f"{cut(url)}: {_reason(error)}; give your credentials") from error
             if attempt < tries - 1:
                 time.sleep(FIRST_WAIT_S * 2**attempt)
-                if file is not None:
+                if file is not None and self.scheme != "s3":  # which is asked for its version itself
                     with suppress(NetworkError):
                         self.check(file, tries=1)
+        if tries > 1:
+            gone.add(place)
         raise NetworkError(
             f"{cut(url)}: failed {tries} times ({_reason(last)}); check the network, then go on with --resume"
         ) from last
