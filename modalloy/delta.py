@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modalloy.errors import MethodError
-from modalloy.linalg import Basis, Spectrum, filled, frobenius, gram, require_finite, symmetric_product
+from modalloy.linalg import Basis, Spectrum, filled, frobenius, gram, holds, require_finite, symmetric_product
 from modalloy.subspaces import approximate_range, top_subspaces
 
 UNCANCELLED = 1e-9  # of the sum of magnitudes: a sum of as much is known to 1e-7 in float64
@@ -94,9 +94,7 @@ class Scaled:
     @property
     def is_narrow(self) -> bool:
         """Whether float32 holds the factors."""
-        return all(
-            torch.promote_types(one.dtype, torch.float32) == torch.float32 for one in (self.update.up, self.update.down)
-        )
+        return holds(torch.float32, self.update.up, self.update.down)
 
 
 Delta = LowRank | Tensor

@@ -39,6 +39,11 @@ def all_finite(values: Tensor) -> bool:
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))  # a sum may leave the type's range
 
 
+def holds(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether a type has every value that the tensors' types have."""
+    return all(torch.promote_types(one.dtype, dtype) == dtype for one in tensors)
+
+
 def require_finite(values: Tensor) -> None:
     """Refuse NaN and infinity."""
     if not all_finite(values):
@@ -310,8 +315,7 @@ class Basis:
         weights /= self.lengths[:, None]  # of a column that is next to nothing, beyond the range of float32
         range_of = torch.finfo(dtype)
         fits = range_of.tiny / range_of.eps < float(weights.norm()) < range_of.max
-        is_wide = all(torch.promote_types(part.dtype, dtype) == dtype for part in self.parts)
-        weights = weights.to(dtype if well_separated and fits and is_wide else torch.float64)
+        weights = weights.to(dtype if well_separated and fits and holds(dtype, *self.parts) else torch.float64)
         blocks = blocks_beside(self.parts, weights.dtype)
         if _by_columns(self.parts[0]):  # (k, p) @ (p, rows): several times faster than its transpose
             across = weights.T.contiguous()

@@ -290,12 +290,10 @@ def _write(given: Given, shard: Shard, mark: str) -> tuple[WrittenShard, ...]:
     *named, compute = given
 
     def work(job: Job, read: Callable[[Any], Any]) -> Done:
-        if not os.path.exists(mark):
-            raise OutputError(f"{mark}: is gone, by which the merge was given up")
+        _look_for(mark)
         return compute(job, read)
 
-    if not os.path.exists(mark):  # before anything is read
-        raise OutputError(f"{mark}: is gone, by which the merge was given up")
+    _look_for(mark)  # before anything is read
     token = secrets.token_hex(4)
     own = [folder / f"{LEFT}{shard.index}-{token}" for folder in shard.folders]
     compression: list[dict[str, float]] = [{} for _ in own]
@@ -324,6 +322,11 @@ def _write(given: Given, shard: Shard, mark: str) -> tuple[WrittenShard, ...]:
         for folder, writer, told in zip(own, writers, compression, strict=True)
         for name, sha256 in writer.sha256.items()
     )
+
+
+def _look_for(mark: str) -> None:
+    if not os.path.exists(mark):
+        raise OutputError(f"{mark}: is gone, by which the merge was given up")
 
 
 def _add(writer: WeightWriter, wanted: set[str], job: Job, done: Done) -> dict[str, float]:
